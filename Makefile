@@ -1,0 +1,11 @@
+.PHONY: help check format test slow
+help:    ## show this
+	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/ —/'
+check:   ## everything that must pass: format, lint, types, tests
+	ruff format --check . && ruff check . && mypy && pytest -q
+format:  ## put the code in shape
+	ruff format . && ruff check --fix .
+test:    ## the default tests (minutes)
+	pytest
+slow:    ## the slow tests too
+	pytest -m 'not gpu'

@@ -1,0 +1,33 @@
+"""policyskip: decide for each image how much of a network to run."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import gymnasium
+
+if TYPE_CHECKING:
+    from policyskip.deployment import Predictor, load
+    from policyskip.rewards import Outcome
+
+__version__ = "0.1.0"
+__all__ = ["Outcome", "Predictor", "__version__", "load"]
+
+gymnasium.register(
+    "policyskip/BlockSelection-v0",
+    entry_point="policyskip.envs.block_selection:BlockSelectionEnv",
+    vector_entry_point="policyskip.envs.block_selection:BlockSelectionVectorEnv",
+)
+
+
+def __getattr__(name: str) -> Any:
+    """Import the public names when they are first used: torch takes seconds, and ``--help`` needs none of it."""
+    if name in ("load", "Predictor"):
+        from policyskip import deployment
+
+        return getattr(deployment, name)
+    if name == "Outcome":
+        from policyskip.rewards import Outcome
+
+        return Outcome
+    raise AttributeError(f"module 'policyskip' has no attribute {name!r}")

@@ -1,0 +1,5 @@
+"""``python -m policyskip``."""
+
+from policyskip.cli import main
+
+main()

@@ -1,0 +1,283 @@
+"""BlockDrop: one look at the image, one decision for every block, learned by REINFORCE.
+
+Wu et al., "BlockDrop: Dynamic Inference Paths in Residual Networks", CVPR 2018. Where the published
+code departs from the paper or from sense (half an entropy, entropy on frozen blocks, tuning on the
+test set), this follows the paper; docs/agents/blockdrop.md lists the differences.
+
+Shapes: B images, S sampled decisions for each image, K blocks, H W pixels.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any, Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from policyskip.agents.base import Agent, Policy
+from policyskip.backbones.base import IMAGENET_MEAN, IMAGENET_STD
+from policyskip.backbones.costs import count_macs
+from policyskip.backbones.resnet import basic_block
+from policyskip.envs.block_selection import BlockSelectionVectorEnv
+from policyskip.errors import UserError
+
+
+def bounded(probability: Tensor, alpha: float) -> Tensor:
+    """``s' = αs + (1−α)(1−s)``, in [1−α, α]: keeps exploring when the policy is sure (paper, section 3.2)."""
+    return alpha * probability + (1 - alpha) * (1 - probability)
+
+
+def log_probability(logits_BK: Tensor, keep_SBK: Tensor, alpha: float) -> Tensor:
+    """``log[s'u + (1−s')(1−u)]`` of each decision, float (S, B, K) (paper, eq. 3)."""
+    # Bernoulli(s) chosen with weight α, its complement with 1−α: in logs, exact also where s rounds to 0 or 1.
+    log_s = torch.where(keep_SBK, F.logsigmoid(logits_BK), F.logsigmoid(-logits_BK))
+    if alpha == 1:
+        return log_s
+    log_not_s = torch.where(keep_SBK, F.logsigmoid(-logits_BK), F.logsigmoid(logits_BK))
+    return torch.logaddexp(log_s + math.log(alpha), log_not_s + math.log(1 - alpha))
+
+
+def reinforce_loss(
+    logits_BK: Tensor, keep_SBK: Tensor, advantage_SB: Tensor, free_K: Tensor, alpha: float, beta: float
+) -> Tensor:
+    """``−A Σ_k log π(u_k) − β Σ_k H(s'_k)`` over the free blocks, mean over decisions and images (paper, eq. 5-7).
+
+    Args:
+        logits_BK: float (B, K), the policy's answer before the sigmoid.
+        keep_SBK: bool (S, B, K), decisions sampled from ``bounded(sigmoid(logits))``.
+        advantage_SB: float (S, B), reward of each decision less the image's baseline; no gradient flows into it.
+        free_K: bool (K,), the blocks that the curriculum leaves to the policy.
+        alpha: the bound on the probabilities, in (0.5, 1].
+        beta: weight of the Bernoulli entropy, in nats.
+
+    Returns: a scalar.
+    """
+    S, B, K = keep_SBK.shape
+    if logits_BK.shape != (B, K) or advantage_SB.shape != (S, B) or free_K.shape != (K,):
+        shapes = [tuple(t.shape) for t in (logits_BK, keep_SBK, advantage_SB, free_K)]
+        raise ValueError(f"expected logits (B, K), keep (S, B, K), advantage (S, B), free (K,); got {shapes}")
+    log_pi_SB = (log_probability(logits_BK, keep_SBK, alpha) * free_K).sum(2)
+    entropy_B = (bernoulli_entropy(bounded(logits_BK.sigmoid(), alpha)) * free_K).sum(1)
+    return -(advantage_SB.detach() * log_pi_SB).mean() - beta * entropy_B.mean()
+
+
+def bernoulli_entropy(probability: Tensor) -> Tensor:
+    """``−p log p − (1−p) log(1−p)`` in nats, elementwise."""
+    return -(torch.xlogy(probability, probability) + torch.xlogy(1 - probability, 1 - probability))
+
+
+class PolicyNetwork(Policy):
+    """A small ResNet from images to K logits.
+
+    ``family="cifar"`` is ResNet-8 (one basic block a stage, 16/32/64 channels), ``"imagenet"`` ResNet-10 (four
+    stages, 64 to 512, behind a strided stem). ``width`` is the first stage's channels; the image is average-pooled
+    by ``pool`` before anything else. Both are there because what the policy costs is counted.
+    """
+
+    free_K: Tensor
+    mean: Tensor
+    std: Tensor
+
+    def __init__(
+        self,
+        num_blocks: int,
+        family: Literal["cifar", "imagenet"] = "cifar",
+        width: int = 16,
+        pool: int = 1,
+        initial_keep: float = 0.5,
+    ) -> None:
+        super().__init__()
+        if family not in ("cifar", "imagenet"):
+            raise UserError(f"agent.policy must be cifar, imagenet or constant, got {family!r}")
+        if min(width, pool) < 1 or not 0 < initial_keep < 1:
+            raise UserError(
+                f"agent.width and agent.pool must be at least 1 and agent.initial_keep between 0 and 1, "
+                f"got {width}, {pool} and {initial_keep}"
+            )
+        self.arguments = dict(num_blocks=num_blocks, family=family, width=width, pool=pool, initial_keep=initial_keep)
+        imagenet = family == "imagenet"
+        layers: list[nn.Module] = [nn.AvgPool2d(pool)] if pool > 1 else []
+        layers += [
+            nn.Conv2d(3, width, 7 if imagenet else 3, 2 if imagenet else 1, padding=3 if imagenet else 1, bias=False),
+            nn.BatchNorm2d(width),
+            nn.ReLU(),
+        ]
+        layers += [nn.MaxPool2d(3, 2, padding=1)] if imagenet else []
+        channels = width
+        for stage in range(4 if imagenet else 3):
+            out = width * 2**stage
+            layers.append(basic_block(channels, out, 2 if stage else 1, "B" if imagenet else "pool"))
+            channels = out
+        self.features = nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten())
+        self.keep_head = nn.Linear(channels, num_blocks)
+        nn.init.constant_(self.keep_head.bias, math.log(initial_keep / (1 - initial_keep)))
+        self.register_buffer("free_K", torch.ones(num_blocks, dtype=torch.bool))
+        self.register_buffer("mean", torch.tensor(IMAGENET_MEAN).view(1, -1, 1, 1))
+        self.register_buffer("std", torch.tensor(IMAGENET_STD).view(1, -1, 1, 1))
+
+    def spec(self) -> dict[str, Any]:
+        return self.arguments
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Logits float (B, K) of images uint8 (B, 3, H, W)."""
+        logits_BK: Tensor = self.keep_head(self.features((images / 255 - self.mean) / self.std))
+        return logits_BK
+
+    def decide(self, images: Tensor) -> Tensor:
+        return (self(images) >= 0) | ~self.free_K
+
+
+class ConstantPolicy(Policy):
+    """The same K logits for every image: what the learner can do without looking. Costs nothing to evaluate."""
+
+    free_K: Tensor
+
+    def __init__(self, num_blocks: int, initial_keep: float = 0.5) -> None:
+        super().__init__()
+        self.arguments = dict(num_blocks=num_blocks, initial_keep=initial_keep)
+        self.logits_K = nn.Parameter(torch.full((num_blocks,), math.log(initial_keep / (1 - initial_keep))))
+        self.register_buffer("free_K", torch.ones(num_blocks, dtype=torch.bool))
+
+    def spec(self) -> dict[str, Any]:
+        return self.arguments
+
+    def forward(self, images: Tensor) -> Tensor:
+        return self.logits_K.expand(len(images), -1)
+
+    def decide(self, images: Tensor) -> Tensor:
+        return (self(images) >= 0) | ~self.free_K
+
+
+class BlockDrop(Agent):
+    """REINFORCE with the greedy decision's reward as baseline, under a curriculum that frees the last blocks first.
+
+    Args:
+        env: the environment it will learn in (for its sizes and device).
+        total_steps: learning updates of the whole run; the schedules scale with it.
+        seed: decides initial weights and samples.
+        lr: highest learning rate of Adam.
+        schedule: "onecycle" (up over the first tenth, then down to zero) or "constant" (the paper).
+        alpha: bound on the sampling probabilities, in (0.5, 1].
+        beta: weight of the entropy.
+        samples: decisions sampled for each image in each update.
+        curriculum: share of the training over which the K blocks are freed one after another, last block first.
+        policy: "cifar" or "imagenet" (:class:`PolicyNetwork`), or "constant" (:class:`ConstantPolicy`).
+        width, pool, initial_keep: of the policy network.
+    """
+
+    def __init__(
+        self,
+        env: BlockSelectionVectorEnv,
+        total_steps: int,
+        seed: int = 0,
+        lr: float = 1e-3,
+        schedule: Literal["onecycle", "constant"] = "onecycle",
+        alpha: float = 0.8,
+        beta: float = 0.1,
+        samples: int = 1,
+        curriculum: float = 0.2,
+        policy: Literal["cifar", "imagenet", "constant"] = "cifar",
+        width: int = 16,
+        pool: int = 1,
+        initial_keep: float = 0.5,
+    ) -> None:
+        if not 0.5 < alpha <= 1:
+            raise UserError(f"agent.alpha must be above 0.5 and at most 1, got {alpha}")
+        if samples < 1 or not 0 <= curriculum <= 1 or lr <= 0 or beta < 0:
+            raise UserError(
+                f"agent.samples must be at least 1, agent.curriculum in [0, 1], agent.lr positive and agent.beta "
+                f"not negative; got {samples}, {curriculum}, {lr} and {beta}"
+            )
+        K = env.backbone.num_blocks
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            self.policy: PolicyNetwork | ConstantPolicy = (
+                ConstantPolicy(K, initial_keep)
+                if policy == "constant"
+                else PolicyNetwork(K, policy, width, pool, initial_keep)
+            )
+        self.policy.to(env.device)
+        self.alpha, self.beta, self.samples = alpha, beta, samples
+        self.steps_per_block = curriculum * total_steps / K
+        self.step = 0
+        self.generator = torch.Generator(env.device).manual_seed(seed)
+        self.optimizer = torch.optim.Adam(self.policy.parameters(), lr=lr)
+        self.schedule = torch.optim.lr_scheduler.LambdaLR(
+            self.optimizer, lambda step: one_cycle(step / total_steps) if schedule == "onecycle" else 1.0
+        )
+        self.policy.eval()
+        self.decision_macs = count_macs(self.policy, env.observation[:1])
+        self._free_blocks()
+
+    def update(self, env: BlockSelectionVectorEnv) -> dict[str, float]:
+        """Sample decisions, score them beside the greedy one in one pass, and follow the gradient."""
+        self._free_blocks()
+        self.policy.train()
+        logits_BK = self.policy(env.observation)
+        probability_BK = logits_BK.detach().sigmoid()
+        keep_SBK = self._sample(probability_BK)
+        greedy_BK = (probability_BK >= 0.5) | ~self.policy.free_K
+
+        outcome = env.score(torch.cat([keep_SBK, greedy_BK.unsqueeze(0)]))
+        reward = env.rewards(outcome).view(self.samples + 1, -1)
+        advantage_SB = reward[:-1] - reward[-1]
+
+        loss = reinforce_loss(logits_BK, keep_SBK, advantage_SB, self.policy.free_K, self.alpha, self.beta)
+        self.optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        self.optimizer.step()
+        self.schedule.step()
+        self.step += 1
+        env.advance()
+
+        B = len(logits_BK)
+        return {
+            "loss": loss.item(),
+            "reward": reward[-1].mean().item(),
+            "sampled_reward": reward[:-1].mean().item(),
+            "accuracy": outcome.correct_B[-B:].float().mean().item(),
+            "kept": greedy_BK.sum(1).float().mean().item(),
+            "entropy": bernoulli_entropy(probability_BK).mean().item(),
+            "free_blocks": float(self.policy.free_K.sum()),
+            "lr": self.schedule.get_last_lr()[0],
+        }
+
+    @torch.no_grad()
+    def act(self, observation: Tensor) -> Tensor:
+        return self.policy.eval().decide(observation)
+
+    def _sample(self, probability_BK: Tensor) -> Tensor:
+        """Decisions bool (S, B, K) from the bounded Bernoulli; blocks not yet free are kept."""
+        uniform = torch.rand(self.samples, *probability_BK.shape, generator=self.generator, device=self.generator.device)
+        return (uniform < bounded(probability_BK, self.alpha)) | ~self.policy.free_K
+
+    def _free_blocks(self) -> None:
+        """In curriculum epoch e, counted from 0, the last e+1 blocks are free (paper, section 3.3)."""
+        K = len(self.policy.free_K)
+        epoch = int(self.step / self.steps_per_block) if self.steps_per_block else K
+        self.policy.free_K.copy_(torch.arange(K) >= K - 1 - epoch)
+
+    def state_dict(self) -> dict[str, Any]:
+        return {
+            "policy": self.policy.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "schedule": self.schedule.state_dict(),
+            "generator": self.generator.get_state(),
+            "step": self.step,
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.policy.load_state_dict(state["policy"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.schedule.load_state_dict(state["schedule"])
+        self.generator.set_state(state["generator"].cpu())
+        self.step = state["step"]
+
+
+def one_cycle(progress: float, warmup: float = 0.1) -> float:
+    """Share of the highest learning rate: up linearly over ``warmup``, then down to 0 along a cosine (Smith 2018)."""
+    if progress < warmup:
+        return max(progress, 0.01) / warmup
+    return 0.5 * (1 + math.cos(math.pi * min(1.0, (progress - warmup) / (1 - warmup))))

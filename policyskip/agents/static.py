@@ -1,0 +1,224 @@
+"""Fixed keep-sets: the best that can be done without looking at the image.
+
+A policy that decides per image has to beat the best *fixed* choice of equal cost, and backward
+greedy elimination alone is a weak one. The search here eliminates with a beam (or tries every set,
+where there are few), takes in the sets that an image-independent learner found, and swaps blocks
+in and out until nothing helps; all of it on validation images.
+
+Shapes: N images, F sets on the front, K blocks.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from policyskip.backbones import Backbone, Costs
+from policyskip.backbones.checkpoints import WEIGHTS
+from policyskip.data import Images, sequential
+from policyskip.errors import UserError
+
+Keep = tuple[bool, ...]
+
+
+class SetScorer:
+    """Counts, for fixed keep-sets, the images that the network gets right.
+
+    Sets are answered together, along the tree of their decisions: what two sets have in common up to some block is
+    computed once. ``spent`` counts images times blocks (residual branches) computed, and is what a budget bounds.
+    """
+
+    def __init__(self, backbone: Backbone, images: Images, limit: int | None = None, batch_size: int = 250) -> None:
+        self.backbone = backbone
+        self.count = min(len(images), limit or len(images))
+        self.batches = list(images.stream(sequential(self.count, batch_size)))
+        self.known: dict[Keep, Tensor] = {}
+        self.spent = 0
+
+    def correct(self, sets: Iterable[Keep]) -> list[Tensor]:
+        """Whether each image is classified rightly, bool (N,) on the CPU, for each set."""
+        sets = list(sets)
+        new = sorted(set(sets) - set(self.known))
+        if new:
+            parts: dict[Keep, list[Tensor]] = {keep: [] for keep in new}
+            with torch.no_grad():
+                for batch in self.batches:
+                    self._descend(self.backbone.features(batch.images), batch.label_B, 0, new, parts)
+            self.known.update({keep: torch.cat(part) for keep, part in parts.items()})
+        return [self.known[keep] for keep in sets]
+
+    def accuracy(self, sets: Iterable[Keep]) -> list[float]:
+        """Share of the images classified rightly, for each set."""
+        return [correct_N.double().mean().item() for correct_N in self.correct(sets)]
+
+    def _descend(self, x: Tensor, label_B: Tensor, k: int, sets: list[Keep], parts: dict[Keep, list[Tensor]]) -> None:
+        if k == self.backbone.num_blocks:
+            parts[sets[0]].append((self.backbone.head(x).argmax(1) == label_B).cpu())
+            return
+        block = self.backbone.blocks[k]
+        dropping = [keep for keep in sets if not keep[k]]
+        keeping = [keep for keep in sets if keep[k]]
+        if dropping:
+            self._descend(block.shortcut(x), label_B, k + 1, dropping, parts)
+        if keeping:
+            self.spent += len(x)
+            self._descend(block(x), label_B, k + 1, keeping, parts)
+
+
+@dataclass(frozen=True)
+class StaticFront:
+    """The best fixed keep-set found of every size, from no block to all K.
+
+    Attributes:
+        sets: F tuples of K booleans, by size.
+        accuracy: of each on the validation images it was chosen on.
+        macs: of each.
+        images: number of validation images.
+        finished: False if the search ran out of its budget.
+        backbone, data: content hash and fingerprint of what it was searched on.
+    """
+
+    sets: list[Keep]
+    accuracy: list[float]
+    macs: list[float]
+    images: int
+    finished: bool
+    backbone: str
+    data: str
+
+    def mix_at(self, macs: float) -> list[tuple[int, float]]:
+        """Places and weights of the one or two sets that, mixed at random, cost ``macs`` and were best on validation.
+
+        Mixing two fixed sets reaches every point on the line between them, so the best static choice at a given cost
+        lies on the upper concave hull of the front. A cost outside the front's range gives the nearest end.
+        """
+        hull: list[int] = []
+        for i in sorted(range(len(self.sets)), key=lambda i: (self.macs[i], self.accuracy[i])):
+            while hull and self.accuracy[i] >= self.accuracy[hull[-1]] and self.macs[i] == self.macs[hull[-1]]:
+                hull.pop()
+            while len(hull) > 1 and self._slope(hull[-2], hull[-1]) <= self._slope(hull[-2], i):
+                hull.pop()
+            if not hull or self.accuracy[i] > self.accuracy[hull[-1]]:
+                hull.append(i)
+        above = next((place for place, i in enumerate(hull) if self.macs[i] > macs), None)
+        if above is None or above == 0:
+            return [(hull[-1 if above is None else 0], 1.0)]
+        low, high = hull[above - 1], hull[above]
+        weight = (macs - self.macs[low]) / (self.macs[high] - self.macs[low])
+        return [(low, 1 - weight), (high, weight)]
+
+    def _slope(self, i: int, j: int) -> float:
+        return (self.accuracy[j] - self.accuracy[i]) / (self.macs[j] - self.macs[i])
+
+    def save(self, path: Path) -> None:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        content = asdict(self) | {"sets": ["".join("01"[kept] for kept in keep) for keep in self.sets]}
+        temporary = path.with_suffix(".tmp")
+        temporary.write_text(json.dumps(content, indent=1) + "\n")
+        temporary.replace(path)
+
+    @staticmethod
+    def load(path: Path) -> StaticFront:
+        content: dict[str, Any] = json.loads(path.read_text())
+        content["sets"] = [tuple(mark == "1" for mark in keep) for keep in content["sets"]]
+        return StaticFront(**content)
+
+
+def search(
+    scorer: SetScorer, costs: Costs, budget: float, beam: int = 3, hints: Sequence[Keep] = ()
+) -> tuple[list[Keep], list[float], bool]:
+    """The best keep-set of every size: sets, their accuracies, and whether the search finished.
+
+    Every set is tried if that fits the budget. Otherwise: backward elimination with a beam; then, for every size,
+    swaps of one block for another and the neighbours of better sets at the next sizes, until none helps.
+
+    Args:
+        budget: bound on images times blocks computed; checked between steps.
+        hints: sets found elsewhere, such as by an image-independent learner.
+    """
+    K = scorer.backbone.num_blocks
+    if 2 ** (K + 1) * scorer.count <= budget:
+        every = [tuple(bool(code >> k & 1) for k in range(K)) for code in range(2**K)]
+        scorer.accuracy(every)
+        return *_best_by_size(scorer, K), True
+
+    level: list[Keep] = [(True,) * K]
+    scorer.accuracy([*level, (False,) * K, *hints])
+    for _ in range(K - 1):
+        if scorer.spent > budget:
+            return *_best_by_size(scorer, K), False
+        children = sorted({child for keep in level for child in _without_one(keep)})
+        accuracy = dict(zip(children, scorer.accuracy(children), strict=True))
+        level = sorted(children, key=lambda keep: -accuracy[keep])[:beam]
+
+    best, _ = _best_by_size(scorer, K)
+    todo = list(best)
+    while todo:
+        if scorer.spent > budget:
+            return *_best_by_size(scorer, K), False
+        keep = todo.pop(0)
+        scorer.accuracy({*_swaps(keep), *_without_one(keep), *_with_one(keep)})
+        better, _ = _best_by_size(scorer, K)
+        todo = [new for new in better if new in todo or new not in best]
+        best = better
+    return *_best_by_size(scorer, K), True
+
+
+def _best_by_size(scorer: SetScorer, K: int) -> tuple[list[Keep], list[float]]:
+    """The most accurate known set of each size that has one; of equals, the first in order of the sets."""
+    best: dict[int, tuple[float, Keep]] = {}
+    for keep in sorted(scorer.known):
+        accuracy = scorer.known[keep].double().mean().item()
+        if sum(keep) not in best or accuracy > best[sum(keep)][0]:
+            best[sum(keep)] = (accuracy, keep)
+    ordered = [best[size] for size in sorted(best)]
+    return [keep for _, keep in ordered], [accuracy for accuracy, _ in ordered]
+
+
+def _flip(keep: Keep, *places: int) -> Keep:
+    return tuple(kept != (k in places) for k, kept in enumerate(keep))
+
+
+def _without_one(keep: Keep) -> list[Keep]:
+    return [_flip(keep, k) for k, kept in enumerate(keep) if kept]
+
+
+def _with_one(keep: Keep) -> list[Keep]:
+    return [_flip(keep, k) for k, kept in enumerate(keep) if not kept]
+
+
+def _swaps(keep: Keep) -> list[Keep]:
+    return [_flip(keep, i, j) for i, a in enumerate(keep) for j, b in enumerate(keep) if a and not b]
+
+
+def find_front(
+    backbone: Backbone, images: Images, costs: Costs, budget: float, limit: int, hints: Sequence[Keep] = ()
+) -> StaticFront:
+    """Search the static front of a backbone on the first ``limit`` validation images."""
+    if budget < 0 or limit < 1:
+        raise UserError(f"front.budget must not be negative and front.images at least 1, got {budget} and {limit}")
+    scorer = SetScorer(backbone, images, limit)
+    sets, accuracy, finished = search(scorer, costs, budget, hints=hints)
+    macs = [costs.of(torch.tensor(keep)).item() for keep in sets]
+    return StaticFront(
+        sets, accuracy, macs, scorer.count, finished, backbone.content_hash(), images.fingerprint()
+    )
+
+
+def known_front(backbone: Backbone, images: Images, cache: Path) -> StaticFront | None:
+    """A front searched earlier on this very network and these very images: one that ships, or one in ``cache``."""
+    asked = (backbone.content_hash(), images.fingerprint())
+    for path in [*sorted(WEIGHTS.glob("*.front.json")), cache / f"{asked[0]}-{asked[1]}.json"]:
+        try:
+            front = StaticFront.load(path)
+        except (OSError, ValueError, TypeError, KeyError):
+            continue  # absent, or damaged: it is searched anew
+        if (front.backbone, front.data) == asked:
+            return front
+    return None

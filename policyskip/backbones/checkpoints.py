@@ -1,0 +1,234 @@
+"""Weights in and out: shipped ones by name, our own files, and networks that others trained.
+
+No file is ever unpickled freely: safetensors, or ``torch.load(weights_only=True)``, which refuses code.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from policyskip.backbones.base import IMAGENET_MEAN, IMAGENET_STD, Backbone
+from policyskip.backbones.resnet import CifarResNet, Shortcut, TorchvisionResNet
+from policyskip.errors import UserError
+
+WEIGHTS = Path(__file__).parent.parent / "weights"
+"""Weights that ship with the package, each with the command and figures that made it beside it."""
+RANDOM = "random"
+"""The checkpoint that is none: random weights, for trying things out."""
+
+State = dict[str, Tensor]
+
+
+def cifar_resnet(
+    num_classes: int,
+    depth: int,
+    checkpoint: str | None,
+    shortcut: Shortcut | None = None,
+    width: int | None = None,
+    mean: Sequence[float] | None = None,
+    std: Sequence[float] | None = None,
+) -> CifarResNet:
+    """A CIFAR ResNet with the weights of ``checkpoint``: a shipped name, a file, or "random".
+
+    What is left None comes from the checkpoint: our files say it; in others it follows from their layout
+    (see :func:`read_checkpoint`). With "random": shortcut "pool", width 16, ImageNet's normalisation.
+
+    Raises:
+        UserError: no such checkpoint, or one of another depth, width, number of classes or architecture.
+    """
+    asked = dict(depth=depth, shortcut=shortcut, width=width, mean=mean, std=std)
+    given = {name: value for name, value in asked.items() if value is not None}
+    if checkpoint is None:
+        raise UserError(
+            f"backbone.checkpoint is not set: a frozen ResNet-{depth} needs trained weights; give a file, one of "
+            f"{', '.join(shipped())}, make one with `policyskip pretrain`, or say backbone.checkpoint=random"
+        )
+    if checkpoint == RANDOM:
+        return CifarResNet(**{"num_classes": num_classes, **given})
+    state, found = read_checkpoint(checkpoint)
+    for name in ("depth", "width"):
+        if name in given and name in found and given[name] != found[name]:
+            raise UserError(f"{checkpoint} holds a ResNet of {name} {found[name]}, not of {name} {given[name]}")
+    if found["num_classes"] != num_classes:
+        raise UserError(f"{checkpoint} has {found['num_classes']} classes, the data has {num_classes}")
+    backbone = CifarResNet(**{**found, **given})
+    _load_into(backbone, state, checkpoint)
+    return backbone
+
+
+def torchvision_resnet(num_classes: int, depth: int, checkpoint: str | None = "DEFAULT") -> TorchvisionResNet:
+    """torchvision's ImageNet ResNet: its own weights ("DEFAULT", "IMAGENET1K_V1", …, downloaded by torchvision),
+    a file with a torchvision state dict of any number of classes, or "random".
+
+    Raises:
+        UserError: the weights cannot be had, or do not fit.
+    """
+    if checkpoint is None:
+        raise UserError("backbone.checkpoint is not set: say DEFAULT (torchvision's weights), a file, or random")
+    if checkpoint == RANDOM:
+        return TorchvisionResNet(depth, num_classes)
+    if Path(checkpoint).is_file():
+        backbone = TorchvisionResNet(depth, num_classes)
+        _load_into(backbone, _from_torchvision_names(_read_tensors(Path(checkpoint)), backbone), checkpoint)
+        return backbone
+    try:
+        return TorchvisionResNet(depth, num_classes, checkpoint)
+    except (OSError, ValueError, KeyError, RuntimeError) as error:
+        raise UserError(
+            f"no weights {checkpoint} for torchvision's resnet{depth} ({error}); give backbone.checkpoint=FILE"
+        ) from error
+
+
+def load(name: str) -> CifarResNet:
+    """Shipped weights by name, or a file that ``policyskip pretrain`` wrote, as a frozen backbone."""
+    state, architecture = read_checkpoint(name)
+    backbone = CifarResNet(**architecture)
+    _load_into(backbone, state, name)
+    backbone.freeze()
+    return backbone
+
+
+def save(backbone: CifarResNet, path: Path) -> None:
+    """Write a backbone that :func:`load` and ``backbone.checkpoint=`` take."""
+    state = {name: value.detach().cpu().contiguous() for name, value in backbone.state_dict().items()}
+    temporary = path.with_suffix(".tmp")
+    save_file(state, temporary, metadata={"policyskip": json.dumps(backbone.architecture)})
+    temporary.replace(path)
+
+
+def shipped() -> list[str]:
+    """Names of the weights that come with the package."""
+    return sorted(file.stem for file in WEIGHTS.glob("*.safetensors"))
+
+
+def find(checkpoint: str) -> Path:
+    """The file that a checkpoint's name or path stands for."""
+    for path in (Path(checkpoint).expanduser(), WEIGHTS / f"{checkpoint}.safetensors"):
+        if path.is_file():
+            return path
+    raise UserError(f"there is no checkpoint {checkpoint}: neither a file nor one of {', '.join(shipped())}")
+
+
+def read_checkpoint(checkpoint: str) -> tuple[State, dict[str, Any]]:
+    """Tensors under our names, and the arguments of :class:`CifarResNet` that fit them.
+
+    Other people's files are recognised by their names: ``layerL.B.…`` (torchvision, and the many CIFAR ResNets
+    written after it; ImageNet normalisation, shortcut A unless there are projections) and ``blocks.S.B.…``
+    (BlockDrop's; no normalisation, average-pool shortcut).
+    """
+    path = find(checkpoint)
+    if path.suffix == ".safetensors":
+        architecture = _metadata(path)
+        if architecture is not None:
+            return _read_tensors(path), architecture
+    return _translate(_read_tensors(path), checkpoint)
+
+
+def _metadata(path: Path) -> dict[str, Any] | None:
+    try:
+        with safe_open(path, "pt") as file:
+            text = (file.metadata() or {}).get("policyskip")
+        return None if text is None else dict(json.loads(text))
+    except (SafetensorError, OSError, ValueError) as error:
+        raise UserError(f"cannot read {path} as weights: {error}") from error
+
+
+def _read_tensors(path: Path) -> State:
+    """The tensors of a checkpoint file, ``module.`` prefixes removed; nothing in the file is executed."""
+    try:
+        if path.suffix == ".safetensors":
+            content: Any = load_file(path)
+        else:
+            content = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # damaged files raise whatever the reader stumbles over
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise UserError(f"cannot read {path} as weights (files are never executed): {reason}") from error
+    for key in ("state_dict", "resnet", "net", "model"):
+        if isinstance(content, dict) and isinstance(content.get(key), dict):
+            content = content[key]
+    if not isinstance(content, dict) or not any(isinstance(value, Tensor) for value in content.values()):
+        raise UserError(f"{path} holds no weights: it must be a state dict, or a dictionary with one")
+    tensors = {str(key).removeprefix("module."): value for key, value in content.items() if isinstance(value, Tensor)}
+    return tensors
+
+
+def _translate(tensors: State, source: str) -> tuple[State, dict[str, Any]]:
+    """Other people's names to ours, and what architecture they imply."""
+    torchvision_like = any(name.startswith("layer1.0.") for name in tensors)
+    blockdrop = any(name.startswith("blocks.0.0.") for name in tensors)
+    if not (torchvision_like or blockdrop) or "conv1.weight" not in tensors:
+        some = ", ".join(list(tensors)[:3])
+        raise UserError(f"{source} is not a CIFAR ResNet that is known here; its tensors are named {some}, …")
+    pattern = re.compile(r"layer(\d+)\.(\d+)\.(.+)" if torchvision_like else r"blocks\.(\d+)\.(\d+)\.(.+)")
+    first = 1 if torchvision_like else 0
+    places = {(int(m[1]) - first, int(m[2])) for m in map(pattern.fullmatch, tensors) if m}
+    sizes = [sum(stage == s for stage, _ in places) for s in range(max(stage for stage, _ in places) + 1)]
+    if len(sizes) != 3 or len(set(sizes)) != 1:
+        raise UserError(f"{source} is not a CIFAR ResNet: its stages have {sizes} blocks, not three times the same")
+    n, state = sizes[0], {}
+    for name, value in tensors.items():
+        match = pattern.fullmatch(name)
+        shortcut = re.fullmatch(r"ds\.(\d+)\.(.+)", name)
+        if match:
+            k, rest = (int(match[1]) - first) * n + int(match[2]), match[3]
+            inner = re.sub(r"^(shortcut|downsample)\.", "", rest)
+            state[f"blocks.{k}.{'residual' if inner == rest else 'shortcut'}.{inner}"] = value
+        elif shortcut:
+            state[f"blocks.{int(shortcut[1]) * n}.shortcut.{shortcut[2]}"] = value
+        else:
+            renamed = re.sub(r"^conv1\.", "stem.conv.", re.sub(r"^bn1\.", "stem.bn.", name))
+            state[re.sub(r"^(fc|linear)\.", "head.linear.", renamed)] = value
+    if "head.linear.weight" not in state:
+        raise UserError(f"{source} has no classifier (fc or linear)")
+    projections = any(".shortcut." in name for name in state)
+    return state, {
+        "depth": 6 * n + 2,
+        "num_classes": len(state["head.linear.weight"]),
+        "shortcut": "B" if projections else "A" if torchvision_like else "pool",
+        "width": len(tensors["conv1.weight"]),
+        "mean": IMAGENET_MEAN if torchvision_like else (0.0, 0.0, 0.0),
+        "std": IMAGENET_STD if torchvision_like else (1.0, 1.0, 1.0),
+    }
+
+
+def _from_torchvision_names(tensors: State, backbone: Backbone) -> State:
+    """torchvision's names to those of a :class:`TorchvisionResNet`."""
+    starts = [sum(backbone.stages[:s]) for s in range(len(backbone.stages))]
+    state = {}
+    for name, value in tensors.items():
+        match = re.fullmatch(r"layer(\d)\.(\d+)\.(.+)", name)
+        if match:
+            k, rest = starts[int(match[1]) - 1] + int(match[2]), match[3]
+            branch = "shortcut" if rest.startswith("downsample.") else "residual"
+            name = f"blocks.{k}.{branch}.{rest.removeprefix('downsample.')}"
+        else:
+            name = re.sub(r"^fc\.", "head.linear.", re.sub(r"^bn1\.", "stem.bn.", re.sub(r"^conv1\.", "stem.conv.", name)))
+        state[name] = value
+    return state
+
+
+def _load_into(backbone: Backbone, state: State, source: str) -> None:
+    """Load every tensor or none; the normalisation and old files' missing counters are the backbone's own."""
+    own = backbone.state_dict()
+    optional = {name for name in own if name in ("mean", "std") or name.endswith("num_batches_tracked")}
+    missing = sorted(set(own) - set(state) - optional)
+    unexpected = sorted(set(state) - set(own))
+    if missing or unexpected:
+        what = f"misses {missing[0]}" if missing else f"has {unexpected[0]} too many"
+        count = len(missing) + len(unexpected)
+        raise UserError(f"{source} does not fit {backbone.name}: it {what}" + (f" ({count} differences)" if count > 1 else ""))
+    for name, value in state.items():
+        if value.shape != own[name].shape:
+            shapes = f"{tuple(value.shape)}, not {tuple(own[name].shape)}"
+            raise UserError(f"{source} does not fit {backbone.name}: {name} has shape {shapes}")
+    skip = {"mean", "std"}
+    backbone.load_state_dict({**own, **{k: v for k, v in state.items() if k not in skip}})

@@ -1,0 +1,57 @@
+"""What each block costs, in multiply-accumulates (MACs) of convolutions and linear layers.
+
+Shapes: B images, K blocks.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
+
+from policyskip.backbones.base import Backbone
+
+
+@dataclass(frozen=True)
+class Costs:
+    """MACs for one image: ``always`` (stem, shortcuts, head) and ``block_K`` (float64 (K,), the residual branches)."""
+
+    always: float
+    block_K: Tensor
+
+    @property
+    def full(self) -> float:
+        """MACs of the whole network."""
+        return self.always + float(self.block_K.sum())
+
+    def of(self, keep: Tensor) -> Tensor:
+        """MACs, float64 (…), of keep decisions (…, K)."""
+        return self.always + keep.to(torch.float64) @ self.block_K.to(keep.device)
+
+
+def count_macs(module: nn.Module, *inputs: Tensor) -> float:
+    """MACs of one call, by torch's flop counter (which counts two operations for each MAC)."""
+    with torch.no_grad(), FlopCounterMode(display=False) as counter:
+        module(*inputs)
+    return counter.get_total_flops() / 2
+
+
+def count_costs(backbone: Backbone, image_shape: tuple[int, int, int]) -> Costs:
+    """Costs of each block of ``backbone`` for one image of shape (3, H, W)."""
+    device = backbone.mean.device
+    was_training = backbone.training
+    backbone.eval()
+    with torch.no_grad():
+        images = torch.zeros(1, *image_shape, device=device)
+        always = count_macs(backbone.stem, images)
+        x = backbone.features(images)
+        block_macs = []
+        for block in backbone.blocks:
+            block_macs.append(count_macs(block.residual, x))
+            always += count_macs(block.shortcut, x)
+            x = block(x)
+        always += count_macs(backbone.head, x)
+    backbone.train(was_training)
+    return Costs(always, torch.tensor(block_macs, dtype=torch.float64))

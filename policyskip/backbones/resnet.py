@@ -1,0 +1,167 @@
+"""Residual networks: the CIFAR family (depth 6n+2) and torchvision's ImageNet ResNets.
+
+Shapes: B images, C classes, H W pixels.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Callable, Sequence
+from typing import Literal
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from policyskip.backbones.base import IMAGENET_MEAN, IMAGENET_STD, Backbone, Block
+
+Shortcut = Literal["A", "pool", "B"]
+
+
+class SubsampleShortcut(nn.Module):
+    """Option A of He et al. (2016): every second pixel, and zero channels added, half on each side."""
+
+    def __init__(self, channels_in: int, channels_out: int, stride: int) -> None:
+        super().__init__()
+        self.stride = stride
+        self.pad = ((channels_out - channels_in) // 2, (channels_out - channels_in + 1) // 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.pad(x[:, :, :: self.stride, :: self.stride], (0, 0, 0, 0, *self.pad))
+
+
+class PoolShortcut(nn.Module):
+    """BlockDrop's parameter-free variant of option A: average pooling, and zero channels added behind."""
+
+    def __init__(self, channels_in: int, channels_out: int, stride: int) -> None:
+        super().__init__()
+        self.stride = stride
+        self.extra = channels_out - channels_in
+
+    def forward(self, x: Tensor) -> Tensor:
+        # ceil_mode keeps odd sizes in step with the strided convolution.
+        pooled = F.avg_pool2d(x, self.stride, ceil_mode=True, count_include_pad=False) if self.stride > 1 else x
+        return F.pad(pooled, (0, 0, 0, 0, 0, self.extra))
+
+
+def projection_shortcut(channels_in: int, channels_out: int, stride: int) -> nn.Module:
+    """Option B of He et al. (2016): a strided 1×1 convolution with batch normalisation."""
+    return nn.Sequential(
+        nn.Conv2d(channels_in, channels_out, 1, stride, bias=False),
+        nn.BatchNorm2d(channels_out),
+    )
+
+
+SHORTCUTS: dict[str, Callable[[int, int, int], nn.Module]] = {
+    "A": SubsampleShortcut,
+    "pool": PoolShortcut,
+    "B": projection_shortcut,
+}
+
+
+def basic_block(channels_in: int, channels_out: int, stride: int, shortcut: Shortcut) -> Block:
+    """conv3×3 – BN – ReLU – conv3×3 – BN, beside a shortcut."""
+    residual = nn.Sequential(
+        OrderedDict(
+            conv1=nn.Conv2d(channels_in, channels_out, 3, stride, padding=1, bias=False),
+            bn1=nn.BatchNorm2d(channels_out),
+            relu=nn.ReLU(),
+            conv2=nn.Conv2d(channels_out, channels_out, 3, padding=1, bias=False),
+            bn2=nn.BatchNorm2d(channels_out),
+        )
+    )
+    same = stride == 1 and channels_in == channels_out
+    return Block(residual, nn.Identity() if same else SHORTCUTS[shortcut](channels_in, channels_out, stride))
+
+
+class CifarResNet(Backbone):
+    """ResNet for small images (He et al. 2016, section 4.2): three stages of n basic blocks, depth 6n+2.
+
+    Args:
+        depth: 6n+2, so 8, 14, 20, 32, 56, 110, …
+        num_classes: C.
+        shortcut: "A" (subsampling), "pool" (average-pool A, BlockDrop's) or "B" (projection).
+        width: channels of the first stage; each later stage has twice as many.
+        mean, std: pixel normalisation, per channel, for pixels in [0, 1].
+
+    Raises:
+        ValueError: the depth is not 6n+2, or the shortcut is unknown.
+    """
+
+    def __init__(
+        self,
+        depth: int,
+        num_classes: int,
+        shortcut: Shortcut = "pool",
+        width: int = 16,
+        mean: Sequence[float] = IMAGENET_MEAN,
+        std: Sequence[float] = IMAGENET_STD,
+    ) -> None:
+        if depth < 8 or (depth - 2) % 6:
+            raise ValueError(f"depth must be 6n+2 (8, 14, 20, 32, 56, 110, …), got {depth}")
+        if shortcut not in SHORTCUTS:
+            raise ValueError(f"shortcut must be one of {', '.join(SHORTCUTS)}, got {shortcut!r}")
+        n = (depth - 2) // 6
+        stem = nn.Sequential(
+            OrderedDict(conv=nn.Conv2d(3, width, 3, padding=1, bias=False), bn=nn.BatchNorm2d(width), relu=nn.ReLU())
+        )
+        blocks, channels = [], width
+        for stage in range(3):
+            for i in range(n):
+                out = width * 2**stage
+                blocks.append(basic_block(channels, out, 2 if stage and not i else 1, shortcut))
+                channels = out
+        head = nn.Sequential(
+            OrderedDict(
+                pool=nn.AdaptiveAvgPool2d(1), flatten=nn.Flatten(), linear=nn.Linear(channels, num_classes)
+            )
+        )
+        super().__init__(stem, blocks, head, num_classes, mean, std, stages=(n, n, n))
+        self.name = f"resnet{depth}"
+        self.architecture = dict(
+            depth=depth, num_classes=num_classes, shortcut=shortcut, width=width, mean=list(mean), std=list(std)
+        )
+        for module in self.modules():
+            if isinstance(module, nn.Conv2d):
+                nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
+
+
+class TorchvisionResNet(Backbone):
+    """torchvision's ImageNet ResNet (depth 18, 34, 50, 101, 152), its blocks made skippable.
+
+    Args:
+        depth: which one.
+        num_classes: C; pretrained weights have 1000.
+        weights: "DEFAULT", "IMAGENET1K_V1" or "IMAGENET1K_V2" (downloaded by torchvision), or None for random ones.
+
+    Raises:
+        ValueError: unknown depth or weights; OSError: the download failed.
+    """
+
+    def __init__(self, depth: int, num_classes: int = 1000, weights: str | None = None) -> None:
+        from torchvision.models import get_model
+
+        if depth not in (18, 34, 50, 101, 152):
+            raise ValueError(f"torchvision has ResNets of depth 18, 34, 50, 101 and 152, not {depth}")
+        net = get_model(f"resnet{depth}", weights=weights, num_classes=1000 if weights else num_classes)
+        if num_classes != net.fc.out_features:
+            raise ValueError(f"the pretrained weights have {net.fc.out_features} classes, the data {num_classes}")
+        stem = nn.Sequential(
+            OrderedDict(conv=net.conv1, bn=net.bn1, relu=net.relu, maxpool=net.maxpool)
+        )
+        head = nn.Sequential(OrderedDict(pool=net.avgpool, flatten=nn.Flatten(), linear=net.fc))
+        stages = [net.layer1, net.layer2, net.layer3, net.layer4]
+        blocks = [_from_torchvision(block) for stage in stages for block in stage]
+        super().__init__(stem, blocks, head, num_classes, IMAGENET_MEAN, IMAGENET_STD, [len(s) for s in stages])
+        self.name = f"torchvision_resnet{depth}"
+
+
+def _from_torchvision(block: nn.Module) -> Block:
+    """Split a torchvision BasicBlock or Bottleneck into residual branch and shortcut."""
+    layers: OrderedDict[str, nn.Module] = OrderedDict()
+    convolutions = 3 if hasattr(block, "conv3") else 2
+    for i in range(1, convolutions + 1):
+        layers[f"conv{i}"] = getattr(block, f"conv{i}")
+        layers[f"bn{i}"] = getattr(block, f"bn{i}")
+        if i < convolutions:
+            layers[f"relu{i}"] = nn.ReLU()
+    return Block(nn.Sequential(layers), block.downsample or nn.Identity())

@@ -1,0 +1,251 @@
+"""``policyskip <command> key=value …``: each command is a Hydra app over the packaged configurations."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Callable
+from typing import Any
+
+USAGE = """\
+policyskip: decide for each image how much of a network to run.
+
+  policyskip train agent=blockdrop    learn a policy over a frozen network; judge it on the test split
+  policyskip pretrain                 train a network whose blocks can be skipped
+  policyskip evaluate run=runs/x      repeat a run's figures from its folder
+  policyskip front                    search the best fixed keep-sets of a network
+
+Arguments are key=value, as in `policyskip train reward.penalty=2 seed=1`. `policyskip train --help` shows the
+groups, `policyskip train --cfg job` every key with its value, `--multirun seed=0,1,2` runs several."""
+
+
+def train(config: Any) -> int:
+    """An agent learns in an environment over a frozen backbone, and is judged on the test split."""
+    from policyskip import report, training
+    from policyskip.config import find_device, plain, set_up, settings_of
+    from policyskip.evaluation import evaluate
+    from policyskip.tracking import Tracker
+
+    config, run, resume = _new_or_resumed(config)
+    settings = settings_of(config)
+    setup = set_up(plain(config), find_device(settings.device))
+    env = setup.env(setup.data.train, "shuffled", settings.seed)
+    agent = setup.agent(env)
+    validation = setup.env(setup.data.validation)
+    names = dict(agent=type(agent).__name__.lower(), env="BlockSelection-v0", backbone=setup.backbone.name, data=setup.data.name)
+    print(f"{names['agent']} learns on {names['data']} over {names['backbone']} ({env.costs.full / 1e6:.1f} M MACs)", flush=True)
+    run = run or _new_run(config)
+    tracker = Tracker(run, settings.tracking.mode, plain(config), settings.tracking.project, settings.tracking.group)
+    try:
+        finished = training.train(
+            agent,
+            env,
+            lambda: evaluate(agent, validation, full=False).figures(),
+            agent.policy.state_dict,
+            run,
+            tracker,
+            resume=resume,
+            **settings.train.model_dump(),
+        )
+        if not finished:
+            return _stopped("train", run)
+        seconds = run.load_checkpoint()["seconds"]
+        summary = report.finish(setup, agent, run, tracker, names, seconds)
+    finally:
+        tracker.close()
+    report.show_table(summary)
+    print(f"Run folder: {run.folder}\nPictures:   {run.folder / 'plots'}\nW&B:        {tracker.where}")
+    return 0
+
+
+def pretrain(config: Any) -> int:
+    """A CIFAR ResNet learns to classify, with stochastic depth, and is written for ``backbone.checkpoint=``."""
+    from policyskip import training
+    from policyskip.backbones import checkpoints
+    from policyskip.config import build, build_backbone, build_data, find_device, plain, settings_of
+    from policyskip.data import Feed
+    from policyskip.errors import UserError
+    from policyskip.pretraining import pixel_statistics
+    from policyskip.tracking import Tracker
+
+    config, run, resume = _new_or_resumed(config)
+    settings, content = settings_of(config), plain(config)
+    device = find_device(settings.device)
+    data, batch_size = build_data(content["data"], device)
+    node = content["backbone"]
+    if node.get("mean") is None and node.get("checkpoint") == checkpoints.RANDOM:
+        node["mean"], node["std"] = pixel_statistics(data.train)
+    backbone: Any = build_backbone(node, data, device)
+    if not hasattr(backbone, "architecture"):
+        raise UserError(f"pretrain trains CIFAR ResNets, not {backbone.name}")
+    learner = build("pretrain", content["pretrain"], backbone=backbone, total_steps=settings.train.steps, seed=settings.seed)
+    feed = Feed(data.train, batch_size, "shuffled", settings.seed)
+    run = run or _new_run(config)
+    tracker = Tracker(run, settings.tracking.mode, content, settings.tracking.project, settings.tracking.group)
+    try:
+        finished = training.train(
+            learner,
+            feed,
+            lambda: learner.accuracies(data.validation),
+            backbone.state_dict,
+            run,
+            tracker,
+            choose_by="accuracy",
+            resume=resume,
+            **settings.train.model_dump(),
+        )
+        if not finished:
+            return _stopped("pretrain", run)
+        backbone.load_state_dict(run.load_best())
+        weights = run.folder / "backbone.safetensors"
+        checkpoints.save(backbone, weights)
+        summary = dict(backbone=backbone.name, data=data.name, seed=settings.seed, steps=settings.train.steps)
+        summary |= {"seconds": round(run.load_checkpoint()["seconds"], 1), "hash": backbone.content_hash()}
+        summary |= {f"test/{key}": value for key, value in learner.accuracies(data.test).items()}
+        run.save_json("summary.json", summary)
+        tracker.finish(summary, [], [weights, run.folder / "summary.json"], None)
+    finally:
+        tracker.close()
+    full, half = summary["test/accuracy"], summary["test/accuracy_half_the_blocks"]
+    print(f"Test accuracy {100 * full:.2f} % with all blocks, {100 * half:.2f} % with a random half of them.")
+    print(f"Use it:  policyskip train backbone={_choice('backbone', backbone.name)} backbone.checkpoint={weights}")
+    return 0
+
+
+def evaluate(config: Any) -> int:
+    """A run's best policy, judged again from its folder."""
+    from omegaconf import OmegaConf
+
+    from policyskip import report
+    from policyskip.config import find_device, plain, set_up
+    from policyskip.errors import UserError
+    from policyskip.runs import open_run
+
+    asked = plain(config)
+    run = open_run(str(asked["run"]))
+    try:
+        saved = plain(OmegaConf.load(run.folder / "config.yaml"))  # type: ignore[arg-type]
+        setup = set_up(saved, find_device(str(asked["device"])), trusted=bool(asked["trust"]))
+    except (KeyError, TypeError, AttributeError, AssertionError) as error:
+        raise UserError(f"{run.folder / 'config.yaml'} is damaged or not that of a train run: {error!r}") from error
+    agent = setup.agent(setup.env(setup.data.validation))
+    report.load_best(agent, run)
+    result = report.judge(setup, agent, str(asked["split"]))
+    summary = {f"{asked['split']}/{key}": value for key, value in result.figures().items()}
+    for key, value in summary.items():
+        print(f"{key}: {value}")
+    if asked["split"] == "test" and (run.folder / "summary.json").is_file():
+        before = run.load_json("summary.json")
+        changed = [key for key, value in summary.items() if before.get(key) != value]
+        print(f"Differs from summary.json in {', '.join(changed)}." if changed else "Every figure is that of summary.json.")
+    return 0
+
+
+def front(config: Any) -> int:
+    """The best fixed keep-set of every size, searched on validation images."""
+    from pathlib import Path
+
+    from policyskip.config import find_device, plain, set_up, settings_of
+    from policyskip.report import static_front
+
+    settings, content = settings_of(config), plain(config)
+    setup = set_up(content, find_device(settings.device))
+    assert settings.front is not None
+    found = static_front(setup, settings.front)
+    for keep, accuracy, macs in zip(found.sets, found.accuracy, found.macs, strict=True):
+        blocks = "".join("01"[kept] for kept in keep)
+        print(f"{sum(keep):3d} blocks  {blocks}  {macs / 1e6:8.2f} M MACs  validation accuracy {100 * accuracy:.2f} %")
+    if content["output"]:
+        found.save(Path(content["output"]))
+        print(f"Written to {content['output']}")
+    return 0
+
+
+COMMANDS: dict[str, Callable[[Any], int]] = {"train": train, "pretrain": pretrain, "evaluate": evaluate, "front": front}
+EXIT_BAD_INPUT, EXIT_INTERRUPTED = 2, 130
+
+
+def main() -> None:
+    """Entry point of ``policyskip`` and ``python -m policyskip``."""
+    arguments = sys.argv[1:]
+    if not arguments or arguments[0] in ("-h", "--help", "help"):
+        print(USAGE)
+        return
+    if arguments[0] == "--version":
+        from policyskip import __version__
+
+        print(f"policyskip {__version__}")
+        return
+    if arguments[0] not in COMMANDS:
+        print(f"policyskip: there is no command {arguments[0]!r}; it is one of {', '.join(COMMANDS)}", file=sys.stderr)
+        sys.exit(EXIT_BAD_INPUT)
+    command = sys.argv.pop(1)
+    sys.argv[0] = f"policyskip {command}"
+    sys.path.insert(0, os.getcwd())  # so that reward._target_=my_rewards.Mine finds my_rewards.py here
+    os.environ["HYDRA_FULL_ERROR"] = "1"  # errors come to us, and become one line
+    sys.exit(_run(command))
+
+
+def _run(command: str) -> int:
+    import hydra
+    from hydra.errors import HydraException
+    from omegaconf.errors import OmegaConfBaseException
+
+    from policyskip.errors import UserError
+
+    status = 0
+
+    def job(config: Any) -> None:
+        nonlocal status
+        status = COMMANDS[command](config)
+
+    app = hydra.main(config_path="pkg://policyskip.configs", config_name=command, version_base="1.3")(job)
+    try:
+        app()
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        return EXIT_INTERRUPTED
+    except (UserError, HydraException, OmegaConfBaseException) as error:
+        lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+        print(f"policyskip {command}: {' '.join(lines[:2])}", file=sys.stderr)
+        return EXIT_BAD_INPUT
+    return status
+
+
+def _new_or_resumed(config: Any) -> tuple[Any, Any, bool]:
+    """The configuration to run with, the run folder if there is one, and whether to go on from its checkpoint."""
+    from hydra.core.hydra_config import HydraConfig
+    from omegaconf import OmegaConf
+
+    from policyskip.errors import UserError
+    from policyskip.runs import open_run
+
+    if config.run.resume is None:
+        return config, None, False
+    run = open_run(config.run.resume)
+    allowed = ("run.resume", "train.steps", "device", "tracking.mode")
+    changes = [o for o in HydraConfig.get().overrides.task if not o.startswith("run.resume=")]
+    for change in changes:
+        if change.split("=")[0] not in allowed:
+            raise UserError(f"{change.split('=')[0]} cannot change when a run is resumed; only {', '.join(allowed[1:])} can")
+    saved = OmegaConf.load(run.folder / "config.yaml")
+    return OmegaConf.merge(saved, OmegaConf.from_dotlist(changes)), run, (run.folder / "checkpoint.pt").is_file()
+
+
+def _new_run(config: Any) -> Any:
+    from omegaconf import OmegaConf
+
+    from policyskip.runs import create
+
+    return create(config.run.dir, OmegaConf.to_yaml(config, resolve=True))
+
+
+def _stopped(command: str, run: Any) -> int:
+    print(f"Stopped and saved. Go on with:  policyskip {command} run.resume={run.folder}")
+    return EXIT_INTERRUPTED
+
+
+def _choice(group: str, otherwise: str) -> str:
+    from hydra.core.hydra_config import HydraConfig
+
+    return str(HydraConfig.get().runtime.choices.get(group, otherwise))

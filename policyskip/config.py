@@ -1,0 +1,263 @@
+"""From a composed configuration to the objects it names.
+
+Every group's YAML says ``_target_: package.module.Name`` and the arguments of that name; the
+arguments are checked against its signature here, so that a wrong key or value is one clear line.
+"""
+
+from __future__ import annotations
+
+import importlib
+import inspect
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+from importlib.metadata import entry_points
+from typing import Any, get_type_hints
+
+import torch
+from omegaconf import DictConfig, OmegaConf
+from pydantic import BaseModel, ConfigDict, PositiveInt, TypeAdapter, ValidationError
+
+from policyskip.agents.base import Agent
+from policyskip.backbones import Backbone
+from policyskip.data import Data, Images, Order
+from policyskip.envs.block_selection import BlockSelectionVectorEnv
+from policyskip.errors import UserError
+from policyskip.rewards import Reward
+
+
+class _Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", strict=True)
+
+
+class TrainSection(_Section):
+    steps: PositiveInt
+    validate_every: PositiveInt
+    log_every: PositiveInt
+
+
+class RunSection(_Section):
+    dir: str
+    resume: str | None
+
+
+class FrontSection(_Section):
+    budget: float
+    images: PositiveInt
+    learner_steps: int
+
+
+class TrackingSection(_Section):
+    mode: str
+    project: str
+    group: str | None
+
+
+class Settings(_Section):
+    """The keys that are no group, with their types."""
+
+    seed: int
+    device: str
+    train: TrainSection
+    run: RunSection
+    tracking: TrackingSection
+    front: FrontSection | None = None
+
+
+GROUPS = ("data", "backbone", "env", "reward", "agent", "pretrain")
+
+
+def settings_of(config: DictConfig) -> Settings:
+    """The checked settings of a configuration, groups aside.
+
+    Raises:
+        UserError: the first key that is unknown or has a wrong value.
+    """
+    content = {key: value for key, value in plain(config).items() if key not in GROUPS}
+    try:
+        return Settings.model_validate(content)
+    except ValidationError as error:
+        raise UserError(_first_problem("", error)) from error
+
+
+def plain(config: DictConfig) -> dict[str, Any]:
+    """The resolved configuration as plain dictionaries."""
+    content = OmegaConf.to_container(config, resolve=True)
+    assert isinstance(content, dict)
+    return {str(key): value for key, value in content.items()}
+
+
+def build(group: str, node: dict[str, Any], trusted: bool = True, **given: Any) -> Any:
+    """Call a group's ``_target_`` with its other keys and with those of ``given`` that it takes.
+
+    Args:
+        trusted: False refuses targets outside policyskip: the configuration came with a run folder, and importing what
+            it names would execute its author's code.
+
+    Raises:
+        UserError: the target cannot be imported, or does not take these arguments.
+    """
+    arguments = {str(key): value for key, value in node.items() if key != "_target_"}
+    target = node.get("_target_")
+    if not isinstance(target, str):
+        raise UserError(f"{group}._target_ must name a class or function as package.module.Name, got {target!r}")
+    call = _resolve(group, target, trusted)
+    try:
+        signature = inspect.signature(call)
+    except (TypeError, ValueError) as error:
+        raise UserError(f"{group}._target_={target} cannot be called: {error}") from error
+    takes_any = any(p.kind is p.VAR_KEYWORD for p in signature.parameters.values())
+    settable = [name for name in signature.parameters if name not in given]
+    unknown = [key for key in arguments if key not in settable]
+    if unknown and not takes_any:
+        raise UserError(f"{group} has no key {unknown[0]}; {target} takes {', '.join(settable) or 'none'}")
+    given = {key: value for key, value in given.items() if takes_any or key in signature.parameters}
+    missing = [
+        name
+        for name, p in signature.parameters.items()
+        if p.default is p.empty and p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)
+        if name not in arguments and name not in given
+    ]
+    if missing:
+        raise UserError(f"{group}.{missing[0]} is not set; {target} needs it")
+    hints = _hints(call)
+    for key, value in arguments.items():
+        if key in hints:
+            try:
+                arguments[key] = TypeAdapter(hints[key], config=ConfigDict(strict=True)).validate_python(_as_declared(value, hints[key]))
+            except ValidationError as error:
+                raise UserError(_first_problem(f"{group}.{key}", error)) from error
+            except Exception:  # noqa: S112 - a user's own annotation that pydantic cannot check
+                continue
+    return call(**arguments, **given)
+
+
+def _as_declared(value: Any, hint: Any) -> Any:
+    """YAML reads 1 and 1e-3 for a float alike as it pleases; nothing else is converted."""
+    if isinstance(value, str) and "float" in str(hint):
+        try:
+            return float(value)
+        except ValueError:
+            return value
+    return value
+
+
+def _hints(call: Any) -> dict[str, Any]:
+    try:
+        return get_type_hints(call.__init__ if inspect.isclass(call) else call)
+    except Exception:
+        return {}
+
+
+def _first_problem(prefix: str, error: ValidationError) -> str:
+    problem = error.errors()[0]
+    place = ".".join([*([prefix] if prefix else []), *(str(part) for part in problem["loc"] if not isinstance(part, int))])
+    if problem["type"] == "extra_forbidden":
+        return f"there is no key {place}"
+    return f"{place}: {problem['msg'][0].lower()}{problem['msg'][1:]}, got {problem['input']!r}"
+
+
+def _resolve(group: str, target: str, trusted: bool) -> Callable[..., Any]:
+    """Import ``package.module.Name``, or an entry point's name from the group ``policyskip.<group>s``."""
+    if "." not in target:
+        points = entry_points(group=f"policyskip.{group}s")
+        if target not in points.names:
+            known = ", ".join(sorted(points.names)) or "none is installed"
+            raise UserError(f"{group}._target_={target} is no installed {group} ({known}); or say package.module.Name")
+        target = points[target].value.replace(":", ".")
+    if not trusted and not target.startswith("policyskip."):
+        raise UserError(
+            f"the run's {group} {target} is not part of policyskip; add trust=true to import and execute it"
+        )
+    module_name, _, name = target.rpartition(".")
+    try:
+        found = getattr(importlib.import_module(module_name), name)
+    except Exception as error:  # whatever the user's module raises while it is imported
+        raise UserError(
+            f"could not import {group}._target_={target}: {type(error).__name__}: {error} (current folder: {os.getcwd()})"
+        ) from error
+    if not trusted and not getattr(found, "__module__", "").startswith("policyskip."):
+        raise UserError(f"the run's {group} {target} is not part of policyskip")
+    if not callable(found):
+        raise UserError(f"{group}._target_={target} is no class or function")
+    checked: Callable[..., Any] = found
+    return checked
+
+
+def find_device(name: str) -> torch.device:
+    """``auto`` (a GPU if there is one), ``cpu``, ``cuda`` or ``cuda:N``.
+
+    Raises:
+        UserError: no such device here.
+    """
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+    except RuntimeError as error:
+        raise UserError(f"device must be auto, cpu, cuda or cuda:N, got {name!r}") from error
+    if device.type not in ("cpu", "cuda"):
+        raise UserError(f"device must be auto, cpu, cuda or cuda:N, got {name!r}")
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise UserError(f"device {name} is not there: this machine has {torch.cuda.device_count()} CUDA devices; say device=cpu")
+    return device
+
+
+@dataclass
+class Setup:
+    """Data, backbone and reward of a configuration, and the environments and agents over them."""
+
+    config: dict[str, Any]
+    device: torch.device
+    data: Data
+    backbone: Backbone
+    reward: Reward
+    batch_size: int
+
+    def env(self, images: Images, order: Order = "sequential", seed: int = 0) -> BlockSelectionVectorEnv:
+        """An environment over a set of images."""
+        env: BlockSelectionVectorEnv = build(
+            "env",
+            self.config["env"],
+            num_envs=min(self.batch_size, len(images)),
+            backbone=self.backbone,
+            images=images,
+            reward=self.reward,
+            order=order,
+            seed=seed,
+        )
+        return env
+
+    def agent(self, env: BlockSelectionVectorEnv, **changed: Any) -> Agent:
+        """The agent, about to learn in an environment."""
+        agent: Agent = build(
+            "agent",
+            self.config["agent"] | changed,
+            env=env,
+            total_steps=self.config["train"]["steps"],
+            seed=self.config["seed"],
+        )
+        return agent
+
+
+def set_up(config: dict[str, Any], device: torch.device, trusted: bool = True) -> Setup:
+    """Build what a ``train`` configuration names; what is cheap to check comes first."""
+    reward = build("reward", config["reward"], trusted)
+    data, batch_size = build_data(config["data"], device, trusted)
+    backbone = build_backbone(config["backbone"], data, device, trusted)
+    return Setup(config, device, data, backbone, reward, batch_size)
+
+
+def build_data(node: dict[str, Any], device: torch.device, trusted: bool = True) -> tuple[Data, int]:
+    """The data set, and the number of images side by side."""
+    node = dict(node)
+    batch_size = node.pop("batch_size", 256)
+    if not isinstance(batch_size, int) or batch_size < 1:
+        raise UserError(f"data.batch_size must be a positive integer, got {batch_size!r}")
+    return build("data", node, trusted, device=device), batch_size
+
+
+def build_backbone(node: dict[str, Any], data: Data, device: torch.device, trusted: bool = True) -> Backbone:
+    """The backbone for a data set's classes, on the device, in the memory format that convolutions like best."""
+    backbone: Backbone = build("backbone", node, trusted, num_classes=len(data.classes))
+    return backbone.to(device, memory_format=torch.channels_last)  # type: ignore[call-overload, no-any-return]

@@ -1,0 +1,95 @@
+"""Cluttered digits: real handwriting of known difficulty, with no download.
+
+The 1,797 8×8 digits that ship inside scikit-learn (Alpaydin & Kaynak, 1998) are rendered larger
+among pieces cut from other digits, after the cluttered task of Mnih et al. (2014, "Recurrent
+models of visual attention"). A difficulty in [0, 1] is drawn for each image: below ``PLAIN`` the
+digit stands alone, upright and centred; from there to 1 it shrinks, turns and wanders, while
+clutter and noise grow. Digits are divided among the splits before anything is rendered, so no
+digit of a test image, be it target or clutter, appears in training.
+
+Shapes: N images, M source digits.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+PLAIN = 0.4
+"""Share of the images that show a plain digit."""
+MAX_PIECES = 8
+SIZE = 20
+"""Height and width of an image, in pixels."""
+SOURCES = {"train": 1100, "validation": 300, "test": 397}
+_SPLIT_SEED = 1998
+_CHUNK = 4096
+
+
+def render_digits(split: str, count: int, seed: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Render ``count`` images of a split ("train", "validation" or "test").
+
+    Returns: images uint8 (N, 3, 20, 20), labels int64 (N,), difficulty float32 (N,) in [0, 1].
+    One split, count and seed give the same images on every call.
+    """
+    digits, labels = _sources(split)
+    generator = torch.Generator().manual_seed(seed * 3 + list(SOURCES).index(split))
+    chunks = [_render(digits, labels, min(_CHUNK, count - i), generator) for i in range(0, count, _CHUNK)]
+    images, label, difficulty = (torch.cat(parts) for parts in zip(*chunks, strict=True))
+    return images, label, difficulty
+
+
+def _sources(split: str) -> tuple[Tensor, Tensor]:
+    """The split's own digits: float32 (M, 1, 8, 8) in [0, 1] and labels int64 (M,)."""
+    from sklearn.datasets import load_digits
+
+    bunch = load_digits()
+    order = torch.randperm(len(bunch.target), generator=torch.Generator().manual_seed(_SPLIT_SEED))
+    mine = dict(zip(SOURCES, order.split(list(SOURCES.values())), strict=True))[split]
+    digits = torch.from_numpy(bunch.images).float().unsqueeze(1) / 16
+    return digits[mine], torch.from_numpy(bunch.target).long()[mine]
+
+
+def _render(digits: Tensor, labels: Tensor, n: int, generator: torch.Generator) -> tuple[Tensor, Tensor, Tensor]:
+    def uniform(low: float, high: float) -> Tensor:
+        return torch.rand(n, generator=generator) * (high - low) + low
+
+    difficulty = uniform(0, 1)
+    hard = ((difficulty - PLAIN) / (1 - PLAIN)).clamp(0, 1)
+    target = torch.randint(len(digits), (n,), generator=generator)
+    size = uniform(15, 17) - hard * uniform(0, 4)
+    canvas = _place(
+        digits[target],
+        size,
+        angle=uniform(-1, 1) * (0.08 + 0.3 * hard),
+        dx=uniform(-1, 1) * (0.5 + 3.0 * hard),
+        dy=uniform(-1, 1) * (0.5 + 3.0 * hard),
+    )
+    pieces = (hard * MAX_PIECES).ceil()
+    for slot in range(MAX_PIECES):
+        piece = digits[torch.randint(len(digits), (n,), generator=generator)] * _window(n, generator)
+        reach = SIZE / 2
+        drawn = _place(piece, size, uniform(-math.pi, math.pi), uniform(-reach, reach), uniform(-reach, reach))
+        canvas = torch.maximum(canvas, drawn * (pieces > slot).view(-1, 1, 1, 1))
+    noise = torch.randn(canvas.shape, generator=generator) * (0.03 + 0.1 * hard).view(-1, 1, 1, 1)
+    images = ((canvas + noise).clamp(0, 1) * 255).round().to(torch.uint8).expand(-1, 3, -1, -1)
+    return images.contiguous(), labels[target], difficulty
+
+
+def _place(digits: Tensor, size: Tensor, angle: Tensor, dx: Tensor, dy: Tensor) -> Tensor:
+    """Draw digits (N, 1, 8, 8) ``size`` pixels large, turned by ``angle`` (radians) and moved by ``dx, dy`` pixels."""
+    zoom = SIZE / size
+    cos, sin = angle.cos() * zoom, angle.sin() * zoom
+    tx, ty = -2 * dx / SIZE, -2 * dy / SIZE
+    rows = [torch.stack([cos, sin, cos * tx + sin * ty], 1), torch.stack([-sin, cos, -sin * tx + cos * ty], 1)]
+    grid = F.affine_grid(torch.stack(rows, 1), [len(digits), 1, SIZE, SIZE], align_corners=False)
+    return F.grid_sample(digits, grid, mode="bilinear", padding_mode="zeros", align_corners=False)
+
+
+def _window(n: int, generator: torch.Generator) -> Tensor:
+    """Masks (N, 1, 8, 8) that leave a random 4×4 piece of a digit."""
+    corner = torch.randint(0, 5, (2, n, 1), generator=generator)
+    inside = (torch.arange(8) >= corner) & (torch.arange(8) < corner + 4)
+    return (inside[0].unsqueeze(2) & inside[1].unsqueeze(1)).unsqueeze(1).float()

@@ -1,0 +1,120 @@
+"""What an agent does on a set of images: accuracy, blocks and cost, image by image. No side effects.
+
+Shapes: N images, K blocks, C classes.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from policyskip.agents.base import Agent
+from policyskip.envs.block_selection import BlockSelectionVectorEnv
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """One row for each image, on the CPU, in the order of the set.
+
+    Attributes:
+        label_N, prediction_N: int64 (N,).
+        full_correct_N: bool (N,), whether the whole network is right; None when it was not asked.
+        keep_NK: bool (N, K).
+        macs_N: float64 (N,), what each image cost, the policy's own cost included.
+        reward_N: float32 (N,).
+        difficulty_N: float32 (N,) or None, the set's own measure.
+        policy_macs, full_macs: MACs of one decision, and of the whole network.
+    """
+
+    label_N: Tensor
+    prediction_N: Tensor
+    full_correct_N: Tensor | None
+    keep_NK: Tensor
+    macs_N: Tensor
+    reward_N: Tensor
+    difficulty_N: Tensor | None
+    policy_macs: float
+    full_macs: float
+
+    @property
+    def correct_N(self) -> Tensor:
+        return self.prediction_N == self.label_N
+
+    @property
+    def accuracy(self) -> float:
+        return self.correct_N.double().mean().item()
+
+    @property
+    def macs_fraction(self) -> float:
+        return self.macs_N.mean().item() / self.full_macs
+
+    @property
+    def kept_by_difficulty(self) -> list[float] | None:
+        """Mean number of kept blocks in each quarter of the images, easiest first; None without a difficulty."""
+        if self.difficulty_N is None:
+            return None
+        kept_N = self.keep_NK.sum(1).double()
+        return [kept_N[quarter].mean().item() for quarter in self.difficulty_N.argsort().tensor_split(4)]
+
+    def block_use_CK(self, classes: int) -> Tensor:
+        """Share of each class's images that kept each block, float64 (C, K); NaN for a class without images."""
+        return torch.stack([self.keep_NK[self.label_N == c].double().mean(0) for c in range(classes)])
+
+    def figures(self) -> dict[str, Any]:
+        """The figures that a summary states; see docs/agents/blockdrop.md for each."""
+        kept_N = self.keep_NK.sum(1).double()
+        figures: dict[str, Any] = {
+            "accuracy": self.accuracy,
+            "reward": self.reward_N.double().mean().item(),
+            "kept_mean": kept_N.mean().item(),
+            "kept_sd": kept_N.std(correction=0).item(),
+            "blocks": self.keep_NK.shape[1],
+            "macs_mean": self.macs_N.mean().item(),
+            "macs_sd": self.macs_N.std(correction=0).item(),
+            "full_macs": self.full_macs,
+            "macs_fraction": self.macs_fraction,
+            "policy_macs": self.policy_macs,
+            "unique_decisions": len(self.keep_NK.unique(dim=0)),
+        }
+        if self.full_correct_N is not None:
+            figures["full_accuracy"] = self.full_correct_N.double().mean().item()
+        if self.difficulty_N is not None:
+            figures["kept_by_difficulty"] = self.kept_by_difficulty
+        return figures
+
+
+def evaluate(agent: Agent, env: BlockSelectionVectorEnv, full: bool = True) -> Evaluation:
+    """Let the agent decide greedily for every image of a sequential environment.
+
+    Args:
+        full: also ask the whole network about the same images.
+    """
+    observation, _ = env.reset()
+    rows: list[tuple[Tensor, ...]] = []
+    while len(observation):
+        index_B = env.feed.batch.index_B
+        correct_B = torch.zeros(len(index_B), dtype=torch.bool)
+        keep_BK = agent.act(observation)
+        if full:
+            correct_B = env.score(torch.ones_like(keep_BK)).correct_B
+        observation, reward_B, *_ = env.step(keep_BK)
+        out = env.outcome
+        rows.append((index_B, out.label_B, out.logits_BC.argmax(1), correct_B, out.keep_BK, out.macs_B, reward_B))
+    index_N, label_N, prediction_N, full_N, keep_NK, macs_N, reward_N = (
+        torch.cat(column).cpu() for column in zip(*rows, strict=True)
+    )
+    difficulty_N = env.feed.images.difficulty
+    return Evaluation(
+        label_N,
+        prediction_N,
+        full_N if full else None,
+        keep_NK,
+        macs_N + agent.decision_macs,
+        reward_N,
+        None if difficulty_N is None else difficulty_N[index_N],
+        agent.decision_macs,
+        env.costs.full,
+    )

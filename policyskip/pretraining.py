@@ -1,0 +1,118 @@
+"""Making a backbone: supervised training of a CIFAR ResNet, with stochastic depth so that it survives skipping.
+
+Shapes: B images, K blocks, H W pixels.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from policyskip.agents.blockdrop import one_cycle
+from policyskip.backbones import sparse
+from policyskip.backbones.resnet import CifarResNet
+from policyskip.data import Feed, Images, sequential
+from policyskip.errors import UserError
+
+
+class Pretrainer:
+    """SGD with Nesterov momentum on the cross-entropy, the learning rate going up and down once.
+
+    Args:
+        backbone: the network to train.
+        total_steps: updates of the whole run.
+        seed: decides which blocks are dropped.
+        lr, momentum, weight_decay: of SGD.
+        stochastic_depth: "none"; "linear" keeps block k of K with probability ``1 − k/K (1 − survival)`` (Huang et al.
+            2016); "uniform" draws one keep probability for each image from [survival, 1], so that the network meets
+            every number of blocks.
+        survival: the lowest keep probability.
+    """
+
+    def __init__(
+        self,
+        backbone: CifarResNet,
+        total_steps: int,
+        seed: int = 0,
+        lr: float = 0.1,
+        momentum: float = 0.9,
+        weight_decay: float = 5e-4,
+        stochastic_depth: Literal["none", "linear", "uniform"] = "uniform",
+        survival: float = 0.2,
+    ) -> None:
+        if stochastic_depth not in ("none", "linear", "uniform"):
+            raise UserError(f"pretrain.stochastic_depth must be none, linear or uniform, got {stochastic_depth!r}")
+        if not 0 < survival <= 1 or lr <= 0:
+            raise UserError(f"pretrain.survival must be in (0, 1] and pretrain.lr positive, got {survival} and {lr}")
+        self.backbone = backbone
+        self.stochastic_depth, self.survival = stochastic_depth, survival
+        self.generator = torch.Generator().manual_seed(seed)
+        self.optimizer = torch.optim.SGD(
+            backbone.parameters(), lr=lr, momentum=momentum, weight_decay=weight_decay, nesterov=True
+        )
+        self.schedule = torch.optim.lr_scheduler.LambdaLR(self.optimizer, lambda step: one_cycle(step / total_steps))
+
+    def update(self, feed: Feed) -> dict[str, float]:
+        """One step on the batch that the feed shows. Dropped blocks are not computed, so the statistics of batch
+        normalisation come from the images that a block really saw."""
+        batch = feed.batch
+        self.backbone.train()
+        logits_BC = sparse(self.backbone, batch.images, self._sample(len(batch)))
+        loss = F.cross_entropy(logits_BC, batch.label_B)
+        self.optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        self.optimizer.step()
+        self.schedule.step()
+        feed.advance()
+        accuracy = (logits_BC.argmax(1) == batch.label_B).float().mean().item()
+        return {"loss": loss.item(), "accuracy": accuracy, "lr": self.schedule.get_last_lr()[0]}
+
+    def _sample(self, B: int) -> Tensor:
+        """Which blocks run for each image, bool (B, K)."""
+        K = self.backbone.num_blocks
+        if self.stochastic_depth == "none":
+            return torch.ones(B, K, dtype=torch.bool)
+        if self.stochastic_depth == "linear":
+            keep_probability = 1 - torch.arange(1, K + 1) / K * (1 - self.survival)
+        else:
+            keep_probability = self.survival + (1 - self.survival) * torch.rand(B, 1, generator=self.generator)
+        return torch.rand(B, K, generator=self.generator) < keep_probability
+
+    @torch.no_grad()
+    def accuracies(self, images: Images, batch_size: int = 250) -> dict[str, float]:
+        """Share of the images classified rightly with all blocks, and with a random half of them (always the same)."""
+        self.backbone.eval()
+        generator = torch.Generator().manual_seed(0)
+        full = half = 0
+        for batch in images.stream(sequential(len(images), batch_size)):
+            some = torch.rand(len(batch), self.backbone.num_blocks, generator=generator) < 0.5
+            full += int((self.backbone(batch.images).argmax(1) == batch.label_B).sum())
+            half += int((sparse(self.backbone, batch.images, some).argmax(1) == batch.label_B).sum())
+        return {"accuracy": full / len(images), "accuracy_half_the_blocks": half / len(images)}
+
+    def state_dict(self) -> dict[str, Any]:
+        return {
+            "backbone": self.backbone.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "schedule": self.schedule.state_dict(),
+            "generator": self.generator.get_state(),
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.backbone.load_state_dict(state["backbone"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.schedule.load_state_dict(state["schedule"])
+        self.generator.set_state(state["generator"])
+
+
+def pixel_statistics(images: Images, count: int = 5000) -> tuple[list[float], list[float]]:
+    """Mean and standard deviation of each channel over the first ``count`` images, for pixels in [0, 1]."""
+    pixels = [
+        batch.images.float().div(255) for batch in images.stream(sequential(min(count, len(images)), 500))
+    ]
+    stacked = torch.cat(pixels).double()
+    std, mean = torch.std_mean(stacked, dim=(0, 2, 3), correction=0)
+    return [round(float(m), 4) for m in mean], [round(float(s), 4) for s in std]

@@ -1,0 +1,174 @@
+"""What a finished run says: its test figures beside the full network and the static front, its table, its pictures.
+
+Shapes: N images, K blocks.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from platformdirs import user_cache_path
+from torch import Tensor
+
+from policyskip import plots
+from policyskip.agents.base import Agent
+from policyskip.agents.static import Keep, SetScorer, StaticFront, find_front, known_front
+from policyskip.config import FrontSection, Setup
+from policyskip.deployment import describe
+from policyskip.errors import UserError
+from policyskip.evaluation import Evaluation, evaluate
+from policyskip.rewards import Utilization
+from policyskip.runs import Run
+from policyskip.tracking import Examples, Tracker
+
+
+def static_front(setup: Setup, wanted: FrontSection) -> StaticFront:
+    """The static front of the run's network on its validation images: a known one, or one searched now and remembered.
+
+    An image-independent learner (the agent with a constant policy, trained on the validation images themselves, under a
+    low and a high penalty) joins the search for ``learner_steps`` updates.
+    """
+    backbone, images = setup.backbone, setup.data.validation
+    cache = user_cache_path("policyskip") / "fronts"
+    known = known_front(backbone, images, cache)
+    if known is not None:
+        return known
+    print("searching the best fixed keep-sets on validation images", flush=True)
+    env = setup.env(images)
+    hints = [_learned_set(setup, penalty, wanted.learner_steps // 2) for penalty in (1.0, 5.0) if wanted.learner_steps]
+    front = find_front(backbone, images, env.costs, wanted.budget, wanted.images, hints)
+    try:
+        front.save(cache / f"{front.backbone}-{front.data}.json")
+    except OSError:
+        pass  # a cache that cannot be written costs time, nothing else
+    return front
+
+
+def _learned_set(setup: Setup, penalty: float, steps: int) -> Keep:
+    """What BlockDrop's learner settles on when it cannot see the image."""
+    from policyskip.agents.blockdrop import BlockDrop
+
+    env = setup.env(setup.data.validation, "shuffled")
+    env.reward = Utilization(penalty)
+    agent = BlockDrop(env, max(1, steps), policy="constant", lr=0.05, samples=3, beta=0.01, curriculum=0, initial_keep=0.9)
+    for _ in range(max(1, steps)):
+        agent.update(env)
+    return tuple(agent.act(env.observation)[0].tolist())
+
+
+def judge(setup: Setup, agent: Agent, split: str = "test") -> Evaluation:
+    """The agent on a split, beside the full network. The test split is read here and nowhere else."""
+    return evaluate(agent, setup.env(setup.data.split(split)))
+
+
+def static_figures(setup: Setup, result: Evaluation, front: StaticFront) -> tuple[dict[str, Any], list[tuple[float, float]]]:
+    """The best static choice of the policy's cost on the test images, and the whole front (MACs, test accuracy)."""
+    scorer = SetScorer(setup.backbone, setup.data.test)
+    correct = [correct_N.double() for correct_N in scorer.correct(front.sets)]
+    mix = front.mix_at(result.macs_N.mean().item())
+    mixed_N: Tensor = torch.stack([weight * correct[place] for place, weight in mix]).sum(0)
+    difference_N = result.correct_N.double() - mixed_N
+    sets = [front.sets[place] for place, _ in mix]
+    figures = {
+        "static_accuracy": mixed_N.mean().item(),
+        "static_macs": sum(weight * front.macs[place] for place, weight in mix),
+        "static_sets": ["".join("01"[kept] for kept in keep) for keep in sets],
+        "static_blocks": sum(weight * sum(front.sets[place]) for place, weight in mix),
+        "static_margin": difference_N.mean().item(),
+        "static_margin_ci95": 1.96 * difference_N.std().item() / len(difference_N) ** 0.5,
+        "static_search_finished": front.finished,
+    }
+    return figures, [(macs, c.mean().item()) for macs, c in zip(front.macs, correct, strict=True)]
+
+
+def load_best(agent: Agent, run: Run) -> None:
+    """Put the run's best weights into the agent's policy."""
+    try:
+        agent.policy.load_state_dict(run.load_best())
+    except RuntimeError as error:
+        raise UserError(f"{run.folder / 'best.safetensors'} does not fit the run's config.yaml") from error
+
+
+def finish(setup: Setup, agent: Agent, run: Run, tracker: Tracker, names: dict[str, str], seconds: float) -> dict[str, Any]:
+    """Judge the best weights once on test; write summary, deployable files and pictures; close the tracker."""
+    load_best(agent, run)
+    wanted = FrontSection.model_validate(setup.config["front"])
+    front = static_front(setup, wanted)
+    result = judge(setup, agent)
+    static, curve = static_figures(setup, result, front)
+    figures = {f"test/{key}": value for key, value in {**result.figures(), **static}.items()}
+    steps = setup.config["train"]["steps"]
+    summary = {**names, "seed": setup.config["seed"], "steps": steps, "seconds": round(seconds, 1), **figures}
+    run.save_json("summary.json", summary)
+    data, backbone = setup.data, setup.backbone
+    policy = describe(agent.policy, backbone, setup.config["backbone"], data.classes, data.image_shape, agent.decision_macs)
+    run.save_json("policy.json", policy)
+    pictures = plots.all_plots(
+        run.folder / "plots", run.metrics(), result, data.test, data.classes, backbone.stages, curve
+    )
+    files = [run.folder / name for name in ("best.safetensors", "policy.json", "summary.json", "config.yaml")]
+    tracker.finish(summary, pictures, files, _examples(setup, result))
+    return summary
+
+
+def _examples(setup: Setup, result: Evaluation, count: int = 24) -> Examples:
+    """Test images from the fewest blocks to the most, with what ran."""
+    order = result.keep_NK.sum(1).argsort(stable=True)
+    chosen = order[torch.linspace(0, len(order) - 1, min(count, len(order))).long()]
+    shown = next(iter(setup.data.test.stream([(chosen, 0)]))).images.permute(0, 2, 3, 1).cpu().numpy()
+    classes = setup.data.classes
+    rows = []
+    for index, image in zip(chosen.tolist(), shown, strict=True):
+        keep = result.keep_NK[index].tolist()
+        names = [classes[int(t[index])] for t in (result.label_N, result.prediction_N)]
+        rows.append([image, *names, sum(keep), "".join("·█"[kept] for kept in keep), result.macs_N[index].item()])
+    return Examples(["label", "prediction", "kept", "blocks that ran", "macs"], rows)
+
+
+def show_table(summary: dict[str, Any]) -> None:
+    """Print the policy beside the full network and the best static choice of equal cost."""
+    from rich.console import Console
+    from rich.table import Table
+
+    def get(name: str) -> Any:
+        return summary[f"test/{name}"]
+
+    table = Table(title=f"{summary['agent']} on {summary['data']}, test split, seed {summary['seed']}")
+    for column in ("", "accuracy", "blocks kept", "MACs (millions)", "of full", "decisions"):
+        table.add_column(column, justify="left" if not column else "right")
+    full = get("full_macs")
+
+    def row(name: str, accuracy: float, kept: str, macs: float, spread: str, decisions: str) -> None:
+        table.add_row(name, f"{100 * accuracy:.2f} %", kept, f"{macs / 1e6:.2f}{spread}", f"{macs / full:.3f}", decisions)
+
+    row(
+        "policy, its own cost included",
+        get("accuracy"),
+        f"{get('kept_mean'):.2f} ± {get('kept_sd'):.2f}",
+        get("macs_mean"),
+        f" ± {get('macs_sd') / 1e6:.2f}",
+        str(get("unique_decisions")),
+    )
+    row("full network", get("full_accuracy"), f"{get('blocks')}", full, "", "1")
+    if "test/static_accuracy" in summary:
+        sets = str(len(get("static_sets")))
+        row("best static choice of equal cost", get("static_accuracy"), f"{get('static_blocks'):.2f}", get("static_macs"), "", sets)
+    console = Console(width=None if _terminal() else 110)
+    console.print(table)
+    if "test/static_accuracy" in summary:
+        margin, half = 100 * get("static_margin"), 100 * get("static_margin_ci95")
+        verdict = "pays" if margin > half else "does not pay" if margin < -half else "makes no clear difference"
+        console.print(
+            f"Deciding per image {verdict}: {margin:+.2f} ± {half:.2f} points against the best static choice of equal cost"
+            + ("." if get("static_search_finished") else " (its search ran out of front.budget).")
+        )
+    if "test/kept_by_difficulty" in summary:
+        quarters = ", ".join(f"{kept:.1f}" for kept in get("kept_by_difficulty"))
+        console.print(f"Blocks kept, from the easiest quarter of the images to the hardest: {quarters}.")
+
+
+def _terminal() -> bool:
+    import sys
+
+    return sys.stdout.isatty()

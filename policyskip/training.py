@@ -1,0 +1,172 @@
+"""The one training loop: update, validate, checkpoint, resume.
+
+It drives anything that learns from a stream of images: agents in an environment, and the networks
+that ``policyskip pretrain`` makes.
+"""
+
+from __future__ import annotations
+
+import signal
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any, Protocol, TypeVar
+
+from torch import Tensor
+
+from policyskip.errors import UserError
+from policyskip.runs import Run
+from policyskip.tracking import Tracker
+
+
+class Source(Protocol):
+    """What is learned from: an environment or a feed. Its cursor is all of its state."""
+
+    @property
+    def cursor(self) -> int: ...
+
+    def seek(self, cursor: int) -> None: ...
+
+
+S = TypeVar("S", bound=Source, contravariant=True)
+
+
+class Learner(Protocol[S]):
+    """What learns: an agent, or a network in pretraining."""
+
+    def update(self, source: S) -> dict[str, float]: ...
+
+    def state_dict(self) -> dict[str, Any]: ...
+
+    def load_state_dict(self, state: dict[str, Any]) -> None: ...
+
+
+Show = Callable[[int, dict[str, float]], None]
+
+
+def train(
+    learner: Learner[S],
+    source: S,
+    validate: Callable[[], dict[str, Any]],
+    deployable: Callable[[], dict[str, Tensor]],
+    run: Run,
+    tracker: Tracker,
+    *,
+    steps: int,
+    validate_every: int,
+    log_every: int = 10,
+    choose_by: str = "reward",
+    resume: bool = False,
+) -> bool:
+    """Learn for ``steps`` updates; keep the best weights by validation, and enough to go on from anywhere.
+
+    Args:
+        validate: figures on the validation images; the weights with the highest ``choose_by`` are kept.
+        deployable: the tensors that are kept.
+        resume: go on from the run's checkpoint.
+
+    Returns: whether it finished; False after Ctrl-C or SIGTERM, with a checkpoint of that very step.
+    """
+    if steps < 1 or validate_every < 1 or log_every < 1:
+        raise UserError(
+            f"train.steps, train.validate_every and train.log_every must be at least 1, "
+            f"got {steps}, {validate_every} and {log_every}"
+        )
+    step, best, elapsed, window = 0, float("-inf"), 0.0, []
+    if resume:
+        state = run.load_checkpoint()
+        step, best, elapsed, window = state["step"], state["best"], state["seconds"], state["window"]
+        learner.load_state_dict(state["learner"])
+        source.seek(state["cursor"])
+        run.rewind_metrics(step)
+    started = time.monotonic() - elapsed
+
+    def save() -> None:
+        run.save_checkpoint(
+            {
+                "step": step,
+                "best": best,
+                "seconds": time.monotonic() - started,
+                "window": window,
+                "cursor": source.cursor,
+                "learner": learner.state_dict(),
+            }
+        )
+
+    with _stop_requests() as stop_asked, _progress(steps, step) as show:
+        while step < steps:
+            window.append(learner.update(source))
+            step += 1
+            show(step, window[-1])
+            if step % log_every == 0 or step == steps:
+                means = {f"train/{key}": sum(m[key] for m in window) / len(window) for key in window[0]}
+                tracker.log(step, time.monotonic() - started, means)
+                window = []
+            if step % validate_every == 0 or step == steps:
+                figures = validate()
+                tracker.log(step, time.monotonic() - started, {f"val/{key}": value for key, value in figures.items()})
+                if figures[choose_by] > best:
+                    best = figures[choose_by]
+                    run.save_best(deployable())
+                save()
+            if stop_asked():
+                save()
+                return step == steps
+    return True
+
+
+@contextmanager
+def _stop_requests() -> Iterator[Callable[[], bool]]:
+    """Turn the first Ctrl-C or SIGTERM into a request that is met between updates; a second Ctrl-C interrupts at once."""
+    asked = False
+
+    def ask(number: int, frame: object) -> None:
+        nonlocal asked
+        if asked:
+            raise KeyboardInterrupt
+        asked = True
+
+    try:
+        previous = {number: signal.signal(number, ask) for number in (signal.SIGINT, signal.SIGTERM)}
+    except ValueError:  # not in the main thread, where signals cannot be caught
+        previous = {}
+    try:
+        yield lambda: asked
+    finally:
+        for number, handler in previous.items():
+            signal.signal(number, handler)
+
+
+SHOWN = ("reward", "accuracy", "kept", "loss")
+
+
+@contextmanager
+def _progress(steps: int, done: int) -> Iterator[Show]:
+    """A progress bar on a terminal, about twenty plain lines elsewhere; figures are running means."""
+    means: dict[str, float] = {}
+
+    def text(metrics: dict[str, float]) -> str:
+        for key in SHOWN:
+            if key in metrics:
+                means[key] = 0.9 * means.get(key, metrics[key]) + 0.1 * metrics[key]
+        return "  ".join(f"{key} {value:.3f}" for key, value in means.items())
+
+    if sys.stdout.isatty():
+        from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+        columns = [TextColumn("step"), MofNCompleteColumn(), BarColumn(20), TimeRemainingColumn(), TextColumn("{task.description}")]
+        with Progress(*columns) as bar:
+            task = bar.add_task("", total=steps, completed=done)
+            yield lambda step, metrics: bar.update(task, completed=step, description=text(metrics))
+        return
+
+    started, every = time.monotonic(), max(1, steps // 20)
+
+    def show(step: int, metrics: dict[str, float]) -> None:
+        line = text(metrics)
+        if step % every == 0 or step == steps:
+            left = (time.monotonic() - started) / (step - done) * (steps - step)
+            print(f"step {step}/{steps}  {line}  {left:.0f} s left", flush=True)
+
+    yield show
