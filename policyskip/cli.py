@@ -32,8 +32,13 @@ def train(config: Any) -> int:
     env = setup.env(setup.data.train, "shuffled", settings.seed)
     agent = setup.agent(env)
     validation = setup.env(setup.data.validation)
-    names = dict(agent=type(agent).__name__.lower(), env="BlockSelection-v0", backbone=setup.backbone.name, data=setup.data.name)
-    print(f"{names['agent']} learns on {names['data']} over {names['backbone']} ({env.costs.full / 1e6:.1f} M MACs)", flush=True)
+    names = dict(
+        agent=type(agent).__name__.lower(), env="BlockSelection-v0", backbone=setup.backbone.name, data=setup.data.name
+    )
+    print(
+        f"{names['agent']} learns on {names['data']} over {names['backbone']} ({env.costs.full / 1e6:.1f} M MACs)",
+        flush=True,
+    )
     run = run or _new_run(config)
     tracker = Tracker(run, settings.tracking.mode, plain(config), settings.tracking.project, settings.tracking.group)
     try:
@@ -78,7 +83,9 @@ def pretrain(config: Any) -> int:
     backbone: Any = build_backbone(node, data, device)
     if not hasattr(backbone, "architecture"):
         raise UserError(f"pretrain trains CIFAR ResNets, not {backbone.name}")
-    learner = build("pretrain", content["pretrain"], backbone=backbone, total_steps=settings.train.steps, seed=settings.seed)
+    learner = build(
+        "pretrain", content["pretrain"], backbone=backbone, total_steps=settings.train.steps, seed=settings.seed
+    )
     feed = Feed(data.train, batch_size, "shuffled", settings.seed)
     run = run or _new_run(config)
     tracker = Tracker(run, settings.tracking.mode, content, settings.tracking.project, settings.tracking.group)
@@ -137,7 +144,11 @@ def evaluate(config: Any) -> int:
     if asked["split"] == "test" and (run.folder / "summary.json").is_file():
         before = run.load_json("summary.json")
         changed = [key for key, value in summary.items() if before.get(key) != value]
-        print(f"Differs from summary.json in {', '.join(changed)}." if changed else "Every figure is that of summary.json.")
+        print(
+            f"Differs from summary.json in {', '.join(changed)}."
+            if changed
+            else "Every figure is that of summary.json."
+        )
     return 0
 
 
@@ -227,7 +238,9 @@ def _new_or_resumed(config: Any) -> tuple[Any, Any, bool]:
     changes = [o for o in HydraConfig.get().overrides.task if not o.startswith("run.resume=")]
     for change in changes:
         if change.split("=")[0] not in allowed:
-            raise UserError(f"{change.split('=')[0]} cannot change when a run is resumed; only {', '.join(allowed[1:])} can")
+            raise UserError(
+                f"{change.split('=')[0]} cannot change when a run is resumed; only {', '.join(allowed[1:])} can"
+            )
     saved = OmegaConf.load(run.folder / "config.yaml")
     return OmegaConf.merge(saved, OmegaConf.from_dotlist(changes)), run, (run.folder / "checkpoint.pt").is_file()
 

@@ -124,7 +124,9 @@ def build(group: str, node: dict[str, Any], trusted: bool = True, **given: Any) 
     for key, value in arguments.items():
         if key in hints:
             try:
-                arguments[key] = TypeAdapter(hints[key], config=ConfigDict(strict=True)).validate_python(_as_declared(value, hints[key]))
+                arguments[key] = TypeAdapter(hints[key], config=ConfigDict(strict=True)).validate_python(
+                    _as_declared(value, hints[key])
+                )
             except ValidationError as error:
                 raise UserError(_first_problem(f"{group}.{key}", error)) from error
             except Exception:  # noqa: S112 - a user's own annotation that pydantic cannot check
@@ -151,7 +153,9 @@ def _hints(call: Any) -> dict[str, Any]:
 
 def _first_problem(prefix: str, error: ValidationError) -> str:
     problem = error.errors()[0]
-    place = ".".join([*([prefix] if prefix else []), *(str(part) for part in problem["loc"] if not isinstance(part, int))])
+    place = ".".join(
+        [*([prefix] if prefix else []), *(str(part) for part in problem["loc"] if not isinstance(part, int))]
+    )
     if problem["type"] == "extra_forbidden":
         return f"there is no key {place}"
     return f"{place}: {problem['msg'][0].lower()}{problem['msg'][1:]}, got {problem['input']!r}"
@@ -199,7 +203,9 @@ def find_device(name: str) -> torch.device:
     if device.type not in ("cpu", "cuda"):
         raise UserError(f"device must be auto, cpu, cuda or cuda:N, got {name!r}")
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
-        raise UserError(f"device {name} is not there: this machine has {torch.cuda.device_count()} CUDA devices; say device=cpu")
+        raise UserError(
+            f"device {name} is not there: this machine has {torch.cuda.device_count()} CUDA devices; say device=cpu"
+        )
     return device
 
 

@@ -158,7 +158,9 @@ def crop_and_flip(images: Tensor, generator: torch.Generator, pad: int = 4) -> T
     rows = torch.arange(H) + dy
     device = images.device
     batch = torch.arange(B, device=device).view(B, 1, 1)
-    return padded.permute(0, 2, 3, 1)[batch, rows.to(device)[:, :, None], columns.to(device)[:, None, :]].permute(0, 3, 1, 2)
+    return padded.permute(0, 2, 3, 1)[batch, rows.to(device)[:, :, None], columns.to(device)[:, None, :]].permute(
+        0, 3, 1, 2
+    )
 
 
 class TensorImages:
@@ -259,7 +261,9 @@ def read_image(file: Path, size: int | None, augment_seed: int | None = None) ->
         return np.array(transform(image))
 
 
-def digits(device: torch.device, train: int = 20000, validation: int = 2000, test: int = 4000, root: str | None = None) -> Data:
+def digits(
+    device: torch.device, train: int = 20000, validation: int = 2000, test: int = 4000, root: str | None = None
+) -> Data:
     """Cluttered digits (see ``digits.py``): any number of images, made on the spot in seconds."""
     from policyskip.digits import render_digits
 
@@ -281,7 +285,12 @@ TORCHVISION = {
 
 
 def torchvision_data(
-    device: torch.device, name: str, root: str = "data", validation: float = 0.1, augment: bool = True, download: bool = True
+    device: torch.device,
+    name: str,
+    root: str = "data",
+    validation: float = 0.1,
+    augment: bool = True,
+    download: bool = True,
 ) -> Data:
     """One of torchvision's small sets, downloaded by it into ``root`` when it is not there.
 
@@ -381,7 +390,9 @@ def imagefolder(
     test_classes, test_files, test_labels = _list_images(test_folder)
     if classes != test_classes:
         odd = sorted(set(classes) ^ set(test_classes))
-        raise UserError(f"{folder / 'train'} and {test_folder} must have the same classes; they differ in {', '.join(odd[:5])}")
+        raise UserError(
+            f"{folder / 'train'} and {test_folder} must have the same classes; they differ in {', '.join(odd[:5])}"
+        )
     if len(classes) < 2:
         raise UserError(f"{folder / 'train'} has one class, {classes[0]}; at least two are needed")
     first = read_image(train_files[0], None)

@@ -47,7 +47,12 @@ class Predictor:
     """
 
     def __init__(
-        self, policy: Policy, backbone: Backbone, classes: list[str], image_shape: tuple[int, int, int], policy_macs: float
+        self,
+        policy: Policy,
+        backbone: Backbone,
+        classes: list[str],
+        image_shape: tuple[int, int, int],
+        policy_macs: float,
     ) -> None:
         self.policy = policy.eval()
         self.backbone = backbone.freeze()
@@ -80,8 +85,12 @@ class Predictor:
 
 
 def describe(
-    policy: Policy, backbone: Backbone, backbone_config: dict[str, Any], classes: tuple[str, ...],
-    image_shape: tuple[int, ...], policy_macs: float,
+    policy: Policy,
+    backbone: Backbone,
+    backbone_config: dict[str, Any],
+    classes: tuple[str, ...],
+    image_shape: tuple[int, ...],
+    policy_macs: float,
 ) -> dict[str, Any]:
     """The content of ``policy.json``: all that :func:`load` needs beside the policy's weights."""
     config = dict(backbone_config)

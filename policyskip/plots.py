@@ -65,7 +65,9 @@ def accuracy_against_macs(result: Evaluation, front: list[tuple[float, float]], 
         axes.plot(*zip(*shown, strict=True), "s-", color=STATIC, markersize=4, label="best fixed keep-set of each size")
     if result.full_correct_N is not None:
         axes.plot(1, result.full_correct_N.double().mean(), "D", color=FULL, label="full network")
-    axes.plot(result.macs_fraction, result.accuracy, "o", color=KEPT, markersize=9, label="policy, its own cost included")
+    axes.plot(
+        result.macs_fraction, result.accuracy, "o", color=KEPT, markersize=9, label="policy, its own cost included"
+    )
     axes.set(xlabel="MACs, share of the full network's", ylabel="test accuracy")
     axes.grid(alpha=0.25)
     axes.legend(fontsize=8, loc="lower right")
@@ -123,14 +125,21 @@ def kept_by_difficulty(result: Evaluation, path: Path) -> Path:
     axes.plot(x, [kept_N[b].mean().item() for b in bins], "o-", color=KEPT, markersize=4, label="kept blocks, mean")
     axes.set(xlabel="difficulty of the image", ylabel="kept blocks", ylim=(0, result.keep_NK.shape[1] * 1.04))
     accuracy = axes.twinx()
-    accuracy.plot(x, [result.correct_N[order][b].double().mean().item() for b in bins], color=STATIC, label="accuracy of the policy")
+    accuracy.plot(
+        x,
+        [result.correct_N[order][b].double().mean().item() for b in bins],
+        color=STATIC,
+        label="accuracy of the policy",
+    )
     if result.full_correct_N is not None:
         full = [result.full_correct_N[order][b].double().mean().item() for b in bins]
         accuracy.plot(x, full, "--", color=FULL, label="accuracy of the full network")
     accuracy.set(ylabel="test accuracy", ylim=(0, 1.04))
     handles = [axes.get_legend_handles_labels(), accuracy.get_legend_handles_labels()]
     axes.legend(handles[0][0] + handles[1][0], handles[0][1] + handles[1][1], fontsize=8, loc="lower left")
-    caption = "Test images in 20 groups from easy to hard. A policy that decides per image spends more where it is hard."
+    caption = (
+        "Test images in 20 groups from easy to hard. A policy that decides per image spends more where it is hard."
+    )
     return _save(figure, caption, path)
 
 
@@ -148,7 +157,9 @@ def gallery(result: Evaluation, images: Images, classes: tuple[str, ...], path: 
             picture.imshow(image)
             label, prediction = (classes[int(t[index])][:12] for t in (result.label_N, result.prediction_N))
             right = label == prediction
-            picture.set_title(label if right else f"{label}\nnot {prediction}", fontsize=9, color=FULL if right else "#b3261e")
+            picture.set_title(
+                label if right else f"{label}\nnot {prediction}", fontsize=9, color=FULL if right else "#b3261e"
+            )
             keep = result.keep_NK[index]
             colors = [KEPT if kept else DROPPED for kept in keep.tolist()]
             strip.bar(range(len(keep)), 1, width=0.82, color=colors)
@@ -185,4 +196,3 @@ def all_plots(
     if result.difficulty_N is not None:
         pictures.append(kept_by_difficulty(result, folder / "kept_by_difficulty.png"))
     return pictures
-

@@ -51,7 +51,9 @@ def _learned_set(setup: Setup, penalty: float, steps: int) -> Keep:
 
     env = setup.env(setup.data.validation, "shuffled")
     env.reward = Utilization(penalty)
-    agent = BlockDrop(env, max(1, steps), policy="constant", lr=0.05, samples=3, beta=0.01, curriculum=0, initial_keep=0.9)
+    agent = BlockDrop(
+        env, max(1, steps), policy="constant", lr=0.05, samples=3, beta=0.01, curriculum=0, initial_keep=0.9
+    )
     for _ in range(max(1, steps)):
         agent.update(env)
     return tuple(agent.act(env.observation)[0].tolist())
@@ -62,7 +64,9 @@ def judge(setup: Setup, agent: Agent, split: str = "test") -> Evaluation:
     return evaluate(agent, setup.env(setup.data.split(split)))
 
 
-def static_figures(setup: Setup, result: Evaluation, front: StaticFront) -> tuple[dict[str, Any], list[tuple[float, float]]]:
+def static_figures(
+    setup: Setup, result: Evaluation, front: StaticFront
+) -> tuple[dict[str, Any], list[tuple[float, float]]]:
     """The best static choice of the policy's cost on the test images, and the whole front (MACs, test accuracy)."""
     scorer = SetScorer(setup.backbone, setup.data.test)
     correct = [correct_N.double() for correct_N in scorer.correct(front.sets)]
@@ -90,7 +94,9 @@ def load_best(agent: Agent, run: Run) -> None:
         raise UserError(f"{run.folder / 'best.safetensors'} does not fit the run's config.yaml") from error
 
 
-def finish(setup: Setup, agent: Agent, run: Run, tracker: Tracker, names: dict[str, str], seconds: float) -> dict[str, Any]:
+def finish(
+    setup: Setup, agent: Agent, run: Run, tracker: Tracker, names: dict[str, str], seconds: float
+) -> dict[str, Any]:
     """Judge the best weights once on test; write summary, deployable files and pictures; close the tracker."""
     load_best(agent, run)
     wanted = FrontSection.model_validate(setup.config["front"])
@@ -102,7 +108,9 @@ def finish(setup: Setup, agent: Agent, run: Run, tracker: Tracker, names: dict[s
     summary = {**names, "seed": setup.config["seed"], "steps": steps, "seconds": round(seconds, 1), **figures}
     run.save_json("summary.json", summary)
     data, backbone = setup.data, setup.backbone
-    policy = describe(agent.policy, backbone, setup.config["backbone"], data.classes, data.image_shape, agent.decision_macs)
+    policy = describe(
+        agent.policy, backbone, setup.config["backbone"], data.classes, data.image_shape, agent.decision_macs
+    )
     run.save_json("policy.json", policy)
     pictures = plots.all_plots(
         run.folder / "plots", run.metrics(), result, data.test, data.classes, backbone.stages, curve
@@ -140,7 +148,9 @@ def show_table(summary: dict[str, Any]) -> None:
     full = get("full_macs")
 
     def row(name: str, accuracy: float, kept: str, macs: float, spread: str, decisions: str) -> None:
-        table.add_row(name, f"{100 * accuracy:.2f} %", kept, f"{macs / 1e6:.2f}{spread}", f"{macs / full:.3f}", decisions)
+        table.add_row(
+            name, f"{100 * accuracy:.2f} %", kept, f"{macs / 1e6:.2f}{spread}", f"{macs / full:.3f}", decisions
+        )
 
     row(
         "policy, its own cost included",
@@ -153,7 +163,14 @@ def show_table(summary: dict[str, Any]) -> None:
     row("full network", get("full_accuracy"), f"{get('blocks')}", full, "", "1")
     if "test/static_accuracy" in summary:
         sets = str(len(get("static_sets")))
-        row("best static choice of equal cost", get("static_accuracy"), f"{get('static_blocks'):.2f}", get("static_macs"), "", sets)
+        row(
+            "best static choice of equal cost",
+            get("static_accuracy"),
+            f"{get('static_blocks'):.2f}",
+            get("static_macs"),
+            "",
+            sets,
+        )
     console = Console(width=None if _terminal() else 110)
     console.print(table)
     if "test/static_accuracy" in summary:

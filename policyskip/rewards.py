@@ -98,7 +98,9 @@ def reward_of(reward: Reward, outcome: Outcome) -> Tensor:
         raise UserError(f"the reward {name} raised {type(error).__name__}: {error}") from error
     expected = tuple(outcome.correct_B.shape)
     if not isinstance(reward_B, Tensor):
-        raise UserError(f"the reward {name} must return a float tensor of shape {expected}, not {type(reward_B).__name__}")
+        raise UserError(
+            f"the reward {name} must return a float tensor of shape {expected}, not {type(reward_B).__name__}"
+        )
     if tuple(reward_B.shape) != expected or not reward_B.is_floating_point():
         found = f"{str(reward_B.dtype).removeprefix('torch.')} of shape {tuple(reward_B.shape)}"
         raise UserError(f"the reward {name} must return a float tensor of shape {expected}, not {found}")

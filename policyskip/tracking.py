@@ -38,7 +38,9 @@ class Tracker:
         if self.wandb_run is not None:
             self.wandb_run.log({"step": step, **{k: v for k, v in metrics.items() if isinstance(v, int | float)}})
 
-    def finish(self, summary: dict[str, Any], pictures: list[Path], files: list[Path], examples: Examples | None) -> None:
+    def finish(
+        self, summary: dict[str, Any], pictures: list[Path], files: list[Path], examples: Examples | None
+    ) -> None:
         """Close the run with its summary, pictures, deployable files and example images."""
         if self.wandb_run is None:
             return

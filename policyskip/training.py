@@ -155,7 +155,13 @@ def _progress(steps: int, done: int) -> Iterator[Show]:
     if sys.stdout.isatty():
         from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-        columns = [TextColumn("step"), MofNCompleteColumn(), BarColumn(20), TimeRemainingColumn(), TextColumn("{task.description}")]
+        columns = [
+            TextColumn("step"),
+            MofNCompleteColumn(),
+            BarColumn(20),
+            TimeRemainingColumn(),
+            TextColumn("{task.description}"),
+        ]
         with Progress(*columns) as bar:
             task = bar.add_task("", total=steps, completed=done)
             yield lambda step, metrics: bar.update(task, completed=step, description=text(metrics))

@@ -250,7 +250,9 @@ class BlockDrop(Agent):
 
     def _sample(self, probability_BK: Tensor) -> Tensor:
         """Decisions bool (S, B, K) from the bounded Bernoulli; blocks not yet free are kept."""
-        uniform = torch.rand(self.samples, *probability_BK.shape, generator=self.generator, device=self.generator.device)
+        uniform = torch.rand(
+            self.samples, *probability_BK.shape, generator=self.generator, device=self.generator.device
+        )
         return (uniform < bounded(probability_BK, self.alpha)) | ~self.policy.free_K
 
     def _free_blocks(self) -> None:

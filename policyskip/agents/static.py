@@ -206,9 +206,7 @@ def find_front(
     scorer = SetScorer(backbone, images, limit)
     sets, accuracy, finished = search(scorer, costs, budget, hints=hints)
     macs = [costs.of(torch.tensor(keep)).item() for keep in sets]
-    return StaticFront(
-        sets, accuracy, macs, scorer.count, finished, backbone.content_hash(), images.fingerprint()
-    )
+    return StaticFront(sets, accuracy, macs, scorer.count, finished, backbone.content_hash(), images.fingerprint())
 
 
 def known_front(backbone: Backbone, images: Images, cache: Path) -> StaticFront | None:

@@ -211,7 +211,9 @@ def _from_torchvision_names(tensors: State, backbone: Backbone) -> State:
             branch = "shortcut" if rest.startswith("downsample.") else "residual"
             name = f"blocks.{k}.{branch}.{rest.removeprefix('downsample.')}"
         else:
-            name = re.sub(r"^fc\.", "head.linear.", re.sub(r"^bn1\.", "stem.bn.", re.sub(r"^conv1\.", "stem.conv.", name)))
+            name = re.sub(
+                r"^fc\.", "head.linear.", re.sub(r"^bn1\.", "stem.bn.", re.sub(r"^conv1\.", "stem.conv.", name))
+            )
         state[name] = value
     return state
 
@@ -225,7 +227,9 @@ def _load_into(backbone: Backbone, state: State, source: str) -> None:
     if missing or unexpected:
         what = f"misses {missing[0]}" if missing else f"has {unexpected[0]} too many"
         count = len(missing) + len(unexpected)
-        raise UserError(f"{source} does not fit {backbone.name}: it {what}" + (f" ({count} differences)" if count > 1 else ""))
+        raise UserError(
+            f"{source} does not fit {backbone.name}: it {what}" + (f" ({count} differences)" if count > 1 else "")
+        )
     for name, value in state.items():
         if value.shape != own[name].shape:
             shapes = f"{tuple(value.shape)}, not {tuple(own[name].shape)}"

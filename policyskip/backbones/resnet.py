@@ -111,9 +111,7 @@ class CifarResNet(Backbone):
                 blocks.append(basic_block(channels, out, 2 if stage and not i else 1, shortcut))
                 channels = out
         head = nn.Sequential(
-            OrderedDict(
-                pool=nn.AdaptiveAvgPool2d(1), flatten=nn.Flatten(), linear=nn.Linear(channels, num_classes)
-            )
+            OrderedDict(pool=nn.AdaptiveAvgPool2d(1), flatten=nn.Flatten(), linear=nn.Linear(channels, num_classes))
         )
         super().__init__(stem, blocks, head, num_classes, mean, std, stages=(n, n, n))
         self.name = f"resnet{depth}"
@@ -145,9 +143,7 @@ class TorchvisionResNet(Backbone):
         net = get_model(f"resnet{depth}", weights=weights, num_classes=1000 if weights else num_classes)
         if num_classes != net.fc.out_features:
             raise ValueError(f"the pretrained weights have {net.fc.out_features} classes, the data {num_classes}")
-        stem = nn.Sequential(
-            OrderedDict(conv=net.conv1, bn=net.bn1, relu=net.relu, maxpool=net.maxpool)
-        )
+        stem = nn.Sequential(OrderedDict(conv=net.conv1, bn=net.bn1, relu=net.relu, maxpool=net.maxpool))
         head = nn.Sequential(OrderedDict(pool=net.avgpool, flatten=nn.Flatten(), linear=net.fc))
         stages = [net.layer1, net.layer2, net.layer3, net.layer4]
         blocks = [_from_torchvision(block) for stage in stages for block in stage]
