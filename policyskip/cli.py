@@ -80,7 +80,7 @@ def pretrain(config: Any) -> int:
     node = content["backbone"]
     if node.get("mean") is None and node.get("checkpoint") == checkpoints.RANDOM:
         node["mean"], node["std"] = pixel_statistics(data.train)
-    backbone: Any = build_backbone(node, data, device)
+    backbone: Any = build_backbone(node, data, device, seed=settings.seed)
     if not hasattr(backbone, "architecture"):
         raise UserError(f"pretrain trains CIFAR ResNets, not {backbone.name}")
     learner = build(

@@ -129,7 +129,7 @@ def build(group: str, node: dict[str, Any], trusted: bool = True, **given: Any) 
                 )
             except ValidationError as error:
                 raise UserError(_first_problem(f"{group}.{key}", error)) from error
-            except Exception:  # noqa: S112 - a user's own annotation that pydantic cannot check
+            except Exception:
                 continue
     return call(**arguments, **given)
 
@@ -178,7 +178,8 @@ def _resolve(group: str, target: str, trusted: bool) -> Callable[..., Any]:
         found = getattr(importlib.import_module(module_name), name)
     except Exception as error:  # whatever the user's module raises while it is imported
         raise UserError(
-            f"could not import {group}._target_={target}: {type(error).__name__}: {error} (current folder: {os.getcwd()})"
+            f"could not import {group}._target_={target}: {type(error).__name__}: {error} "
+            f"(current folder: {os.getcwd()})"
         ) from error
     if not trusted and not getattr(found, "__module__", "").startswith("policyskip."):
         raise UserError(f"the run's {group} {target} is not part of policyskip")
@@ -263,7 +264,9 @@ def build_data(node: dict[str, Any], device: torch.device, trusted: bool = True)
     return build("data", node, trusted, device=device), batch_size
 
 
-def build_backbone(node: dict[str, Any], data: Data, device: torch.device, trusted: bool = True) -> Backbone:
+def build_backbone(
+    node: dict[str, Any], data: Data, device: torch.device, trusted: bool = True, **given: Any
+) -> Backbone:
     """The backbone for a data set's classes, on the device, in the memory format that convolutions like best."""
-    backbone: Backbone = build("backbone", node, trusted, num_classes=len(data.classes))
-    return backbone.to(device, memory_format=torch.channels_last)  # type: ignore[call-overload, no-any-return]
+    backbone: Backbone = build("backbone", node, trusted, num_classes=len(data.classes), **given)
+    return backbone.to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]

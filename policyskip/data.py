@@ -123,8 +123,8 @@ class Feed:
             raise UserError(f"a batch must hold at least 1 image, got {batch_size}")
         if order not in ("shuffled", "sequential"):
             raise UserError(f"order must be shuffled or sequential, got {order!r}")
-        self.images, self.batch_size, self.order = images, batch_size, order
-        self.seek(0, seed)
+        self.images, self.batch_size, self.order, self.seed = images, batch_size, order, seed
+        self.seek(0)
 
     def seek(self, cursor: int, seed: int | None = None) -> None:
         """Show batch number ``cursor`` of the order (of that seed)."""
@@ -209,7 +209,7 @@ class FileImages:
         self.device = device
         self.augment = augment
         self.workers = workers
-        self.difficulty = None
+        self.difficulty: Tensor | None = None
 
     def __len__(self) -> int:
         return len(self.files)
@@ -235,7 +235,7 @@ def read_image(file: Path, size: int | None, augment_seed: int | None = None) ->
 
     Args:
         size: None leaves the image as it is. Otherwise the short side is scaled to 256/224 of ``size`` and the centre
-            cut out (evaluation), or, with ``augment_seed``, a random part of it, scaled and perhaps mirrored (training).
+            cut out (evaluation), or, with ``augment_seed``, a random part, scaled and perhaps mirrored (training).
 
     Raises:
         UserError: the file is not a readable image.
@@ -250,7 +250,6 @@ def read_image(file: Path, size: int | None, augment_seed: int | None = None) ->
         raise UserError(f"cannot read the image {file}: {error}") from error
     if size is None or (image.size == (size, size) and augment_seed is None):
         return np.array(image)
-    from torchvision.transforms import v2
 
     if augment_seed is None:
         transform = v2.Compose([v2.Resize(size * 256 // 224), v2.CenterCrop(size)])
@@ -349,7 +348,7 @@ def _in_memory(
         validation=TensorImages(images[held_out.to(device)], labels[held_out.to(device)]),
         test=TensorImages(test_images.to(device), test_labels.long().to(device)),
         classes=classes,
-        image_shape=(3, *train_images.shape[2:]),  # type: ignore[arg-type]
+        image_shape=(3, *train_images.shape[2:]),
     )
 
 
@@ -382,7 +381,7 @@ def imagefolder(
         workers: processes that decode images when the set is too large for memory.
 
     Raises:
-        UserError: a folder is missing or empty, has one class, classes differ between the splits, or an image cannot be read.
+        UserError: a folder is missing or empty, classes differ between the splits or are too few, or an image is bad.
     """
     folder = Path(root).expanduser()
     test_folder = next((folder / split for split in ("test", "val") if (folder / split).is_dir()), folder / "test")

@@ -133,10 +133,11 @@ def load(run: str | Path, backbone: str | None = None, device: str = "cpu") -> P
     network: Backbone = build(num_classes=len(classes), **config)  # type: ignore[operator]
     if network.content_hash() != expected:
         raise UserError(
-            f"the policy of {run} was trained with the network {expected}, but {config['checkpoint']} is {network.content_hash()}"
+            f"the policy of {run} was trained with the network {expected}, "
+            f"but {config['checkpoint']} is {network.content_hash()}"
         )
     network = network.to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
-    return Predictor(policy.to(device), network, classes, image_shape, policy_macs)  # type: ignore[arg-type]
+    return Predictor(policy.to(device), network, classes, image_shape, policy_macs)
 
 
 def _load_weights(policy: Policy, tensors: dict[str, Tensor], folder: Path) -> None:

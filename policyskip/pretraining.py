@@ -68,7 +68,7 @@ class Pretrainer:
         self.schedule.step()
         feed.advance()
         accuracy = (logits_BC.argmax(1) == batch.label_B).float().mean().item()
-        return {"loss": loss.item(), "accuracy": accuracy, "lr": self.schedule.get_last_lr()[0]}
+        return {"loss": loss.item(), "accuracy": accuracy, "lr": float(self.schedule.get_last_lr()[0])}
 
     def _sample(self, B: int) -> Tensor:
         """Which blocks run for each image, bool (B, K)."""

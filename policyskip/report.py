@@ -5,6 +5,7 @@ Shapes: N images, K blocks.
 
 from __future__ import annotations
 
+from contextlib import suppress
 from typing import Any
 
 import torch
@@ -38,10 +39,8 @@ def static_front(setup: Setup, wanted: FrontSection) -> StaticFront:
     env = setup.env(images)
     hints = [_learned_set(setup, penalty, wanted.learner_steps // 2) for penalty in (1.0, 5.0) if wanted.learner_steps]
     front = find_front(backbone, images, env.costs, wanted.budget, wanted.images, hints)
-    try:
+    with suppress(OSError):  # a cache that cannot be written costs time, nothing else
         front.save(cache / f"{front.backbone}-{front.data}.json")
-    except OSError:
-        pass  # a cache that cannot be written costs time, nothing else
     return front
 
 
@@ -177,7 +176,8 @@ def show_table(summary: dict[str, Any]) -> None:
         margin, half = 100 * get("static_margin"), 100 * get("static_margin_ci95")
         verdict = "pays" if margin > half else "does not pay" if margin < -half else "makes no clear difference"
         console.print(
-            f"Deciding per image {verdict}: {margin:+.2f} ± {half:.2f} points against the best static choice of equal cost"
+            f"Deciding per image {verdict}: {margin:+.2f} ± {half:.2f} points "
+            "against the best static choice of equal cost"
             + ("." if get("static_search_finished") else " (its search ran out of front.budget).")
         )
     if "test/kept_by_difficulty" in summary:

@@ -60,7 +60,7 @@ class Run:
         return tensors
 
     def append_metrics(self, record: dict[str, Any]) -> None:
-        with _refusing(self.folder / "metrics.jsonl"), (self.folder / "metrics.jsonl").open("a") as file:
+        with _Refusing(self.folder / "metrics.jsonl"), (self.folder / "metrics.jsonl").open("a") as file:
             file.write(json.dumps(record) + "\n")
 
     def metrics(self) -> list[dict[str, Any]]:
@@ -87,7 +87,7 @@ def create(folder: str, config: str) -> Run:
     """
     wanted = path = Path(folder)
     number = 1
-    with _refusing(path):
+    with _Refusing(path):
         while True:
             try:
                 path.mkdir(parents=True, exist_ok=path.is_dir() and not any(path.iterdir()))
@@ -120,7 +120,7 @@ def write(path: Path, content: bytes) -> None:
         UserError: the disk is full, or the folder cannot be written; what was there before stays.
     """
     temporary = path.with_name(path.name + ".tmp")
-    with _refusing(path):
+    with _Refusing(path):
         try:
             with temporary.open("wb") as file:
                 file.write(content)
@@ -131,7 +131,7 @@ def write(path: Path, content: bytes) -> None:
             temporary.unlink(missing_ok=True)
 
 
-class _refusing:
+class _Refusing:
     """Turns an OSError into a line for the user."""
 
     def __init__(self, path: Path) -> None:

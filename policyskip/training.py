@@ -118,7 +118,7 @@ def train(
 
 @contextmanager
 def _stop_requests() -> Iterator[Callable[[], bool]]:
-    """Turn the first Ctrl-C or SIGTERM into a request that is met between updates; a second Ctrl-C interrupts at once."""
+    """Turn the first Ctrl-C or SIGTERM into a request met between updates; a second Ctrl-C interrupts at once."""
     asked = False
 
     def ask(number: int, frame: object) -> None:

@@ -241,7 +241,7 @@ class BlockDrop(Agent):
             "kept": greedy_BK.sum(1).float().mean().item(),
             "entropy": bernoulli_entropy(probability_BK).mean().item(),
             "free_blocks": float(self.policy.free_K.sum()),
-            "lr": self.schedule.get_last_lr()[0],
+            "lr": float(self.schedule.get_last_lr()[0]),
         }
 
     @torch.no_grad()

@@ -43,6 +43,7 @@ class Backbone(nn.Module):
         stages: number of blocks in each stage; sums to K. Used to label plots.
     """
 
+    blocks: Sequence[Block]  # an nn.ModuleList
     mean: Tensor
     std: Tensor
 
@@ -58,7 +59,7 @@ class Backbone(nn.Module):
     ) -> None:
         super().__init__()
         self.stem = stem
-        self.blocks = nn.ModuleList(blocks)
+        self.blocks = nn.ModuleList(blocks)  # type: ignore[assignment]
         self.head = head
         self.num_classes = num_classes
         self.stages = tuple(stages)
@@ -89,7 +90,7 @@ class Backbone(nn.Module):
     def freeze(self) -> Backbone:
         """Evaluation mode, no gradients. ``train()`` on a frozen backbone leaves it in evaluation mode."""
         self.requires_grad_(False).eval()
-        self.train = lambda mode=True: self  # type: ignore[method-assign, assignment]
+        self.train = lambda mode=True: self  # type: ignore[method-assign]
         return self
 
     def content_hash(self) -> str:

@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -36,16 +37,18 @@ def cifar_resnet(
     width: int | None = None,
     mean: Sequence[float] | None = None,
     std: Sequence[float] | None = None,
+    seed: int = 0,
 ) -> CifarResNet:
     """A CIFAR ResNet with the weights of ``checkpoint``: a shipped name, a file, or "random".
 
     What is left None comes from the checkpoint: our files say it; in others it follows from their layout
-    (see :func:`read_checkpoint`). With "random": shortcut "pool", width 16, ImageNet's normalisation.
+    (see :func:`read_checkpoint`). With "random": the weights of ``seed``, shortcut "pool", width 16, ImageNet's
+    normalisation.
 
     Raises:
         UserError: no such checkpoint, or one of another depth, width, number of classes or architecture.
     """
-    asked = dict(depth=depth, shortcut=shortcut, width=width, mean=mean, std=std)
+    asked: dict[str, Any] = dict(depth=depth, shortcut=shortcut, width=width, mean=mean, std=std)
     given = {name: value for name, value in asked.items() if value is not None}
     if checkpoint is None:
         raise UserError(
@@ -53,7 +56,8 @@ def cifar_resnet(
             f"{', '.join(shipped())}, make one with `policyskip pretrain`, or say backbone.checkpoint=random"
         )
     if checkpoint == RANDOM:
-        return CifarResNet(**{"num_classes": num_classes, **given})
+        with _seeded(seed):
+            return CifarResNet(**{"num_classes": num_classes, **given})
     state, found = read_checkpoint(checkpoint)
     for name in ("depth", "width"):
         if name in given and name in found and given[name] != found[name]:
@@ -65,9 +69,13 @@ def cifar_resnet(
     return backbone
 
 
-def torchvision_resnet(num_classes: int, depth: int, checkpoint: str | None = "DEFAULT") -> TorchvisionResNet:
+def torchvision_resnet(
+    num_classes: int, depth: int, checkpoint: str | None = "DEFAULT", image_size: int = 224, seed: int = 0
+) -> TorchvisionResNet:
     """torchvision's ImageNet ResNet: its own weights ("DEFAULT", "IMAGENET1K_V1", …, downloaded by torchvision),
-    a file with a torchvision state dict of any number of classes, or "random".
+    a file with a torchvision state dict of any number of classes, or "random" (those of ``seed``).
+
+    ``image_size`` is what image folders are scaled to for it; the network itself takes any size.
 
     Raises:
         UserError: the weights cannot be had, or do not fit.
@@ -75,7 +83,8 @@ def torchvision_resnet(num_classes: int, depth: int, checkpoint: str | None = "D
     if checkpoint is None:
         raise UserError("backbone.checkpoint is not set: say DEFAULT (torchvision's weights), a file, or random")
     if checkpoint == RANDOM:
-        return TorchvisionResNet(depth, num_classes)
+        with _seeded(seed):
+            return TorchvisionResNet(depth, num_classes)
     if Path(checkpoint).is_file():
         backbone = TorchvisionResNet(depth, num_classes)
         _load_into(backbone, _from_torchvision_names(_read_tensors(Path(checkpoint)), backbone), checkpoint)
@@ -86,6 +95,14 @@ def torchvision_resnet(num_classes: int, depth: int, checkpoint: str | None = "D
         raise UserError(
             f"no weights {checkpoint} for torchvision's resnet{depth} ({error}); give backbone.checkpoint=FILE"
         ) from error
+
+
+@contextmanager
+def _seeded(seed: int) -> Iterator[None]:
+    """Random weights that are the same every time, without touching the global generator."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        yield
 
 
 def load(name: str) -> CifarResNet:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
-from typing import Literal
+from typing import Any, Literal
 
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -160,4 +160,5 @@ def _from_torchvision(block: nn.Module) -> Block:
         layers[f"bn{i}"] = getattr(block, f"bn{i}")
         if i < convolutions:
             layers[f"relu{i}"] = nn.ReLU()
-    return Block(nn.Sequential(layers), block.downsample or nn.Identity())
+    downsample: Any = block.downsample
+    return Block(nn.Sequential(layers), downsample or nn.Identity())

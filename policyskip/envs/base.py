@@ -36,7 +36,10 @@ class ImageVectorEnv(VectorEnv[Tensor, Tensor, Tensor]):
         UserError: unknown name, order or split, or ``num_envs`` below 1.
     """
 
-    metadata: dict[str, Any] = {"autoreset_mode": AutoresetMode.SAME_STEP, "render_modes": []}
+    metadata = {  # noqa: RUF012 - Gymnasium declares it so
+        "autoreset_mode": AutoresetMode.SAME_STEP,
+        "render_modes": [],
+    }
 
     def __init__(
         self,

@@ -5,7 +5,7 @@ Shapes: B images side by side, S decisions for each image, K blocks, H W pixels.
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, ClassVar
 
 import gymnasium
 import numpy as np
@@ -80,10 +80,11 @@ class BlockSelectionVectorEnv(ImageVectorEnv):
 class BlockSelectionEnv(gymnasium.Env[np.ndarray, np.ndarray]):
     """One image at a time, in numpy: the same environment as :class:`BlockSelectionVectorEnv` with B = 1.
 
-    Observation uint8 (3, H, W), action MultiBinary(K), reward float; ``reset`` shows an image, ``step`` ends the episode.
+    Observation uint8 (3, H, W), action MultiBinary(K), reward float; ``reset`` shows an image, ``step`` ends
+    the episode.
     """
 
-    metadata: dict[str, Any] = {"render_modes": []}
+    metadata: ClassVar[dict[str, Any]] = {"render_modes": []}
 
     def __init__(self, **kwargs: Any) -> None:
         self.images = BlockSelectionVectorEnv(1, **kwargs)
