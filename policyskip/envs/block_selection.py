@@ -5,7 +5,7 @@ Shapes: B images side by side, S decisions for each image, K blocks, H W pixels.
 
 from __future__ import annotations
 
-from typing import Any, ClassVar
+from typing import Any
 
 import gymnasium
 import numpy as np
@@ -84,7 +84,9 @@ class BlockSelectionEnv(gymnasium.Env[np.ndarray, np.ndarray]):
     the episode.
     """
 
-    metadata: ClassVar[dict[str, Any]] = {"render_modes": []}
+    metadata = {  # noqa: RUF012 - Gymnasium declares it so
+        "render_modes": []
+    }
 
     def __init__(self, **kwargs: Any) -> None:
         self.images = BlockSelectionVectorEnv(1, **kwargs)
@@ -110,5 +112,5 @@ class BlockSelectionEnv(gymnasium.Env[np.ndarray, np.ndarray]):
         return self._observation(), reward, True, False, info
 
     def _observation(self) -> np.ndarray:
-        shown: np.ndarray = self.images.observation[0].cpu().numpy()
+        shown: np.ndarray = self.images.observation[0].cpu().numpy().copy()
         return shown

@@ -1,0 +1,142 @@
+"""Sparse and dense execution are one network; a dropped block costs nothing and leaves no trace."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from policyskip.backbones import dense, sparse, sparse_many
+from policyskip.backbones.base import Backbone
+from policyskip.backbones.resnet import CifarResNet, TorchvisionResNet
+from tests.conftest import small_backbone
+
+TOLERANCE = {"rtol": 1e-4, "atol": 1e-5}
+
+
+def random_keep(B: int, K: int, rate: float = 0.5) -> Tensor:
+    return torch.rand(B, K, generator=torch.Generator().manual_seed(1)) < rate
+
+
+def plain_forward(backbone: Backbone, images: Tensor) -> Tensor:
+    """The network as its authors would write it, with no word about keeping."""
+    x = backbone.stem((images / 255 - backbone.mean) / backbone.std)
+    for block in backbone.blocks:
+        x = torch.relu(block.residual(x) + block.shortcut(x))
+    return backbone.head(x)
+
+
+@pytest.mark.parametrize("shortcut", ["A", "pool", "B"])
+@pytest.mark.parametrize("execute", [dense, sparse])
+def test_all_ones_is_the_plain_network(shortcut, execute, images):
+    backbone = small_backbone(shortcut=shortcut)
+    keep_BK = torch.ones(len(images), backbone.num_blocks, dtype=torch.bool)
+    with torch.no_grad():
+        torch.testing.assert_close(execute(backbone, images, keep_BK), plain_forward(backbone, images), **TOLERANCE)
+        torch.testing.assert_close(backbone(images), plain_forward(backbone, images), **TOLERANCE)
+
+
+@pytest.mark.parametrize("shortcut", ["A", "pool", "B"])
+@pytest.mark.parametrize("rate", [0.0, 0.3, 0.7, 1.0])
+def test_sparse_is_dense(shortcut, rate, images):
+    backbone = small_backbone(shortcut=shortcut)
+    keep_BK = random_keep(len(images), backbone.num_blocks, rate)
+    with torch.no_grad():
+        torch.testing.assert_close(sparse(backbone, images, keep_BK), dense(backbone, images, keep_BK), **TOLERANCE)
+
+
+@pytest.mark.parametrize("depth", [18, 50])
+def test_sparse_is_dense_in_torchvision_networks(depth):
+    torch.manual_seed(0)
+    backbone = TorchvisionResNet(depth, 4).eval()
+    images = torch.randint(0, 256, (3, 3, 64, 64), dtype=torch.uint8)
+    keep_BK = random_keep(3, backbone.num_blocks)
+    with torch.no_grad():
+        torch.testing.assert_close(sparse(backbone, images, keep_BK), dense(backbone, images, keep_BK), **TOLERANCE)
+
+
+def test_one_image_and_batch_composition_do_not_matter(backbone, images):
+    keep_BK = random_keep(len(images), backbone.num_blocks)
+    with torch.no_grad():
+        together = sparse(backbone, images, keep_BK)
+        alone = torch.cat([sparse(backbone, images[i : i + 1], keep_BK[i : i + 1]) for i in range(len(images))])
+    torch.testing.assert_close(together, alone, **TOLERANCE)
+
+
+def test_many_decisions_in_one_pass(backbone, images):
+    keep_SBK = torch.stack([random_keep(len(images), backbone.num_blocks, rate) for rate in (0.2, 0.8, 1.0)])
+    with torch.no_grad():
+        together = sparse_many(backbone, images, keep_SBK)
+        apart = torch.stack([sparse(backbone, images, keep_BK) for keep_BK in keep_SBK])
+    torch.testing.assert_close(together, apart, **TOLERANCE)
+
+
+def test_a_dropped_block_leaves_the_shortcut_without_relu():
+    """By hand: drop everything in a network whose only strided shortcuts are projections that give negative values."""
+    backbone = small_backbone(depth=8, shortcut="B")
+    images = torch.randint(0, 256, (2, 3, 8, 8), dtype=torch.uint8)
+    with torch.no_grad():
+        x = backbone.features(images)
+        x = backbone.blocks[1].shortcut(x)
+        assert (x < 0).any(), "the test needs negative values that a ReLU would remove"
+        expected = backbone.head(backbone.blocks[2].shortcut(x))
+        none = torch.zeros(2, 3, dtype=torch.bool)
+        torch.testing.assert_close(sparse(backbone, images, none), expected, **TOLERANCE)
+        torch.testing.assert_close(dense(backbone, images, none), expected, **TOLERANCE)
+
+
+@pytest.mark.parametrize("execute", [dense, sparse])
+def test_nan_in_a_dropped_block_does_not_reach_the_output(execute, backbone, images):
+    nn.init.constant_(backbone.blocks[2].residual.conv1.weight, float("nan"))
+    keep_BK = torch.ones(len(images), backbone.num_blocks, dtype=torch.bool)
+    keep_BK[:3, 2] = False
+    with torch.no_grad():
+        finite = torch.isfinite(execute(backbone, images, keep_BK)).all(1)
+    assert finite.tolist() == [True] * 3 + [False] * (len(images) - 3)
+
+
+def test_gradients_of_both_ways_agree(backbone, images):
+    keep_BK = random_keep(len(images), backbone.num_blocks)
+    gradients = []
+    for execute in (dense, sparse):
+        backbone.zero_grad()
+        execute(backbone, images, keep_BK).square().sum().backward()
+        gradients.append([p.grad.clone() for p in backbone.parameters() if p.grad is not None])
+    for a, b in zip(*gradients, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-4)
+
+
+def test_a_dropped_block_is_not_computed(backbone, images):
+    rows = []
+    backbone.blocks[1].residual.register_forward_hook(lambda module, args, output: rows.append(len(output)))
+    keep_BK = torch.zeros(len(images), backbone.num_blocks, dtype=torch.bool)
+    keep_BK[[0, 4], 1] = True
+    with torch.no_grad():
+        sparse(backbone, images, keep_BK)
+    assert rows == [2]
+
+
+@pytest.mark.parametrize("keep", [torch.ones(7, 5, dtype=torch.bool), torch.ones(6, 6, dtype=torch.bool), torch.ones(7, 6)])
+def test_a_wrong_keep_matrix_is_refused(keep, backbone, images):
+    with pytest.raises(ValueError, match="keep must be bool of shape"):
+        sparse(backbone, images, keep)
+
+
+def test_depths(images):
+    assert [CifarResNet(depth, 10).num_blocks for depth in (8, 20, 32, 110)] == [3, 9, 15, 54]
+    for depth in (7, 21, 2):
+        with pytest.raises(ValueError, match="6n\\+2"):
+            CifarResNet(depth, 10)
+
+
+def test_frozen_stays_frozen(backbone, images):
+    before = {name: value.clone() for name, value in backbone.state_dict().items()}
+    hash_before = backbone.content_hash()
+    backbone.freeze().train()
+    sparse(backbone, images, random_keep(len(images), backbone.num_blocks))
+    assert not backbone.training and not any(p.requires_grad for p in backbone.parameters())
+    assert all(torch.equal(before[name], value) for name, value in backbone.state_dict().items())
+    assert backbone.content_hash() == hash_before
+    with torch.no_grad():
+        backbone.head.linear.bias[0] += 1e-6
+    assert backbone.content_hash() != hash_before
