@@ -18,7 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-PLAIN = 0.4
+PLAIN = 0.5
 """Share of the images that show a plain digit."""
 MAX_PIECES = 8
 SIZE = 20
@@ -59,21 +59,21 @@ def _render(digits: Tensor, labels: Tensor, n: int, generator: torch.Generator) 
     difficulty = uniform(0, 1)
     hard = ((difficulty - PLAIN) / (1 - PLAIN)).clamp(0, 1)
     target = torch.randint(len(digits), (n,), generator=generator)
-    size = uniform(15, 17) - hard * uniform(0, 4)
+    size = uniform(15, 17) - hard * uniform(0, 6)
     canvas = _place(
         digits[target],
         size,
-        angle=uniform(-1, 1) * (0.08 + 0.3 * hard),
-        dx=uniform(-1, 1) * (0.5 + 3.0 * hard),
-        dy=uniform(-1, 1) * (0.5 + 3.0 * hard),
+        angle=uniform(-1, 1) * (0.08 + 0.5 * hard),
+        dx=uniform(-1, 1) * (0.5 + 3.5 * hard),
+        dy=uniform(-1, 1) * (0.5 + 3.5 * hard),
     )
-    pieces = (hard * MAX_PIECES).ceil()
+    pieces = torch.where(hard > 0, 2 + hard * (MAX_PIECES - 2), 0).round()
     for slot in range(MAX_PIECES):
         piece = digits[torch.randint(len(digits), (n,), generator=generator)] * _window(n, generator)
         reach = SIZE / 2
         drawn = _place(piece, size, uniform(-math.pi, math.pi), uniform(-reach, reach), uniform(-reach, reach))
-        canvas = torch.maximum(canvas, drawn * (pieces > slot).view(-1, 1, 1, 1))
-    noise = torch.randn(canvas.shape, generator=generator) * (0.03 + 0.1 * hard).view(-1, 1, 1, 1)
+        canvas = torch.maximum(canvas, drawn * (uniform(0.6, 0.95) * (pieces > slot)).view(-1, 1, 1, 1))
+    noise = torch.randn(canvas.shape, generator=generator) * (0.03 + 0.08 * hard).view(-1, 1, 1, 1)
     images = ((canvas + noise).clamp(0, 1) * 255).round().to(torch.uint8).expand(-1, 3, -1, -1)
     return images.contiguous(), labels[target], difficulty
 
