@@ -131,7 +131,7 @@ class StaticFront:
 
 
 def search(
-    scorer: SetScorer, costs: Costs, budget: float, beam: int = 3, hints: Sequence[Keep] = ()
+    scorer: SetScorer, budget: float, beam: int = 3, hints: Sequence[Keep] = ()
 ) -> tuple[list[Keep], list[float], bool]:
     """The best keep-set of every size: sets, their accuracies, and whether the search finished.
 
@@ -204,7 +204,7 @@ def find_front(
     if budget < 0 or limit < 1:
         raise UserError(f"front.budget must not be negative and front.images at least 1, got {budget} and {limit}")
     scorer = SetScorer(backbone, images, limit)
-    sets, accuracy, finished = search(scorer, costs, budget, hints=hints)
+    sets, accuracy, finished = search(scorer, budget, hints=hints)
     macs = [costs.of(torch.tensor(keep)).item() for keep in sets]
     return StaticFront(sets, accuracy, macs, scorer.count, finished, backbone.content_hash(), images.fingerprint())
 
