@@ -32,6 +32,7 @@ def train(config: Any) -> int:
     env = setup.env(setup.data.train, "shuffled", settings.seed)
     agent = setup.agent(env)
     validation = setup.env(setup.data.validation)
+    env.rewards(env.score(agent.act(env.observation)))  # a reward that fails is refused before there is a run folder
     names = dict(
         agent=type(agent).__name__.lower(), env="BlockSelection-v0", backbone=setup.backbone.name, data=setup.data.name
     )
@@ -67,7 +68,7 @@ def pretrain(config: Any) -> int:
     """A CIFAR ResNet learns to classify, with stochastic depth, and is written for ``backbone.checkpoint=``."""
     from policyskip import training
     from policyskip.backbones import checkpoints
-    from policyskip.config import build, build_backbone, build_data, find_device, plain, settings_of
+    from policyskip.config import build, build_backbone, build_data, find_device, group_of, plain, settings_of
     from policyskip.data import Feed
     from policyskip.errors import UserError
     from policyskip.pretraining import pixel_statistics
@@ -76,15 +77,19 @@ def pretrain(config: Any) -> int:
     config, run, resume = _new_or_resumed(config)
     settings, content = settings_of(config), plain(config)
     device = find_device(settings.device)
-    data, batch_size = build_data(content["data"], device)
-    node = content["backbone"]
+    data, batch_size = build_data(group_of(content, "data"), device)
+    node = group_of(content, "backbone")
     if node.get("mean") is None and node.get("checkpoint") == checkpoints.RANDOM:
         node["mean"], node["std"] = pixel_statistics(data.train)
     backbone: Any = build_backbone(node, data, device, seed=settings.seed)
     if not hasattr(backbone, "architecture"):
         raise UserError(f"pretrain trains CIFAR ResNets, not {backbone.name}")
     learner = build(
-        "pretrain", content["pretrain"], backbone=backbone, total_steps=settings.train.steps, seed=settings.seed
+        "pretrain",
+        group_of(content, "pretrain"),
+        backbone=backbone,
+        total_steps=settings.train.steps,
+        seed=settings.seed,
     )
     feed = Feed(data.train, batch_size, "shuffled", settings.seed)
     run = run or _new_run(config)
@@ -121,8 +126,6 @@ def pretrain(config: Any) -> int:
 
 def evaluate(config: Any) -> int:
     """A run's best policy, judged again from its folder."""
-    from omegaconf import OmegaConf
-
     from policyskip import report
     from policyskip.config import find_device, plain, set_up
     from policyskip.errors import UserError
@@ -131,11 +134,10 @@ def evaluate(config: Any) -> int:
     asked = plain(config)
     run = open_run(str(asked["run"]))
     try:
-        saved = plain(OmegaConf.load(run.folder / "config.yaml"))  # type: ignore[arg-type]
-        setup = set_up(saved, find_device(str(asked["device"])), trusted=bool(asked["trust"]))
-    except (KeyError, TypeError, AttributeError, AssertionError) as error:
+        setup = set_up(plain(_saved(run)), find_device(str(asked["device"])), trusted=asked["trust"] is True)
+        agent = setup.agent(setup.env(setup.data.validation))
+    except (KeyError, TypeError, AttributeError) as error:
         raise UserError(f"{run.folder / 'config.yaml'} is damaged or not that of a train run: {error!r}") from error
-    agent = setup.agent(setup.env(setup.data.validation))
     report.load_best(agent, run)
     result = report.judge(setup, agent, str(asked["split"]))
     summary = {f"{asked['split']}/{key}": value for key, value in result.figures().items()}
@@ -166,9 +168,9 @@ def front(config: Any) -> int:
     for keep, accuracy, macs in zip(found.sets, found.accuracy, found.macs, strict=True):
         blocks = "".join("01"[kept] for kept in keep)
         print(f"{sum(keep):3d} blocks  {blocks}  {macs / 1e6:8.2f} M MACs  validation accuracy {100 * accuracy:.2f} %")
-    if content["output"]:
-        found.save(Path(content["output"]))
-        print(f"Written to {content['output']}")
+    if settings.output:
+        found.save(Path(settings.output))
+        print(f"Written to {settings.output}")
     return 0
 
 
@@ -204,23 +206,66 @@ def _run(command: str) -> int:
 
     from policyskip.errors import UserError
 
-    status = 0
+    composed = False
 
     def job(config: Any) -> None:
-        nonlocal status
-        status = COMMANDS[command](config)
+        nonlocal composed
+        composed = True
+        try:
+            status = COMMANDS[command](config)
+        except (UserError, OmegaConfBaseException, OSError) as error:
+            status = _refuse(command, error)
+        if status:
+            sys.exit(status)  # rather than return it: a sweep ends with the run that failed or was stopped
 
+    sys.argv[1:] = _with_own_reward(sys.argv[1:])
     app = hydra.main(config_path="pkg://policyskip.configs", config_name=command, version_base="1.3")(job)
     try:
         app()
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return EXIT_INTERRUPTED
-    except (UserError, HydraException, OmegaConfBaseException) as error:
-        lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-        print(f"policyskip {command}: {' '.join(lines[:2])}", file=sys.stderr)
-        return EXIT_BAD_INPUT
-    return status
+    except (HydraException, OmegaConfBaseException) as error:
+        return _refuse(command, error)
+    except ValueError as error:  # Hydra's, for arguments such as agent=3
+        if composed:
+            raise
+        return _refuse(command, error)
+    return 0
+
+
+def _with_own_reward(arguments: list[str]) -> list[str]:
+    """The arguments for Hydra. A reward of the user's own starts without the default's keys, and takes any."""
+    if not any(argument.startswith("reward._target_=") for argument in arguments):
+        return arguments
+    chosen = any(argument.startswith("reward=") for argument in arguments)
+    added = [f"++{argument}" if argument.startswith("reward.") else argument for argument in arguments]
+    return added if chosen else ["reward=custom", *added]
+
+
+def _refuse(command: str, error: Exception) -> int:
+    print(f"policyskip {command}: {_in_one_line(error)}", file=sys.stderr)
+    return EXIT_BAD_INPUT
+
+
+def _in_one_line(error: Exception) -> str:
+    """What was given and what is allowed; Hydra keeps the latter in its errors' attributes."""
+    from hydra.errors import MissingConfigException
+    from omegaconf import DictConfig
+    from omegaconf.errors import ConfigAttributeError, ConfigKeyError
+
+    if isinstance(error, MissingConfigException) and error.options:
+        group = str(error.missing_cfg_file).rpartition("/")[0]
+        return f"there is no {error.missing_cfg_file}; {group} is one of {', '.join(error.options)}"
+    cause = error.__cause__
+    if isinstance(cause, ConfigAttributeError | ConfigKeyError) and isinstance(cause.parent_node, DictConfig):
+        parent = str(cause.full_key).rpartition(".")[0]
+        keys = sorted(key for key in map(str, cause.parent_node) if not key.startswith("_"))
+        if keys:
+            return f"there is no key {cause.full_key}; {f'{parent} has' if parent else 'there are'} {', '.join(keys)}"
+    text = str(error).partition("Config search path:")[0]
+    lines = [line.strip() for line in text.splitlines() if line.strip()]
+    return " ".join(lines[:2]) or type(error).__name__
 
 
 def _new_or_resumed(config: Any) -> tuple[Any, Any, bool]:
@@ -241,8 +286,24 @@ def _new_or_resumed(config: Any) -> tuple[Any, Any, bool]:
             raise UserError(
                 f"{change.split('=')[0]} cannot change when a run is resumed; only {', '.join(allowed[1:])} can"
             )
-    saved = OmegaConf.load(run.folder / "config.yaml")
-    return OmegaConf.merge(saved, OmegaConf.from_dotlist(changes)), run, (run.folder / "checkpoint.pt").is_file()
+    changed = OmegaConf.merge(_saved(run), OmegaConf.from_dotlist(changes))
+    return changed, run, (run.folder / "checkpoint.pt").is_file()
+
+
+def _saved(run: Any) -> Any:
+    """The configuration in a run's folder."""
+    from omegaconf import DictConfig, OmegaConf
+
+    from policyskip.errors import UserError
+
+    path = run.folder / "config.yaml"
+    try:
+        saved = OmegaConf.load(path)
+    except Exception as error:  # damaged files raise whatever the reader stumbles over
+        raise UserError(f"{path} is damaged: {' '.join(str(error).split())[:200]}") from error
+    if not isinstance(saved, DictConfig):
+        raise UserError(f"{path} is damaged or not ours: it must hold keys and values")
+    return saved
 
 
 def _new_run(config: Any) -> Any:

@@ -12,11 +12,20 @@ import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from importlib.metadata import entry_points
-from typing import Any, get_type_hints
+from typing import Annotated, Any, Literal, get_type_hints
 
 import torch
 from omegaconf import DictConfig, OmegaConf
-from pydantic import BaseModel, ConfigDict, PositiveInt, TypeAdapter, ValidationError
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    NonNegativeFloat,
+    NonNegativeInt,
+    PositiveInt,
+    TypeAdapter,
+    ValidationError,
+)
 
 from policyskip.agents.base import Agent
 from policyskip.backbones import Backbone
@@ -42,13 +51,13 @@ class RunSection(_Section):
 
 
 class FrontSection(_Section):
-    budget: float
+    budget: NonNegativeFloat
     images: PositiveInt
-    learner_steps: int
+    learner_steps: NonNegativeInt
 
 
 class TrackingSection(_Section):
-    mode: str
+    mode: Literal["auto", "online", "offline", "none"]
     project: str
     group: str | None
 
@@ -56,15 +65,24 @@ class TrackingSection(_Section):
 class Settings(_Section):
     """The keys that are no group, with their types."""
 
-    seed: int
+    seed: Annotated[int, Field(ge=0, lt=2**63)]
     device: str
     train: TrainSection
     run: RunSection
     tracking: TrackingSection
     front: FrontSection | None = None
+    output: str | None = None
 
 
-GROUPS = ("data", "backbone", "env", "reward", "agent", "pretrain")
+GROUPS = {
+    "data": "policyskip.data",
+    "backbone": "policyskip.backbones",
+    "env": "policyskip.envs",
+    "reward": "policyskip.rewards",
+    "agent": "policyskip.agents",
+    "pretrain": "policyskip.pretraining",
+}
+"""The groups, and where the package keeps its own choices for each."""
 
 
 def settings_of(config: DictConfig) -> Settings:
@@ -81,21 +99,40 @@ def settings_of(config: DictConfig) -> Settings:
 
 
 def plain(config: DictConfig) -> dict[str, Any]:
-    """The resolved configuration as plain dictionaries."""
+    """The resolved configuration as plain dictionaries.
+
+    Raises:
+        UserError: a key that has no default is not set.
+    """
+    missing = OmegaConf.missing_keys(config)
+    if missing:
+        raise UserError(f"{min(missing)} is not set; say {min(missing)}=VALUE")
     content = OmegaConf.to_container(config, resolve=True)
     assert isinstance(content, dict)
     return {str(key): value for key, value in content.items()}
+
+
+def group_of(content: dict[str, Any], group: str) -> dict[str, Any]:
+    """A group's part of a configuration.
+
+    Raises:
+        UserError: it has none.
+    """
+    node = content.get(group)
+    if not isinstance(node, dict):
+        raise UserError(f"the configuration has no {group}, and this command needs one")
+    return node
 
 
 def build(group: str, node: dict[str, Any], trusted: bool = True, **given: Any) -> Any:
     """Call a group's ``_target_`` with its other keys and with those of ``given`` that it takes.
 
     Args:
-        trusted: False refuses targets outside policyskip: the configuration came with a run folder, and importing what
-            it names would execute its author's code.
+        trusted: False refuses targets that are not policyskip's own for the group: the configuration came with a run
+            folder, and calling what it names would execute its author's code.
 
     Raises:
-        UserError: the target cannot be imported, or does not take these arguments.
+        UserError: the target cannot be imported, does not take these arguments, or fails on them.
     """
     arguments = {str(key): value for key, value in node.items() if key != "_target_"}
     target = node.get("_target_")
@@ -131,7 +168,12 @@ def build(group: str, node: dict[str, Any], trusted: bool = True, **given: Any) 
                 raise UserError(_first_problem(f"{group}.{key}", error)) from error
             except Exception:
                 continue
-    return call(**arguments, **given)
+    try:
+        return call(**arguments, **given)
+    except UserError:
+        raise
+    except Exception as error:  # whatever the user's class, or torch, raises for these arguments
+        raise UserError(f"{group}: {target} failed with {type(error).__name__}: {error}") from error
 
 
 def _as_declared(value: Any, hint: Any) -> Any:
@@ -158,6 +200,8 @@ def _first_problem(prefix: str, error: ValidationError) -> str:
     )
     if problem["type"] == "extra_forbidden":
         return f"there is no key {place}"
+    if problem["type"] == "missing":
+        return f"there must be a key {place}"
     return f"{place}: {problem['msg'][0].lower()}{problem['msg'][1:]}, got {problem['input']!r}"
 
 
@@ -169,11 +213,11 @@ def _resolve(group: str, target: str, trusted: bool) -> Callable[..., Any]:
             known = ", ".join(sorted(points.names)) or "none is installed"
             raise UserError(f"{group}._target_={target} is no installed {group} ({known}); or say package.module.Name")
         target = points[target].value.replace(":", ".")
-    if not trusted and not target.startswith("policyskip."):
-        raise UserError(
-            f"the run's {group} {target} is not part of policyskip; add trust=true to import and execute it"
-        )
     module_name, _, name = target.rpartition(".")
+    if not trusted and not _ours(group, module_name):
+        raise UserError(
+            f"the run's {group} {target} is not one of policyskip's own; add trust=true to import and execute it"
+        )
     try:
         found = getattr(importlib.import_module(module_name), name)
     except Exception as error:  # whatever the user's module raises while it is imported
@@ -181,12 +225,17 @@ def _resolve(group: str, target: str, trusted: bool) -> Callable[..., Any]:
             f"could not import {group}._target_={target}: {type(error).__name__}: {error} "
             f"(current folder: {os.getcwd()})"
         ) from error
-    if not trusted and not getattr(found, "__module__", "").startswith("policyskip."):
-        raise UserError(f"the run's {group} {target} is not part of policyskip")
+    if not trusted and not _ours(group, getattr(found, "__module__", "")):
+        raise UserError(f"the run's {group} {target} is not one of policyskip's own")
     if not callable(found):
         raise UserError(f"{group}._target_={target} is no class or function")
     checked: Callable[..., Any] = found
     return checked
+
+
+def _ours(group: str, module: str) -> bool:
+    """Whether a module is, or is inside, the package's own for the group."""
+    return f"{module}.".startswith(f"{GROUPS[group]}.")
 
 
 def find_device(name: str) -> torch.device:
@@ -220,12 +269,14 @@ class Setup:
     backbone: Backbone
     reward: Reward
     batch_size: int
+    trusted: bool = True
 
     def env(self, images: Images, order: Order = "sequential", seed: int = 0) -> BlockSelectionVectorEnv:
         """An environment over a set of images."""
         env: BlockSelectionVectorEnv = build(
             "env",
-            self.config["env"],
+            group_of(self.config, "env"),
+            self.trusted,
             num_envs=min(self.batch_size, len(images)),
             backbone=self.backbone,
             images=images,
@@ -239,7 +290,8 @@ class Setup:
         """The agent, about to learn in an environment."""
         agent: Agent = build(
             "agent",
-            self.config["agent"] | changed,
+            group_of(self.config, "agent") | changed,
+            self.trusted,
             env=env,
             total_steps=self.config["train"]["steps"],
             seed=self.config["seed"],
@@ -249,10 +301,10 @@ class Setup:
 
 def set_up(config: dict[str, Any], device: torch.device, trusted: bool = True) -> Setup:
     """Build what a ``train`` configuration names; what is cheap to check comes first."""
-    reward = build("reward", config["reward"], trusted)
-    data, batch_size = build_data(config["data"], device, trusted)
-    backbone = build_backbone(config["backbone"], data, device, trusted)
-    return Setup(config, device, data, backbone, reward, batch_size)
+    reward = build("reward", group_of(config, "reward"), trusted)
+    data, batch_size = build_data(group_of(config, "data"), device, trusted)
+    backbone = build_backbone(group_of(config, "backbone"), data, device, trusted)
+    return Setup(config, device, data, backbone, reward, batch_size, trusted)
 
 
 def build_data(node: dict[str, Any], device: torch.device, trusted: bool = True) -> tuple[Data, int]:

@@ -222,8 +222,11 @@ class FileImages:
     def stream(self, orders: Iterable[tuple[Tensor, int]]) -> Iterator[Batch]:
         batches: Any = ([(int(i), seed) for i in index_B] for index_B, seed in orders)
         loader = torch.utils.data.DataLoader(self, batch_sampler=batches, num_workers=self.workers)  # type: ignore[arg-type, var-annotated]
-        for images, label_B, index_B in loader:
-            yield Batch(images.to(self.device), label_B.to(self.device), index_B)
+        try:
+            for images, label_B, index_B in loader:
+                yield Batch(images.to(self.device), label_B.to(self.device), index_B)
+        except UserError as error:  # a worker's arrives with its traceback in front
+            raise UserError(str(error).strip().splitlines()[-1].removeprefix("policyskip.errors.UserError: ")) from None
 
     def fingerprint(self) -> str:
         names = "\n".join(f"{file.parent.name}/{file.name} {file.stat().st_size}" for file in self.files)
@@ -252,12 +255,10 @@ def read_image(file: Path, size: int | None, augment_seed: int | None = None) ->
         return np.array(image)
 
     if augment_seed is None:
-        transform = v2.Compose([v2.Resize(size * 256 // 224), v2.CenterCrop(size)])
-    else:
-        transform = v2.Compose([v2.RandomResizedCrop(size), v2.RandomHorizontalFlip()])
+        return np.array(v2.Compose([v2.Resize(size * 256 // 224), v2.CenterCrop(size)])(image))
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(augment_seed or 0)
-        return np.array(transform(image))
+        torch.manual_seed(augment_seed)
+        return np.array(v2.Compose([v2.RandomResizedCrop(size), v2.RandomHorizontalFlip()])(image))
 
 
 def digits(
@@ -401,7 +402,7 @@ def imagefolder(
     if (len(train_files) + len(test_files)) * 3 * size * size <= IN_MEMORY_BYTES and first.shape[:2] == (size, size):
         return _in_memory(
             name,
-            *(_decode(train_files, size), train_labels, _decode(test_files, size), test_labels),
+            *(_decode(train_files, size, image_size), train_labels, _decode(test_files, size, image_size), test_labels),
             classes=classes,
             validation=validation,
             augment=crop_and_flip if augment else None,
@@ -442,13 +443,17 @@ def _list_images(folder: Path) -> tuple[tuple[str, ...], list[Path], Tensor]:
     return classes, files, torch.tensor(labels)
 
 
-def _decode(files: list[Path], size: int) -> Tensor:
-    """All files as uint8 (N, 3, H, W); those of another size are scaled to it."""
+def _decode(files: list[Path], size: int, scale_to: int | None) -> Tensor:
+    """All files as uint8 (N, 3, size, size); those of another size are scaled, or refused when nobody asked for it."""
     from concurrent.futures import ThreadPoolExecutor
 
     with ThreadPoolExecutor() as pool:
-        pixels = np.stack(list(pool.map(lambda file: read_image(file, size), files)))
-    return torch.from_numpy(pixels).permute(0, 3, 1, 2).contiguous()
+        pixels = list(pool.map(lambda file: read_image(file, scale_to), files))
+    for file, image in zip(files, pixels):
+        if image.shape != (size, size, 3):
+            found = f"{image.shape[1]}×{image.shape[0]}"
+            raise UserError(f"{file} is {found}, others are {size}×{size}; say data.image_size={size} to scale them")
+    return torch.from_numpy(np.stack(pixels)).permute(0, 3, 1, 2).contiguous()
 
 
 def load_data(name: str, device: torch.device, **options: Any) -> Data:

@@ -91,6 +91,8 @@ def torchvision_resnet(
         return backbone
     try:
         return TorchvisionResNet(depth, num_classes, checkpoint)
+    except UserError:
+        raise
     except (OSError, ValueError, KeyError, RuntimeError) as error:
         raise UserError(
             f"no weights {checkpoint} for torchvision's resnet{depth} ({error}); give backbone.checkpoint=FILE"

@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from policyskip.backbones.base import IMAGENET_MEAN, IMAGENET_STD, Backbone, Block
+from policyskip.errors import UserError
 
 Shortcut = Literal["A", "pool", "B"]
 
@@ -84,7 +85,7 @@ class CifarResNet(Backbone):
         mean, std: pixel normalisation, per channel, for pixels in [0, 1].
 
     Raises:
-        ValueError: the depth is not 6n+2, or the shortcut is unknown.
+        UserError: the depth is not 6n+2, the shortcut is unknown, or width, mean or std make no sense.
     """
 
     def __init__(
@@ -97,9 +98,14 @@ class CifarResNet(Backbone):
         std: Sequence[float] = IMAGENET_STD,
     ) -> None:
         if depth < 8 or (depth - 2) % 6:
-            raise ValueError(f"depth must be 6n+2 (8, 14, 20, 32, 56, 110, …), got {depth}")
+            raise UserError(f"a CIFAR ResNet's depth must be 6n+2 (8, 14, 20, 32, 56, 110, …), got {depth}")
         if shortcut not in SHORTCUTS:
-            raise ValueError(f"shortcut must be one of {', '.join(SHORTCUTS)}, got {shortcut!r}")
+            raise UserError(f"shortcut must be one of {', '.join(SHORTCUTS)}, got {shortcut!r}")
+        if width < 1 or len(mean) != 3 or len(std) != 3 or min(std) <= 0:
+            raise UserError(
+                f"width must be at least 1, mean and std three numbers, those of std positive; "
+                f"got {width}, {list(mean)} and {list(std)}"
+            )
         n = (depth - 2) // 6
         stem = nn.Sequential(
             OrderedDict(conv=nn.Conv2d(3, width, 3, padding=1, bias=False), bn=nn.BatchNorm2d(width), relu=nn.ReLU())
@@ -132,17 +138,22 @@ class TorchvisionResNet(Backbone):
         weights: "DEFAULT", "IMAGENET1K_V1" or "IMAGENET1K_V2" (downloaded by torchvision), or None for random ones.
 
     Raises:
-        ValueError: unknown depth or weights; OSError: the download failed.
+        UserError: unknown depth or weights, or weights of another number of classes. OSError: the download failed.
     """
 
     def __init__(self, depth: int, num_classes: int = 1000, weights: str | None = None) -> None:
-        from torchvision.models import get_model
+        from torchvision.models import get_model, get_model_weights
 
         if depth not in (18, 34, 50, 101, 152):
-            raise ValueError(f"torchvision has ResNets of depth 18, 34, 50, 101 and 152, not {depth}")
-        net = get_model(f"resnet{depth}", weights=weights, num_classes=1000 if weights else num_classes)
-        if num_classes != net.fc.out_features:
-            raise ValueError(f"the pretrained weights have {net.fc.out_features} classes, the data {num_classes}")
+            raise UserError(f"torchvision has ResNets of depth 18, 34, 50, 101 and 152, not {depth}")
+        known = get_model_weights(f"resnet{depth}").__members__
+        if weights and weights not in known:
+            raise UserError(f"there are no weights {weights}: neither a file nor one of {', '.join(known)}")
+        if weights and num_classes != 1000:  # found before they are downloaded
+            raise UserError(
+                f"torchvision's weights have 1000 classes, the data has {num_classes}; give backbone.checkpoint=FILE"
+            )
+        net = get_model(f"resnet{depth}", weights=weights, num_classes=num_classes)
         stem = nn.Sequential(OrderedDict(conv=net.conv1, bn=net.bn1, relu=net.relu, maxpool=net.maxpool))
         head = nn.Sequential(OrderedDict(pool=net.avgpool, flatten=nn.Flatten(), linear=net.fc))
         stages = [net.layer1, net.layer2, net.layer3, net.layer4]
