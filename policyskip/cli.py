@@ -111,7 +111,7 @@ def pretrain(config: Any) -> int:
         backbone.load_state_dict(run.load_best())
         weights = run.folder / "backbone.safetensors"
         checkpoints.save(backbone, weights)
-        summary = dict(backbone=backbone.name, data=data.name, seed=settings.seed, steps=settings.train.steps)
+        summary = dict(command=run.command, backbone=backbone.name, data=data.name, seed=settings.seed, steps=settings.train.steps)
         summary |= {"seconds": round(run.load_checkpoint()["seconds"], 1), "hash": backbone.content_hash()}
         summary |= {f"test/{key}": value for key, value in learner.accuracies(data.test).items()}
         run.save_json("summary.json", summary)
@@ -307,11 +307,13 @@ def _saved(run: Any) -> Any:
 
 
 def _new_run(config: Any) -> Any:
+    from hydra.core.hydra_config import HydraConfig
     from omegaconf import OmegaConf
 
     from policyskip.runs import create
 
-    return create(config.run.dir, OmegaConf.to_yaml(config, resolve=True))
+    command = " ".join([sys.argv[0], *HydraConfig.get().overrides.task])
+    return create(config.run.dir, command, OmegaConf.to_yaml(config, resolve=True))
 
 
 def _stopped(command: str, run: Any) -> int:

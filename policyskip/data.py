@@ -167,12 +167,18 @@ class TensorImages:
     """A set that lives on the device: images uint8 (N, 3, H, W), labels int64 (N,)."""
 
     def __init__(
-        self, images: Tensor, label_N: Tensor, difficulty: Tensor | None = None, augment: Augment | None = None
+        self,
+        images: Tensor,
+        label_N: Tensor,
+        difficulty: Tensor | None = None,
+        augment: Augment | None = None,
+        recipe: str | None = None,
     ) -> None:
         self.images = images
         self.label_N = label_N
         self.difficulty = difficulty
         self.augment = augment
+        self.recipe = recipe  # of rendered images, whose last bit may differ between machines
 
     def __len__(self) -> int:
         return len(self.label_N)
@@ -186,7 +192,8 @@ class TensorImages:
             yield Batch(images, self.label_N[on_device], index_B)
 
     def fingerprint(self) -> str:
-        digest = hashlib.sha256(self.images.cpu().contiguous().numpy().tobytes())
+        content = self.recipe.encode() if self.recipe else self.images.cpu().contiguous().numpy().tobytes()
+        digest = hashlib.sha256(content)
         digest.update(self.label_N.cpu().numpy().tobytes())
         return digest.hexdigest()[:16]
 
@@ -265,14 +272,15 @@ def digits(
     device: torch.device, train: int = 20000, validation: int = 2000, test: int = 4000, root: str | None = None
 ) -> Data:
     """Cluttered digits (see ``digits.py``): any number of images, made on the spot in seconds."""
-    from policyskip.digits import render_digits
+    from policyskip.digits import VERSION, render_digits
 
     splits = {}
     for split, count in {"train": train, "validation": validation, "test": test}.items():
         if count < 1:
             raise UserError(f"data.{split} must be at least 1 image, got {count}")
         images, label_N, difficulty = render_digits(split, count, seed=0)
-        splits[split] = TensorImages(images.to(device), label_N.to(device), difficulty)
+        recipe = f"digits {VERSION} {split} {count}"
+        splits[split] = TensorImages(images.to(device), label_N.to(device), difficulty, recipe=recipe)
     return Data("digits", **splits, classes=tuple("0123456789"), image_shape=(3, 20, 20))
 
 

@@ -31,6 +31,11 @@ class Run:
     def name(self) -> str:
         return self.folder.name
 
+    @property
+    def command(self) -> str:
+        """The command that made the run."""
+        return (self.folder / "config.yaml").read_text().partition("\n")[0].removeprefix("# ")
+
     def save_json(self, name: str, content: dict[str, Any]) -> None:
         write(self.folder / name, (json.dumps(content, indent=2, ensure_ascii=False) + "\n").encode())
 
@@ -80,8 +85,8 @@ class Run:
         write(self.folder / "metrics.jsonl", "".join(json.dumps(record) + "\n" for record in kept).encode())
 
 
-def create(folder: str, config: str) -> Run:
-    """Make a new run folder and put the resolved configuration in it.
+def create(folder: str, command: str, config: str) -> Run:
+    """Make a new run folder and put the resolved configuration in it, under the command that made it.
 
     A folder that exists and is not empty is left alone: the new one gets -2, -3, … behind its name.
     """
@@ -96,7 +101,7 @@ def create(folder: str, config: str) -> Run:
                 number += 1
                 path = wanted.with_name(f"{wanted.name}-{number}")
         run = Run(path)
-        write(path / "config.yaml", config.encode())
+        write(path / "config.yaml", f"# {command}\n{config}".encode())
     return run
 
 

@@ -17,7 +17,9 @@ from policyskip.data import TensorImages
 torch.set_num_threads(2)
 
 
-def small_backbone(depth: int = 14, classes: int = 5, shortcut: str = "pool", width: int = 4, seed: int = 0) -> CifarResNet:
+def small_backbone(
+    depth: int = 14, classes: int = 5, shortcut: str = "pool", width: int = 4, seed: int = 0
+) -> CifarResNet:
     """A random CIFAR ResNet in evaluation mode whose batch normalisation does something."""
     torch.manual_seed(seed)
     backbone = CifarResNet(depth, classes, shortcut, width)  # type: ignore[arg-type]

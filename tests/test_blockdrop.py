@@ -124,7 +124,9 @@ def test_each_image_learns_from_its_own_reward_alone():
 
 def test_misshapen_advantages_are_refused():
     with pytest.raises(ValueError, match="advantage"):
-        reinforce_loss(torch.zeros(2, K), torch.ones(1, 2, K).bool(), torch.zeros(2, 1), torch.ones(K).bool(), ALPHA, 0.0)
+        reinforce_loss(
+            torch.zeros(2, K), torch.ones(1, 2, K).bool(), torch.zeros(2, 1), torch.ones(K).bool(), ALPHA, 0.0
+        )
 
 
 def test_update_compares_samples_with_the_greedy_decision(monkeypatch):

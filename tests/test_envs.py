@@ -147,7 +147,9 @@ def test_the_label_is_not_in_the_observation():
     images = small_images()
     other = small_images()
     other.label_N = (other.label_N + 1) % 5
-    envs = [BlockSelectionVectorEnv(40, backbone=small_backbone(), images=i, order="sequential") for i in (images, other)]
+    envs = [
+        BlockSelectionVectorEnv(40, backbone=small_backbone(), images=i, order="sequential") for i in (images, other)
+    ]
     assert torch.equal(*(env.reset()[0] for env in envs))
     rewards = [env.step(torch.ones(40, 6))[1] for env in envs]
     assert not torch.equal(*rewards)

@@ -116,7 +116,9 @@ def test_a_dropped_block_is_not_computed(backbone, images):
     assert rows == [2]
 
 
-@pytest.mark.parametrize("keep", [torch.ones(7, 5, dtype=torch.bool), torch.ones(6, 6, dtype=torch.bool), torch.ones(7, 6)])
+@pytest.mark.parametrize(
+    "keep", [torch.ones(7, 5, dtype=torch.bool), torch.ones(6, 6, dtype=torch.bool), torch.ones(7, 6)]
+)
 def test_a_wrong_keep_matrix_is_refused(keep, backbone, images):
     with pytest.raises(ValueError, match="keep must be bool of shape"):
         sparse(backbone, images, keep)

@@ -56,7 +56,7 @@ def final_weights(run: Run) -> dict[str, torch.Tensor]:
 
 
 def test_two_runs_with_one_seed_are_equal(tmp_path):
-    runs = [create(str(tmp_path / name), "") for name in ("a", "b", "c")]
+    runs = [create(str(tmp_path / name), "policyskip train", "") for name in ("a", "b", "c")]
     for run, seed in zip(runs, (0, 0, 1), strict=True):
         assert learn(run, seed=seed)
     a, b, c = (without_times(run) for run in runs)
@@ -66,7 +66,7 @@ def test_two_runs_with_one_seed_are_equal(tmp_path):
 
 @pytest.mark.parametrize("stop_at", [1, 4, 6])
 def test_a_stopped_run_goes_on_as_if_nothing_had_happened(stop_at, tmp_path):
-    whole, halved = create(str(tmp_path / "whole"), ""), create(str(tmp_path / "halved"), "")
+    whole, halved = create(str(tmp_path / "whole"), "policyskip train", ""), create(str(tmp_path / "halved"), "policyskip train", "")
     assert learn(whole)
     assert not learn(halved, stop_at=stop_at)
     assert halved.load_checkpoint()["step"] == stop_at
@@ -77,7 +77,7 @@ def test_a_stopped_run_goes_on_as_if_nothing_had_happened(stop_at, tmp_path):
 
 
 def test_records_after_the_checkpoint_are_forgotten_on_resume(tmp_path):
-    run = create(str(tmp_path / "run"), "")
+    run = create(str(tmp_path / "run"), "policyskip train", "")
     assert not learn(run, stop_at=4)
     run.append_metrics({"step": 6, "train/reward": 99.0})
     with (run.folder / "metrics.jsonl").open("a") as file:
@@ -88,7 +88,7 @@ def test_records_after_the_checkpoint_are_forgotten_on_resume(tmp_path):
 
 
 def test_the_best_weights_are_those_of_the_best_validation_reward(tmp_path):
-    run = create(str(tmp_path / "run"), "")
+    run = create(str(tmp_path / "run"), "policyskip train", "")
     learn(run)
     rewards = [record["val/reward"] for record in run.metrics() if "val/reward" in record]
     assert run.load_checkpoint()["best"] == max(rewards)
@@ -96,7 +96,7 @@ def test_the_best_weights_are_those_of_the_best_validation_reward(tmp_path):
 
 def test_ctrl_c_is_ours_only_while_training(tmp_path):
     before = signal.getsignal(signal.SIGINT)
-    learn(create(str(tmp_path / "run"), ""), stop_at=2)
+    learn(create(str(tmp_path / "run"), "policyskip train", ""), stop_at=2)
     assert signal.getsignal(signal.SIGINT) is before
 
 
@@ -108,10 +108,11 @@ def test_schedules_below_one_are_refused(wrong, tmp_path):
 
 
 def test_a_used_folder_is_left_alone(tmp_path):
-    first = create(str(tmp_path / "run"), "a: 1\n")
-    second = create(str(tmp_path / "run"), "a: 2\n")
+    first = create(str(tmp_path / "run"), "policyskip train", "a: 1\n")
+    second = create(str(tmp_path / "run"), "policyskip train", "a: 2\n")
     assert (first.name, second.name) == ("run", "run-2")
-    assert (first.folder / "config.yaml").read_text() == "a: 1\n"
+    assert (first.folder / "config.yaml").read_text() == "# policyskip train\na: 1\n"
+    assert first.command == "policyskip train"
 
 
 def test_a_failed_write_leaves_what_was_there(tmp_path, monkeypatch):
@@ -135,7 +136,7 @@ def test_a_folder_that_is_no_run_is_named(tmp_path):
 
 
 def test_damaged_files_are_named(tmp_path):
-    run = create(str(tmp_path / "run"), "")
+    run = create(str(tmp_path / "run"), "policyskip train", "")
     with pytest.raises(UserError, match="there is no"):
         run.load_checkpoint()
     for name, load in (("checkpoint.pt", run.load_checkpoint), ("best.safetensors", run.load_best)):

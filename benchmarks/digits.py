@@ -1,0 +1,78 @@
+"""The result tables of README.md and docs/agents/blockdrop.md: BlockDrop on digits, three seeds, several penalties.
+
+    python benchmarks/digits.py [penalty …]      (default: 1 2 5; about twelve minutes a penalty on two CPU cores)
+
+Writes a row for each run to benchmarks/results/digits.csv (rows of other penalties stay), and prints the table.
+"""
+
+from __future__ import annotations
+
+import csv
+import json
+import statistics
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+RESULTS = Path(__file__).parent / "results" / "digits.csv"
+SEEDS = (0, 1, 2)
+FIGURES = (
+    *("accuracy", "full_accuracy", "kept_mean", "kept_sd", "macs_fraction", "policy_macs", "unique_decisions"),
+    *("static_accuracy", "static_blocks", "static_margin", "static_margin_ci95"),
+)
+
+
+def run(penalty: str, seed: int) -> dict[str, str]:
+    """One run, as its row."""
+    with tempfile.TemporaryDirectory() as folder:
+        arguments = ["agent=blockdrop", f"reward.penalty={penalty}", f"seed={seed}", f"run.dir={folder}/run"]
+        command = [sys.executable, "-m", "policyskip", "train", *arguments, "tracking=none"]
+        subprocess.run(command, check=True)
+        summary = json.loads((Path(folder) / "run" / "summary.json").read_text())
+    row = {"penalty": penalty, "seed": str(seed), "steps": str(summary["steps"]), "seconds": str(summary["seconds"])}
+    row |= {name: f"{summary[f'test/{name}']:.6g}" for name in FIGURES}
+    quarters = summary["test/kept_by_difficulty"]
+    return row | {f"kept_quarter_{i + 1}": f"{kept:.3f}" for i, kept in enumerate(quarters)}
+
+
+def table(rows: list[dict[str, str]]) -> str:
+    """Mean and standard deviation over seeds for each penalty, in Markdown."""
+    lines = [
+        "| γ | full network | policy | best static choice of equal cost | margin | blocks kept | easiest → hardest quarter "
+        "| MACs, policy's own in | decisions |",
+        "|---|---|---|---|---|---|---|---|---|",
+    ]
+    for penalty in sorted({row["penalty"] for row in rows}, key=float):
+        mine = [row for row in rows if row["penalty"] == penalty]
+
+        def mean(name: str, scale: float = 1, mine: list[dict[str, str]] = mine) -> str:
+            values = [scale * float(row[name]) for row in mine]
+            spread = statistics.stdev(values) if len(values) > 1 else 0.0
+            return f"{statistics.mean(values):.2f} ± {spread:.2f}"
+
+        quarters = [statistics.mean(float(row[f"kept_quarter_{i}"]) for row in mine) for i in (1, 4)]
+        cells = [penalty, mean("full_accuracy", 100), mean("accuracy", 100), mean("static_accuracy", 100)]
+        cells += [mean("static_margin", 100), mean("kept_mean"), f"{quarters[0]:.1f} → {quarters[1]:.1f}"]
+        cells += [mean("macs_fraction"), ", ".join(row["unique_decisions"] for row in mine)]
+        lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def main() -> None:
+    penalties = sys.argv[1:] or ["1", "2", "5"]
+    known = list(csv.DictReader(RESULTS.open())) if RESULTS.exists() else []
+    rows = [row for row in known if row["penalty"] not in penalties]
+    for penalty in penalties:
+        for seed in SEEDS:
+            rows.append(run(penalty, seed))
+            RESULTS.parent.mkdir(exist_ok=True)
+            with RESULTS.open("w", newline="") as file:
+                writer = csv.DictWriter(file, fieldnames=list(rows[-1]))
+                writer.writeheader()
+                writer.writerows(rows)
+    print(table(rows))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,104 @@
+"""Every command and every Python snippet of the README and the docs runs, with small settings."""
+
+from __future__ import annotations
+
+import os
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from policyskip.backbones.resnet import CifarResNet, TorchvisionResNet
+
+ROOT = Path(__file__).parent.parent
+PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").rglob("*.md"))]
+SMALL = ["device=cpu", "tracking=none", "data.batch_size=16", "train.steps=2", "train.validate_every=1", "train.log_every=1"]
+DIGITS = ["data.train=64", "data.validation=32", "data.test=32"]
+
+
+def blocks(page: Path, language: str) -> list[str]:
+    return re.findall(rf"```{language}\n(.*?)```", page.read_text(), re.DOTALL)
+
+
+def commands() -> list[str]:
+    lines = [line for page in PAGES for block in blocks(page, "bash") for line in block.splitlines()]
+    return sorted({re.sub(r"\s+#.*", "", part).strip() for line in lines for part in line.split("&&")} - {""})
+
+
+def run(*command: str, cwd: Path) -> subprocess.CompletedProcess[str]:
+    environment = {**os.environ, "XDG_CACHE_HOME": str(cwd / "cache"), "PYTHONPATH": ""}
+    done = subprocess.run(command, cwd=cwd, capture_output=True, text=True, env=environment, check=False)
+    assert done.returncode == 0, f"{command}\n{done.stdout}\n{done.stderr}"
+    return done
+
+
+@pytest.fixture(scope="module")
+def workshop(tmp_path_factory) -> Path:
+    """A folder that has what the docs assume: images, checkpoints, my_rewards.py, a run in runs/x."""
+    folder = tmp_path_factory.mktemp("docs")
+    generator = np.random.default_rng(0)
+    for split, count in (("train", 12), ("test", 6)):
+        for name in "ab":
+            (folder / "FOLDER" / split / name).mkdir(parents=True)
+            for i in range(count):
+                pixels = generator.integers(0, 256, (32, 32, 3), dtype=np.uint8)
+                Image.fromarray(pixels).save(folder / "FOLDER" / split / name / f"{i}.png")
+    net = CifarResNet(20, 2, "A")
+    renamed = {}
+    for name, value in net.state_dict().items():
+        match = re.fullmatch(r"blocks\.(\d+)\.residual\.(.+)", name)
+        if match:
+            name = f"layer{int(match[1]) // 3 + 1}.{int(match[1]) % 3}.{match[2]}"
+        if name not in ("mean", "std"):
+            name = name.replace("stem.conv", "conv1").replace("stem.bn", "bn1").replace("head.linear", "linear")
+            renamed[f"module.{name}"] = value
+    torch.save({"state_dict": renamed}, folder / "resnet20.th")
+    from torchvision.models import resnet50
+
+    torch.save(resnet50(weights=None, num_classes=2).state_dict(), folder / "weights.pth")
+    (folder / "my_rewards.py").write_text(blocks(ROOT / "docs" / "rewards.md", "python")[0])
+    arguments = [*SMALL, *DIGITS, "backbone=resnet20", "backbone.checkpoint=random", "front.budget=1e4"]
+    run(sys.executable, "-m", "policyskip", "train", *arguments, "front.learner_steps=0", "run.dir=runs/x", cwd=folder)
+    return folder
+
+
+@pytest.mark.parametrize("command", commands())
+def test_every_command_runs(command, workshop):
+    words = shlex.split(command)
+    if words[0] in ("pip", "pytest", "make"):
+        return  # what .ci/run does
+    assert words[0] == "policyskip"
+    verb, arguments = words[1], words[2:]
+    small = []
+    if verb in ("train", "pretrain", "front"):
+        small = [word for word in SMALL if not verb == "front" or word.startswith(("device", "data"))]
+        digits = not any(word.startswith("data=") for word in arguments)
+        small += DIGITS if digits else []
+        if not any(word.startswith("backbone") for word in arguments):
+            small += ["backbone=resnet20", "backbone.checkpoint=random"]  # the shipped network is tested elsewhere
+        if verb != "pretrain":
+            small += ["front.budget=1e4", "front.learner_steps=0"]
+        if any("torchvision" in word for word in arguments):
+            small += ["data.image_size=64", "data.workers=0"]
+    if any(word.startswith("data=cifar10") for word in arguments):
+        arguments = [word for word in arguments if not word.startswith("data=")] + DIGITS  # no download in a test
+    run(sys.executable, "-m", "policyskip", verb, *arguments, *small, cwd=workshop)
+
+
+@pytest.mark.parametrize("page", [page for page in PAGES if blocks(page, "python")], ids=lambda page: page.stem)
+def test_every_snippet_runs(page, workshop):
+    for snippet in blocks(page, "python"):
+        before = "import torch\nimages = torch.zeros(3, 3, 20, 20, dtype=torch.uint8)\n"
+        run(sys.executable, "-c", before + snippet, cwd=workshop)
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
+def test_every_link_leads_somewhere(page):
+    for target in re.findall(r"\]\(([^)#]+)\)", page.read_text()):
+        assert target.startswith("https://") or (page.parent / target).exists(), target
