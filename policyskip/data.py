@@ -228,7 +228,12 @@ class FileImages:
 
     def stream(self, orders: Iterable[tuple[Tensor, int]]) -> Iterator[Batch]:
         batches: Any = ([(int(i), seed) for i in index_B] for index_B, seed in orders)
-        loader = torch.utils.data.DataLoader(self, batch_sampler=batches, num_workers=self.workers)  # type: ignore[arg-type, var-annotated]
+        loader: Any = torch.utils.data.DataLoader(
+            self,  # type: ignore[arg-type]
+            batch_sampler=batches,
+            num_workers=self.workers,
+            generator=torch.Generator(),  # its own, so that the global one is left alone
+        )
         try:
             for images, label_B, index_B in loader:
                 yield Batch(images.to(self.device), label_B.to(self.device), index_B)
