@@ -111,7 +111,9 @@ def pretrain(config: Any) -> int:
         backbone.load_state_dict(run.load_best())
         weights = run.folder / "backbone.safetensors"
         checkpoints.save(backbone, weights)
-        summary = dict(command=run.command, backbone=backbone.name, data=data.name, seed=settings.seed, steps=settings.train.steps)
+        summary = dict(
+            command=run.command, backbone=backbone.name, data=data.name, seed=settings.seed, steps=settings.train.steps
+        )
         summary |= {"seconds": round(run.load_checkpoint()["seconds"], 1), "hash": backbone.content_hash()}
         summary |= {f"test/{key}": value for key, value in learner.accuracies(data.test).items()}
         run.save_json("summary.json", summary)

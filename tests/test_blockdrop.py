@@ -174,6 +174,16 @@ def test_curriculum_frees_the_last_blocks_first():
     assert agent.act(env.observation)[0].tolist() == [True, True, True, False, False, False]
 
 
+def test_the_bound_rises_to_its_end():
+    env = make_env()
+    agent = make_agent(env, total_steps=4, alpha=0.8, alpha_end=1.0)
+    bounds = [agent.alpha]
+    for _ in range(4):
+        agent.update(env)
+        bounds.append(agent.alpha)
+    assert bounds == pytest.approx([0.8, 0.85, 0.9, 0.95, 1.0])
+
+
 def test_schedule():
     assert [one_cycle(p) for p in (0.05, 0.1, 1.0)] == pytest.approx([0.5, 1.0, 0.0])
     assert one_cycle(0.55) == pytest.approx(0.5)
@@ -213,6 +223,7 @@ def test_state_goes_on_where_it_stopped():
     [
         ({"alpha": 0.5}, "alpha"),
         ({"alpha": 1.2}, "alpha"),
+        ({"alpha_end": 0.4}, "alpha_end"),
         ({"samples": 0}, "samples"),
         ({"curriculum": 2.0}, "curriculum"),
         ({"lr": 0.0}, "lr"),

@@ -57,7 +57,14 @@ def test_train_leaves_a_whole_run_folder(workshop):
     assert set(json.loads((run / "summary.json").read_text())) >= SUMMARY_KEYS
     pictures = {path.stem for path in (run / "plots").iterdir()}
     assert pictures == {
-        *("learning_curves", "accuracy_against_macs", "block_use", "block_use_by_class", "gallery", "kept_by_difficulty"),
+        *(
+            "learning_curves",
+            "accuracy_against_macs",
+            "block_use",
+            "block_use_by_class",
+            "gallery",
+            "kept_by_difficulty",
+        ),
     }
     records = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     assert [r["step"] for r in records if "val/accuracy" in r] == [2, 4, 6]
@@ -66,7 +73,13 @@ def test_train_leaves_a_whole_run_folder(workshop):
 
 def test_train_prints_its_table_and_where_things_are(workshop):
     printed = (workshop / "stdout.txt").read_text()
-    for words in ("policy, its own cost included", "full network", "best static choice of equal cost", "Run folder", "W&B"):
+    for words in (
+        "policy, its own cost included",
+        "full network",
+        "best static choice of equal cost",
+        "Run folder",
+        "W&B",
+    ):
         assert words in printed
 
 

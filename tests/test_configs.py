@@ -20,7 +20,11 @@ OPTIONS = [
     if path.parent.name not in ("experiment", "hydra")
 ]
 EXPERIMENTS = sorted(path.stem for path in (CONFIGS / "experiment").glob("*.yaml"))
-NEEDED = {"imagefolder": ["data.root=somewhere"], "imagenet": ["data.root=somewhere"], "cifar_resnet": ["backbone.depth=26"]}
+NEEDED = {
+    "imagefolder": ["data.root=somewhere"],
+    "imagenet": ["data.root=somewhere"],
+    "cifar_resnet": ["backbone.depth=26"],
+}
 OWN = ["run.dir=runs/x"]  # the default asks Hydra's runtime, which compose does not have
 
 

@@ -18,7 +18,14 @@ from policyskip.backbones.resnet import CifarResNet, TorchvisionResNet
 
 ROOT = Path(__file__).parent.parent
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").rglob("*.md"))]
-SMALL = ["device=cpu", "tracking=none", "data.batch_size=16", "train.steps=2", "train.validate_every=1", "train.log_every=1"]
+SMALL = [
+    "device=cpu",
+    "tracking=none",
+    "data.batch_size=16",
+    "train.steps=2",
+    "train.validate_every=1",
+    "train.log_every=1",
+]
 DIGITS = ["data.train=64", "data.validation=32", "data.test=32"]
 
 

@@ -66,7 +66,10 @@ def test_two_runs_with_one_seed_are_equal(tmp_path):
 
 @pytest.mark.parametrize("stop_at", [1, 4, 6])
 def test_a_stopped_run_goes_on_as_if_nothing_had_happened(stop_at, tmp_path):
-    whole, halved = create(str(tmp_path / "whole"), "policyskip train", ""), create(str(tmp_path / "halved"), "policyskip train", "")
+    whole, halved = (
+        create(str(tmp_path / "whole"), "policyskip train", ""),
+        create(str(tmp_path / "halved"), "policyskip train", ""),
+    )
     assert learn(whole)
     assert not learn(halved, stop_at=stop_at)
     assert halved.load_checkpoint()["step"] == stop_at

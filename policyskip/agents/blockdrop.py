@@ -159,7 +159,9 @@ class BlockDrop(Agent):
         seed: decides initial weights and samples.
         lr: highest learning rate of Adam.
         schedule: "onecycle" (up over the first tenth, then down to zero) or "constant" (the paper).
-        alpha: bound on the sampling probabilities, in (0.5, 1].
+        alpha, alpha_end: bound on the sampling probabilities, in (0.5, 1], at the first update and at the last. At 0.8
+            a sample differs from the greedy decision in a fifth of the blocks at least, so what is learned is the best
+            decision *under that noise*; towards 1 it becomes the greedy decision itself.
         beta: weight of the entropy.
         samples: decisions sampled for each image in each update.
         curriculum: share of the training over which the K blocks are freed one after another, last block first.
@@ -175,6 +177,7 @@ class BlockDrop(Agent):
         lr: float = 1e-3,
         schedule: Literal["onecycle", "constant"] = "onecycle",
         alpha: float = 0.8,
+        alpha_end: float = 0.98,
         beta: float = 0.1,
         samples: int = 1,
         curriculum: float = 0.2,
@@ -183,8 +186,10 @@ class BlockDrop(Agent):
         pool: int = 1,
         initial_keep: float = 0.5,
     ) -> None:
-        if not 0.5 < alpha <= 1:
-            raise UserError(f"agent.alpha must be above 0.5 and at most 1, got {alpha}")
+        if not (0.5 < alpha <= 1 and 0.5 < alpha_end <= 1):
+            raise UserError(
+                f"agent.alpha and agent.alpha_end must be above 0.5 and at most 1, got {alpha} and {alpha_end}"
+            )
         if samples < 1 or not 0 <= curriculum <= 1 or lr <= 0 or beta < 0:
             raise UserError(
                 f"agent.samples must be at least 1, agent.curriculum in [0, 1], agent.lr positive and agent.beta "
@@ -199,7 +204,7 @@ class BlockDrop(Agent):
                 else PolicyNetwork(K, policy, width, pool, initial_keep)
             )
         self.policy.to(env.device)
-        self.alpha, self.beta, self.samples = alpha, beta, samples
+        self.alphas, self.beta, self.samples, self.total_steps = (alpha, alpha_end), beta, samples, total_steps
         self.steps_per_block = curriculum * total_steps / K
         self.step = 0
         self.generator = torch.Generator(env.device).manual_seed(seed)
@@ -247,6 +252,12 @@ class BlockDrop(Agent):
     @torch.no_grad()
     def act(self, observation: Tensor) -> Tensor:
         return self.policy.eval().decide(observation)
+
+    @property
+    def alpha(self) -> float:
+        """The bound on the sampling probabilities at this update."""
+        first, last = self.alphas
+        return first + (last - first) * min(1.0, self.step / self.total_steps)
 
     def _sample(self, probability_BK: Tensor) -> Tensor:
         """Decisions bool (S, B, K) from the bounded Bernoulli; blocks not yet free are kept."""
