@@ -144,7 +144,7 @@ class ConstantPolicy(Policy):
         return self.arguments
 
     def forward(self, images: Tensor) -> Tensor:
-        return self.logits_K.expand(len(images), -1)
+        return self.logits_K.repeat(len(images), 1)
 
     def decide(self, images: Tensor) -> Tensor:
         return (self(images) >= 0) | ~self.free_K
