@@ -14,6 +14,7 @@ import subprocess
 import sys
 import tempfile
 from pathlib import Path
+from typing import Any
 
 RESULTS = Path(__file__).parent / "results" / "digits.csv"
 SEEDS = (0, 1, 2)
@@ -24,12 +25,17 @@ FIGURES = (
 
 
 def run(penalty: str, seed: int) -> dict[str, str]:
-    """One run, as its row."""
+    """Train once; the run's row."""
     with tempfile.TemporaryDirectory() as folder:
         arguments = ["agent=blockdrop", f"reward.penalty={penalty}", f"seed={seed}", f"run.dir={folder}/run"]
         command = [sys.executable, "-m", "policyskip", "train", *arguments, "tracking=none"]
         subprocess.run(command, check=True)
-        summary = json.loads((Path(folder) / "run" / "summary.json").read_text())
+        return row(penalty, json.loads((Path(folder) / "run" / "summary.json").read_text()))
+
+
+def row(penalty: str, summary: dict[str, Any]) -> dict[str, str]:
+    """A run's row: its settings and its test figures."""
+    seed = summary["seed"]
     row = {"penalty": penalty, "seed": str(seed), "steps": str(summary["steps"]), "seconds": str(summary["seconds"])}
     row |= {name: f"{summary[f'test/{name}']:.6g}" for name in FIGURES}
     quarters = summary["test/kept_by_difficulty"]
