@@ -45,8 +45,8 @@ def row(penalty: str, summary: dict[str, Any]) -> dict[str, str]:
 def table(rows: list[dict[str, str]]) -> str:
     """Mean and standard deviation over seeds for each penalty, in Markdown."""
     lines = [
-        "| γ | full network | policy | best static choice of equal cost | margin | blocks kept | easiest → hardest quarter "
-        "| MACs, policy's own in | decisions |",
+        "| γ | full network | policy | best static choice of equal cost | margin | blocks kept "
+        "| easiest → hardest quarter | MACs, policy's own in | decisions |",
         "|---|---|---|---|---|---|---|---|---|",
     ]
     for penalty in sorted({row["penalty"] for row in rows}, key=float):

@@ -21,6 +21,8 @@ groups, `policyskip train --cfg job` every key with its value, `--multirun seed=
 
 def train(config: Any) -> int:
     """An agent learns in an environment over a frozen backbone, and is judged on the test split."""
+    import torch
+
     from policyskip import report, training
     from policyskip.config import find_device, plain, set_up, settings_of
     from policyskip.evaluation import evaluate
@@ -28,11 +30,14 @@ def train(config: Any) -> int:
 
     config, run, resume = _new_or_resumed(config)
     settings = settings_of(config)
-    setup = set_up(plain(config), find_device(settings.device))
+    setup = set_up(plain(config), find_device(settings.device), trusted=run is None or settings.run.trust)
     env = setup.env(setup.data.train, "shuffled", settings.seed)
-    agent = setup.agent(env)
+    everything = torch.ones(len(env.observation), env.backbone.num_blocks, dtype=torch.bool, device=env.device)
+    env.rewards(env.score(everything))  # a reward that fails is refused before there is a run folder
+    assert settings.front is not None
+    front = report.static_front(setup, settings.front)
+    agent = setup.agent(env, report.best_set(setup, front))
     validation = setup.env(setup.data.validation)
-    env.rewards(env.score(agent.act(env.observation)))  # a reward that fails is refused before there is a run folder
     names = dict(
         agent=type(agent).__name__.lower(), env="BlockSelection-v0", backbone=setup.backbone.name, data=setup.data.name
     )
@@ -56,7 +61,9 @@ def train(config: Any) -> int:
         if not finished:
             return _stopped("train", run)
         seconds = run.load_checkpoint()["seconds"]
-        summary = report.finish(setup, agent, run, tracker, names, seconds)
+        summary = report.finish(setup, agent, front, run, tracker, names, seconds)
+    except KeyboardInterrupt:
+        return _stopped("train", run)
     finally:
         tracker.close()
     report.show_table(summary)
@@ -79,8 +86,9 @@ def pretrain(config: Any) -> int:
     device = find_device(settings.device)
     data, batch_size = build_data(group_of(content, "data"), device)
     node = group_of(content, "backbone")
-    if node.get("mean") is None and node.get("checkpoint") == checkpoints.RANDOM:
-        node["mean"], node["std"] = pixel_statistics(data.train)
+    if node.get("checkpoint") == checkpoints.RANDOM:  # the held-out share of the training images is not augmented
+        mean, std = pixel_statistics(data.validation)
+        node["mean"], node["std"] = node.get("mean") or mean, node.get("std") or std
     backbone: Any = build_backbone(node, data, device, seed=settings.seed)
     if not hasattr(backbone, "architecture"):
         raise UserError(f"pretrain trains CIFAR ResNets, not {backbone.name}")
@@ -122,7 +130,8 @@ def pretrain(config: Any) -> int:
         tracker.close()
     full, half = summary["test/accuracy"], summary["test/accuracy_half_the_blocks"]
     print(f"Test accuracy {100 * full:.2f} % with all blocks, {100 * half:.2f} % with a random half of them.")
-    print(f"Use it:  policyskip train backbone={_choice('backbone', backbone.name)} backbone.checkpoint={weights}")
+    chosen = f"backbone=cifar_resnet backbone.depth={backbone.architecture['depth']} backbone.checkpoint={weights}"
+    print(f"Use it:  policyskip train {chosen}")
     return 0
 
 
@@ -281,7 +290,7 @@ def _new_or_resumed(config: Any) -> tuple[Any, Any, bool]:
     if config.run.resume is None:
         return config, None, False
     run = open_run(config.run.resume)
-    allowed = ("run.resume", "train.steps", "device", "tracking.mode")
+    allowed = ("run.resume", "run.trust", "train.steps", "device", "tracking.mode")
     changes = [o for o in HydraConfig.get().overrides.task if not o.startswith("run.resume=")]
     for change in changes:
         if change.split("=")[0] not in allowed:
@@ -289,7 +298,12 @@ def _new_or_resumed(config: Any) -> tuple[Any, Any, bool]:
                 f"{change.split('=')[0]} cannot change when a run is resumed; only {', '.join(allowed[1:])} can"
             )
     changed = OmegaConf.merge(_saved(run), OmegaConf.from_dotlist(changes))
-    return changed, run, (run.folder / "checkpoint.pt").is_file()
+    resume = (run.folder / "checkpoint.pt").is_file()
+    if not resume:
+        run.rewind_metrics(0)
+    if changes:
+        run.save_config(" ".join([run.command, *changes]), OmegaConf.to_yaml(changed, resolve=True))
+    return changed, run, resume
 
 
 def _saved(run: Any) -> Any:
@@ -321,9 +335,3 @@ def _new_run(config: Any) -> Any:
 def _stopped(command: str, run: Any) -> int:
     print(f"Stopped and saved. Go on with:  policyskip {command} run.resume={run.folder}")
     return EXIT_INTERRUPTED
-
-
-def _choice(group: str, otherwise: str) -> str:
-    from hydra.core.hydra_config import HydraConfig
-
-    return str(HydraConfig.get().runtime.choices.get(group, otherwise))

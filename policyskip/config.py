@@ -9,7 +9,7 @@ from __future__ import annotations
 import importlib
 import inspect
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from importlib.metadata import entry_points
 from typing import Annotated, Any, Literal, get_type_hints
@@ -48,6 +48,7 @@ class TrainSection(_Section):
 class RunSection(_Section):
     dir: str
     resume: str | None
+    trust: bool = False
 
 
 class FrontSection(_Section):
@@ -216,7 +217,8 @@ def _resolve(group: str, target: str, trusted: bool) -> Callable[..., Any]:
     module_name, _, name = target.rpartition(".")
     if not trusted and not _ours(group, module_name):
         raise UserError(
-            f"the run's {group} {target} is not one of policyskip's own; add trust=true to import and execute it"
+            f"the run's {group} {target} is not one of policyskip's own; say trust=true "
+            "(when resuming: run.trust=true) to execute it"
         )
     try:
         found = getattr(importlib.import_module(module_name), name)
@@ -256,6 +258,7 @@ def find_device(name: str) -> torch.device:
         raise UserError(
             f"device {name} is not there: this machine has {torch.cuda.device_count()} CUDA devices; say device=cpu"
         )
+    torch.backends.cudnn.deterministic = True  # one seed, one result
     return device
 
 
@@ -286,15 +289,18 @@ class Setup:
         )
         return env
 
-    def agent(self, env: BlockSelectionVectorEnv, **changed: Any) -> Agent:
-        """The agent, about to learn in an environment."""
+    def agent(self, env: BlockSelectionVectorEnv, start: Sequence[bool] | None = None) -> Agent:
+        """The agent, about to learn in an environment. ``start`` is the best fixed keep-set, for agents that can start
+        from one (and are not told otherwise)."""
+        node = dict(group_of(self.config, "agent"))
+        warm_start = node.pop("warm_start", False)
         agent: Agent = build(
             "agent",
-            group_of(self.config, "agent") | changed,
-            self.trusted,
+            node,
             env=env,
             total_steps=self.config["train"]["steps"],
             seed=self.config["seed"],
+            start=start if warm_start else None,
         )
         return agent
 

@@ -241,7 +241,9 @@ class FileImages:
             raise UserError(str(error).strip().splitlines()[-1].removeprefix("policyskip.errors.UserError: ")) from None
 
     def fingerprint(self) -> str:
-        names = "\n".join(f"{file.parent.name}/{file.name} {file.stat().st_size}" for file in self.files)
+        files = zip(self.files, self.label_N.tolist(), strict=True)
+        names = "\n".join(f"{label} {file.parent.name}/{file.name} {file.stat().st_size}" for file, label in files)
+        names += f" at {self.size}"
         return hashlib.sha256(names.encode()).hexdigest()[:16]
 
 
@@ -273,9 +275,7 @@ def read_image(file: Path, size: int | None, augment_seed: int | None = None) ->
         return np.array(v2.Compose([v2.RandomResizedCrop(size), v2.RandomHorizontalFlip()])(image))
 
 
-def digits(
-    device: torch.device, train: int = 20000, validation: int = 2000, test: int = 4000, root: str | None = None
-) -> Data:
+def digits(device: torch.device, train: int = 20000, validation: int = 2000, test: int = 4000) -> Data:
     """Cluttered digits (see ``digits.py``): any number of images, made on the spot in seconds."""
     from policyskip.digits import VERSION, render_digits
 
@@ -289,12 +289,7 @@ def digits(
     return Data("digits", **splits, classes=tuple("0123456789"), image_shape=(3, 20, 20))
 
 
-TORCHVISION = {
-    "cifar10": ("CIFAR10", 32),
-    "cifar100": ("CIFAR100", 32),
-    "fashion_mnist": ("FashionMNIST", 28),
-    "mnist": ("MNIST", 28),
-}
+TORCHVISION = {"cifar10": "CIFAR10", "cifar100": "CIFAR100", "fashion_mnist": "FashionMNIST", "mnist": "MNIST"}
 
 
 def torchvision_data(
@@ -316,7 +311,7 @@ def torchvision_data(
         raise UserError(f"data.name must be one of {', '.join(TORCHVISION)}, got {name!r}")
     import torchvision.datasets
 
-    make = getattr(torchvision.datasets, TORCHVISION[name][0])
+    make = getattr(torchvision.datasets, TORCHVISION[name])
     try:
         train, test = (make(root, train=is_train, download=download) for is_train in (True, False))
     except Exception as error:  # torchvision raises RuntimeError, URLError, OSError, …

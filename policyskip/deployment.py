@@ -130,7 +130,10 @@ def load(run: str | Path, backbone: str | None = None, device: str = "cpu") -> P
     _load_weights(policy, folder.load_best(), folder.folder)
     if backbone is not None:
         config["checkpoint"] = backbone
-    network: Backbone = build(num_classes=len(classes), **config)  # type: ignore[operator]
+    try:
+        network: Backbone = build(num_classes=len(classes), **config)  # type: ignore[operator]
+    except TypeError as error:
+        raise UserError(f"{folder.folder / 'policy.json'} is damaged or of another version: {error}") from error
     if network.content_hash() != expected:
         raise UserError(
             f"the policy of {run} was trained with the network {expected}, "

@@ -72,8 +72,8 @@ def accuracy_against_macs(result: Evaluation, front: list[tuple[float, float]], 
     axes.grid(alpha=0.25)
     axes.legend(fontsize=8, loc="lower right")
     caption = (
-        "Above the line, deciding per image pays: no fixed choice of blocks reaches that accuracy at that cost. "
-        "The sets were chosen on validation images."
+        "Above the line, deciding per image pays: no fixed choice of blocks that was found reaches that accuracy at "
+        "that cost. The sets were chosen on validation images."
     )
     return _save(figure, caption, path)
 
@@ -136,7 +136,9 @@ def kept_by_difficulty(result: Evaluation, path: Path) -> Path:
         accuracy.plot(x, full, "--", color=FULL, label="accuracy of the full network")
     accuracy.set(ylabel="test accuracy", ylim=(0, 1.04))
     handles = [axes.get_legend_handles_labels(), accuracy.get_legend_handles_labels()]
-    axes.legend(handles[0][0] + handles[1][0], handles[0][1] + handles[1][1], fontsize=8, loc="lower left")
+    figure.legend(
+        handles[0][0] + handles[1][0], handles[0][1] + handles[1][1], fontsize=8, loc="outside upper left", ncols=2
+    )
     caption = (
         "Test images in 20 groups from easy to hard. A policy that decides per image spends more where it is hard."
     )
@@ -156,7 +158,7 @@ def gallery(result: Evaluation, images: Images, classes: tuple[str, ...], path: 
             picture, strip = grid[place, column], grid[place + 1, column]
             picture.imshow(image)
             label, prediction = (classes[int(t[index])][:12] for t in (result.label_N, result.prediction_N))
-            right = label == prediction
+            right = bool(result.correct_N[index])
             picture.set_title(
                 label if right else f"{label}\nnot {prediction}", fontsize=9, color=FULL if right else "#b3261e"
             )

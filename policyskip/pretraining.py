@@ -109,8 +109,9 @@ class Pretrainer:
 
 
 def pixel_statistics(images: Images, count: int = 5000) -> tuple[list[float], list[float]]:
-    """Mean and standard deviation of each channel over the first ``count`` images, for pixels in [0, 1]."""
-    pixels = [batch.images.float().div(255) for batch in images.stream(sequential(min(count, len(images)), 500))]
+    """Mean and standard deviation of each channel for pixels in [0, 1], over ``count`` images spread over the set."""
+    index_N = torch.linspace(0, len(images) - 1, min(count, len(images))).round().long()
+    pixels = [batch.images.float().div(255) for batch in images.stream((part, 0) for part in index_N.split(500))]
     stacked = torch.cat(pixels).double()
     std, mean = torch.std_mean(stacked, dim=(0, 2, 3), correction=0)
     return [round(float(m), 4) for m in mean], [round(float(s), 4) for s in std]

@@ -33,15 +33,29 @@ def static_front(setup: Setup, wanted: FrontSection) -> StaticFront:
     backbone, images = setup.backbone, setup.data.validation
     cache = user_cache_path("policyskip") / "fronts"
     known = known_front(backbone, images, cache)
-    if known is not None:
+    if known is not None and known.finished and known.images >= min(wanted.images, len(images)):
         return known
     print("searching the best fixed keep-sets on validation images", flush=True)
     env = setup.env(images)
     hints = [_learned_set(setup, penalty, wanted.learner_steps // 2) for penalty in (1.0, 5.0) if wanted.learner_steps]
     front = find_front(backbone, images, env.costs, wanted.budget, wanted.images, hints)
-    with suppress(OSError):  # a cache that cannot be written costs time, nothing else
+    with suppress(UserError):  # a cache that cannot be written costs time, nothing else
         front.save(cache / f"{front.backbone}-{front.data}.json")
     return front
+
+
+def best_set(setup: Setup, front: StaticFront, count: int = 512) -> Keep:
+    """The set of the front that earns the highest reward on ``count`` validation images."""
+    env = setup.env(setup.data.validation)
+    keep_SK = torch.tensor(front.sets)
+    total_S, seen = torch.zeros(len(keep_SK), dtype=torch.float64), 0
+    while len(env.observation) and seen < count:
+        B = len(env.observation)
+        outcome = env.score(keep_SK.unsqueeze(1).expand(-1, B, -1).to(env.device))
+        total_S += env.rewards(outcome).view(len(keep_SK), B).double().sum(1).cpu()
+        seen += B
+        env.advance()
+    return front.sets[int(total_S.argmax())]
 
 
 def _learned_set(setup: Setup, penalty: float, steps: int) -> Keep:
@@ -59,7 +73,7 @@ def _learned_set(setup: Setup, penalty: float, steps: int) -> Keep:
 
 
 def judge(setup: Setup, agent: Agent, split: str = "test") -> Evaluation:
-    """The agent on a split, beside the full network. The test split is read here and nowhere else."""
+    """The agent on a split, beside the full network. The test split is read once a run, after everything is chosen."""
     return evaluate(agent, setup.env(setup.data.split(split)))
 
 
@@ -94,12 +108,10 @@ def load_best(agent: Agent, run: Run) -> None:
 
 
 def finish(
-    setup: Setup, agent: Agent, run: Run, tracker: Tracker, names: dict[str, str], seconds: float
+    setup: Setup, agent: Agent, front: StaticFront, run: Run, tracker: Tracker, names: dict[str, str], seconds: float
 ) -> dict[str, Any]:
     """Judge the best weights once on test; write summary, deployable files and pictures; close the tracker."""
     load_best(agent, run)
-    wanted = FrontSection.model_validate(setup.config["front"])
-    front = static_front(setup, wanted)
     result = judge(setup, agent)
     static, curve = static_figures(setup, result, front)
     figures = {f"test/{key}": value for key, value in {**result.figures(), **static}.items()}

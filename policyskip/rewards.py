@@ -54,7 +54,7 @@ Reward = Callable[[Outcome], Tensor]
 
 @dataclass(frozen=True)
 class Utilization:
-    """BlockDrop's reward (Wu et al. 2018, eq. 1-2): ``1 - (|u|/K)²`` when correct, ``-penalty`` when not."""
+    """BlockDrop's reward (Wu et al. 2018): ``1 - (|u|/K)²`` when correct, ``-penalty`` when not."""
 
     penalty: float = 1.0
 
@@ -108,4 +108,4 @@ def reward_of(reward: Reward, outcome: Outcome) -> Tensor:
     if not finite.all():
         bad = reward_B[~finite]
         raise UserError(f"the reward {name} returned {len(bad)} non-finite values of {len(reward_B)}, such as {bad[0]}")
-    return reward_B.detach().float()
+    return reward_B.detach().float().to(outcome.keep_BK.device)

@@ -2,14 +2,13 @@
 
 ``config.yaml`` (resolved), ``metrics.jsonl`` (one line a record), ``checkpoint.pt`` (everything needed to go on),
 ``best.safetensors`` and ``policy.json`` (what deployment loads), ``summary.json``, ``plots/*.png``, ``wandb/``.
-Every file is written beside its place and renamed into it, so a reader never sees half of one.
+What a run is loaded from is written beside its place and renamed into it, so a reader never sees half of a file.
 """
 
 from __future__ import annotations
 
 import io
 import json
-import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -19,6 +18,7 @@ from safetensors.torch import load_file, save
 from torch import Tensor
 
 from policyskip.errors import UserError
+from policyskip.files import refusing, write
 
 
 class Run:
@@ -35,6 +35,9 @@ class Run:
     def command(self) -> str:
         """The command that made the run."""
         return (self.folder / "config.yaml").read_text().partition("\n")[0].removeprefix("# ")
+
+    def save_config(self, command: str, config: str) -> None:
+        write(self.folder / "config.yaml", f"# {command}\n{config}".encode())
 
     def save_json(self, name: str, content: dict[str, Any]) -> None:
         write(self.folder / name, (json.dumps(content, indent=2, ensure_ascii=False) + "\n").encode())
@@ -65,7 +68,7 @@ class Run:
         return tensors
 
     def append_metrics(self, record: dict[str, Any]) -> None:
-        with _Refusing(self.folder / "metrics.jsonl"), (self.folder / "metrics.jsonl").open("a") as file:
+        with refusing(self.folder / "metrics.jsonl"), (self.folder / "metrics.jsonl").open("a") as file:
             file.write(json.dumps(record) + "\n")
 
     def metrics(self) -> list[dict[str, Any]]:
@@ -92,7 +95,7 @@ def create(folder: str, command: str, config: str) -> Run:
     """
     wanted = path = Path(folder)
     number = 1
-    with _Refusing(path):
+    with refusing(path):
         while True:
             try:
                 path.mkdir(parents=True, exist_ok=path.is_dir() and not any(path.iterdir()))
@@ -101,7 +104,7 @@ def create(folder: str, command: str, config: str) -> Run:
                 number += 1
                 path = wanted.with_name(f"{wanted.name}-{number}")
         run = Run(path)
-        write(path / "config.yaml", f"# {command}\n{config}".encode())
+        run.save_config(command, config)
     return run
 
 
@@ -116,37 +119,6 @@ def open_run(folder: str) -> Run:
         what = "is not a run folder: it has no config.yaml" if path.is_dir() else "does not exist"
         raise UserError(f"the run folder {folder} {what}")
     return Run(path)
-
-
-def write(path: Path, content: bytes) -> None:
-    """Write a file whole or not at all.
-
-    Raises:
-        UserError: the disk is full, or the folder cannot be written; what was there before stays.
-    """
-    temporary = path.with_name(path.name + ".tmp")
-    with _Refusing(path):
-        try:
-            with temporary.open("wb") as file:
-                file.write(content)
-                file.flush()
-                os.fsync(file.fileno())
-            temporary.replace(path)
-        finally:
-            temporary.unlink(missing_ok=True)
-
-
-class _Refusing:
-    """Turns an OSError into a line for the user."""
-
-    def __init__(self, path: Path) -> None:
-        self.path = path
-
-    def __enter__(self) -> None: ...
-
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: object) -> None:
-        if isinstance(error, OSError):
-            raise UserError(f"cannot write {self.path}: {error.strerror}; what was saved before is intact") from error
 
 
 def _read(path: Path, reader: Callable[[Path], Any]) -> Any:

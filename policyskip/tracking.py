@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from pathlib import Path
 from typing import Any
 
@@ -51,7 +52,7 @@ class Tracker:
         if examples is not None:
             rows = [[wandb.Image(image), *cells] for image, *cells in examples.rows]
             self.wandb_run.log({"examples": wandb.Table(columns=["image", *examples.columns], data=rows)})
-        artifact = wandb.Artifact(self.run.name, type="policy")
+        artifact = wandb.Artifact(re.sub(r"[^\w.-]", "-", self.run.name), type="policy")
         for path in files:
             artifact.add_file(str(path))
         self.wandb_run.log_artifact(artifact)

@@ -76,9 +76,13 @@ def train(
     step, best, elapsed, window = 0, float("-inf"), 0.0, []
     if resume:
         state = run.load_checkpoint()
-        step, best, elapsed, window = state["step"], state["best"], state["seconds"], state["window"]
-        learner.load_state_dict(state["learner"])
-        source.seek(state["cursor"])
+        try:
+            step, best, elapsed, window = state["step"], state["best"], state["seconds"], state["window"]
+            learner.load_state_dict(state["learner"])
+            source.seek(state["cursor"])
+        except (KeyError, TypeError, ValueError, RuntimeError, AttributeError) as error:
+            reason = " ".join(str(error).split())[:200]
+            raise UserError(f"{run.folder / 'checkpoint.pt'} is damaged or of another run: {reason}") from error
         run.rewind_metrics(step)
     started = time.monotonic() - elapsed
 

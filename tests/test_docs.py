@@ -14,7 +14,7 @@ import pytest
 import torch
 from PIL import Image
 
-from policyskip.backbones.resnet import CifarResNet, TorchvisionResNet
+from policyskip.backbones.resnet import CifarResNet
 
 ROOT = Path(__file__).parent.parent
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").rglob("*.md"))]
@@ -84,7 +84,7 @@ def test_every_command_runs(command, workshop):
     verb, arguments = words[1], words[2:]
     small = []
     if verb in ("train", "pretrain", "front"):
-        small = [word for word in SMALL if not verb == "front" or word.startswith(("device", "data"))]
+        small = [word for word in SMALL if verb != "front" or word.startswith(("device", "data"))]
         digits = not any(word.startswith("data=") for word in arguments)
         small += DIGITS if digits else []
         if not any(word.startswith("backbone") for word in arguments):

@@ -13,7 +13,8 @@ from policyskip.agents.blockdrop import BlockDrop
 from policyskip.envs.block_selection import BlockSelectionVectorEnv
 from policyskip.errors import UserError
 from policyskip.evaluation import evaluate
-from policyskip.runs import Run, create, open_run, write
+from policyskip.files import write
+from policyskip.runs import Run, create, open_run
 from policyskip.tracking import Tracker
 from policyskip.training import train
 from tests.conftest import small_backbone, small_images
@@ -126,7 +127,7 @@ def test_a_failed_write_leaves_what_was_there(tmp_path, monkeypatch):
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(os, "fsync", full_disk)
-    with pytest.raises(UserError, match="cannot write .*file: No space left on device"):
+    with pytest.raises(UserError, match=r"cannot write .*file: No space left on device"):
         write(path, b"new")
     assert path.read_bytes() == b"old" and list(tmp_path.iterdir()) == [path]
 

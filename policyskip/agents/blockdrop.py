@@ -10,6 +10,7 @@ Shapes: B images, S sampled decisions for each image, K blocks, H W pixels.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import Any, Literal
 
 import torch
@@ -25,12 +26,12 @@ from policyskip.errors import UserError
 
 
 def bounded(probability: Tensor, alpha: float) -> Tensor:
-    """``s' = αs + (1−α)(1−s)``, in [1−α, α]: keeps exploring when the policy is sure (paper, section 3.2)."""
+    """``s' = αs + (1−α)(1−s)``, in [1−α, α]: keeps exploring when the policy is sure (paper)."""
     return alpha * probability + (1 - alpha) * (1 - probability)
 
 
 def log_probability(logits_BK: Tensor, keep_SBK: Tensor, alpha: float) -> Tensor:
-    """``log[s'u + (1−s')(1−u)]`` of each decision, float (S, B, K) (paper, eq. 3)."""
+    """``log[s'u + (1−s')(1−u)]`` of each decision, float (S, B, K) (paper)."""
     # Bernoulli(s) chosen with weight α, its complement with 1−α: in logs, exact also where s rounds to 0 or 1.
     log_s = torch.where(keep_SBK, F.logsigmoid(logits_BK), F.logsigmoid(-logits_BK))
     if alpha == 1:
@@ -42,7 +43,7 @@ def log_probability(logits_BK: Tensor, keep_SBK: Tensor, alpha: float) -> Tensor
 def reinforce_loss(
     logits_BK: Tensor, keep_SBK: Tensor, advantage_SB: Tensor, free_K: Tensor, alpha: float, beta: float
 ) -> Tensor:
-    """``−A Σ_k log π(u_k) − β Σ_k H(s'_k)`` over the free blocks, mean over decisions and images (paper, eq. 5-7).
+    """``−A Σ_k log π(u_k) − β Σ_k H(s'_k)`` over the free blocks, mean over decisions and images (paper).
 
     Args:
         logits_BK: float (B, K), the policy's answer before the sigmoid.
@@ -59,7 +60,7 @@ def reinforce_loss(
         shapes = [tuple(t.shape) for t in (logits_BK, keep_SBK, advantage_SB, free_K)]
         raise ValueError(f"expected logits (B, K), keep (S, B, K), advantage (S, B), free (K,); got {shapes}")
     log_pi_SB = (log_probability(logits_BK, keep_SBK, alpha) * free_K).sum(2)
-    entropy_B = (bernoulli_entropy(bounded(logits_BK.sigmoid(), alpha)) * free_K).sum(1)
+    entropy_B = (bernoulli_entropy(bounded(logits_BK.sigmoid(), alpha).clamp(1e-6, 1 - 1e-6)) * free_K).sum(1)
     return -(advantage_SB.detach() * log_pi_SB).mean() - beta * entropy_B.mean()
 
 
@@ -68,7 +69,20 @@ def bernoulli_entropy(probability: Tensor) -> Tensor:
     return -(torch.xlogy(probability, probability) + torch.xlogy(1 - probability, 1 - probability))
 
 
-class PolicyNetwork(Policy):
+class KeepPolicy(Policy):
+    """K logits for each image; blocks that the curriculum has not freed (``free_K``, bool (K,)) are kept."""
+
+    free_K: Tensor
+
+    def decide(self, images: Tensor) -> Tensor:
+        return self.greedy(self(images))
+
+    def greedy(self, logits_BK: Tensor) -> Tensor:
+        """ũ = [s ≥ ½], from the unbounded s; bool (B, K)."""
+        return (logits_BK >= 0) | ~self.free_K
+
+
+class PolicyNetwork(KeepPolicy):
     """A small ResNet from images to K logits.
 
     ``family="cifar"`` is ResNet-8 (one basic block a stage, 16/32/64 channels), ``"imagenet"`` ResNet-10 (four
@@ -76,7 +90,6 @@ class PolicyNetwork(Policy):
     by ``pool`` before anything else. Both are there because what the policy costs is counted.
     """
 
-    free_K: Tensor
     mean: Tensor
     std: Tensor
 
@@ -117,6 +130,11 @@ class PolicyNetwork(Policy):
         self.register_buffer("mean", torch.tensor(IMAGENET_MEAN).view(1, -1, 1, 1))
         self.register_buffer("std", torch.tensor(IMAGENET_STD).view(1, -1, 1, 1))
 
+    def depart_from(self, keep: Sequence[bool]) -> None:
+        """Turn round the first probability of the blocks that a fixed keep-set drops."""
+        with torch.no_grad():
+            self.keep_head.bias.mul_(torch.tensor(keep).float() * 2 - 1)
+
     def spec(self) -> dict[str, Any]:
         return self.arguments
 
@@ -125,14 +143,9 @@ class PolicyNetwork(Policy):
         logits_BK: Tensor = self.keep_head(self.features((images / 255 - self.mean) / self.std))
         return logits_BK
 
-    def decide(self, images: Tensor) -> Tensor:
-        return (self(images) >= 0) | ~self.free_K
 
-
-class ConstantPolicy(Policy):
+class ConstantPolicy(KeepPolicy):
     """The same K logits for every image: what the learner can do without looking. Costs nothing to evaluate."""
-
-    free_K: Tensor
 
     def __init__(self, num_blocks: int, initial_keep: float = 0.5) -> None:
         super().__init__()
@@ -140,14 +153,16 @@ class ConstantPolicy(Policy):
         self.logits_K = nn.Parameter(torch.full((num_blocks,), math.log(initial_keep / (1 - initial_keep))))
         self.register_buffer("free_K", torch.ones(num_blocks, dtype=torch.bool))
 
+    def depart_from(self, keep: Sequence[bool]) -> None:
+        """As for :class:`PolicyNetwork`."""
+        with torch.no_grad():
+            self.logits_K.mul_(torch.tensor(keep).float() * 2 - 1)
+
     def spec(self) -> dict[str, Any]:
         return self.arguments
 
     def forward(self, images: Tensor) -> Tensor:
         return self.logits_K.repeat(len(images), 1)
-
-    def decide(self, images: Tensor) -> Tensor:
-        return (self(images) >= 0) | ~self.free_K
 
 
 class BlockDrop(Agent):
@@ -166,7 +181,10 @@ class BlockDrop(Agent):
         samples: decisions sampled for each image in each update.
         curriculum: share of the training over which the K blocks are freed one after another, last block first.
         policy: "cifar" or "imagenet" (:class:`PolicyNetwork`), or "constant" (:class:`ConstantPolicy`).
-        width, pool, initial_keep: of the policy network.
+        width, pool: of the policy network.
+        initial_keep: probability with which a fresh policy keeps a block.
+        start: a fixed keep-set to depart from: a fresh policy keeps its blocks with probability ``initial_keep`` and
+            others with the complement. None: every block with ``initial_keep``.
     """
 
     def __init__(
@@ -185,6 +203,7 @@ class BlockDrop(Agent):
         width: int = 16,
         pool: int = 1,
         initial_keep: float = 0.5,
+        start: Sequence[bool] | None = None,
     ) -> None:
         if not (0.5 < alpha <= 1 and 0.5 < alpha_end <= 1):
             raise UserError(
@@ -203,11 +222,13 @@ class BlockDrop(Agent):
                 if policy == "constant"
                 else PolicyNetwork(K, policy, width, pool, initial_keep)
             )
+        if start is not None:
+            self.policy.depart_from(start)
         self.policy.to(env.device)
         self.alphas, self.beta, self.samples, self.total_steps = (alpha, alpha_end), beta, samples, total_steps
         self.steps_per_block = curriculum * total_steps / K
         self.step = 0
-        self.generator = torch.Generator(env.device).manual_seed(seed)
+        self.generator = torch.Generator().manual_seed(seed)  # on the CPU, so that a run goes on on any device
         self.optimizer = torch.optim.Adam(self.policy.parameters(), lr=lr)
         self.schedule = torch.optim.lr_scheduler.LambdaLR(
             self.optimizer, lambda step: one_cycle(step / total_steps) if schedule == "onecycle" else 1.0
@@ -223,13 +244,15 @@ class BlockDrop(Agent):
         logits_BK = self.policy(env.observation)
         probability_BK = logits_BK.detach().sigmoid()
         keep_SBK = self._sample(probability_BK)
-        greedy_BK = (probability_BK >= 0.5) | ~self.policy.free_K
+        greedy_BK = self.policy.greedy(logits_BK)
 
         outcome = env.score(torch.cat([keep_SBK, greedy_BK.unsqueeze(0)]))
         reward = env.rewards(outcome).view(self.samples + 1, -1)
         advantage_SB = reward[:-1] - reward[-1]
 
         loss = reinforce_loss(logits_BK, keep_SBK, advantage_SB, self.policy.free_K, self.alpha, self.beta)
+        if not torch.isfinite(loss):
+            raise UserError(f"the loss is {loss.item()} at update {self.step + 1}; the last checkpoint is intact")
         self.optimizer.zero_grad(set_to_none=True)
         loss.backward()
         self.optimizer.step()
@@ -261,13 +284,11 @@ class BlockDrop(Agent):
 
     def _sample(self, probability_BK: Tensor) -> Tensor:
         """Decisions bool (S, B, K) from the bounded Bernoulli; blocks not yet free are kept."""
-        uniform = torch.rand(
-            self.samples, *probability_BK.shape, generator=self.generator, device=self.generator.device
-        )
+        uniform = torch.rand(self.samples, *probability_BK.shape, generator=self.generator).to(probability_BK.device)
         return (uniform < bounded(probability_BK, self.alpha)) | ~self.policy.free_K
 
     def _free_blocks(self) -> None:
-        """In curriculum epoch e, counted from 0, the last e+1 blocks are free (paper, section 3.3)."""
+        """In curriculum epoch e, counted from 0, the last e+1 blocks are free (paper)."""
         K = len(self.policy.free_K)
         epoch = int(self.step / self.steps_per_block) if self.steps_per_block else K
         self.policy.free_K.copy_(torch.arange(K) >= K - 1 - epoch)
@@ -285,7 +306,7 @@ class BlockDrop(Agent):
         self.policy.load_state_dict(state["policy"])
         self.optimizer.load_state_dict(state["optimizer"])
         self.schedule.load_state_dict(state["schedule"])
-        self.generator.set_state(state["generator"].cpu())
+        self.generator.set_state(state["generator"])
         self.step = state["step"]
 
 

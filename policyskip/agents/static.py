@@ -11,7 +11,7 @@ Shapes: N images, F sets on the front, K blocks.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -21,8 +21,9 @@ from torch import Tensor
 
 from policyskip.backbones import Backbone, Costs
 from policyskip.backbones.checkpoints import WEIGHTS
-from policyskip.data import Images, sequential
+from policyskip.data import IN_MEMORY_BYTES, Batch, Images
 from policyskip.errors import UserError
+from policyskip.files import refusing, write
 
 Keep = tuple[bool, ...]
 
@@ -37,9 +38,18 @@ class SetScorer:
     def __init__(self, backbone: Backbone, images: Images, limit: int | None = None, batch_size: int = 250) -> None:
         self.backbone = backbone
         self.count = min(len(images), limit or len(images))
-        self.batches = list(images.stream(sequential(self.count, batch_size)))
+        # Spread over the whole set: folders are sorted by class.
+        index_N = torch.linspace(0, len(images) - 1, self.count).round().long()
+        height, width = next(images.stream([(index_N[:1], 0)])).images.shape[2:]
+        batch_size = max(1, min(batch_size, 2**22 // (height * width)))
+        self._images, self._parts = images, list(index_N.split(batch_size))
+        in_memory = self.count * 3 * height * width <= IN_MEMORY_BYTES
+        self._batches: list[Batch] | None = list(self._stream()) if in_memory else None
         self.known: dict[Keep, Tensor] = {}
         self.spent = 0
+
+    def _stream(self) -> Iterator[Batch]:
+        return self._images.stream((part, 0) for part in self._parts)
 
     def correct(self, sets: Iterable[Keep]) -> list[Tensor]:
         """Whether each image is classified rightly, bool (N,) on the CPU, for each set."""
@@ -48,7 +58,7 @@ class SetScorer:
         if new:
             parts: dict[Keep, list[Tensor]] = {keep: [] for keep in new}
             with torch.no_grad():
-                for batch in self.batches:
+                for batch in self._batches or self._stream():
                     self._descend(self.backbone.features(batch.images), batch.label_B, 0, new, parts)
             self.known.update({keep: torch.cat(part) for keep, part in parts.items()})
         return [self.known[keep] for keep in sets]
@@ -111,17 +121,16 @@ class StaticFront:
             return [(hull[-1 if above is None else 0], 1.0)]
         low, high = hull[above - 1], hull[above]
         weight = (macs - self.macs[low]) / (self.macs[high] - self.macs[low])
-        return [(low, 1 - weight), (high, weight)]
+        return [(place, share) for place, share in ((low, 1 - weight), (high, weight)) if share > 0]
 
     def _slope(self, i: int, j: int) -> float:
         return (self.accuracy[j] - self.accuracy[i]) / (self.macs[j] - self.macs[i])
 
     def save(self, path: Path) -> None:
-        path.parent.mkdir(parents=True, exist_ok=True)
+        with refusing(path):
+            path.parent.mkdir(parents=True, exist_ok=True)
         content = asdict(self) | {"sets": ["".join("01"[kept] for kept in keep) for keep in self.sets]}
-        temporary = path.with_suffix(".tmp")
-        temporary.write_text(json.dumps(content, indent=1) + "\n")
-        temporary.replace(path)
+        write(path, (json.dumps(content, indent=1) + "\n").encode())
 
     @staticmethod
     def load(path: Path) -> StaticFront:

@@ -64,6 +64,7 @@ class Backbone(nn.Module):
         self.num_classes = num_classes
         self.stages = tuple(stages)
         self.name = type(self).__name__
+        self.frozen = False
         self.register_buffer("mean", torch.tensor(mean, dtype=torch.float32).view(1, -1, 1, 1))
         self.register_buffer("std", torch.tensor(std, dtype=torch.float32).view(1, -1, 1, 1))
 
@@ -90,7 +91,12 @@ class Backbone(nn.Module):
     def freeze(self) -> Backbone:
         """Evaluation mode, no gradients. ``train()`` on a frozen backbone leaves it in evaluation mode."""
         self.requires_grad_(False).eval()
-        self.train = lambda mode=True: self  # type: ignore[method-assign]
+        self.frozen = True
+        return self
+
+    def train(self, mode: bool = True) -> Backbone:
+        """As ever, but a frozen backbone stays in evaluation mode."""
+        super().train(mode and not self.frozen)
         return self
 
     def content_hash(self) -> str:

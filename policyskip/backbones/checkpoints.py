@@ -14,12 +14,14 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
+from safetensors.torch import save as save_tensors
 from torch import Tensor
 
 from policyskip.backbones.base import IMAGENET_MEAN, IMAGENET_STD, Backbone
 from policyskip.backbones.resnet import CifarResNet, Shortcut, TorchvisionResNet
 from policyskip.errors import UserError
+from policyskip.files import write
 
 WEIGHTS = Path(__file__).parent.parent / "weights"
 """Weights that ship with the package, each with the command and figures that made it beside it."""
@@ -59,7 +61,8 @@ def cifar_resnet(
         with _seeded(seed):
             return CifarResNet(**{"num_classes": num_classes, **given})
     state, found = read_checkpoint(checkpoint)
-    for name in ("depth", "width"):
+    own = find(checkpoint).suffix == ".safetensors" and _metadata(find(checkpoint)) is not None
+    for name in ("depth", "width", "shortcut") if own else ("depth", "width"):
         if name in given and name in found and given[name] != found[name]:
             raise UserError(f"{checkpoint} holds a ResNet of {name} {found[name]}, not of {name} {given[name]}")
     if found["num_classes"] != num_classes:
@@ -119,9 +122,7 @@ def load(name: str) -> CifarResNet:
 def save(backbone: CifarResNet, path: Path) -> None:
     """Write a backbone that :func:`load` and ``backbone.checkpoint=`` take."""
     state = {name: value.detach().cpu().contiguous() for name, value in backbone.state_dict().items()}
-    temporary = path.with_suffix(".tmp")
-    save_file(state, temporary, metadata={"policyskip": json.dumps(backbone.architecture)})
-    temporary.replace(path)
+    write(path, save_tensors(state, metadata={"policyskip": json.dumps(backbone.architecture)}))
 
 
 def shipped() -> list[str]:

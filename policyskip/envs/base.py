@@ -30,7 +30,7 @@ class ImageVectorEnv(VectorEnv[Tensor, Tensor, Tensor]):
         order: "shuffled" for training, without end; "sequential" shows each image once, with a short last batch and
             then an empty one.
         seed: decides the shuffled order; ``reset(seed=…)`` starts it anew.
-        device: where a backbone and images given by name are put.
+        device: where a backbone and images given by name are put; by default the CPU, or where the backbone is.
 
     Raises:
         UserError: unknown name, order or split, or ``num_envs`` below 1.
@@ -51,12 +51,12 @@ class ImageVectorEnv(VectorEnv[Tensor, Tensor, Tensor]):
         seed: int = 0,
         data: str = "digits",
         split: str = "train",
-        device: str = "cpu",
+        device: str | None = None,
     ) -> None:
         if isinstance(backbone, str):
-            backbone = load(backbone).to(device)
+            backbone = load(backbone).to(device or "cpu")
         if images is None:
-            images = load_data(data, torch.device(device)).split(split)
+            images = load_data(data, torch.device(device or backbone.mean.device)).split(split)
         self.num_envs = num_envs
         self.backbone = backbone.freeze()
         self.device = backbone.mean.device

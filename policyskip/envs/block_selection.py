@@ -17,6 +17,9 @@ from policyskip.backbones.execution import sparse_many
 from policyskip.envs.base import ImageVectorEnv
 from policyskip.rewards import Outcome, reward_of
 
+PIXELS_AT_ONCE = 2**23
+"""Decisions are scored in parts of this many pixels, so that many decisions on large images fit into memory."""
+
 
 class BlockSelectionVectorEnv(ImageVectorEnv):
     """Choose the blocks that run for each of B images; one step is one episode.
@@ -45,8 +48,13 @@ class BlockSelectionVectorEnv(ImageVectorEnv):
         Returns: outcome of B decisions, or of S·B, laid end to end.
         """
         images, label_B = self.feed.batch.images, self.feed.batch.label_B
-        keep_SBK = keep.view(-1, len(label_B), self.backbone.num_blocks)
-        logits_BC = sparse_many(self.backbone, images, keep_SBK).flatten(0, 1)
+        if keep.dim() not in (2, 3) or keep.shape[-2:] != (len(label_B), self.backbone.num_blocks):
+            expected = f"(…, {len(label_B)}, {self.backbone.num_blocks})"
+            raise ValueError(f"keep must be of shape {expected}, got {tuple(keep.shape)}")
+        keep_SBK = keep if keep.dim() == 3 else keep.unsqueeze(0)
+        part = max(1, PIXELS_AT_ONCE // (len(keep_SBK) * images[0, 0].numel())) if len(images) else 1
+        parts = zip(images.split(part), keep_SBK.split(part, dim=1), strict=True)
+        logits_BC = torch.cat([sparse_many(self.backbone, *both) for both in parts], dim=1).flatten(0, 1)
         keep_BK = keep_SBK.flatten(0, 1)
         label_B = label_B.repeat(len(keep_SBK))
         correct_B = logits_BC.argmax(1) == label_B
@@ -89,9 +97,9 @@ class BlockSelectionEnv(gymnasium.Env[np.ndarray, np.ndarray]):
     }
 
     def __init__(self, **kwargs: Any) -> None:
-        self.images = BlockSelectionVectorEnv(1, **kwargs)
-        self.observation_space = self.images.single_observation_space
-        self.action_space = self.images.single_action_space
+        self.vector = BlockSelectionVectorEnv(1, **kwargs)
+        self.observation_space = self.vector.single_observation_space
+        self.action_space = self.vector.single_action_space
         self._shown = False
 
     def reset(
@@ -99,18 +107,18 @@ class BlockSelectionEnv(gymnasium.Env[np.ndarray, np.ndarray]):
     ) -> tuple[np.ndarray, dict[str, Any]]:
         super().reset(seed=seed)
         if seed is not None:
-            self.images.reset(seed=seed)
-        elif self._shown:
-            self.images.advance()
+            self.vector.reset(seed=seed)
+        elif self._shown and not len(self.vector.advance()):
+            self.vector.reset()  # every image of a sequential order was shown
         self._shown = True
         return self._observation(), {}
 
     def step(self, action: np.ndarray) -> tuple[np.ndarray, float, bool, bool, dict[str, Any]]:
-        outcome = self.images.score(torch.as_tensor(action, device=self.images.device).bool().view(1, -1))
-        reward = float(self.images.rewards(outcome))
+        outcome = self.vector.score(torch.as_tensor(action, device=self.vector.device).bool().view(1, -1))
+        reward = float(self.vector.rewards(outcome))
         info = {"correct": bool(outcome.correct_B), "macs": float(outcome.macs_B), "kept": int(outcome.keep_BK.sum())}
         return self._observation(), reward, True, False, info
 
     def _observation(self) -> np.ndarray:
-        shown: np.ndarray = self.images.observation[0].cpu().numpy().copy()
+        shown: np.ndarray = self.vector.observation[0].cpu().numpy().copy()
         return shown
