@@ -12,6 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+import yaml
 from PIL import Image
 
 from policyskip.backbones.resnet import CifarResNet
@@ -109,3 +110,14 @@ def test_every_snippet_runs(page, workshop):
 def test_every_link_leads_somewhere(page):
     for target in re.findall(r"\]\(([^)#]+)\)", page.read_text()):
         assert target.startswith("https://") or (page.parent / target).exists(), target
+
+
+def test_the_table_of_blockdrop_states_the_defaults_of_its_configuration():
+    config = yaml.safe_load((ROOT / "policyskip" / "configs" / "agent" / "blockdrop.yaml").read_text())
+    rows = re.findall(
+        r"^\| ([^|]*`agent\.[^|]*) \| ([^|]*) \|", (ROOT / "docs/agents/blockdrop.md").read_text(), re.MULTILINE
+    )
+    assert len(rows) >= 8
+    for keys, values in rows:
+        for key, value in zip(re.findall(r"`agent\.(\w+)`", keys), values.split(", "), strict=True):
+            assert yaml.safe_load(value) == config[key] or float(value) == config[key], key
