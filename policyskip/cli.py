@@ -34,6 +34,7 @@ def train(config: Any) -> int:
     env = setup.env(setup.data.train, "shuffled", settings.seed)
     everything = torch.ones(len(env.observation), env.backbone.num_blocks, dtype=torch.bool, device=env.device)
     env.rewards(env.score(everything))  # a reward that fails is refused before there is a run folder
+    setup.agent(env)  # likewise, and before the front is searched
     assert settings.front is not None
     front = report.static_front(setup, settings.front)
     agent = setup.agent(env, report.best_set(setup, front))
@@ -45,7 +46,7 @@ def train(config: Any) -> int:
         f"{names['agent']} learns on {names['data']} over {names['backbone']} ({env.costs.full / 1e6:.1f} M MACs)",
         flush=True,
     )
-    run = run or _new_run(config)
+    run = _begin(config, run, resume)
     tracker = Tracker(run, settings.tracking.mode, plain(config), settings.tracking.project, settings.tracking.group)
     try:
         finished = training.train(
@@ -58,6 +59,7 @@ def train(config: Any) -> int:
             resume=resume,
             **settings.train.model_dump(),
         )
+        _record_changes(config, run, resume)
         if not finished:
             return _stopped("train", run)
         seconds = run.load_checkpoint()["seconds"]
@@ -84,23 +86,27 @@ def pretrain(config: Any) -> int:
     config, run, resume = _new_or_resumed(config)
     settings, content = settings_of(config), plain(config)
     device = find_device(settings.device)
-    data, batch_size = build_data(group_of(content, "data"), device)
+    trusted = run is None or settings.run.trust
+    data, batch_size = build_data(group_of(content, "data"), device, trusted)
     node = group_of(content, "backbone")
-    if node.get("checkpoint") == checkpoints.RANDOM:  # the held-out share of the training images is not augmented
+    if (
+        node.get("checkpoint") == checkpoints.RANDOM and "mean" in node
+    ):  # the held-out share of the training images is not augmented
         mean, std = pixel_statistics(data.validation)
         node["mean"], node["std"] = node.get("mean") or mean, node.get("std") or std
-    backbone: Any = build_backbone(node, data, device, seed=settings.seed)
+    backbone: Any = build_backbone(node, data, device, trusted, seed=settings.seed)
     if not hasattr(backbone, "architecture"):
         raise UserError(f"pretrain trains CIFAR ResNets, not {backbone.name}")
     learner = build(
         "pretrain",
         group_of(content, "pretrain"),
+        trusted,
         backbone=backbone,
         total_steps=settings.train.steps,
         seed=settings.seed,
     )
     feed = Feed(data.train, batch_size, "shuffled", settings.seed)
-    run = run or _new_run(config)
+    run = _begin(config, run, resume)
     tracker = Tracker(run, settings.tracking.mode, content, settings.tracking.project, settings.tracking.group)
     try:
         finished = training.train(
@@ -114,6 +120,7 @@ def pretrain(config: Any) -> int:
             resume=resume,
             **settings.train.model_dump(),
         )
+        _record_changes(config, run, resume)
         if not finished:
             return _stopped("pretrain", run)
         backbone.load_state_dict(run.load_best())
@@ -281,7 +288,6 @@ def _in_one_line(error: Exception) -> str:
 
 def _new_or_resumed(config: Any) -> tuple[Any, Any, bool]:
     """The configuration to run with, the run folder if there is one, and whether to go on from its checkpoint."""
-    from hydra.core.hydra_config import HydraConfig
     from omegaconf import OmegaConf
 
     from policyskip.errors import UserError
@@ -291,19 +297,17 @@ def _new_or_resumed(config: Any) -> tuple[Any, Any, bool]:
         return config, None, False
     run = open_run(config.run.resume)
     allowed = ("run.resume", "run.trust", "train.steps", "device", "tracking.mode")
-    changes = [o for o in HydraConfig.get().overrides.task if not o.startswith("run.resume=")]
+    changes = _changes()
     for change in changes:
         if change.split("=")[0] not in allowed:
             raise UserError(
                 f"{change.split('=')[0]} cannot change when a run is resumed; only {', '.join(allowed[1:])} can"
             )
     changed = OmegaConf.merge(_saved(run), OmegaConf.from_dotlist(changes))
-    resume = (run.folder / "checkpoint.pt").is_file()
-    if not resume:
-        run.rewind_metrics(0)
-    if changes:
-        run.save_config(" ".join([run.command, *changes]), OmegaConf.to_yaml(changed, resolve=True))
-    return changed, run, resume
+    OmegaConf.update(
+        changed, "run.trust", config.run.trust, force_add=True
+    )  # what the folder says of itself is no trust
+    return changed, run, (run.folder / "checkpoint.pt").is_file()
 
 
 def _saved(run: Any) -> Any:
@@ -322,14 +326,32 @@ def _saved(run: Any) -> Any:
     return saved
 
 
-def _new_run(config: Any) -> Any:
-    from hydra.core.hydra_config import HydraConfig
+def _begin(config: Any, run: Any, resume: bool) -> Any:
+    """The run folder, once everything is known to be good: a new one, or the one to go on with."""
     from omegaconf import OmegaConf
 
     from policyskip.runs import create
 
-    command = " ".join([sys.argv[0], *HydraConfig.get().overrides.task])
-    return create(config.run.dir, command, OmegaConf.to_yaml(config, resolve=True))
+    if run is None:
+        return create(config.run.dir, " ".join([sys.argv[0], *_changes()]), OmegaConf.to_yaml(config, resolve=True))
+    if not resume:
+        run.rewind_metrics(0)
+    return run
+
+
+def _record_changes(config: Any, run: Any, resume: bool) -> None:
+    """Put what a resumed run changed into its folder, once its checkpoint has been read and written again."""
+    from omegaconf import OmegaConf
+
+    if resume and _changes():
+        run.save_config(" ".join([run.command, *_changes()]), OmegaConf.to_yaml(config, resolve=True))
+
+
+def _changes() -> list[str]:
+    """What was typed behind the command, less the run to go on with."""
+    from hydra.core.hydra_config import HydraConfig
+
+    return [typed for typed in HydraConfig.get().overrides.task if not typed.startswith("run.resume=")]
 
 
 def _stopped(command: str, run: Any) -> int:

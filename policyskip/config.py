@@ -294,9 +294,12 @@ class Setup:
         from one (and are not told otherwise)."""
         node = dict(group_of(self.config, "agent"))
         warm_start = node.pop("warm_start", False)
+        if not isinstance(warm_start, bool):
+            raise UserError(f"agent.warm_start must be true or false, got {warm_start!r}")
         agent: Agent = build(
             "agent",
             node,
+            self.trusted,
             env=env,
             total_steps=self.config["train"]["steps"],
             seed=self.config["seed"],

@@ -95,7 +95,7 @@ def block_use_by_class(result: Evaluation, classes: tuple[str, ...], stages: tup
     figure = _figure(8, 1.8 + 0.26 * len(shown))
     axes = figure.subplots()
     use_CK = result.block_use_CK(len(classes))[: len(shown)]
-    picture = axes.imshow(use_CK, aspect="auto", cmap="Blues", vmin=0, vmax=1)
+    picture = axes.imshow(use_CK.numpy(), aspect="auto", cmap="Blues", vmin=0, vmax=1)
     figure.colorbar(picture, ax=axes, label="share of images")
     _mark_stages(axes, stages)
     axes.set(xlabel="block", yticks=range(len(shown)))

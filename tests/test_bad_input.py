@@ -33,7 +33,7 @@ SMALL = [
         "backbone.checkpoint=random",
     ),
 ]
-TRAIN = [*SMALL, "agent.width=4", "front.budget=1e4", "front.images=20"]
+TRAIN = [*SMALL, "agent.width=4", "front.budget=1e4", "front.images=20", "front.learner_steps=0"]
 
 
 @pytest.fixture(autouse=True)
@@ -109,14 +109,15 @@ WRONG = {
     "train data=cifar11": "there is no data/cifar11; data is one of .*cifar10,",
     "train reward=gold": "there is no reward/gold; reward is one of .*utilization",
     "train tracking=paper": "there is no tracking/paper; tracking is one of none, wandb",
-    "train experiment=none_such": "Could not find 'experiment/none_such'",
+    "train experiment=debug": r"experiment",
+    "train +experiment=none_such": "there is no experiment/none_such; experiment is one of debug",
     "train agents=blockdrop": "there is no key agents; there are agent, backbone,",
     "train agent=3": "Config group override must be a string",
     "train agent=null": "Config group override must be a string",
     "train ~reward": "the configuration has no reward, and this command needs one",
     "train stepz=3": "there is no key stepz; there are .*seed",
     "train train.stepz=3": "there is no key train.stepz; train has log_every, steps, validate_every",
-    "train agent.gamma=3": "there is no key agent.gamma; agent has alpha, beta,",
+    "train agent.gamma=3": "there is no key agent.gamma; agent has alpha, alpha_end, beta,",
     "train +agent.gamma=3": "agent has no key gamma; .* takes lr, schedule,",
     "train +train.stepz=3": "there is no key train.stepz",
     "train seed=[1": r"at input '\[1'",
@@ -137,12 +138,13 @@ WRONG = {
     "train train.steps=0": "train.steps: input should be greater than 0, got 0",
     "train train.validate_every=0": "train.validate_every: input should be greater than 0, got 0",
     "train train.log_every=-5": "train.log_every: input should be greater than 0, got -5",
-    "train agent.alpha=0.5": "agent.alpha must be above 0.5 and at most 1, got 0.5",
-    "train agent.lr=-1": "agent.lr positive .* got 3, 0.2, -1",
+    "train agent.alpha=0.5": "agent.alpha and agent.alpha_end must be above 0.5 and at most 1, got 0.5 and 0.98",
+    "train agent.lr=-1": "agent.lr positive .* got 3, 0.0, -1",
     "train agent.lr=nan": "agent: .*nan",
     "train agent.samples=0": "agent.samples must be at least 1",
     "train agent.curriculum=2": r"agent.curriculum in \[0, 1\]",
     "train agent.width=0": "agent.width and agent.pool must be at least 1",
+    "train agent.warm_start=hot": "agent.warm_start must be true or false, got 'hot'",
     "train agent.pool=99": "agent: .*too small",
     "train agent.policy=oracle": "agent.policy: input should be 'cifar', 'imagenet' or 'constant', got 'oracle'",
     "train agent.schedule=none": "agent.schedule: input should be 'onecycle' or 'constant', got 'none'",
@@ -161,8 +163,8 @@ WRONG = {
     "train device=tpu": "device must be auto, cpu, cuda or cuda:N, got 'tpu'",
     "train device=meta": "device must be auto, cpu, cuda or cuda:N, got 'meta'",
     "train backbone.checkpoint=null": r"backbone\.checkpoint is not set: .* needs trained weights",
-    "train backbone.checkpoint=net.pth": "there is no checkpoint net.pth",
-    "train reward._target_=my_rewards.Mine": "could not import reward._target_=my_rewards.Mine: .*No module named 'my_rewards'",
+    "train backbone.checkpoint=net.pth": "there is no checkpoint net.pth: neither a file nor one of resnet32_digits",
+    "train reward._target_=my_rewards.Mine": "could not import .*my_rewards.Mine: .*No module named 'my_rewards'",
     "train reward._target_=mine": "reward._target_=mine is no installed reward",
     "train reward._target_=math.pi": "reward._target_=math.pi is no class or function",
     "train reward=custom": "reward._target_ is not set",
@@ -171,7 +173,7 @@ WRONG = {
 }  # fmt: skip
 OTHER_COMMANDS = {
     "pretrain pretrain.survival=0": r"pretrain.survival must be in \(0, 1\]",
-    "pretrain pretrain.stochastic_depth=some": "pretrain.stochastic_depth: input should be 'none', 'linear' or 'uniform'",
+    "pretrain pretrain.stochastic_depth=some": "stochastic_depth: input should be 'none', 'linear' or 'uniform'",
     "pretrain pretrain.speed=3": "there is no key pretrain.speed; pretrain has lr,",
     "pretrain backbone=torchvision_resnet18": "pretrain trains CIFAR ResNets, not torchvision_resnet18",
     "pretrain run.resume=nowhere": "the run folder nowhere does not exist",
@@ -226,7 +228,15 @@ def test_good_photographs_are_taken(empty_folder):
 
 
 FOLDERS = [
-    *("device=cpu", "tracking=none", "train.steps=1", "front.budget=1e4", "agent.width=4", "agent.pool=1"),
+    *(
+        "device=cpu",
+        "tracking=none",
+        "train.steps=1",
+        "front.budget=1e4",
+        "front.learner_steps=0",
+        "agent.width=4",
+        "agent.pool=1",
+    ),
     *("data=imagefolder", "data.root=photos", "backbone=resnet20", "backbone.checkpoint=random"),
 ]
 
@@ -444,7 +454,7 @@ def test_evaluate_refuses_what_it_cannot_do(refused, copied, argument):
     [
         (
             ["reward.penalty=2"],
-            "reward.penalty cannot change when a run is resumed; only train.steps, device, tracking",
+            "reward.penalty cannot change when a run is resumed; only run.trust, train.steps, device, tracking",
         ),
         (["agent=blockdrop"], "agent cannot change when a run is resumed"),
         (["train.steps=few"], "train.steps: input should be a valid integer, got 'few'"),
@@ -552,13 +562,24 @@ FOREIGN = {
 
 
 @pytest.mark.parametrize(("what", "node"), FOREIGN.items(), ids=FOREIGN.keys())
-def test_evaluate_executes_nothing_that_a_run_folder_names(refused, copied, empty_folder, what, node):
+def test_nothing_that_a_run_folder_names_is_executed(refused, copied, empty_folder, what, node):
     (empty_folder / "my_rewards.py").write_text(GOOD_REWARD)
     group = what.split(" ")[0]
-    change_config(copied, **{group: node})
-    said = refused("evaluate", "run=x", "device=cpu")
-    assert f"the run's {group} {node['_target_']} is not one of policyskip's own; add trust=true" in said
+    trusting = {"dir": "x", "resume": None, "trust": True}  # what the folder says of itself
+    change_config(copied, run=trusting, **{group: node})
+    for arguments in (("evaluate", "run=x", "device=cpu"), ("train", "run.resume=x")):
+        said = refused(*arguments)
+        assert f"the run's {group} {node['_target_']} is not one of policyskip's own; say trust=true" in said
     assert not (empty_folder / "marker").exists() and not (empty_folder / "imported").exists()
+
+
+@pytest.mark.parametrize("group", ["data", "backbone", "pretrain"])
+def test_nothing_that_a_pretrain_folder_names_is_executed(refused, empty_folder, group):
+    assert run("pretrain", *SMALL, "backbone.width=4", "run.dir=x") == 0
+    assert run("pretrain", "run.resume=x") == 0
+    change_config(empty_folder / "x", **{group: {"_target_": "os.mkdir", "path": "marker"}})
+    said = refused("pretrain", "run.resume=x")
+    assert f"the run's {group} os.mkdir is not one of policyskip's own" in said
 
 
 def test_a_trusted_run_folder_may_bring_its_own_reward(copied, empty_folder):
@@ -566,3 +587,4 @@ def test_a_trusted_run_folder_may_bring_its_own_reward(copied, empty_folder):
     change_config(copied, reward=FOREIGN["reward"])
     assert run("evaluate", "run=x", "device=cpu", "trust=true") == 0
     assert (empty_folder / "imported").exists()
+    assert run("train", "run.resume=x", "run.trust=true") == 0

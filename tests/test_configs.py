@@ -42,7 +42,7 @@ def test_every_option_composes_and_its_keys_are_arguments_of_its_target(group, o
     module, _, name = node.pop("_target_").rpartition(".")
     parameters = inspect.signature(getattr(importlib.import_module(module), name)).parameters
     takes_any = any(p.kind is p.VAR_KEYWORD for p in parameters.values())
-    assert takes_any or set(node) - {"batch_size"} <= set(parameters)
+    assert takes_any or set(node) - {"batch_size", "warm_start"} <= set(parameters)
 
 
 @pytest.mark.parametrize("experiment", EXPERIMENTS)
