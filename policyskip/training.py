@@ -82,7 +82,7 @@ def train(
             source.seek(state["cursor"])
         except (KeyError, TypeError, ValueError, RuntimeError, AttributeError) as error:
             reason = " ".join(str(error).split())[:200]
-            raise UserError(f"{run.folder / 'checkpoint.pt'} is damaged or of another run: {reason}") from error
+            raise UserError(f"{run.folder / 'checkpoint.pt'} is damaged or not ours: {reason}") from error
         run.rewind_metrics(step)
     started = time.monotonic() - elapsed
 
