@@ -12,6 +12,7 @@ import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import matplotlib.font_manager  # noqa: F401 - its cache of fonts is made before XDG_CACHE_HOME changes
 import pytest
 import torch
 import yaml
