@@ -18,6 +18,11 @@ gymnasium.register(
     entry_point="policyskip.envs.block_selection:BlockSelectionEnv",
     vector_entry_point="policyskip.envs.block_selection:BlockSelectionVectorEnv",
 )
+gymnasium.register(
+    "policyskip/EarlyExit-v0",
+    entry_point="policyskip.envs.early_exit:EarlyExitEnv",
+    vector_entry_point="policyskip.envs.early_exit:EarlyExitVectorEnv",
+)
 
 
 def __getattr__(name: str) -> Any:

@@ -1,0 +1,294 @@
+"""Thresholds for what a user needs: at most this much accuracy lost, or at most this much computed.
+
+Everything here is chosen on the cached outputs of *validation* images; test images are for reporting what was chosen.
+Three ways to search make curves of accuracy against cost, and :func:`choose` picks a point:
+
+- ``quota`` (MSDNet): shares of the images for each exit, one parameter, hard to overfit;
+- ``grid`` (BranchyNet's screening): every combination of some thresholds for each exit;
+- ``common`` (CDL): one threshold for all exits.
+
+Shapes: M images of a set, N exits, E early exits (N - 1), P points on a curve, G thresholds tried at an exit,
+A combinations of thresholds at the exits before.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from policyskip.errors import UserError
+from policyskip.exit_cache import CachedExits
+from policyskip.thresholds import (
+    Measured,
+    Rule,
+    exit_shares,
+    first_exit,
+    q_for_budget,
+    quota_thresholds,
+    rule_named,
+    spread,
+)
+
+BRANCHYNET_NATS = (1e-4, 5e-4, 1e-3, 5e-3, 0.01, 0.025, 0.05, 0.075, 0.1, 0.25, 0.5, 0.75, 1.0, 2.0, 3.0, 5.0, 10.0)
+"""Entropies that BranchyNet's authors screened for each exit of B-LeNet and B-ResNet (the code of arXiv 1709.01686)."""
+WINDOW = 0.01
+"""A budget may be left unspent by this share of the full cost, for the sake of accuracy."""
+NUMBERS_AT_ONCE = 2**24
+"""Many policies are judged in parts of this many numbers."""
+
+
+@dataclass(frozen=True)
+class Point:
+    """Thresholds, one for each early exit, and what they did on the images they were fitted to.
+
+    Attributes:
+        rule: name of the rule the thresholds are for.
+        accuracy: share of images classified rightly, in [0, 1].
+        macs: mean MACs an image.
+        macs_fraction: the same as a share of going to the last exit.
+    """
+
+    rule: str
+    thresholds: tuple[float, ...]
+    accuracy: float
+    macs: float
+    macs_fraction: float
+
+
+@dataclass(frozen=True)
+class Curve:
+    """P choices of thresholds and what they did on the images they were fitted to, the cheapest first.
+
+    Attributes:
+        rule: name of the rule.
+        threshold_PE: float64 (P, E).
+        accuracy_P: float64 (P,), in [0, 1].
+        macs_P: float64 (P,), mean MACs an image.
+        last_accuracy, full_macs: what the last exit does on these images, with all other heads on the way.
+    """
+
+    rule: str
+    threshold_PE: Tensor
+    accuracy_P: Tensor
+    macs_P: Tensor
+    last_accuracy: float
+    full_macs: float
+
+    def __len__(self) -> int:
+        return len(self.macs_P)
+
+    def __getitem__(self, index: int) -> Point:
+        macs = float(self.macs_P[index])
+        thresholds = tuple(self.threshold_PE[index].tolist())
+        return Point(self.rule, thresholds, float(self.accuracy_P[index]), macs, macs / self.full_macs)
+
+    def front(self) -> Curve:
+        """The points that no other point beats: see :func:`pareto`."""
+        index = pareto(self.accuracy_P, self.macs_P)
+        return Curve(
+            self.rule,
+            self.threshold_PE[index],
+            self.accuracy_P[index],
+            self.macs_P[index],
+            self.last_accuracy,
+            self.full_macs,
+        )
+
+    def knee(self) -> Point:
+        """The point of the front where more computing stops paying: see :func:`knee`."""
+        front = self.front()
+        return front[knee(front.accuracy_P, front.macs_P)]
+
+
+def quota_curve(rule: Rule, cache: CachedExits, points: int = 201) -> Curve:
+    """MSDNet's curve: for each of ``points`` budgets, the shares ``q_k`` that cost it, and their thresholds.
+
+    The budgets are evenly spaced from the cost of the first exit to that of the last (the authors' code tries 39
+    ratios of shares instead, which leaves gaps in cost). Source: Huang et al. 2018 (arXiv 1703.09844).
+
+    Raises:
+        UserError: the rule does not put images in order (the delta rule).
+    """
+    if not isinstance(rule, Measured):
+        raise UserError(f"quotas need a rule that orders images, confidence or entropy; {rule.name} does not")
+    value_ME = rule.measure(cache.probability_MNC[:, :-1])
+    macs_N, N = cache.macs_N.cpu(), cache.num_exits
+    thresholds = [torch.full((N - 1,), extreme, dtype=torch.float64) for extreme in rule.extremes]
+    for budget in torch.linspace(float(macs_N[0]), float(macs_N[-1]), points, dtype=torch.float64).tolist():
+        shares = exit_shares(q_for_budget(budget, macs_N), N)
+        thresholds.append(quota_thresholds(rule, value_ME, shares))
+    threshold_PE = torch.stack(thresholds)
+    exit_PM = torch.stack([first_exit(rule.passes(value_ME, threshold_E)) for threshold_E in threshold_PE])
+    return _curve(rule, cache, threshold_PE, *cache.judge(exit_PM))
+
+
+def grid_curve(rule: Rule, cache: CachedExits, threshold_EG: Tensor | None = None, combinations: int = 2**14) -> Curve:
+    """BranchyNet's screening: every combination of G thresholds at each early exit.
+
+    Args:
+        threshold_EG: float (E, G), what is tried at each exit, such as ``BRANCHYNET_NATS`` for all of them. None
+            spreads thresholds over the images, as many as keep the number of combinations under ``combinations``: with
+            up to three or four exits that is fine-grained, with ten it is "never" or "always" and little else.
+
+    An image's answer changes as it goes on from exit to exit, so accuracy and cost are sums over exits e of what going
+    on from e to e + 1 brings, over the images that go so far: no combination is run on its own.
+    """
+    M, N = cache.correct_MN.shape
+    if threshold_EG is None:
+        # One part in 10⁹ more, or the cube root of 8 is 1.999….
+        tried = max(2, int(combinations ** (1 / (N - 1)) * (1 + 1e-9)))
+        threshold_EG = torch.stack([spread(rule, cache.probability_MNC[:, e], tried) for e in range(N - 1)])
+    accuracy_P = macs_P = torch.zeros(1, dtype=torch.float64)
+    rows = max(1, NUMBERS_AT_ONCE // threshold_EG.shape[1] ** (N - 2))
+    for part in torch.arange(M, device=cache.label_M.device).split(rows):
+        correct_P, spent_P = _screen(rule, cache, threshold_EG, part)
+        accuracy_P, macs_P = accuracy_P + correct_P / M, macs_P + spent_P / M
+    return _curve(rule, cache, torch.cartesian_prod(*threshold_EG).view(-1, N - 1), accuracy_P, macs_P)
+
+
+def _screen(rule: Rule, cache: CachedExits, threshold_EG: Tensor, rows: Tensor) -> tuple[Tensor, Tensor]:
+    """Number of images (of some rows) right, and MACs they cost, float64 (P,), for all P = G^E combinations."""
+    macs_N = cache.macs_N
+    right_MN = cache.correct_MN[rows].float()
+    right_A = right_MN[:, :1].sum(0).double()
+    spent_A = macs_N[:1] * len(rows)
+    going_AM = torch.ones(1, len(rows), device=rows.device)
+    for e, threshold_G in enumerate(threshold_EG.to(rows.device)):
+        stay_GM = (~rule.leaves(cache.probability_MNC[rows, e], threshold_G.unsqueeze(1))).float()
+        gained_AG = (going_AM * (right_MN[:, e + 1] - right_MN[:, e])) @ stay_GM.T
+        right_A = (right_A.unsqueeze(1) + gained_AG).flatten()
+        spent_A = (spent_A.unsqueeze(1) + (going_AM @ stay_GM.T) * (macs_N[e + 1] - macs_N[e])).flatten()
+        if e + 1 < len(threshold_EG):
+            going_AM = (going_AM.unsqueeze(1) * stay_GM).flatten(0, 1)
+    return right_A.cpu(), spent_A.cpu()
+
+
+def common_curve(rule: Rule, cache: CachedExits, points: int = 1001) -> Curve:
+    """One threshold for every exit, as the δ of Conditional Deep Learning is; ``points`` of them are tried."""
+    early_MEC = cache.probability_MNC[:, :-1]
+    threshold_P = spread(rule, early_MEC, points)
+    rows = max(1, NUMBERS_AT_ONCE // early_MEC[..., 0].numel())
+    parts = []
+    for threshold_G in threshold_P.to(early_MEC.device).split(rows):
+        exit_GM = first_exit(rule.leaves(early_MEC, threshold_G.view(-1, 1, 1)))
+        parts.append(torch.stack(cache.judge(exit_GM)))
+    return _curve(rule, cache, threshold_P.unsqueeze(1).expand(-1, early_MEC.shape[1]), *torch.cat(parts, dim=1))
+
+
+def _curve(rule: Rule, cache: CachedExits, threshold_PE: Tensor, accuracy_P: Tensor, macs_P: Tensor) -> Curve:
+    order = macs_P.cpu().argsort(stable=True)
+    last_accuracy = float(cache.correct_MN[:, -1].double().mean())
+    figures = (accuracy_P.cpu()[order], macs_P.cpu()[order], last_accuracy, float(cache.macs_N[-1]))
+    return Curve(rule.name, threshold_PE[order], *figures)
+
+
+SEARCHES: dict[str, Callable[[Rule, CachedExits], Curve]] = {
+    "quota": quota_curve,
+    "grid": grid_curve,
+    "common": common_curve,
+}
+
+
+def pareto(accuracy_P: Tensor, macs_P: Tensor) -> Tensor:
+    """Index, int64, of the points that no other beats, by rising cost: each is more accurate than all cheaper ones.
+
+    Of points equal in both, the first.
+    """
+    by_accuracy = accuracy_P.argsort(descending=True, stable=True)
+    order = by_accuracy[macs_P[by_accuracy].argsort(stable=True)]
+    accuracy = accuracy_P[order]
+    best_before = torch.cat([accuracy.new_full((1,), -torch.inf), accuracy.cummax(0).values[:-1]])
+    return order[accuracy > best_before]
+
+
+def knee(accuracy_P: Tensor, macs_P: Tensor) -> int:
+    """The place on a front where more computing stops paying: farthest above the line between the front's two ends.
+
+    Accuracy and cost are scaled to [0, 1] between the ends, so that the units do not matter. BranchyNet's authors chose
+    it by eye; the distance to the chord is the definition of Satopää et al. 2011. The first of equals; 0 for a front of
+    one or two points.
+    """
+    if len(macs_P) < 2:
+        return 0
+    accuracy, macs = ((x - x[0]) / (x[-1] - x[0]) for x in (accuracy_P, macs_P))
+    return int((accuracy - macs).argmax())
+
+
+def choose(curve: Curve, accuracy_drop: float | None = None, macs_fraction: float | None = None) -> Point:
+    """The point of a curve that meets a target.
+
+    Args:
+        accuracy_drop: the cheapest point that is at most this much less accurate than the last exit (0.01 is one
+            percentage point; below 0, more accurate).
+        macs_fraction: the most accurate point that spends this share of the full cost, in (0, 1]: of those that cost
+            no more, one that costs at most ``WINDOW`` of the full cost less than the dearest. A budget is there to be
+            spent; whoever would rather save what is not needed gives ``accuracy_drop``.
+
+    Raises:
+        UserError: not exactly one target, one out of range, or one that no threshold meets; the message says the
+            nearest that can be met.
+    """
+    if (accuracy_drop is None) == (macs_fraction is None):
+        raise UserError("give one target: accuracy_drop or macs_fraction")
+    if accuracy_drop is not None:
+        if not -1 < accuracy_drop < 1:
+            raise UserError(
+                f"accuracy_drop must be between -1 and 1 (0.01 is one percentage point), got {accuracy_drop}"
+            )
+        # One part in 10⁹ for sums that were rounded differently.
+        meets = (curve.accuracy_P >= curve.last_accuracy - accuracy_drop - 1e-9).nonzero().squeeze(1)
+        if not len(meets):
+            nearest = _rounded_up(curve.last_accuracy - float(curve.accuracy_P.max()))
+            raise UserError(
+                f"no threshold meets accuracy_drop={accuracy_drop:g} on validation; the nearest is {nearest}"
+            )
+        cheapest = meets[curve.macs_P[meets] == curve.macs_P[meets].min()]
+        return curve[int(cheapest[curve.accuracy_P[cheapest].argmax()])]
+    assert macs_fraction is not None
+    if not 0 < macs_fraction <= 1:
+        raise UserError(f"macs_fraction must be above 0 and at most 1, got {macs_fraction}")
+    share_P = curve.macs_P / curve.full_macs
+    if macs_fraction < share_P.min() - 1e-9:
+        nearest = _rounded_up(float(share_P.min()))
+        raise UserError(f"no threshold meets macs_fraction={macs_fraction:g}; the nearest is {nearest}")
+    spent = share_P[share_P <= macs_fraction + 1e-9].max()
+    near = ((share_P <= spent) & (share_P >= spent - WINDOW)).nonzero().squeeze(1)
+    return curve[int(near[curve.accuracy_P[near].argmax()])]
+
+
+def _rounded_up(target: float) -> str:
+    """A target to four places that can still be met."""
+    return f"{math.ceil(target * 1e4 - 1e-6) / 1e4:.4f}"
+
+
+def calibrate(
+    cache: CachedExits,
+    rule: str = "confidence",
+    search: str = "quota",
+    accuracy_drop: float | None = None,
+    macs_fraction: float | None = None,
+) -> Point:
+    """Thresholds for a target, fitted to the cached outputs of validation images.
+
+    Args:
+        rule: confidence, entropy or delta.
+        search: quota, grid or common; delta takes grid or common.
+        accuracy_drop, macs_fraction: the target, one of the two; see :func:`choose`.
+
+    Raises:
+        UserError: unknown rule or search, a network with one exit, or a target that cannot be met.
+    """
+    return choose(curve_of(cache, rule, search), accuracy_drop, macs_fraction)
+
+
+def curve_of(cache: CachedExits, rule: str = "confidence", search: str = "quota") -> Curve:
+    """The whole curve that :func:`calibrate` chooses from; arguments and errors as there."""
+    if search not in SEARCHES:
+        raise UserError(f"search must be one of {', '.join(SEARCHES)}, got {search!r}")
+    if cache.num_exits < 2:
+        raise UserError("a network with one exit has no thresholds to choose")
+    return SEARCHES[search](rule_named(rule), cache)

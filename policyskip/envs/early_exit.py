@@ -1,0 +1,245 @@
+"""At every exit of a network: leave here, or go on. ``policyskip/EarlyExit-v0``.
+
+Shapes: B images side by side, B' of them that leave or begin, N exits, C classes, M images of a set,
+D numbers of an observation (C + 3 + N).
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import gymnasium
+import numpy as np
+import torch
+from gymnasium.vector import AutoresetMode, VectorEnv
+from gymnasium.vector.utils import batch_space
+from torch import Tensor
+
+from policyskip.backbones import load
+from policyskip.backbones.exits import ExitNetwork
+from policyskip.data import Feed, Images, Order, load_data
+from policyskip.envs.exit_sources import Live, Places, Queue, Replay, Source
+from policyskip.errors import UserError
+from policyskip.exit_cache import CachedExits, cache_exits
+from policyskip.rewards import Macs, Outcome, Reward, reward_of
+
+
+class EarlyExitVectorEnv(VectorEnv[Tensor, Tensor, Tensor]):
+    """Say of each of B images, exit by exit, whether it leaves; an episode is one image and has at most N steps.
+
+    **Observation** float32 (B, C + 3 + N), what a deployed system knows at the exit where the image is: the softmax,
+    its entropy in nats, the top probability, the margin between the top two, and which exit this is (one-hot);
+    :func:`~policyskip.envs.exit_sources.read` takes it apart. **Action** Discrete(2), integer or bool (B,): 1 leaves
+    here; at the last exit every action leaves. **Reward** float32 (B,): what ``reward`` makes of the outcome for images
+    that leave (``keep_BK`` there says which of the N segments ran), 0 for those that go on. **Episode end**: each image
+    in its own time. Autoreset is ``SAME_STEP``: where an image left, the observation that ``step`` returns already
+    shows the next one at its first exit. What came of the step is in ``info["final_obs"]`` and ``info["final_info"]``
+    (``correct``, ``macs``, ``exit``; rows where ``terminated``) and, for the images that left, in ``env.outcome``.
+
+    In sequential order each image is shown once. When none is left to take a place, the place is closed: the
+    observation gets shorter, the other images keep their order, and it is empty once all have left.
+
+    Images that left are not computed any further. With ``cached=True`` nothing is computed at all: the outputs of
+    every exit are computed once, when the environment is made, and looked up. Both give the same outcomes.
+
+    Args:
+        num_envs: B, the images shown at once.
+        network: the network, which is frozen here; the name of shipped weights; or cached outputs to replay, which
+            need no images.
+        images: the set the images come from; None takes the split ``split`` of the set named ``data``.
+        reward: what an outcome is worth; None is ``Macs()``.
+        order: "shuffled" for training, without end; "sequential" shows each image once.
+        seed: decides the shuffled order; ``reset(seed=…)`` starts it anew.
+        cached: look up instead of computing.
+        device: where a network and images given by name are put; by default the CPU, or where the network is.
+
+    Raises:
+        UserError: unknown name, order or split, a network without exits, ``num_envs`` below 1, or ``cached`` with
+            images that are augmented at random.
+    """
+
+    metadata = {  # noqa: RUF012 - Gymnasium declares it so
+        "autoreset_mode": AutoresetMode.SAME_STEP,
+        "render_modes": [],
+    }
+    outcome: Outcome
+
+    def __init__(
+        self,
+        num_envs: int = 256,
+        network: ExitNetwork | CachedExits | str = "resnet32_digits_exits",
+        images: Images | None = None,
+        reward: Reward | None = None,
+        order: Order = "shuffled",
+        seed: int = 0,
+        data: str = "digits",
+        split: str = "train",
+        cached: bool = False,
+        device: str | None = None,
+    ) -> None:
+        if isinstance(network, str):
+            network = _load(network).to(device or "cpu")
+        if not isinstance(network, CachedExits):
+            if images is None:
+                images = load_data(data, torch.device(device or network.mean.device)).split(split)
+            if cached:
+                network = cache_exits(network, images)
+        self.num_envs = num_envs
+        self.reward = reward if reward is not None else Macs()
+        self.source: Source
+        if isinstance(network, CachedExits):
+            self.source = Replay(network, Feed(Places(network), num_envs, order, seed))
+        else:
+            assert images is not None
+            self.source = Live(network.freeze(), Feed(images, num_envs, order, seed))
+        self.costs, self.num_exits, self.num_classes = self.source.costs, self.source.num_exits, self.source.num_classes
+        self.queue = Queue(self.source.feed)
+        self.device = self.source.feed.batch.images.device
+        self._macs_N, self._full_macs = self.costs.cumulative_N.to(self.device), self.costs.full
+        self._ran_NN = torch.ones(self.num_exits, self.num_exits, dtype=torch.bool, device=self.device).tril()
+        high_D = np.ones(self.num_classes + 3 + self.num_exits, np.float32)
+        high_D[self.num_classes] = math.log(self.num_classes)
+        self.single_observation_space = gymnasium.spaces.Box(np.zeros_like(high_D), high_D, dtype=np.float32)
+        self.observation_space = batch_space(self.single_observation_space, num_envs)
+        self.single_action_space = gymnasium.spaces.Discrete(2)
+        self.action_space = batch_space(self.single_action_space, num_envs)
+        self.advance()
+
+    @property
+    def cursor(self) -> int:
+        """Place in the order of the first image that would be shown if the episodes under way were given up."""
+        return self.queue.place - (0 if self._moved else len(self.exit_B))
+
+    def seek(self, cursor: int) -> None:
+        """Show the images from place ``cursor`` of the order on, each at its first exit."""
+        self.queue.seek(cursor)
+        self.advance()
+
+    def reset(self, *, seed: int | None = None, options: dict[str, Any] | None = None) -> tuple[Tensor, dict[str, Any]]:
+        """Show images at their first exit: with ``seed``, or in sequential order, from the start.
+
+        Otherwise those that come next in the order; episodes under way are given up.
+        """
+        super().reset(seed=seed)
+        if seed is not None or self.queue.feed.order == "sequential":
+            self.queue.seek(0, seed)
+            self.advance()
+        elif self._moved:
+            self.advance()
+        return self.observation, {}
+
+    @torch.no_grad()
+    def advance(self) -> Tensor:
+        """Give up the episodes under way, and show the next images of the order at their first exit."""
+        batch = self.queue.take(self.num_envs)
+        self.index_B, self.label_B = batch.index_B.to(self.device), batch.label_B
+        self.exit_B = torch.zeros_like(self.label_B)
+        self.source.restart(batch.images)
+        self.observation = self.source.observation(self.index_B, self.exit_B)
+        self._moved = False
+        return self.observation
+
+    @torch.no_grad()
+    def score(self, leave: Tensor) -> Outcome:
+        """What the images at which ``leave``, bool (B,), points would earn if they left now; nothing moves on."""
+        return self._outcome(leave.nonzero().squeeze(1))
+
+    def _outcome(self, rows: Tensor) -> Outcome:
+        index_B, label_B, exit_B = (x.index_select(0, rows) for x in (self.index_B, self.label_B, self.exit_B))
+        logits_BC, prediction_B = self.source.answer(index_B, exit_B, rows)
+        keep_BN, macs_B = self._ran_NN.index_select(0, exit_B), self._macs_N.index_select(0, exit_B)
+        return Outcome(logits_BC, label_B, prediction_B == label_B, keep_BN, macs_B, self._full_macs)
+
+    @torch.no_grad()
+    def step(self, actions: Tensor | np.ndarray) -> tuple[Tensor, Tensor, Tensor, Tensor, dict[str, Any]]:
+        """Let images leave where ``actions`` (B,) is 1, show others in their place, and take the rest one exit on."""
+        leave_B = torch.as_tensor(actions, device=self.device).bool()
+        if leave_B.shape != self.exit_B.shape:
+            raise ValueError(f"actions must be of shape {tuple(self.exit_B.shape)}, got {tuple(leave_B.shape)}")
+        leave_B = leave_B | (self.exit_B == self.num_exits - 1)
+        rows = leave_B.nonzero().squeeze(1)
+        self.outcome = outcome = self._outcome(rows)
+        reward_B = torch.zeros(len(leave_B), device=self.device)
+        if len(rows):
+            reward_B.index_copy_(0, rows, reward_of(self.reward, outcome))
+        info = {
+            "final_obs": self.observation,
+            "_final_obs": leave_B,
+            "final_info": {
+                "correct": torch.zeros_like(leave_B).index_copy_(0, rows, outcome.correct_B),
+                "macs": torch.zeros(len(leave_B), dtype=torch.float64, device=self.device).index_copy_(
+                    0, rows, outcome.macs_B
+                ),
+                "exit": self.exit_B,
+            },
+            "_final_info": leave_B,
+        }
+        self._replace(leave_B, rows)
+        return self.observation, reward_B, leave_B, torch.zeros_like(leave_B), info
+
+    def _replace(self, leave_B: Tensor, rows: Tensor) -> None:
+        """Show new images in ``rows``, where images left, as far as there are any; the others go on."""
+        batch = self.queue.take(len(rows))
+        filled, closed = rows[: len(batch)], rows[len(batch) :]
+        self.source.move(self.exit_B, leave_B, filled, batch.images)
+        self.exit_B = torch.where(leave_B, 0, self.exit_B + 1)
+        self.index_B = self.index_B.index_copy(0, filled, batch.index_B.to(self.device))
+        self.label_B = self.label_B.index_copy(0, filled, batch.label_B)
+        if len(closed):
+            open_B = torch.ones_like(leave_B).index_fill_(0, closed, False)
+            self.exit_B, self.index_B, self.label_B = self.exit_B[open_B], self.index_B[open_B], self.label_B[open_B]
+            self.source.close(open_B)
+        self.observation = self.source.observation(self.index_B, self.exit_B)
+        self._moved = True
+
+
+def _load(name: str) -> ExitNetwork:
+    network = load(name)
+    if not isinstance(network, ExitNetwork):
+        raise UserError(f"{name} has no exits; policyskip/BlockSelection-v0 is the environment for its blocks")
+    return network
+
+
+class EarlyExitEnv(gymnasium.Env[np.ndarray, np.int64]):
+    """One image at a time, in numpy: the same environment as :class:`EarlyExitVectorEnv` with B = 1.
+
+    Observation float32 (C + 3 + N,), action Discrete(2), reward float; ``reset`` shows an image at its first exit,
+    ``step`` takes it to the next or, with 1 and at the last exit, ends the episode and shows what it last showed.
+    """
+
+    metadata = {  # noqa: RUF012 - Gymnasium declares it so
+        "render_modes": []
+    }
+
+    def __init__(self, **kwargs: Any) -> None:
+        self.vector = EarlyExitVectorEnv(1, **kwargs)
+        self.observation_space = self.vector.single_observation_space
+        self.action_space = self.vector.single_action_space
+        self._shown = False
+
+    def reset(
+        self, *, seed: int | None = None, options: dict[str, Any] | None = None
+    ) -> tuple[np.ndarray, dict[str, Any]]:
+        super().reset(seed=seed)
+        if seed is not None:
+            self.vector.reset(seed=seed)
+        elif self._shown:
+            self.vector.advance()
+        if not len(self.vector.observation):
+            self.vector.reset()  # every image of a sequential order was shown
+        self._shown = True
+        return _numpy(self.vector.observation), {}
+
+    def step(self, action: np.int64) -> tuple[np.ndarray, float, bool, bool, dict[str, Any]]:
+        observation, reward_B, terminated_B, _, info = self.vector.step(torch.tensor([int(action)]))
+        if not terminated_B:
+            return _numpy(observation), 0.0, False, False, {}
+        self._shown = False  # the next image is there already
+        final = {key: value.item() for key, value in info["final_info"].items()}
+        return _numpy(info["final_obs"]), float(reward_B), True, False, final
+
+
+def _numpy(observation: Tensor) -> np.ndarray:
+    shown: np.ndarray = observation[0].cpu().numpy().copy()
+    return shown

@@ -1,0 +1,94 @@
+"""What every exit of a frozen network says of a set of images, computed once.
+
+Thresholds are fitted to it, policies are judged on it, and the exit environment replays it.
+
+Shapes: M images of a set, N exits, C classes, P policies.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property
+
+import torch
+from torch import Tensor
+
+from policyskip.backbones.exits import ExitCosts, ExitNetwork, count_exit_costs
+from policyskip.data import Images, sequential
+from policyskip.errors import UserError
+
+PIXELS_AT_ONCE = 2**20
+"""Images are classified in parts of this many pixels."""
+
+
+@dataclass(frozen=True)
+class CachedExits:
+    """Outputs of every exit, image by image, in the order of the set.
+
+    Attributes:
+        logits_MNC: float32 (M, N, C).
+        label_M: int64 (M,).
+        costs: MACs of every exit for one image.
+    """
+
+    logits_MNC: Tensor
+    label_M: Tensor
+    costs: ExitCosts
+
+    def __len__(self) -> int:
+        return len(self.label_M)
+
+    @property
+    def num_exits(self) -> int:
+        """N."""
+        return self.logits_MNC.shape[1]
+
+    @property
+    def num_classes(self) -> int:
+        """C."""
+        return self.logits_MNC.shape[2]
+
+    @cached_property
+    def probability_MNC(self) -> Tensor:
+        """Softmax of the logits, float32 (M, N, C)."""
+        return self.logits_MNC.softmax(-1)
+
+    @cached_property
+    def correct_MN(self) -> Tensor:
+        """Whether each exit's top class is the label, bool (M, N)."""
+        return self.logits_MNC.argmax(-1) == self.label_M.unsqueeze(1)
+
+    @cached_property
+    def macs_N(self) -> Tensor:
+        """MACs of leaving at each exit, float64 (N,), every head on the way included."""
+        return self.costs.cumulative_N.to(self.label_M.device)
+
+    def judge(self, exit_M: Tensor) -> tuple[Tensor, Tensor]:
+        """Accuracy, and mean MACs an image, of leaving at exits int64 (M,) or, for P policies, (P, M).
+
+        Returns: two float64 tensors, without a dimension or (P,).
+        """
+        exit_PM = exit_M.reshape(-1, len(self))
+        correct_PM = self.correct_MN.T.gather(0, exit_PM)
+        shape = exit_M.shape[:-1]
+        return correct_PM.double().mean(1).view(shape), self.macs_N[exit_PM].mean(1).view(shape)
+
+
+@torch.no_grad()
+def cache_exits(network: ExitNetwork, images: Images) -> CachedExits:
+    """Ask every exit of ``network``, which is frozen here, about each of ``images`` once.
+
+    Raises:
+        UserError: there are no images, or they are augmented at random, so that there is no one answer to keep.
+    """
+    if getattr(images, "augment", None):
+        raise UserError("images that are augmented at random cannot be cached; say cached=false or data.augment=false")
+    if not len(images):
+        raise UserError("there are no images to cache")
+    network.freeze()
+    first = next(images.stream([(torch.tensor([0]), 0)])).images
+    part = max(1, PIXELS_AT_ONCE // first[0, 0].numel())
+    batches = images.stream(sequential(len(images), part))
+    logits, labels = zip(*((network(batch.images).float(), batch.label_B) for batch in batches), strict=True)
+    _, channels, height, width = first.shape
+    return CachedExits(torch.cat(logits), torch.cat(labels), count_exit_costs(network, (channels, height, width)))
