@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from policyskip.backbones.resnet import CifarResNet
 from policyskip.data import TensorImages
 
-torch.set_num_threads(2)
+torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "2")))
 
 
 def small_backbone(
