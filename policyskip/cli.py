@@ -77,6 +77,7 @@ def pretrain(config: Any) -> int:
     """A CIFAR ResNet learns to classify, with stochastic depth, and is written for ``backbone.checkpoint=``."""
     from policyskip import training
     from policyskip.backbones import checkpoints
+    from policyskip.backbones.resnet import CifarResNet
     from policyskip.config import build, build_backbone, build_data, find_device, group_of, plain, settings_of
     from policyskip.data import Feed
     from policyskip.errors import UserError
@@ -95,7 +96,7 @@ def pretrain(config: Any) -> int:
         mean, std = pixel_statistics(data.validation)
         node["mean"], node["std"] = node.get("mean") or mean, node.get("std") or std
     backbone: Any = build_backbone(node, data, device, trusted, seed=settings.seed)
-    if not hasattr(backbone, "architecture"):
+    if not isinstance(backbone, CifarResNet):
         raise UserError(f"pretrain trains CIFAR ResNets, not {backbone.name}")
     learner = build(
         "pretrain",

@@ -1,4 +1,4 @@
-"""The contract of a network whose blocks can be kept or skipped.
+"""What every network here has in common, and the contract of one whose blocks can be kept or skipped.
 
 Shapes: B images, K blocks, C classes, H W pixels.
 """
@@ -7,12 +7,69 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Sequence
+from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
+
+
+class Network(nn.Module):
+    """Normalisation, classes, a name, and how to be frozen: what a backbone and a multi-exit network share.
+
+    Args:
+        num_classes: C.
+        mean, std: per-channel normalisation of pixels in [0, 1]; part of the network because the weights depend on it.
+    """
+
+    mean: Tensor
+    std: Tensor
+    architecture: dict[str, Any]
+    """The arguments that build it again; empty where they are not known."""
+
+    def __init__(self, num_classes: int, mean: Sequence[float], std: Sequence[float]) -> None:
+        super().__init__()
+        self.num_classes = num_classes
+        self.name = type(self).__name__
+        self.frozen = False
+        self.architecture = {}
+        self.register_buffer("mean", torch.tensor(mean, dtype=torch.float32).view(1, -1, 1, 1))
+        self.register_buffer("std", torch.tensor(std, dtype=torch.float32).view(1, -1, 1, 1))
+
+    def normalise(self, images: Tensor) -> Tensor:
+        """Images (B, 3, H, W), uint8 in 0..255 or float in [0, 1], to what the first layer sees."""
+        x = images.to(self.mean.dtype)
+        if not images.is_floating_point():
+            x = x / 255
+        return (x - self.mean) / self.std
+
+    def freeze(self) -> Self:
+        """Evaluation mode, no gradients. ``train()`` on a frozen network leaves it in evaluation mode."""
+        self.requires_grad_(False).eval()
+        self.frozen = True
+        return self
+
+    def train(self, mode: bool = True) -> Self:
+        """As ever, but a frozen network stays in evaluation mode."""
+        super().train(mode and not self.frozen)
+        return self
+
+    def content_hash(self) -> str:
+        """Hash of every parameter and buffer: two networks with one hash are the same network."""
+        digest = hashlib.sha256()
+        for name, value in sorted(self.state_dict().items()):
+            digest.update(f"{name}{tuple(value.shape)}".encode())
+            digest.update(value.detach().cpu().contiguous().numpy().tobytes())
+        return digest.hexdigest()[:16]
+
+
+def he_init(network: nn.Module) -> None:
+    """Draw every convolution's weights as in He et al. (2015), for ReLUs, by the size of what it leads to."""
+    for module in network.modules():
+        if isinstance(module, nn.Conv2d):
+            nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
 
 
 class Block(nn.Module):
@@ -31,7 +88,7 @@ class Block(nn.Module):
         return torch.relu(self.shortcut(x) + self.residual(x))
 
 
-class Backbone(nn.Module):
+class Backbone(Network):
     """Stem, K blocks, head: everything else in the package asks a network for these three and nothing more.
 
     Args:
@@ -39,13 +96,11 @@ class Backbone(nn.Module):
         blocks: the K blocks, in order.
         head: module from the last features to logits (B, C).
         num_classes: C.
-        mean, std: per-channel normalisation of pixels in [0, 1]; part of the network because the weights depend on it.
+        mean, std: as in :class:`Network`.
         stages: number of blocks in each stage; sums to K. Used to label plots.
     """
 
     blocks: Sequence[Block]  # an nn.ModuleList
-    mean: Tensor
-    std: Tensor
 
     def __init__(
         self,
@@ -57,16 +112,11 @@ class Backbone(nn.Module):
         std: Sequence[float],
         stages: Sequence[int],
     ) -> None:
-        super().__init__()
+        super().__init__(num_classes, mean, std)
         self.stem = stem
         self.blocks = nn.ModuleList(blocks)  # type: ignore[assignment]
         self.head = head
-        self.num_classes = num_classes
         self.stages = tuple(stages)
-        self.name = type(self).__name__
-        self.frozen = False
-        self.register_buffer("mean", torch.tensor(mean, dtype=torch.float32).view(1, -1, 1, 1))
-        self.register_buffer("std", torch.tensor(std, dtype=torch.float32).view(1, -1, 1, 1))
 
     @property
     def num_blocks(self) -> int:
@@ -75,10 +125,7 @@ class Backbone(nn.Module):
 
     def features(self, images: Tensor) -> Tensor:
         """Images (B, 3, H, W), uint8 in 0..255 or float in [0, 1], to the features that enter block 0."""
-        x = images.to(self.mean.dtype)
-        if not images.is_floating_point():
-            x = x / 255
-        return self.stem((x - self.mean) / self.std)
+        return self.stem(self.normalise(images))
 
     def forward(self, images: Tensor, keep_BK: Tensor | None = None) -> Tensor:
         """Logits (B, C) of images (B, 3, H, W). ``keep_BK`` (bool; default: all kept) says which blocks run."""
@@ -87,22 +134,3 @@ class Backbone(nn.Module):
         if keep_BK is None:
             keep_BK = torch.ones(len(images), self.num_blocks, dtype=torch.bool, device=images.device)
         return dense(self, images, keep_BK)
-
-    def freeze(self) -> Backbone:
-        """Evaluation mode, no gradients. ``train()`` on a frozen backbone leaves it in evaluation mode."""
-        self.requires_grad_(False).eval()
-        self.frozen = True
-        return self
-
-    def train(self, mode: bool = True) -> Backbone:
-        """As ever, but a frozen backbone stays in evaluation mode."""
-        super().train(mode and not self.frozen)
-        return self
-
-    def content_hash(self) -> str:
-        """Hash of every parameter and buffer: two backbones with one hash are the same network."""
-        digest = hashlib.sha256()
-        for name, value in sorted(self.state_dict().items()):
-            digest.update(f"{name}{tuple(value.shape)}".encode())
-            digest.update(value.detach().cpu().contiguous().numpy().tobytes())
-        return digest.hexdigest()[:16]

@@ -18,7 +18,7 @@ from safetensors.torch import load_file
 from safetensors.torch import save as save_tensors
 from torch import Tensor
 
-from policyskip.backbones.base import IMAGENET_MEAN, IMAGENET_STD, Backbone
+from policyskip.backbones.base import IMAGENET_MEAN, IMAGENET_STD, Backbone, Network
 from policyskip.backbones.resnet import CifarResNet, Shortcut, TorchvisionResNet
 from policyskip.errors import UserError
 from policyskip.files import write
@@ -58,17 +58,17 @@ def cifar_resnet(
             f"{', '.join(shipped())}, make one with `policyskip pretrain`, or say backbone.checkpoint=random"
         )
     if checkpoint == RANDOM:
-        with _seeded(seed):
+        with seeded(seed):
             return CifarResNet(**{"num_classes": num_classes, **given})
     state, found = read_checkpoint(checkpoint)
-    own = find(checkpoint).suffix == ".safetensors" and _metadata(find(checkpoint)) is not None
+    own = read_architecture(checkpoint) is not None
     for name in ("depth", "width", "shortcut") if own else ("depth", "width"):
         if name in given and name in found and given[name] != found[name]:
             raise UserError(f"{checkpoint} holds a ResNet of {name} {found[name]}, not of {name} {given[name]}")
     if found["num_classes"] != num_classes:
         raise UserError(f"{checkpoint} has {found['num_classes']} classes, the data has {num_classes}")
     backbone = CifarResNet(**{**found, **given})
-    _load_into(backbone, state, checkpoint)
+    load_into(backbone, state, checkpoint)
     return backbone
 
 
@@ -86,11 +86,11 @@ def torchvision_resnet(
     if checkpoint is None:
         raise UserError("backbone.checkpoint is not set: say DEFAULT (torchvision's weights), a file, or random")
     if checkpoint == RANDOM:
-        with _seeded(seed):
+        with seeded(seed):
             return TorchvisionResNet(depth, num_classes)
     if Path(checkpoint).is_file():
         backbone = TorchvisionResNet(depth, num_classes)
-        _load_into(backbone, _from_torchvision_names(_read_tensors(Path(checkpoint)), backbone), checkpoint)
+        load_into(backbone, _from_torchvision_names(read_tensors(Path(checkpoint)), backbone), checkpoint)
         return backbone
     try:
         return TorchvisionResNet(depth, num_classes, checkpoint)
@@ -103,7 +103,7 @@ def torchvision_resnet(
 
 
 @contextmanager
-def _seeded(seed: int) -> Iterator[None]:
+def seeded(seed: int) -> Iterator[None]:
     """Random weights that are the same every time, without touching the global generator."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
@@ -114,15 +114,15 @@ def load(name: str) -> CifarResNet:
     """Shipped weights by name, or a file that ``policyskip pretrain`` wrote, as a frozen backbone."""
     state, architecture = read_checkpoint(name)
     backbone = CifarResNet(**architecture)
-    _load_into(backbone, state, name)
+    load_into(backbone, state, name)
     backbone.freeze()
     return backbone
 
 
-def save(backbone: CifarResNet, path: Path) -> None:
-    """Write a backbone that :func:`load` and ``backbone.checkpoint=`` take."""
-    state = {name: value.detach().cpu().contiguous() for name, value in backbone.state_dict().items()}
-    write(path, save_tensors(state, metadata={"policyskip": json.dumps(backbone.architecture)}))
+def save(network: Network, path: Path) -> None:
+    """Write a network that ``backbone.checkpoint=`` takes: its weights, and the arguments that build it again."""
+    state = {name: value.detach().cpu().contiguous() for name, value in network.state_dict().items()}
+    write(path, save_tensors(state, metadata={"policyskip": json.dumps(network.architecture)}))
 
 
 def shipped() -> list[str]:
@@ -145,15 +145,20 @@ def read_checkpoint(checkpoint: str) -> tuple[State, dict[str, Any]]:
     written after it; ImageNet normalisation, shortcut A unless there are projections) and ``blocks.S.B.…``
     (BlockDrop's; no normalisation, average-pool shortcut).
     """
+    architecture = read_architecture(checkpoint)
+    if architecture is None:
+        return _translate(read_tensors(find(checkpoint)), checkpoint)
+    if "network" in architecture:
+        raise UserError(f"{checkpoint} holds a {architecture['network']}, not a CIFAR ResNet")
+    return read_tensors(find(checkpoint)), architecture
+
+
+def read_architecture(checkpoint: str) -> dict[str, Any] | None:
+    """The arguments that :func:`save` wrote: those of the class named by "network" (without: :class:`CifarResNet`).
+    None if the file is not ours."""
     path = find(checkpoint)
-    if path.suffix == ".safetensors":
-        architecture = _metadata(path)
-        if architecture is not None:
-            return _read_tensors(path), architecture
-    return _translate(_read_tensors(path), checkpoint)
-
-
-def _metadata(path: Path) -> dict[str, Any] | None:
+    if path.suffix != ".safetensors":
+        return None
     try:
         with safe_open(path, "pt") as file:
             text = (file.metadata() or {}).get("policyskip")
@@ -162,7 +167,7 @@ def _metadata(path: Path) -> dict[str, Any] | None:
         raise UserError(f"cannot read {path} as weights: {error}") from error
 
 
-def _read_tensors(path: Path) -> State:
+def read_tensors(path: Path) -> State:
     """The tensors of a checkpoint file, ``module.`` prefixes removed; nothing in the file is executed."""
     try:
         if path.suffix == ".safetensors":
@@ -238,21 +243,25 @@ def _from_torchvision_names(tensors: State, backbone: Backbone) -> State:
     return state
 
 
-def _load_into(backbone: Backbone, state: State, source: str) -> None:
-    """Load every tensor or none; the normalisation and old files' missing counters are the backbone's own."""
-    own = backbone.state_dict()
-    optional = {name for name in own if name in ("mean", "std") or name.endswith("num_batches_tracked")}
+def load_into(network: Network, state: State, source: str) -> None:
+    """Load every tensor or none; the normalisation and old files' missing counters are the network's own.
+
+    Raises:
+        UserError: the first tensor that is missing, too many, or of another shape.
+    """
+    own = network.state_dict()
+    normalisation = {name for name in own if name.split(".")[-1] in ("mean", "std")}
+    optional = normalisation | {name for name in own if name.endswith("num_batches_tracked")}
     missing = sorted(set(own) - set(state) - optional)
     unexpected = sorted(set(state) - set(own))
     if missing or unexpected:
         what = f"misses {missing[0]}" if missing else f"has {unexpected[0]} too many"
         count = len(missing) + len(unexpected)
         raise UserError(
-            f"{source} does not fit {backbone.name}: it {what}" + (f" ({count} differences)" if count > 1 else "")
+            f"{source} does not fit {network.name}: it {what}" + (f" ({count} differences)" if count > 1 else "")
         )
     for name, value in state.items():
         if value.shape != own[name].shape:
             shapes = f"{tuple(value.shape)}, not {tuple(own[name].shape)}"
-            raise UserError(f"{source} does not fit {backbone.name}: {name} has shape {shapes}")
-    skip = {"mean", "std"}
-    backbone.load_state_dict({**own, **{k: v for k, v in state.items() if k not in skip}})
+            raise UserError(f"{source} does not fit {network.name}: {name} has shape {shapes}")
+    network.load_state_dict({**own, **{k: v for k, v in state.items() if k not in normalisation}})

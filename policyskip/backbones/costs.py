@@ -5,7 +5,9 @@ Shapes: B images, K blocks.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -31,11 +33,17 @@ class Costs:
         return self.always + keep.to(torch.float64) @ self.block_K.to(keep.device)
 
 
-def count_macs(module: nn.Module, *inputs: Tensor) -> float:
-    """MACs of one call, by torch's flop counter (which counts two operations for each MAC)."""
+def counted(call: Callable[..., Any], *inputs: Any) -> tuple[float, Any]:
+    """MACs of one call without gradients, by torch's flop counter (which counts two operations for each), and its
+    result."""
     with torch.no_grad(), FlopCounterMode(display=False) as counter:
-        module(*inputs)
-    return counter.get_total_flops() / 2
+        result = call(*inputs)
+    return counter.get_total_flops() / 2, result
+
+
+def count_macs(module: nn.Module, *inputs: Tensor) -> float:
+    """MACs of one call."""
+    return counted(module, *inputs)[0]
 
 
 def count_costs(backbone: Backbone, image_shape: tuple[int, int, int]) -> Costs:

@@ -12,7 +12,7 @@ from typing import Any, Literal
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from policyskip.backbones.base import IMAGENET_MEAN, IMAGENET_STD, Backbone, Block
+from policyskip.backbones.base import IMAGENET_MEAN, IMAGENET_STD, Backbone, Block, he_init
 from policyskip.errors import UserError
 
 Shortcut = Literal["A", "pool", "B"]
@@ -124,9 +124,7 @@ class CifarResNet(Backbone):
         self.architecture = dict(
             depth=depth, num_classes=num_classes, shortcut=shortcut, width=width, mean=list(mean), std=list(std)
         )
-        for module in self.modules():
-            if isinstance(module, nn.Conv2d):
-                nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
+        he_init(self)
 
 
 class TorchvisionResNet(Backbone):
@@ -160,6 +158,7 @@ class TorchvisionResNet(Backbone):
         blocks = [_from_torchvision(block) for stage in stages for block in stage]
         super().__init__(stem, blocks, head, num_classes, IMAGENET_MEAN, IMAGENET_STD, [len(s) for s in stages])
         self.name = f"torchvision_resnet{depth}"
+        self.architecture = dict(network="torchvision_resnet", depth=depth, num_classes=num_classes)
 
 
 def _from_torchvision(block: nn.Module) -> Block:

@@ -1,0 +1,235 @@
+"""BranchyNet's networks (Teerapittayanon, McDanel, Kung, *BranchyNet: Fast Inference via Early Exiting from Deep Neural
+Networks*, ICPR 2016, arXiv 1709.01686), as in the authors' code, for images of any size.
+
+Pooling is Chainer's: a window that hangs over the edge counts (``ceil_mode``). So is local response normalisation: it
+adds up the squares of neighbouring channels and starts from 2, where torch averages them and starts from 1.
+
+Shapes: B images, N exits, C classes, H W pixels.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from policyskip.backbones.base import IMAGENET_MEAN, IMAGENET_STD, he_init
+from policyskip.backbones.exits import ExitNetwork, State
+from policyskip.backbones.resnet import basic_block
+from policyskip.errors import UserError
+
+Layers = Sequence[nn.Module]
+
+
+@dataclass
+class Part:
+    """The trunk up to an exit, and the exit's branch: its layers, then linear layers of the widths ``hidden`` and C,
+    with ``between`` after each of ``hidden``."""
+
+    trunk: Layers
+    branch: Layers
+    hidden: Sequence[int] = ()
+    between: Layers = field(default_factory=list)
+
+
+class BranchyNet(ExitNetwork):
+    """A chain with N branches.
+
+    Args:
+        parts: N of them, from the image to the last exit.
+        num_classes: C.
+        image_shape: (3, H, W), on which the sizes of the linear layers depend.
+        mean, std: pixel normalisation, per channel, for pixels in [0, 1].
+
+    Raises:
+        UserError: images of this size are too small.
+    """
+
+    def __init__(
+        self,
+        parts: Sequence[Part],
+        num_classes: int,
+        image_shape: tuple[int, int, int],
+        mean: Sequence[float],
+        std: Sequence[float],
+    ) -> None:
+        super().__init__(num_classes, len(parts), mean, std)
+        self.segments, self.heads = nn.ModuleList(), nn.ModuleList()
+        x = torch.zeros(1, *image_shape)
+        try:
+            for part in parts:
+                segment = nn.Sequential(*part.trunk)
+                x = _run(segment, x)
+                self.segments.append(segment)
+                self.heads.append(_head(part, x, num_classes))
+        except RuntimeError as error:
+            raise UserError(f"images of {image_shape[1]}×{image_shape[2]} are too small for this network") from error
+        self.architecture = dict(num_classes=num_classes, image_shape=list(image_shape), mean=list(mean), std=list(std))
+
+    def begin(self, images: Tensor) -> State:
+        return {"x": self.normalise(images)}
+
+    def segment(self, n: int, state: State) -> State:
+        return {"x": self.segments[n](state["x"])}
+
+    def head(self, n: int, state: State) -> Tensor:
+        return self.heads[n](state["x"])
+
+
+class BranchyLeNet(BranchyNet):
+    """B-LeNet, for MNIST: two exits. ``channels=1`` sees the mean of the colours, as the original saw grey images."""
+
+    def __init__(
+        self,
+        num_classes: int,
+        image_shape: tuple[int, int, int],
+        channels: int = 3,
+        mean: Sequence[float] = (0.0, 0.0, 0.0),
+        std: Sequence[float] = (1.0, 1.0, 1.0),
+    ) -> None:
+        if channels not in (1, 3):
+            raise UserError(f"channels must be 1 (grey) or 3, got {channels}")
+        grey = [Grey()] if channels == 1 else []
+        parts = [
+            Part(
+                [*grey, nn.Conv2d(channels, 5, 5, padding=3)],
+                [max_pool(2), nn.ReLU(), nn.Conv2d(5, 10, 3, padding=1), max_pool(2), nn.ReLU()],
+            ),
+            Part(
+                [
+                    *(max_pool(2), nn.ReLU(), nn.Conv2d(5, 10, 5, padding=3)),
+                    *(max_pool(2), nn.ReLU(), nn.Conv2d(10, 20, 5, padding=3), max_pool(2), nn.ReLU()),
+                ],
+                [],
+                hidden=[84],
+            ),
+        ]
+        super().__init__(parts, num_classes, image_shape, mean, std)
+        self.name = "branchy_lenet"
+        self.architecture |= dict(network="branchy_lenet", channels=channels)
+
+
+class BranchyAlexNet(BranchyNet):
+    """B-AlexNet, for CIFAR-10: three exits, after the second and third convolution as in the authors' code (the paper
+    says after the first and second)."""
+
+    def __init__(
+        self,
+        num_classes: int,
+        image_shape: tuple[int, int, int],
+        mean: Sequence[float] = IMAGENET_MEAN,
+        std: Sequence[float] = IMAGENET_STD,
+    ) -> None:
+        def pool_and_norm() -> Layers:
+            return [nn.ReLU(), max_pool(3), response_norm()]
+
+        parts = [
+            Part(
+                [nn.Conv2d(3, 32, 5, padding=2), *pool_and_norm(), nn.Conv2d(32, 64, 5, padding=2)],
+                [*pool_and_norm(), *conv_relu(64, 32), *conv_relu(32, 32), max_pool(3)],
+            ),
+            Part(
+                [*pool_and_norm(), nn.Conv2d(64, 96, 3, padding=1)],
+                [*pool_and_norm(), *conv_relu(96, 32), max_pool(3)],
+            ),
+            Part(
+                [nn.ReLU(), *conv_relu(96, 96), *conv_relu(96, 64), max_pool(3)],
+                [],
+                hidden=[256, 128],
+                between=[nn.ReLU(), nn.Dropout(0.5)],
+            ),
+        ]
+        super().__init__(parts, num_classes, image_shape, mean, std)
+        self.name = "branchy_alexnet"
+        self.architecture |= dict(network="branchy_alexnet")
+
+
+class BranchyResNet(BranchyNet):
+    """B-ResNet, for CIFAR-10: a ResNet of three exits, after the first convolution and after the first third of the
+    blocks. Depth 110 is the original; its first convolution is not padded, so 32 pixels become 30.
+
+    Raises:
+        UserError: the depth is not 6n+2, or images of this size are too small.
+    """
+
+    def __init__(
+        self,
+        num_classes: int,
+        image_shape: tuple[int, int, int],
+        depth: int = 110,
+        mean: Sequence[float] = IMAGENET_MEAN,
+        std: Sequence[float] = IMAGENET_STD,
+    ) -> None:
+        if depth < 8 or (depth - 2) % 6:
+            raise UserError(f"a B-ResNet's depth must be 6n+2 (8, 14, 20, 32, 56, 110, …), got {depth}")
+
+        def stage(channels_in: int, channels: int) -> Layers:
+            first = basic_block(channels_in, channels, 1 if channels_in == channels else 2, "A")
+            return [first, *(basic_block(channels, channels, 1, "A") for _ in range((depth - 2) // 6 - 1))]
+
+        parts = [
+            Part(
+                [nn.Conv2d(3, 16, 3, bias=False), nn.BatchNorm2d(16), nn.ReLU()],
+                [nn.Conv2d(16, 64, 5, padding=2), nn.ReLU(), response_norm(), *conv_relu(64, 32), *conv_relu(32, 32)],
+            ),
+            Part(stage(16, 16), [basic_block(16, 16, 1, "A")]),
+            Part([*stage(16, 32), *stage(32, 64)], [AveragePool(6)]),
+        ]
+        super().__init__(parts, num_classes, image_shape, mean, std)
+        self.name = f"branchy_resnet{depth}"
+        self.architecture |= dict(network="branchy_resnet", depth=depth)
+        he_init(self)
+
+
+class Grey(nn.Module):
+    """The mean of the colours, (B, 3, H, W) to (B, 1, H, W)."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x.mean(1, keepdim=True)
+
+
+class AveragePool(nn.Module):
+    """Averages over every ``size``×``size`` window, or over all there is if that is less."""
+
+    def __init__(self, size: int) -> None:
+        super().__init__()
+        self.size = size
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.avg_pool2d(x, (min(self.size, x.shape[2]), min(self.size, x.shape[3])), stride=1)
+
+
+def max_pool(kernel: int) -> nn.Module:
+    """Maxima over windows two pixels apart; those that hang over the edge count, as in Chainer."""
+    return nn.MaxPool2d(kernel, 2, ceil_mode=True)
+
+
+def response_norm() -> nn.Module:
+    """Chainer's local response normalisation over three channels with alpha 5e-5: x / (2 + 5e-5 Σ x²)^0.75."""
+    return nn.LocalResponseNorm(3, alpha=3 * 5e-5, beta=0.75, k=2)
+
+
+def conv_relu(channels_in: int, channels_out: int) -> Layers:
+    """A 3×3 convolution and a ReLU."""
+    return [nn.Conv2d(channels_in, channels_out, 3, padding=1), nn.ReLU()]
+
+
+def _head(part: Part, x: Tensor, num_classes: int) -> nn.Sequential:
+    """A part's branch as one module, for features like x."""
+    layers, size = list(part.branch), _run(nn.Sequential(*part.branch), x).numel()
+    layers.append(nn.Flatten())
+    for width in part.hidden:
+        layers += [nn.Linear(size, width), *part.between]
+        size = width
+    return nn.Sequential(*layers, nn.Linear(size, num_classes))
+
+
+@torch.no_grad()
+def _run(layers: nn.Sequential, x: Tensor) -> Tensor:
+    """What layers make of x; they are left in training mode, their statistics unchanged."""
+    x = layers.eval()(x)
+    layers.train()
+    return x

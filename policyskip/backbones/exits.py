@@ -1,0 +1,164 @@
+"""Networks with several exits: the contract, how images leave one by one, and what each exit costs.
+
+An exit is a classifier head on the way through a network. What is computed for one exit is carried
+forward to the next and never recomputed, and an image that has left is no longer computed.
+Exits are counted from 0; the last one, N-1, is the network's own.
+
+Shapes: B images (B' of them still in the network), N exits, C classes, H W pixels.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from policyskip.backbones.base import Network
+from policyskip.backbones.costs import counted
+
+State = dict[Any, Tensor]
+"""What is carried forward between exits. The first dimension of every tensor is the image."""
+
+Leave = Callable[[int, Tensor, Tensor], Tensor]
+"""``leave(n, logits_BC, rows)``: which of the images still in the network leave at exit n, bool (B',). ``logits_BC``,
+(B', C), are their logits at this exit, ``rows``, int64 (B',), their places in the batch."""
+
+
+class ExitNetwork(Network):
+    """A network with N exits: the environments and agents ask it for a beginning, segments and heads, and no more.
+
+    A subclass gives :meth:`begin`, :meth:`segment` and :meth:`head`. A state is never changed in place, so that one
+    state may be continued more than once.
+
+    Args:
+        num_classes: C.
+        num_exits: N; the last exit is the network's own head.
+        mean, std: per-channel normalisation of pixels in [0, 1].
+    """
+
+    def __init__(self, num_classes: int, num_exits: int, mean: Sequence[float], std: Sequence[float]) -> None:
+        super().__init__(num_classes, mean, std)
+        self.num_exits = num_exits
+
+    def begin(self, images: Tensor) -> State:
+        """Images (B, 3, H, W), uint8 in 0..255 or float in [0, 1], to the state that enters segment 0."""
+        raise NotImplementedError
+
+    def segment(self, n: int, state: State) -> State:
+        """Go on to exit n from exit n-1's state (from that of :meth:`begin` if n is 0); computes only what is new."""
+        raise NotImplementedError
+
+    def head(self, n: int, state: State) -> Tensor:
+        """Logits (B, C) of exit n, from the state that ``segment(n, …)`` gave."""
+        raise NotImplementedError
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Logits (B, N, C) of every exit. Gradients flow through all of them."""
+        state, logits = self.begin(images), []
+        for n in range(self.num_exits):
+            state = self.segment(n, state)
+            logits.append(self.head(n, state))
+        return torch.stack(logits, 1)
+
+
+def rows_of(state: State, rows: Tensor) -> State:
+    """The state of some of the images; ``rows`` is int64 or bool, as in indexing."""
+    return {key: value[rows] for key, value in state.items()}
+
+
+def run_until(network: ExitNetwork, images: Tensor, leave: Leave) -> tuple[Tensor, Tensor]:
+    """Each image as far as it needs to go: whatever has left is computed no further.
+
+    Args:
+        network: in evaluation mode, or batch normalisation will see only the images that stayed.
+        images: uint8 or float (B, 3, H, W); B may be 0.
+        leave: asked at every exit but the last one, for the images that are still in the network (at least one).
+
+    Returns:
+        ``logits_BC`` of the exit at which each image left, and ``exit_B``, int64, which exit that was.
+
+    Raises:
+        ValueError: ``leave`` gave something else than bool of shape (B',).
+    """
+    logits_BC = torch.zeros(len(images), network.num_classes, dtype=network.mean.dtype, device=images.device)
+    exit_B = torch.full((len(images),), network.num_exits - 1, device=images.device)
+    if len(images) == 0:
+        return logits_BC, exit_B
+    rows, state = torch.arange(len(images), device=images.device), network.begin(images)
+    for n in range(network.num_exits):
+        state = network.segment(n, state)
+        here_BC = network.head(n, state)
+        if n == network.num_exits - 1:
+            logits_BC[rows] = here_BC.to(logits_BC.dtype)
+            break
+        leaves = leave(n, here_BC, rows)
+        if leaves.dtype != torch.bool or leaves.shape != rows.shape:
+            raise ValueError(
+                f"leave must give bool of shape {tuple(rows.shape)}, gave {leaves.dtype} {tuple(leaves.shape)}"
+            )
+        leaving, staying = leaves.nonzero().squeeze(1), (~leaves).nonzero().squeeze(1)
+        if len(leaving) == 0:
+            continue
+        logits_BC[rows[leaving]] = here_BC[leaving].to(logits_BC.dtype)
+        exit_B[rows[leaving]] = n
+        if len(staying) == 0:
+            break
+        rows, state = rows[staying], rows_of(state, staying)
+    return logits_BC, exit_B
+
+
+@dataclass(frozen=True)
+class ExitCosts:
+    """MACs for one image, float64 (N,): ``trunk_N`` new in each segment, ``head_N`` of each head."""
+
+    trunk_N: Tensor
+    head_N: Tensor
+
+    @property
+    def cumulative_N(self) -> Tensor:
+        """MACs of leaving at each exit, every head on the way included."""
+        return (self.trunk_N + self.head_N).cumsum(0)
+
+    @property
+    def straight_N(self) -> Tensor:
+        """MACs of going straight to each exit, with no head on the way: what a static exit costs."""
+        return self.trunk_N.cumsum(0) + self.head_N
+
+    @property
+    def full(self) -> float:
+        """MACs of going to the last exit, every head on the way included."""
+        return float(self.cumulative_N[-1])
+
+    def of(self, exit_B: Tensor) -> Tensor:
+        """MACs, float64 (B,), of leaving at exits int64 (B,)."""
+        return self.cumulative_N.to(exit_B.device)[exit_B]
+
+
+def count_exit_costs(network: ExitNetwork, image_shape: tuple[int, int, int]) -> ExitCosts:
+    """Costs of each exit for one image of shape (3, H, W): convolutions and linear layers, by torch's flop counter."""
+    was_training = network.training
+    network.eval()
+    images = torch.zeros(1, *image_shape, device=network.mean.device)
+    macs, state = counted(network.begin, images)
+    trunk, heads = [], []
+    for n in range(network.num_exits):
+        more, state = counted(network.segment, n, state)
+        trunk.append(macs + more)
+        macs, _ = counted(network.head, n, state)
+        heads.append(macs)
+        macs = 0.0
+    network.train(was_training)
+    return ExitCosts(torch.tensor(trunk, dtype=torch.float64), torch.tensor(heads, dtype=torch.float64))
+
+
+def costly_exits(costs: ExitCosts) -> list[str]:
+    """One line for each head that costs as much as going on to the next exit: such a head can hardly pay."""
+    return [
+        f"the head of exit {n} costs {head / 1e6:.3f} M MACs, going on to exit {n + 1} {going_on / 1e6:.3f} M: "
+        f"make the head smaller, or move or remove the exit"
+        for n, (head, going_on) in enumerate(zip(costs.head_N[:-1].tolist(), costs.trunk_N[1:].tolist()))
+        if head >= going_on
+    ]

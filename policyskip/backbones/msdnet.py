@@ -1,0 +1,299 @@
+"""Multi-Scale DenseNet (Huang et al., *Multi-Scale Dense Networks for Resource Efficient Image Classification*,
+ICLR 2018, arXiv 1703.09844): a grid of L layers and S scales, and exits that read the coarsest scale.
+
+A node (l, s) of the grid is the output of layer l, 1 to L, at scale s, 0 (finest) to S-1; layer 0 is the stem. What
+an exit needs is its cone: the nodes that lead to (its layer, S-1). The paper's lazy evaluation computes these and
+defers the others until an exit needs them; the published tables, and ``lazy=False``, compute all live scales.
+
+Shapes: B images, N exits, C classes, H W pixels.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+
+from policyskip.backbones.base import IMAGENET_MEAN, IMAGENET_STD, he_init
+from policyskip.backbones.exits import ExitCosts, ExitNetwork, State, count_exit_costs
+from policyskip.errors import UserError
+
+Node = tuple[int, int]
+StepMode = Literal["even", "lin_grow"]
+Prune = Literal["max", "min"]
+Form = Literal["cifar", "imagenet"]
+
+
+@dataclass(frozen=True)
+class Grid:
+    """Which nodes there are, and what each one reads.
+
+    Args:
+        exit_layers: the layer, from 1, that each exit follows; the last one is L.
+        num_scales: S.
+        prune: as in :class:`MSDNet`.
+    """
+
+    exit_layers: tuple[int, ...]
+    num_scales: int
+    prune: Prune
+
+    def live(self, layer: int) -> range:
+        """The scales that a layer computes: the coarsest ones."""
+        L, S = self.exit_layers[-1], self.num_scales
+        if layer == 0:
+            return range(S)
+        interval = -(-L // S)
+        return range((layer - 1) // interval if self.prune == "max" else max(0, S - (L - layer + 1)), S)
+
+    def inputs(self, node: Node) -> list[Node]:
+        """What a node reads: the same scale, then the next finer one if there is one in the layer before."""
+        layer, scale = node
+        if layer == 0:
+            return [(0, scale - 1)] if scale else []
+        return [(layer - 1, s) for s in (scale, scale - 1) if s in self.live(layer - 1)]
+
+    def cone(self, node: Node) -> set[Node]:
+        """All the nodes that lead to a node, and itself."""
+        found, open_nodes = set(), [node]
+        while open_nodes:
+            node = open_nodes.pop()
+            if node not in found:
+                found.add(node)
+                open_nodes += self.inputs(node)
+        return found
+
+    @property
+    def exit_nodes(self) -> list[Node]:
+        """What each exit reads."""
+        return [(layer, self.num_scales - 1) for layer in self.exit_layers]
+
+    @property
+    def nodes(self) -> list[Node]:
+        """Every node that some exit needs, each after what it reads."""
+        return sorted(self.cone(self.exit_nodes[-1]))
+
+    @property
+    def transitions(self) -> set[int]:
+        """The layers that end in a transition."""
+        L = self.exit_layers[-1]
+        if self.prune == "min":
+            return {L // 3, 2 * L // 3} - {0}
+        return {layer for layer in range(1, L + 1) if len(self.live(layer)) < len(self.live(layer - 1))}
+
+    def plan(self, lazy: bool) -> list[tuple[list[Node], set[Node]]]:
+        """For each exit: the nodes to compute, in order, and those to remember for it and for later ones."""
+        new_N: list[list[Node]] = []
+        done = {(0, 0)}
+        for exit_node in self.exit_nodes:
+            wanted = self.cone(exit_node) if lazy else {node for node in self.nodes if node[0] <= exit_node[0]}
+            new_N.append(sorted(wanted - done))
+            done |= wanted
+        plan = []
+        later: set[Node] = set()
+        for new, exit_node in zip(reversed(new_N), reversed(self.exit_nodes)):
+            plan.append((new, later | {exit_node}))
+            later = (later | {read for node in new for read in self.inputs(node)}) - set(new)
+        return plan[::-1]
+
+
+class GridNode(nn.Module):
+    """One layer at one scale: the input, what comes down from the finer scale, and what is new, side by side.
+
+    Args:
+        normal: from the same scale.
+        down: strided, from the next finer scale; None at the finest.
+        transition: 1×1 convolution that narrows the result; None in most layers.
+    """
+
+    def __init__(self, normal: nn.Module, down: nn.Module | None, transition: nn.Module | None) -> None:
+        super().__init__()
+        self.normal, self.down, self.transition = normal, down, transition
+
+    def forward(self, same: Tensor, finer: Tensor | None = None) -> Tensor:
+        parts = [same] if self.down is None else [same, self.down(finer)]
+        x = torch.cat([*parts, self.normal(same)], 1)
+        return x if self.transition is None else self.transition(x)
+
+
+class MSDNet(ExitNetwork):
+    """MSDNet; in brackets the options of the authors' code.
+
+    Args:
+        num_classes: C.
+        num_exits: N, one at the end of each run of layers [nBlocks].
+        base: layers before exit 0.
+        step, step_mode: layers from exit n-1 to exit n: ``step`` if "even", ``step · n + 1`` if "lin_grow" [stepmode].
+        channels: of the stem at scale 0 [nChannels]; like the next one, multiplied by each scale's growth factor.
+        growth_rate: channels that each layer adds [growthRate].
+        growth_factors: one for each of the S scales [grFactor].
+        bottleneck_factors: width of the 1×1 convolutions that read each scale, times what they lead to [bnFactor].
+        prune: "max" drops the finest scale S-1 times, at even intervals, with a transition each time; "min" keeps each
+            scale as long as an exit can use it, and has its transitions after layers ⌊L/3⌋ and ⌊2L/3⌋.
+        reduction: share of the channels that a transition leaves.
+        form: stem and heads: "cifar", or "imagenet", whose stem makes the finest scale a quarter of the image.
+        lazy: defer what the next exit does not need. It changes no logits, and may be set between two batches.
+        mean, std: pixel normalisation, per channel, for pixels in [0, 1].
+
+    Raises:
+        UserError: the arguments make no network.
+    """
+
+    def __init__(
+        self,
+        num_classes: int,
+        num_exits: int = 5,
+        base: int = 1,
+        step: int = 1,
+        step_mode: StepMode = "lin_grow",
+        channels: int = 16,
+        growth_rate: int = 6,
+        growth_factors: Sequence[int] = (1, 2, 4),
+        bottleneck_factors: Sequence[int] = (1, 2, 4),
+        prune: Prune = "max",
+        reduction: float = 0.5,
+        form: Form = "cifar",
+        lazy: bool = True,
+        mean: Sequence[float] = IMAGENET_MEAN,
+        std: Sequence[float] = IMAGENET_STD,
+    ) -> None:
+        for name, value, allowed in (
+            ("step_mode", step_mode, ("even", "lin_grow")),
+            ("prune", prune, ("max", "min")),
+            ("form", form, ("cifar", "imagenet")),
+        ):
+            if value not in allowed:
+                raise UserError(f"{name} must be {' or '.join(allowed)}, got {value!r}")
+        if min(num_exits, base, step, channels, growth_rate) < 1 or not 0 < reduction <= 1:
+            raise UserError(
+                "num_exits, base, step, channels and growth_rate must be at least 1, reduction in (0, 1]; got "
+                f"{num_exits}, {base}, {step}, {channels}, {growth_rate} and {reduction}"
+            )
+        S = len(growth_factors)
+        if not S or len(bottleneck_factors) != S or min(*growth_factors, *bottleneck_factors) < 1:
+            raise UserError(
+                "growth_factors and bottleneck_factors must be one positive number for each scale, got "
+                f"{list(growth_factors)} and {list(bottleneck_factors)}"
+            )
+        if any(growth_rate * factor % 2 for factor in growth_factors[1:]):
+            raise UserError(
+                "growth_rate times each growth factor but the first must be even (half comes from the finer scale), "
+                f"got {growth_rate} and {list(growth_factors)}"
+            )
+        super().__init__(num_classes, num_exits, mean, std)
+        layers = [base, *(step if step_mode == "even" else step * n + 1 for n in range(1, num_exits))]
+        self.grid = Grid(tuple(sum(layers[: n + 1]) for n in range(num_exits)), S, prune)
+        self.lazy = lazy
+        self._plans = {choice: self.grid.plan(choice) for choice in (False, True)}
+
+        # The width after each layer, at a growth factor of 1.
+        width = [channels]
+        for layer in range(1, self.grid.exit_layers[-1] + 1):
+            wide = width[-1] + growth_rate
+            width.append(max(1, int(reduction * wide)) if layer in self.grid.transitions else wide)
+
+        def channels_of(node: Node) -> int:
+            return width[node[0]] * growth_factors[node[1]]
+
+        def stem(node: Node) -> nn.Module:
+            if node[1]:
+                return conv_bn_relu(channels_of((0, node[1] - 1)), channels_of(node), 3, stride=2)
+            if form == "cifar":
+                return conv_bn_relu(3, channels, 3)
+            return nn.Sequential(conv_bn_relu(3, channels, 7, stride=2), nn.MaxPool2d(3, 2, padding=1))
+
+        def grid_node(node: Node) -> nn.Module:
+            (layer, scale), reads = node, self.grid.inputs(node)
+            new = growth_rate * growth_factors[scale] // len(reads)
+            normal, *down = (
+                bottleneck(channels_of(read), new, bottleneck_factors[read[1]], stride=1 + (read[1] < scale))
+                for read in reads
+            )
+            grown = channels_of(reads[0]) + growth_rate * growth_factors[scale]
+            transition = conv_bn_relu(grown, channels_of(node), 1) if layer in self.grid.transitions else None
+            return GridNode(normal, down[0] if down else None, transition)
+
+        self.nodes = nn.ModuleDict(
+            {name_of(node): grid_node(node) if node[0] else stem(node) for node in self.grid.nodes}
+        )
+        widths = [channels_of(node) for node in self.grid.exit_nodes]
+        self.heads = nn.ModuleList(_head(c, 128 if form == "cifar" else c, num_classes) for c in widths)
+        self.name = f"msdnet{num_exits}"
+        self.architecture = dict(
+            network="msdnet",
+            num_classes=num_classes,
+            num_exits=num_exits,
+            base=base,
+            step=step,
+            step_mode=step_mode,
+            channels=channels,
+            growth_rate=growth_rate,
+            growth_factors=list(growth_factors),
+            bottleneck_factors=list(bottleneck_factors),
+            prune=prune,
+            reduction=reduction,
+            form=form,
+            mean=list(mean),
+            std=list(std),
+        )
+        he_init(self)
+
+    def begin(self, images: Tensor) -> State:
+        """The finest scale of the stem; the coarser ones follow when an exit needs them."""
+        return {(0, 0): self.nodes[name_of((0, 0))](self.normalise(images))}
+
+    def segment(self, n: int, state: State) -> State:
+        new, remembered = self._plans[self.lazy][n]
+        state = dict(state)
+        for node in new:
+            state[node] = self.nodes[name_of(node)](*(state[read] for read in self.grid.inputs(node)))
+        return {node: state[node] for node in remembered}
+
+    def head(self, n: int, state: State) -> Tensor:
+        return self.heads[n](state[self.grid.exit_nodes[n]])
+
+
+def name_of(node: Node) -> str:
+    """The name of a node's module."""
+    return "layer{}_scale{}".format(*node)
+
+
+def conv_bn_relu(channels_in: int, channels_out: int, kernel: int, stride: int = 1) -> nn.Sequential:
+    """Convolution of the same padding without bias – BN – ReLU."""
+    return nn.Sequential(
+        nn.Conv2d(channels_in, channels_out, kernel, stride, kernel // 2, bias=False),
+        nn.BatchNorm2d(channels_out),
+        nn.ReLU(inplace=True),
+    )
+
+
+def bottleneck(channels_in: int, channels_out: int, factor: int, stride: int) -> nn.Sequential:
+    """A 1×1 convolution to ``factor`` times the output's channels, but no more than the input's, and a 3×3."""
+    width = min(channels_in, factor * channels_out)
+    return nn.Sequential(conv_bn_relu(channels_in, width, 1), conv_bn_relu(width, channels_out, 3, stride))
+
+
+def _head(channels: int, width: int, num_classes: int) -> nn.Sequential:
+    """Two strided convolutions, then the average of what is left, which is 2×2 at the published image sizes."""
+    return nn.Sequential(
+        conv_bn_relu(channels, width, 3, stride=2),
+        conv_bn_relu(width, width, 3, stride=2),
+        nn.AdaptiveAvgPool2d(1),
+        nn.Flatten(),
+        nn.Linear(width, num_classes),
+    )
+
+
+def count_with_and_without_lazy(network: MSDNet, image_shape: tuple[int, int, int]) -> tuple[ExitCosts, ExitCosts]:
+    """What lazy evaluation saves: the costs of each exit with it, and without it."""
+    lazy = network.lazy
+    try:
+        network.lazy = True
+        with_lazy = count_exit_costs(network, image_shape)
+        network.lazy = False
+        return with_lazy, count_exit_costs(network, image_shape)
+    finally:
+        network.lazy = lazy

@@ -1,0 +1,194 @@
+"""Exits on a residual network: heads after some of its blocks.
+
+Placement follows Distiller's early exits (Intel AI Lab; Zmora et al., *Neural Network Distiller*, arXiv 1910.12232):
+any block may be followed by an exit, and a block may be called by its module's name.
+
+Shapes: B images, N exits, C classes, K blocks, H W pixels.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Sequence
+from itertools import pairwise
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+
+from policyskip.backbones.base import Backbone
+from policyskip.backbones.exits import ExitNetwork, State
+from policyskip.errors import UserError
+
+Shape = tuple[int, int, int]
+HeadKind = Literal["linear", "pooled", "conv", "distiller_cifar", "distiller_imagenet"]
+
+
+def linear_head(shape: Shape, num_classes: int) -> nn.Module:
+    """One linear layer over all the features, as in Conditional Deep Learning (Panda et al. 2016)."""
+    channels, height, width = shape
+    return nn.Sequential(nn.Flatten(), nn.Linear(channels * height * width, num_classes))
+
+
+def pooled_head(shape: Shape, num_classes: int) -> nn.Module:
+    """One linear layer over each channel's average: the cheapest head."""
+    return nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(shape[0], num_classes))
+
+
+def conv_head(shape: Shape, num_classes: int, depth: int) -> nn.Module:
+    """``depth`` strided 3×3 convolutions with BN and ReLU to twice the channels, 64 at most, and a pooled head."""
+    channels, width = shape[0], min(2 * shape[0], 64)
+    layers: list[nn.Module] = []
+    for _ in range(depth):
+        layers += [nn.Conv2d(channels, width, 3, 2, padding=1, bias=False), nn.BatchNorm2d(width), nn.ReLU()]
+        channels = width
+    return nn.Sequential(*layers, *pooled_head((channels, 1, 1), num_classes).children())
+
+
+def distiller_cifar_head(shape: Shape, num_classes: int) -> nn.Module:
+    """That of Distiller's CIFAR ResNets: 3×3 averages, and one linear layer over them."""
+    channels, height, width = shape
+    if min(height, width) < 3:
+        raise UserError(f"a distiller_cifar head needs features of at least 3×3, there are {height}×{width}")
+    return nn.Sequential(nn.AvgPool2d(3), *linear_head((channels, height // 3, width // 3), num_classes).children())
+
+
+def distiller_imagenet_head(shape: Shape, num_classes: int, channels: int) -> nn.Module:
+    """That of Distiller's ResNet-50: a strided 7×7 convolution to few channels, 3×3 maxima, and a linear layer."""
+    height, width = (-(-size // 4) for size in shape[1:])
+    return nn.Sequential(
+        nn.Conv2d(shape[0], channels, 7, 2, padding=3),
+        nn.MaxPool2d(3, 2, padding=1),
+        *linear_head((channels, height, width), num_classes).children(),
+    )
+
+
+HEADS: dict[str, Callable[[Shape, int, int, int], nn.Module]] = {
+    "linear": lambda shape, num_classes, n, later: linear_head(shape, num_classes),
+    "pooled": lambda shape, num_classes, n, later: pooled_head(shape, num_classes),
+    "conv": lambda shape, num_classes, n, later: conv_head(shape, num_classes, min(later, 3)),
+    "distiller_cifar": lambda shape, num_classes, n, later: distiller_cifar_head(shape, num_classes),
+    "distiller_imagenet": lambda shape, num_classes, n, later: distiller_imagenet_head(shape, num_classes, 10 + 2 * n),
+}
+"""Head by name, for features (channels, H, W), C, the exit's place n, and the number of exits that follow it."""
+
+
+class ResNetExits(ExitNetwork):
+    """A backbone with exits after some of its blocks; the last exit is the backbone's own head.
+
+    Over a frozen backbone only the new heads learn: ``train()`` leaves the backbone in evaluation mode.
+
+    Args:
+        backbone: what the exits are put on; all its blocks run.
+        exits: the blocks that are followed by one, ascending: indices from 0, or names as "layer1.2" or "stage1.2" (the
+            third block of the first stage), also with the ReLU that ends the block ("layer1.2.relu2").
+        heads: "linear" (over all features), "pooled" (over each channel's average), "conv" (strided convolutions,
+            pooled: one at the last exit before the backbone's own, one more at each earlier exit, up to three),
+            "distiller_cifar" or "distiller_imagenet" (Distiller's own); one for all, or one for each of ``exits``.
+        image_shape: (3, H, W), on which the sizes of the heads depend.
+
+    Raises:
+        UserError: an exit after no block or the last one, not ascending, a head that is unknown or does not fit.
+    """
+
+    def __init__(
+        self,
+        backbone: Backbone,
+        exits: Sequence[int | str],
+        heads: str | Sequence[str] = "pooled",
+        image_shape: tuple[int, int, int] = (3, 32, 32),
+    ) -> None:
+        places = find_blocks(backbone, exits)
+        kinds = [heads] * len(places) if isinstance(heads, str) else list(heads)
+        unknown = [kind for kind in kinds if kind not in HEADS]
+        if unknown:
+            raise UserError(f"there is no head {unknown[0]!r}; heads are {', '.join(HEADS)}")
+        if len(kinds) != len(places):
+            raise UserError(f"{len(places)} exits need one kind of head or {len(places)}, got {len(kinds)}")
+        mean, std = backbone.mean.flatten().tolist(), backbone.std.flatten().tolist()
+        super().__init__(backbone.num_classes, len(places) + 1, mean, std)
+        for name in ("mean", "std"):  # the backbone's, which are saved with it
+            self.register_buffer(name, getattr(backbone, name), persistent=False)
+        self.backbone = backbone
+        self.exits = tuple(places)
+        self.exit_heads = nn.ModuleList(
+            HEADS[kind](shape, self.num_classes, n, len(places) - n)
+            for n, (kind, shape) in enumerate(zip(kinds, _feature_shapes(backbone, places, image_shape)))
+        )
+        self.name = f"{backbone.name}_exits"
+        if backbone.architecture:
+            self.architecture = dict(
+                network="resnet_exits",
+                backbone=backbone.architecture,
+                exits=places,
+                heads=kinds,
+                image_shape=list(image_shape),
+            )
+
+    def begin(self, images: Tensor) -> State:
+        return {"x": self.backbone.features(images)}
+
+    def segment(self, n: int, state: State) -> State:
+        ends = (-1, *self.exits, self.backbone.num_blocks - 1)
+        x = state["x"]
+        for block in self.backbone.blocks[ends[n] + 1 : ends[n + 1] + 1]:
+            x = block(x)
+        return {"x": x}
+
+    def head(self, n: int, state: State) -> Tensor:
+        head = self.backbone.head if n == self.num_exits - 1 else self.exit_heads[n]
+        return head(state["x"])
+
+
+def find_blocks(backbone: Backbone, exits: Sequence[int | str]) -> list[int]:
+    """The indices, from 0, of the blocks that ``exits`` stand for (see :class:`ResNetExits`).
+
+    Raises:
+        UserError: there is no such block, it is the last one, or they are none or not in ascending order.
+    """
+    last = backbone.num_blocks - 1
+    if not exits:
+        raise UserError(f"exits is empty; name blocks of {backbone.name}, 0 to {last - 1}, that an exit follows")
+    places = [_find_block(backbone, place) for place in exits]
+    if any(a >= b for a, b in pairwise(places)):
+        raise UserError(f"exits must be in ascending order, each once, got {list(exits)}")
+    if places[-1] == last:
+        raise UserError(
+            f"block {last} is the last of {backbone.name}: its exit is the network's own head; "
+            f"exits follow blocks 0 to {last - 1}"
+        )
+    return places
+
+
+def _find_block(backbone: Backbone, place: int | str) -> int:
+    if isinstance(place, int):
+        if 0 <= place < backbone.num_blocks:
+            return place
+        raise UserError(
+            f"there is no block {place} in {backbone.name}: exits follow blocks 0 to {backbone.num_blocks - 2}"
+        )
+    match = re.fullmatch(r"(?:layer|stage)(\d+)\.(\d+)(?:\.relu(\d))?", place)
+    stage, block = (int(match[1]) - 1, int(match[2])) if match else (-1, -1)
+    if not 0 <= stage < len(backbone.stages) or block >= backbone.stages[stage]:
+        names = ", ".join(f"layer{s}.0 to layer{s}.{size - 1}" for s, size in enumerate(backbone.stages, 1))
+        raise UserError(f"there is no block {place!r} in {backbone.name}: its blocks are {names}")
+    index = sum(backbone.stages[:stage]) + block
+    convolutions = sum(isinstance(m, nn.Conv2d) for m in backbone.blocks[index].residual.modules())
+    if match and match[3] and int(match[3]) != convolutions:
+        raise UserError(f"{place} is no end of a block: exits follow whole blocks, such as layer{stage + 1}.{block}")
+    return index
+
+
+@torch.no_grad()
+def _feature_shapes(backbone: Backbone, places: list[int], image_shape: tuple[int, int, int]) -> list[Shape]:
+    """The shapes (channels, H, W) of the features after some blocks."""
+    was_training = backbone.training
+    backbone.eval()
+    x = backbone.features(torch.zeros(1, *image_shape, device=backbone.mean.device))
+    shapes: list[Shape] = []
+    for k, block in enumerate(backbone.blocks[: places[-1] + 1]):
+        x = block(x)
+        if k in places:
+            shapes.append((x.shape[1], x.shape[2], x.shape[3]))
+    backbone.train(was_training)
+    return shapes
