@@ -9,10 +9,13 @@ os.environ.setdefault("WANDB_SILENT", "true")
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
+from policyskip.backbones import ExitCosts
 from policyskip.backbones.resnet import CifarResNet
 from policyskip.data import TensorImages
+from policyskip.exit_cache import CachedExits
 
 torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "2")))
 
@@ -37,6 +40,17 @@ def small_images(count: int = 40, classes: int = 5, size: int = 12, seed: int = 
     generator = torch.Generator().manual_seed(seed)
     images = torch.randint(0, 256, (count, 3, size, size), generator=generator, dtype=torch.uint8)
     return TensorImages(images, torch.randint(0, classes, (count,), generator=generator))
+
+
+def small_cache(count: int = 40, exits: int = 3, classes: int = 5, seed: int = 0) -> CachedExits:
+    """Made-up outputs: later exits are surer and more often right, and images differ in difficulty."""
+    generator = torch.Generator().manual_seed(seed)
+    label_M = torch.randint(0, classes, (count,), generator=generator)
+    logits_MNC = torch.randn(count, exits, classes, generator=generator)
+    ease_MN = 4 * torch.rand(count, 1, generator=generator) * torch.linspace(0.6, 1, exits)
+    logits_MNC += ease_MN.unsqueeze(2) * F.one_hot(label_M, classes).unsqueeze(1)
+    trunk_N, head_N = torch.linspace(3, 5, exits).double(), torch.linspace(1, 0.5, exits).double()
+    return CachedExits(logits_MNC, label_M, ExitCosts(trunk_N, head_N))
 
 
 @pytest.fixture

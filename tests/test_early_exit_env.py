@@ -13,14 +13,15 @@ from gymnasium.utils.env_checker import check_env
 from gymnasium.vector import AutoresetMode
 from torch import Tensor, nn
 
-from policyskip.backbones.exits import ExitNetwork, State
+from policyskip.backbones import ExitNetwork, MSDNet, ResNetExits
+from policyskip.backbones.exits import State
 from policyskip.data import crop_and_flip
 from policyskip.envs.early_exit import EarlyExitEnv, EarlyExitVectorEnv
 from policyskip.envs.exit_sources import observe, read
 from policyskip.errors import UserError
 from policyskip.exit_cache import CachedExits, cache_exits
 from policyskip.rewards import Linear, Macs, Utilization
-from tests.conftest import small_images
+from tests.conftest import small_backbone, small_images
 
 ID = "policyskip/EarlyExit-v0"
 N, C = 3, 5
@@ -173,6 +174,26 @@ def test_cached_and_live_give_the_same_outcome_image_by_image_whoever_is_beside(
         for other in (cached, again):
             assert live[i][:4] == other[i][:4]
             torch.testing.assert_close(live[i][4:], other[i][4:])
+
+
+@pytest.mark.parametrize("kind", ["msdnet", "resnet"])
+def test_cached_and_live_agree_for_networks_that_carry_several_features(kind):
+    """MSDNet carries scales and drops them on the way, with deferred ones where it is lazy."""
+    torch.manual_seed(0)
+    if kind == "msdnet":
+        network: ExitNetwork = MSDNet(C, num_exits=4, channels=4, growth_rate=2)
+        images = small_images(size=16)
+    else:
+        network, images = ResNetExits(small_backbone(), [1, 3], image_shape=(3, 12, 12)), small_images()
+    policy_MN = torch.rand(40, network.num_exits, generator=torch.Generator().manual_seed(1)) < 0.4
+    live, cached = (
+        play(make(7, network=network, images=images, order="sequential", cached=cached), policy_MN)
+        for cached in (False, True)
+    )
+    assert {int(came[0]) for came in live.values()} == set(range(network.num_exits))
+    for i in range(40):
+        assert live[i][:4] == cached[i][:4]
+        torch.testing.assert_close(live[i][4:], cached[i][4:])
 
 
 def test_a_sequential_order_drains():
@@ -384,7 +405,7 @@ def test_a_frozen_network_is_left_as_it_was():
     [
         ({"order": "random"}, "order must be shuffled or sequential"),
         ({"num_envs": 0}, "at least 1"),
-        ({"network": "resnet32_digits"}, "resnet32_digits has no exits"),
+        ({"network": "resnet32_digits"}, "resnet32_digits holds no multi-exit network"),
         ({"network": "nothing"}, "there is no checkpoint nothing"),
     ],
 )

@@ -16,11 +16,9 @@ from gymnasium.vector import AutoresetMode, VectorEnv
 from gymnasium.vector.utils import batch_space
 from torch import Tensor
 
-from policyskip.backbones import load
-from policyskip.backbones.exits import ExitNetwork
+from policyskip.backbones import ExitNetwork, load_exits
 from policyskip.data import Feed, Images, Order, load_data
 from policyskip.envs.exit_sources import Live, Places, Queue, Replay, Source
-from policyskip.errors import UserError
 from policyskip.exit_cache import CachedExits, cache_exits
 from policyskip.rewards import Macs, Outcome, Reward, reward_of
 
@@ -55,8 +53,8 @@ class EarlyExitVectorEnv(VectorEnv[Tensor, Tensor, Tensor]):
         device: where a network and images given by name are put; by default the CPU, or where the network is.
 
     Raises:
-        UserError: unknown name, order or split, a network without exits, ``num_envs`` below 1, or ``cached`` with
-            images that are augmented at random.
+        UserError: unknown name, order or split, weights of a network without exits, ``num_envs`` below 1, or
+            ``cached`` with images that are augmented at random.
     """
 
     metadata = {  # noqa: RUF012 - Gymnasium declares it so
@@ -79,7 +77,7 @@ class EarlyExitVectorEnv(VectorEnv[Tensor, Tensor, Tensor]):
         device: str | None = None,
     ) -> None:
         if isinstance(network, str):
-            network = _load(network).to(device or "cpu")
+            network = load_exits(network).to(device or "cpu")
         if not isinstance(network, CachedExits):
             if images is None:
                 images = load_data(data, torch.device(device or network.mean.device)).split(split)
@@ -192,13 +190,6 @@ class EarlyExitVectorEnv(VectorEnv[Tensor, Tensor, Tensor]):
             self.source.close(open_B)
         self.observation = self.source.observation(self.index_B, self.exit_B)
         self._moved = True
-
-
-def _load(name: str) -> ExitNetwork:
-    network = load(name)
-    if not isinstance(network, ExitNetwork):
-        raise UserError(f"{name} has no exits; policyskip/BlockSelection-v0 is the environment for its blocks")
-    return network
 
 
 class EarlyExitEnv(gymnasium.Env[np.ndarray, np.int64]):
