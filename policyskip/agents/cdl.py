@@ -1,0 +1,83 @@
+"""Conditional Deep Learning: linear heads on a frozen network, admitted while they save operations.
+
+Panda, Sengupta, Roy, "Conditional Deep Learning for Energy-Efficient and Enhanced Pattern Recognition", DATE 2016
+(arXiv 1509.08971). This is our reading of the paper, whose code was never published; docs/agents/cdl.md says where we
+had to choose.
+
+Shapes: M images of a set, N exits, E early exits (N - 1).
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from policyskip.agents.early_exit import EarlyExitAgent, OptimizerName, ScheduleName
+from policyskip.backbones.exits import ExitNetwork
+from policyskip.backbones.resnet_exits import ResNetExits
+from policyskip.calibration import Curve
+from policyskip.errors import UserError
+from policyskip.exit_cache import CachedExits
+from policyskip.exit_placement import Stage, admit
+
+
+class CDL(EarlyExitAgent):
+    """Each head learns on its own from the frozen network's features; then heads are admitted stage by stage.
+
+    Args:
+        network: a residual network with exits; its backbone is frozen here, and its heads should be linear.
+        total_steps, lr, optimizer, weight_decay, schedule: see :class:`EarlyExitAgent`.
+        delta: the threshold at which heads are admitted; whoever deploys the network may choose another.
+        epsilon: the gain that a head must exceed, in MACs an image (0: it must save something).
+
+    Attributes:
+        stages: what became of each head, once :meth:`admit_heads` has been called.
+
+    Raises:
+        UserError: a network that is no residual network with exits, or a delta outside (0, 1].
+    """
+
+    network: ResNetExits
+
+    def __init__(
+        self,
+        network: ExitNetwork,
+        total_steps: int,
+        lr: float = 3e-3,
+        optimizer: OptimizerName = "adam",
+        weight_decay: float = 0.0,
+        schedule: ScheduleName = "onecycle",
+        delta: float = 0.9,
+        epsilon: float = 0.0,
+    ) -> None:
+        if not isinstance(network, ResNetExits):
+            raise UserError(f"agent=cdl puts heads on a trained residual network (backbone=resnet32_exits), not on {network.name}")
+        if not 0 < delta <= 1:
+            raise UserError(f"agent.delta must be above 0 and at most 1, got {delta}")
+        network.backbone.freeze()
+        super().__init__(network, total_steps, lr, optimizer, weight_decay, schedule, "delta", "common")
+        self.delta, self.epsilon = delta, epsilon
+        self.stages: list[Stage] = []
+
+    def weights(self) -> Tensor:
+        weight_N = torch.ones(self.network.num_exits)
+        weight_N[-1] = 0  # the network's own head does not learn
+        return weight_N
+
+    def admit_heads(self, validation: CachedExits) -> list[int]:
+        """Judge the heads one after the other on validation images and drop those without a gain.
+
+        Returns: the places, among the early exits, of those that stay.
+        """
+        leave_ME = self.rule_at(validation)
+        self.stages = admit(leave_ME, validation.costs.trunk_N, validation.costs.head_N, self.epsilon)
+        admitted = [e for e, stage in enumerate(self.stages) if stage.admitted]
+        if not admitted:
+            raise UserError(f"no head saves operations at agent.delta={self.delta:g}; lower it, or train longer")
+        return admitted
+
+    def rule_at(self, validation: CachedExits) -> Tensor:
+        """Whether each early exit, asked about each image, would let it leave at ``delta``: bool (M, E)."""
+        from policyskip.thresholds import rule_named
+
+        return rule_named("delta").leaves(validation.probability_MNC[:, :-1], self.delta)

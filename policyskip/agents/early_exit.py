@@ -1,0 +1,176 @@
+"""What the agents that leave early share: a joint loss over exits, and a threshold at each exit.
+
+They learn by supervision from a feed of labelled images; when to leave is chosen afterwards, on the
+cached outputs of validation images (``calibration.py``), and can be chosen anew without learning.
+
+Shapes: B images, N exits, E early exits (N - 1), C classes.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from typing import Any, Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from policyskip.backbones.exits import ExitNetwork
+from policyskip.calibration import Curve, curve_of
+from policyskip.data import Feed
+from policyskip.envs.exit_sources import read
+from policyskip.errors import UserError
+from policyskip.exit_cache import CachedExits
+from policyskip.schedules import SCHEDULES
+from policyskip.thresholds import check_thresholds, rule_named
+
+
+OptimizerName = Literal["sgd", "adam"]
+ScheduleName = Literal["onecycle", "steps", "constant"]
+
+
+def joint_loss(logits_BNC: Tensor, label_B: Tensor, weight_N: Tensor) -> Tensor:
+    """``Σ_n w_n CE_n``: the weighted sum over exits of the mean cross-entropy (nats), a scalar.
+
+    Args:
+        logits_BNC: float (B, N, C).
+        label_B: int64 (B,).
+        weight_N: float (N,); an exit of weight 0 gets no gradient.
+    """
+    B, N, _ = logits_BNC.shape
+    if label_B.shape != (B,) or weight_N.shape != (N,):
+        shapes = [tuple(t.shape) for t in (logits_BNC, label_B, weight_N)]
+        raise ValueError(f"expected logits (B, N, C), labels (B,), weights (N,); got {shapes}")
+    entropy_NB = torch.stack([F.cross_entropy(logits, label_B, reduction="none") for logits in logits_BNC.unbind(1)])
+    return weight_N @ entropy_NB.mean(1)
+
+
+class ThresholdPolicy(nn.Module):
+    """Leave at the first exit where the rule is met; whoever comes to the last exit leaves there.
+
+    Args:
+        rule: confidence, entropy or delta (see ``thresholds.py``).
+        thresholds: one for each exit but the last.
+    """
+
+    threshold_E: Tensor
+
+    def __init__(self, rule: str, thresholds: Sequence[float]) -> None:
+        super().__init__()
+        self.rule = rule_named(rule)
+        check_thresholds(thresholds, len(thresholds) + 1)
+        self.register_buffer("threshold_E", torch.tensor(list(thresholds), dtype=torch.float64))
+
+    def leave(self, n: int, logits_BC: Tensor, rows: Tensor) -> Tensor:
+        """Which of the images at exit n leave, bool (B',): what :func:`~policyskip.backbones.exits.run_until` asks."""
+        return self.rule.leaves(logits_BC.float().softmax(-1), self.threshold_E[n])
+
+    def decide(self, observation: Tensor) -> Tensor:
+        """The same for observations of ``policyskip/EarlyExit-v0``, float32 (B, C + 3 + N): bool (B,)."""
+        num_exits = len(self.threshold_E) + 1
+        seen = read(observation, observation.shape[1] - 3 - num_exits)
+        threshold_B = F.pad(self.threshold_E, (0, 1))[seen.exit_B]
+        return self.rule.leaves(seen.probability_BC, threshold_B) | (seen.exit_B == num_exits - 1)
+
+
+class EarlyExitAgent(ABC):
+    """A network that learns to answer at every exit, and the rule by which images leave.
+
+    Args:
+        network: the network with exits; it learns, except for what is frozen.
+        total_steps: learning updates of the whole run; the schedule scales with it.
+        lr: highest learning rate.
+        optimizer: "sgd" (Nesterov momentum 0.9) or "adam".
+        weight_decay: of the optimizer.
+        schedule: "onecycle", "steps" (divided by 10 at half and at three quarters, as MSDNet is trained) or "constant".
+        rule, search: how images leave and how its thresholds are searched; see ``calibration.py``.
+
+    Attributes:
+        policy: None until thresholds have been chosen.
+        decision_macs: 0; what the heads cost is in the network's exit costs.
+    """
+
+    decision_macs = 0.0
+
+    def __init__(
+        self,
+        network: ExitNetwork,
+        total_steps: int,
+        lr: float,
+        optimizer: OptimizerName,
+        weight_decay: float,
+        schedule: ScheduleName,
+        rule: str,
+        search: str,
+    ) -> None:
+        if lr <= 0 or weight_decay < 0:
+            raise UserError(
+                f"agent.lr must be positive and agent.weight_decay not negative, got {lr} and {weight_decay}"
+            )
+        if schedule not in SCHEDULES or optimizer not in ("sgd", "adam"):
+            raise UserError(
+                f"agent.schedule must be one of {', '.join(SCHEDULES)} and agent.optimizer sgd or adam, "
+                f"got {schedule!r} and {optimizer!r}"
+            )
+        rule_named(rule)
+        self.network, self.total_steps, self.rule, self.search = network, total_steps, rule, search
+        self.policy: ThresholdPolicy | None = None
+        self.step = 0
+        learning = [parameter for parameter in network.parameters() if parameter.requires_grad]
+        if not learning:
+            raise UserError("nothing is left to learn: every parameter of the network is frozen")
+        self.optimizer: torch.optim.Optimizer = (
+            torch.optim.SGD(learning, lr, momentum=0.9, weight_decay=weight_decay, nesterov=True)
+            if optimizer == "sgd"
+            else torch.optim.Adam(learning, lr, weight_decay=weight_decay)
+        )
+        self.schedule = torch.optim.lr_scheduler.LambdaLR(
+            self.optimizer, lambda step: SCHEDULES[schedule](step / total_steps)
+        )
+
+    @abstractmethod
+    def weights(self) -> Tensor:
+        """The weight of each exit's loss at this update, float (N,)."""
+
+    def update(self, feed: Feed) -> dict[str, float]:
+        """One step down the joint loss on the batch that the feed shows."""
+        batch = feed.batch
+        self.network.train()
+        logits_BNC = self.network(batch.images)
+        loss = joint_loss(logits_BNC, batch.label_B, self.weights().to(logits_BNC))
+        if not torch.isfinite(loss):
+            raise UserError(f"the loss is {loss.item()} at update {self.step + 1}; the last checkpoint is intact")
+        self.optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        self.optimizer.step()
+        self.schedule.step()
+        self.step += 1
+        feed.advance()
+        correct_N = (logits_BNC.argmax(-1) == batch.label_B.unsqueeze(1)).float().mean(0)
+        metrics = {"loss": loss.item(), "accuracy": correct_N[-1].item(), "lr": self.schedule.get_last_lr()[0]}
+        return metrics | {f"accuracy_exit{n}": accuracy for n, accuracy in enumerate(correct_N.tolist())}
+
+    def act(self, observation: Tensor) -> Tensor:
+        """The action for observations of ``policyskip/EarlyExit-v0``, bool (B,): True leaves."""
+        if self.policy is None:
+            raise UserError("this agent has no thresholds yet; calibrate it first")
+        return self.policy.decide(observation)
+
+    def curve(self, validation: CachedExits) -> Curve:
+        """Choices of thresholds, fitted to the cached outputs of validation images."""
+        return curve_of(validation, self.rule, self.search)
+
+    def state_dict(self) -> dict[str, Any]:
+        return {
+            "network": self.network.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "schedule": self.schedule.state_dict(),
+            "step": self.step,
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.network.load_state_dict(state["network"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.schedule.load_state_dict(state["schedule"])
+        self.step = state["step"]
