@@ -21,7 +21,7 @@ from torch import Tensor
 
 from policyskip.backbones import Backbone, Costs
 from policyskip.backbones.checkpoints import WEIGHTS
-from policyskip.data import IN_MEMORY_BYTES, Batch, Images
+from policyskip.data.base import IN_MEMORY_BYTES, Batch, Images
 from policyskip.errors import UserError
 from policyskip.files import refusing, write
 
