@@ -56,6 +56,10 @@ class Images(Protocol):
         """A batch for each (index int64 (B,), augmentation seed)."""
         ...
 
+    def plain(self) -> Images:
+        """The same set without augmentation."""
+        ...
+
     def fingerprint(self) -> str:
         """Hash of what is in the set."""
         ...
@@ -188,6 +192,9 @@ class TensorImages:
             if self.augment is not None:
                 images = self.augment(images, torch.Generator().manual_seed(seed))
             yield Batch(images, self.label_N[on_device], index_B)
+
+    def plain(self) -> TensorImages:
+        return TensorImages(self.images, self.label_N, self.difficulty, recipe=self.recipe)
 
     def fingerprint(self) -> str:
         content = self.recipe.encode() if self.recipe else self.images.cpu().contiguous().numpy().tobytes()

@@ -152,6 +152,9 @@ class FileImages:
         except UserError as error:  # a worker's arrives with its traceback in front
             raise UserError(str(error).strip().splitlines()[-1].removeprefix("policyskip.errors.UserError: ")) from None
 
+    def plain(self) -> FileImages:
+        return FileImages(self.files, self.label_N, self.size, self.device, workers=self.workers)
+
     def fingerprint(self) -> str:
         files = zip(self.files, self.label_N.tolist(), strict=True)
         names = "\n".join(f"{label} {file.parent.name}/{file.name} {file.stat().st_size}" for file, label in files)
