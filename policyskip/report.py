@@ -70,9 +70,8 @@ def _learned_set(setup: Setup, penalty: float, steps: int) -> Keep:
 
     env = setup.env(setup.data.validation, "shuffled")
     env.reward = Utilization(penalty)
-    agent = BlockDrop(
-        env, max(1, steps), policy="constant", lr=0.05, samples=3, beta=0.01, curriculum=0, initial_keep=0.9
-    )
+    options: dict[str, Any] = dict(lr=0.05, schedule="onecycle", alpha_end=0.98, samples=3, beta=0.01, curriculum=0)
+    agent = BlockDrop(env, max(1, steps), policy="constant", initial_keep=0.9, **options)
     for _ in range(max(1, steps)):
         agent.update(env)
     return tuple(agent.act(env.observation)[0].tolist())
