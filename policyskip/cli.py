@@ -24,12 +24,12 @@ def train(config: Any) -> int:
     import torch
 
     from policyskip import report, training
-    from policyskip.config import find_device, plain, set_up, settings_of
+    from policyskip.config import Settings, find_device, plain, set_up, settings_of
     from policyskip.evaluation import evaluate
     from policyskip.tracking import Tracker
 
     config, run, resume = _new_or_resumed(config)
-    settings = settings_of(config)
+    settings = settings_of(config, Settings)
     setup = set_up(plain(config), find_device(settings.device), trusted=run is None or settings.run.trust)
     env = setup.env(setup.data.train, "shuffled", settings.seed)
     everything = torch.ones(len(env.observation), env.backbone.num_blocks, dtype=torch.bool, device=env.device)
@@ -78,14 +78,14 @@ def pretrain(config: Any) -> int:
     from policyskip import training
     from policyskip.backbones import checkpoints
     from policyskip.backbones.resnet import CifarResNet
-    from policyskip.config import build, build_backbone, build_data, find_device, group_of, plain, settings_of
+    from policyskip.config import Settings, build, build_backbone, build_data, find_device, group_of, plain, settings_of
     from policyskip.data import Feed
     from policyskip.errors import UserError
     from policyskip.pretraining import pixel_statistics
     from policyskip.tracking import Tracker
 
     config, run, resume = _new_or_resumed(config)
-    settings, content = settings_of(config), plain(config)
+    settings, content = settings_of(config, Settings), plain(config)
     device = find_device(settings.device)
     trusted = run is None or settings.run.trust
     data, batch_size = build_data(group_of(content, "data"), device, trusted)
@@ -146,23 +146,24 @@ def pretrain(config: Any) -> int:
 def evaluate(config: Any) -> int:
     """A run's best policy, judged again from its folder."""
     from policyskip import report
-    from policyskip.config import find_device, plain, set_up
+    from policyskip.config import EvaluateSettings, find_device, plain, set_up, settings_of
     from policyskip.errors import UserError
     from policyskip.runs import open_run
 
-    asked = plain(config)
-    run = open_run(str(asked["run"]))
+    asked = settings_of(config, EvaluateSettings)
+    run = open_run(asked.run)
     try:
-        setup = set_up(plain(_saved(run)), find_device(str(asked["device"])), trusted=asked["trust"] is True)
+        setup = set_up(plain(_saved(run)), find_device(asked.device), asked.trust)
         agent = setup.agent(setup.env(setup.data.validation))
     except (KeyError, TypeError, AttributeError) as error:
         raise UserError(f"{run.folder / 'config.yaml'} is damaged or not that of a train run: {error!r}") from error
     report.load_best(agent, run)
-    result = report.judge(setup, agent, str(asked["split"]))
-    summary = {f"{asked['split']}/{key}": value for key, value in result.figures().items()}
+    result = report.judge(setup, agent, asked.split)
+    figures = result.figures() | report.static_figures(setup, result, report.load_front(run), asked.split)[0]
+    summary = {f"{asked.split}/{key}": value for key, value in figures.items()}
     for key, value in summary.items():
         print(f"{key}: {value}")
-    if asked["split"] == "test" and (run.folder / "summary.json").is_file():
+    if asked.split == "test" and (run.folder / "summary.json").is_file():
         before = run.load_json("summary.json")
         changed = [key for key, value in summary.items() if before.get(key) != value]
         print(
@@ -177,12 +178,11 @@ def front(config: Any) -> int:
     """The best fixed keep-set of every size, searched on validation images."""
     from pathlib import Path
 
-    from policyskip.config import find_device, plain, set_up, settings_of
+    from policyskip.config import FrontSettings, find_device, plain, set_up, settings_of
     from policyskip.report import static_front
 
-    settings, content = settings_of(config), plain(config)
-    setup = set_up(content, find_device(settings.device))
-    assert settings.front is not None
+    settings = settings_of(config, FrontSettings)
+    setup = set_up(plain(config), find_device(settings.device))
     found = static_front(setup, settings.front)
     for keep, accuracy, macs in zip(found.sets, found.accuracy, found.macs, strict=True):
         blocks = "".join("01"[kept] for kept in keep)

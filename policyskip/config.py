@@ -12,7 +12,7 @@ import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from importlib.metadata import entry_points
-from typing import Annotated, Any, Literal, get_type_hints
+from typing import Annotated, Any, Literal, TypeVar, get_type_hints
 
 import torch
 from omegaconf import DictConfig, OmegaConf
@@ -64,7 +64,7 @@ class TrackingSection(_Section):
 
 
 class Settings(_Section):
-    """The keys that are no group, with their types."""
+    """The keys of ``train`` and ``pretrain`` that are no group, with their types."""
 
     seed: Annotated[int, Field(ge=0, lt=2**63)]
     device: str
@@ -72,7 +72,23 @@ class Settings(_Section):
     run: RunSection
     tracking: TrackingSection
     front: FrontSection | None = None
-    output: str | None = None
+
+
+class FrontSettings(_Section):
+    """Those of ``front``."""
+
+    device: str
+    front: FrontSection
+    output: str | None
+
+
+class EvaluateSettings(_Section):
+    """Those of ``evaluate``."""
+
+    run: str
+    split: Literal["train", "validation", "test"]
+    device: str
+    trust: bool
 
 
 GROUPS = {
@@ -86,7 +102,10 @@ GROUPS = {
 """The groups, and where the package keeps its own choices for each."""
 
 
-def settings_of(config: DictConfig) -> Settings:
+Checked = TypeVar("Checked", bound=_Section)
+
+
+def settings_of(config: DictConfig, section: type[Checked]) -> Checked:
     """The checked settings of a configuration, groups aside.
 
     Raises:
@@ -94,7 +113,7 @@ def settings_of(config: DictConfig) -> Settings:
     """
     content = {key: value for key, value in plain(config).items() if key not in GROUPS}
     try:
-        return Settings.model_validate(content)
+        return section.model_validate(content)
     except ValidationError as error:
         raise UserError(_first_problem("", error)) from error
 
@@ -107,7 +126,7 @@ def plain(config: DictConfig) -> dict[str, Any]:
     """
     missing = OmegaConf.missing_keys(config)
     if missing:
-        raise UserError(f"{min(missing)} is not set; say {min(missing)}=VALUE")
+        raise UserError(f"{min(missing)} is not set; add {min(missing)}=… to the command")
     content = OmegaConf.to_container(config, resolve=True)
     assert isinstance(content, dict)
     return {str(key): value for key, value in content.items()}
@@ -270,7 +289,7 @@ class Setup:
     device: torch.device
     data: Data
     backbone: Backbone
-    reward: Reward
+    reward: Reward | None
     batch_size: int
     trusted: bool = True
 
@@ -310,7 +329,7 @@ class Setup:
 
 def set_up(config: dict[str, Any], device: torch.device, trusted: bool = True) -> Setup:
     """Build what a ``train`` configuration names; what is cheap to check comes first."""
-    reward = build("reward", group_of(config, "reward"), trusted)
+    reward = build("reward", config["reward"], trusted) if config.get("reward") else None
     data, batch_size = build_data(group_of(config, "data"), device, trusted)
     backbone = build_backbone(group_of(config, "backbone"), data, device, trusted)
     return Setup(config, device, data, backbone, reward, batch_size, trusted)

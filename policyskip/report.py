@@ -5,11 +5,13 @@ Shapes: N images, K blocks.
 
 from __future__ import annotations
 
+import sys
 from contextlib import suppress
 from typing import Any
 
 import torch
 from platformdirs import user_cache_path
+from rich.progress import Progress
 from torch import Tensor
 
 from policyskip import plots
@@ -38,7 +40,11 @@ def static_front(setup: Setup, wanted: FrontSection) -> StaticFront:
     print("searching the best fixed keep-sets on validation images", flush=True)
     env = setup.env(images)
     hints = [_learned_set(setup, penalty, wanted.learner_steps // 2) for penalty in (1.0, 5.0) if wanted.learner_steps]
-    front = find_front(backbone, images, env.costs, wanted.budget, wanted.images, hints)
+    with Progress(transient=True, disable=not sys.stdout.isatty()) as bar:
+        task = bar.add_task("share of front.budget spent", total=wanted.budget)
+        front = find_front(
+            backbone, images, env.costs, wanted.budget, wanted.images, hints, lambda n: bar.update(task, completed=n)
+        )
     with suppress(UserError):  # a cache that cannot be written costs time, nothing else
         front.save(cache / f"{front.backbone}-{front.data}.json")
     return front
@@ -64,9 +70,8 @@ def _learned_set(setup: Setup, penalty: float, steps: int) -> Keep:
 
     env = setup.env(setup.data.validation, "shuffled")
     env.reward = Utilization(penalty)
-    agent = BlockDrop(
-        env, max(1, steps), policy="constant", lr=0.05, samples=3, beta=0.01, curriculum=0, initial_keep=0.9
-    )
+    options: dict[str, Any] = dict(lr=0.05, schedule="onecycle", alpha_end=0.98, samples=3, beta=0.01, curriculum=0)
+    agent = BlockDrop(env, max(1, steps), policy="constant", initial_keep=0.9, **options)
     for _ in range(max(1, steps)):
         agent.update(env)
     return tuple(agent.act(env.observation)[0].tolist())
@@ -74,14 +79,14 @@ def _learned_set(setup: Setup, penalty: float, steps: int) -> Keep:
 
 def judge(setup: Setup, agent: Agent, split: str = "test") -> Evaluation:
     """The agent on a split, beside the full network. The test split is read once a run, after everything is chosen."""
-    return evaluate(agent, setup.env(setup.data.split(split)))
+    return evaluate(agent, setup.env(setup.data.split(split).plain()))
 
 
 def static_figures(
-    setup: Setup, result: Evaluation, front: StaticFront
+    setup: Setup, result: Evaluation, front: StaticFront, split: str = "test"
 ) -> tuple[dict[str, Any], list[tuple[float, float]]]:
-    """The best static choice of the policy's cost on the test images, and the whole front (MACs, test accuracy)."""
-    scorer = SetScorer(setup.backbone, setup.data.test)
+    """The best static choice of the policy's cost on a split, and the whole front there (MACs, accuracy)."""
+    scorer = SetScorer(setup.backbone, setup.data.split(split).plain())
     correct = [correct_N.double() for correct_N in scorer.correct(front.sets)]
     mix = front.mix_at(result.macs_N.mean().item())
     mixed_N: Tensor = torch.stack([weight * correct[place] for place, weight in mix]).sum(0)
@@ -97,6 +102,17 @@ def static_figures(
         "static_search_finished": front.finished,
     }
     return figures, [(macs, c.mean().item()) for macs, c in zip(front.macs, correct, strict=True)]
+
+
+def load_front(run: Run) -> StaticFront:
+    """The static front that the run was judged beside."""
+    path = run.folder / "front.json"
+    try:
+        return StaticFront.load(path)
+    except OSError as error:
+        raise UserError(f"there is no {path}; the run did not get that far") from error
+    except (ValueError, TypeError, KeyError) as error:
+        raise UserError(f"{path} is damaged or not ours: {error}") from error
 
 
 def load_best(agent: Agent, run: Run) -> None:
@@ -117,6 +133,7 @@ def finish(
     figures = {f"test/{key}": value for key, value in {**result.figures(), **static}.items()}
     steps = setup.config["train"]["steps"]
     summary = {**names, "seed": setup.config["seed"], "steps": steps, "seconds": round(seconds, 1), **figures}
+    front.save(run.folder / "front.json")
     run.save_json("summary.json", summary)
     data, backbone = setup.data, setup.backbone
     policy = describe(
@@ -182,7 +199,7 @@ def show_table(summary: dict[str, Any]) -> None:
             "",
             sets,
         )
-    console = Console(width=None if _terminal() else 110)
+    console = Console(width=None if sys.stdout.isatty() else 110)
     console.print(table)
     if "test/static_accuracy" in summary:
         margin, half = 100 * get("static_margin"), 100 * get("static_margin_ci95")
@@ -195,9 +212,3 @@ def show_table(summary: dict[str, Any]) -> None:
     if "test/kept_by_difficulty" in summary:
         quarters = ", ".join(f"{kept:.1f}" for kept in get("kept_by_difficulty"))
         console.print(f"Blocks kept, from the easiest quarter of the images to the hardest: {quarters}.")
-
-
-def _terminal() -> bool:
-    import sys
-
-    return sys.stdout.isatty()

@@ -1,17 +1,24 @@
-"""Small networks and images that every test can afford."""
+"""Small networks and images that every test can afford, and the command line in this process."""
 
 from __future__ import annotations
 
+import contextlib
+import io
 import os
+import subprocess
+import sys
+from pathlib import Path
 
 os.environ.setdefault("WANDB_MODE", "offline")
 os.environ.setdefault("WANDB_SILENT", "true")
 
+import matplotlib.font_manager  # noqa: F401 - its cache of fonts is made before XDG_CACHE_HOME changes
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from policyskip import cli
 from policyskip.backbones import ExitCosts
 from policyskip.backbones.resnet import CifarResNet
 from policyskip.data import TensorImages
@@ -24,14 +31,15 @@ def small_backbone(
     depth: int = 14, classes: int = 5, shortcut: str = "pool", width: int = 4, seed: int = 0
 ) -> CifarResNet:
     """A random CIFAR ResNet in evaluation mode whose batch normalisation does something."""
-    torch.manual_seed(seed)
-    backbone = CifarResNet(depth, classes, shortcut, width)  # type: ignore[arg-type]
-    for module in backbone.modules():
-        if isinstance(module, nn.BatchNorm2d):
-            nn.init.uniform_(module.weight, 0.5, 1.5)
-            nn.init.normal_(module.bias, 0, 0.2)
-            nn.init.normal_(module.running_mean, 0, 0.2)
-            nn.init.uniform_(module.running_var, 0.5, 1.5)
+    with torch.random.fork_rng(devices=[]):  # so that nothing under test is seeded by this
+        torch.manual_seed(seed)
+        backbone = CifarResNet(depth, classes, shortcut, width)  # type: ignore[arg-type]
+        for module in backbone.modules():
+            if isinstance(module, nn.BatchNorm2d):
+                nn.init.uniform_(module.weight, 0.5, 1.5)
+                nn.init.normal_(module.bias, 0, 0.2)
+                nn.init.normal_(module.running_mean, 0, 0.2)
+                nn.init.uniform_(module.running_var, 0.5, 1.5)
     return backbone.eval()
 
 
@@ -61,3 +69,27 @@ def backbone() -> CifarResNet:
 @pytest.fixture
 def images() -> Tensor:
     return small_images(7).images
+
+
+def typed(*arguments: str, cwd: Path) -> subprocess.CompletedProcess[str]:
+    """``policyskip`` with these arguments in folder ``cwd``, as the shell would run it, but in this process."""
+    printed, errors = io.StringIO(), io.StringIO()
+    with (
+        pytest.MonkeyPatch.context() as patch,
+        contextlib.redirect_stdout(printed),
+        contextlib.redirect_stderr(errors),
+    ):
+        patch.chdir(cwd)
+        patch.setattr(sys, "argv", ["policyskip", *arguments])
+        patch.setattr(sys, "path", list(sys.path))
+        patch.setenv("HYDRA_FULL_ERROR", "")
+        patch.setenv("COLUMNS", "200")
+        patch.setenv("XDG_CACHE_HOME", str(cwd.parent / "cache"))  # nothing is remembered from elsewhere
+        patch.delitem(sys.modules, "my_rewards", raising=False)
+        code: int | str | None = 0
+        try:
+            cli.main()
+        except SystemExit as ended:
+            code = ended.code
+        sys.modules.pop("my_rewards", None)
+    return subprocess.CompletedProcess(arguments, int(code or 0), printed.getvalue(), errors.getvalue())

@@ -12,17 +12,16 @@ import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-import matplotlib.font_manager  # noqa: F401 - its cache of fonts is made before XDG_CACHE_HOME changes
 import pytest
 import torch
 import yaml
 from PIL import Image
 
 import policyskip
-from policyskip import cli
 from policyskip.backbones.checkpoints import save
 from policyskip.backbones.resnet import CifarResNet
 from policyskip.errors import UserError
+from tests.conftest import typed
 
 SMALL = [
     *("data.train=200", "data.validation=60", "data.test=60", "data.batch_size=32", "device=cpu", "tracking=none"),
@@ -47,15 +46,10 @@ def empty_folder(tmp_path, monkeypatch) -> Path:
 
 def run(*arguments: str) -> int:
     """The exit code of ``policyskip`` with these arguments."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(sys, "argv", ["policyskip", *arguments])
-        patch.setattr(sys, "path", list(sys.path))
-        patch.setenv("HYDRA_FULL_ERROR", "")
-        patch.delitem(sys.modules, "my_rewards", raising=False)
-        with pytest.raises(SystemExit) as ended:
-            cli.main()
-        sys.modules.pop("my_rewards", None)
-        return int(ended.value.code or 0)
+    result = typed(*arguments, cwd=Path.cwd())
+    print(result.stdout, end="")
+    print(result.stderr, end="", file=sys.stderr)
+    return result.returncode
 
 
 @pytest.fixture

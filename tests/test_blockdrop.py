@@ -194,8 +194,23 @@ def test_a_fresh_policy_keeps_with_the_asked_probability():
     torch.testing.assert_close(policy.keep_head.bias.sigmoid(), torch.full((5,), 0.9))
 
 
+def test_advantages_get_no_gradient():
+    advantage = torch.ones(1, 2, requires_grad=True)
+    loss = reinforce_loss(
+        torch.zeros(2, K, requires_grad=True),
+        EVERY[:1, None].expand(-1, 2, -1),
+        advantage,
+        torch.ones(K).bool(),
+        ALPHA,
+        0.1,
+    )
+    assert torch.autograd.grad(loss, advantage, allow_unused=True) == (None,)
+
+
 def test_the_backbone_is_bit_identical_after_training():
-    env = make_env()
+    backbone = small_backbone().requires_grad_(True).train()  # as it comes from pretraining
+    env = BlockSelectionVectorEnv(8, backbone=backbone, images=small_images())
+    assert not any(parameter.requires_grad for parameter in backbone.parameters())
     before = {name: value.clone() for name, value in env.backbone.state_dict().items()}
     agent = make_agent(env)
     for _ in range(3):

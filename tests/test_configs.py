@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 from hydra import compose, initialize_config_module
 
-from policyskip.config import plain, settings_of
+from policyskip.config import FrontSettings, Settings, plain, settings_of
 
 CONFIGS = Path(__file__).parent.parent / "policyskip" / "configs"
 OPTIONS = [
@@ -24,6 +24,7 @@ NEEDED = {
     "imagefolder": ["data.root=somewhere"],
     "imagenet": ["data.root=somewhere"],
     "cifar_resnet": ["backbone.depth=26"],
+    "torchvision_resnet": ["backbone.depth=34"],
     "custom": ["reward._target_=policyskip.rewards.Macs"],
 }
 OWN = ["run.dir=runs/x"]  # the default asks Hydra's runtime, which compose does not have
@@ -50,11 +51,16 @@ def test_every_experiment_composes(experiment):
     assert composed("train", f"+experiment={experiment}")["agent"]["_target_"]
 
 
-@pytest.mark.parametrize("command", ["train", "pretrain", "front"])
+@pytest.mark.parametrize("command", ["train", "pretrain"])
 def test_settings_are_typed(command):
     with initialize_config_module("policyskip.configs", version_base="1.3"):
-        settings = settings_of(compose(command, OWN))
+        settings = settings_of(compose(command, OWN), Settings)
     assert settings.train.steps > 0 and settings.seed == 0
+
+
+def test_the_front_s_settings_are_typed():
+    with initialize_config_module("policyskip.configs", version_base="1.3"):
+        assert settings_of(compose("front"), FrontSettings).front.images == 2000
 
 
 def test_the_default_is_blockdrop_on_digits():

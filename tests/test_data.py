@@ -13,7 +13,6 @@ import torch
 import torchvision
 from PIL import Image
 
-from policyskip import digits as digits_module
 from policyskip.data import (
     Feed,
     FileImages,
@@ -25,10 +24,11 @@ from policyskip.data import (
     load_data,
     read_image,
     sequential,
-    shuffled,
     torchvision_data,
 )
-from policyskip.digits import PLAIN, SIZE, SOURCES, render_digits
+from policyskip.data import cluttered as digits_module
+from policyskip.data.base import shuffled
+from policyskip.data.cluttered import PLAIN, SIZE, SOURCES, render_digits
 from policyskip.errors import UserError
 
 CPU = torch.device("cpu")

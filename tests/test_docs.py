@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import re
 import shlex
 import subprocess
@@ -16,6 +15,7 @@ import yaml
 from PIL import Image
 
 from policyskip.backbones.resnet import CifarResNet
+from tests.conftest import typed
 
 ROOT = Path(__file__).parent.parent
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").rglob("*.md"))]
@@ -27,6 +27,7 @@ SMALL = [
     "train.validate_every=1",
     "train.log_every=1",
 ]
+FRONT = ["front.budget=1e4", "front.images=20", "front.learner_steps=0"]
 DIGITS = ["data.train=64", "data.validation=32", "data.test=32"]
 
 
@@ -39,11 +40,9 @@ def commands() -> list[str]:
     return sorted({re.sub(r"\s+#.*", "", part).strip() for line in lines for part in line.split("&&")} - {""})
 
 
-def run(*command: str, cwd: Path) -> subprocess.CompletedProcess[str]:
-    environment = {**os.environ, "XDG_CACHE_HOME": str(cwd / "cache"), "PYTHONPATH": ""}
-    done = subprocess.run(command, cwd=cwd, capture_output=True, text=True, env=environment, check=False)
-    assert done.returncode == 0, f"{command}\n{done.stdout}\n{done.stderr}"
-    return done
+def policyskip(*arguments: str, cwd: Path) -> None:
+    done = typed(*arguments, cwd=cwd)
+    assert done.returncode == 0, f"{arguments}\n{done.stdout}\n{done.stderr}"
 
 
 @pytest.fixture(scope="module")
@@ -71,8 +70,8 @@ def workshop(tmp_path_factory) -> Path:
 
     torch.save(resnet50(weights=None, num_classes=2).state_dict(), folder / "weights.pth")
     (folder / "my_rewards.py").write_text(blocks(ROOT / "docs" / "rewards.md", "python")[0])
-    arguments = [*SMALL, *DIGITS, "backbone=resnet20", "backbone.checkpoint=random", "front.budget=1e4"]
-    run(sys.executable, "-m", "policyskip", "train", *arguments, "front.learner_steps=0", "run.dir=runs/x", cwd=folder)
+    arguments = [*SMALL, *DIGITS, "backbone=resnet20", "backbone.checkpoint=random"]
+    policyskip("train", *arguments, *FRONT, "run.dir=runs/x", cwd=folder)
     return folder
 
 
@@ -91,19 +90,22 @@ def test_every_command_runs(command, workshop):
         if not any(word.startswith("backbone") for word in arguments):
             small += ["backbone=resnet20", "backbone.checkpoint=random"]  # the shipped network is tested elsewhere
         if verb != "pretrain":
-            small += ["front.budget=1e4", "front.learner_steps=0"]
+            small += FRONT
         if any("torchvision" in word for word in arguments):
             small += ["data.image_size=64", "data.workers=0"]
     if any(word.startswith("data=cifar10") for word in arguments):
         arguments = [word for word in arguments if not word.startswith("data=")] + DIGITS  # no download in a test
-    run(sys.executable, "-m", "policyskip", verb, *arguments, *small, cwd=workshop)
+    policyskip(verb, *arguments, *small, cwd=workshop)
 
 
 @pytest.mark.parametrize("page", [page for page in PAGES if blocks(page, "python")], ids=lambda page: page.stem)
 def test_every_snippet_runs(page, workshop):
     for snippet in blocks(page, "python"):
         before = "import torch\nimages = torch.zeros(3, 3, 20, 20, dtype=torch.uint8)\n"
-        run(sys.executable, "-c", before + snippet, cwd=workshop)
+        done = subprocess.run(
+            [sys.executable, "-c", before + snippet], cwd=workshop, capture_output=True, text=True, check=False
+        )
+        assert done.returncode == 0, done.stderr
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)

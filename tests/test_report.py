@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 
@@ -38,7 +40,14 @@ def test_the_margin_is_paired_with_the_mix_of_equal_cost(monkeypatch):
             return [right[keep] for keep in asked]
 
     monkeypatch.setattr(report, "SetScorer", Scorer)
-    setup = type("Setup", (), {"backbone": None, "data": type("Data", (), {"test": "test images"})})
+    setup = type(
+        "Setup",
+        (),
+        {
+            "backbone": None,
+            "data": type("Data", (), {"split": lambda name: SimpleNamespace(plain=lambda: f"{name} images")}),
+        },
+    )
     figures, curve = report.static_figures(setup, result, front)
     assert figures["static_accuracy"] == 0.625
     assert figures["static_margin"] == pytest.approx(0.125)

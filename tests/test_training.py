@@ -59,6 +59,7 @@ def final_weights(run: Run) -> dict[str, torch.Tensor]:
 def test_two_runs_with_one_seed_are_equal(tmp_path):
     runs = [create(str(tmp_path / name), "policyskip train", "") for name in ("a", "b", "c")]
     for run, seed in zip(runs, (0, 0, 1), strict=True):
+        torch.rand(7)  # the state of torch's own generator has no say
         assert learn(run, seed=seed)
     a, b, c = (without_times(run) for run in runs)
     assert a == b != c
@@ -96,6 +97,29 @@ def test_the_best_weights_are_those_of_the_best_validation_reward(tmp_path):
     learn(run)
     rewards = [record["val/reward"] for record in run.metrics() if "val/reward" in record]
     assert run.load_checkpoint()["best"] == max(rewards)
+    agent, validation = judges()
+    agent.policy.load_state_dict(run.load_best())
+    assert evaluate(agent, validation, full=False).figures()["reward"] == max(rewards)
+
+
+def judges() -> tuple[BlockDrop, BlockSelectionVectorEnv]:
+    """A fresh agent like that of :func:`learn`, and its validation environment."""
+    env = BlockSelectionVectorEnv(16, backbone=small_backbone(), images=small_images(20, seed=1), order="sequential")
+    return BlockDrop(env, 8, width=4, samples=2), env
+
+
+def test_a_full_disk_stops_the_run_with_what_it_saved(tmp_path, monkeypatch):
+    run = create(str(tmp_path / "run"), "policyskip train", "")
+    assert not learn(run, stop_at=4)
+    before = (run.folder / "checkpoint.pt").read_bytes()
+
+    def full_disk(self, *arguments, **keywords):
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patch, pytest.raises(UserError, match=r"cannot write .*metrics.jsonl: No space left"):
+        patch.setattr(type(tmp_path), "open", full_disk)
+        run.append_metrics({"step": 5})
+    assert (run.folder / "checkpoint.pt").read_bytes() == before
 
 
 def test_ctrl_c_is_ours_only_while_training(tmp_path):

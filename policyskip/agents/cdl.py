@@ -15,7 +15,6 @@ from torch import Tensor
 from policyskip.agents.early_exit import EarlyExitAgent, OptimizerName, ScheduleName
 from policyskip.backbones.exits import ExitNetwork
 from policyskip.backbones.resnet_exits import ResNetExits
-from policyskip.calibration import Curve
 from policyskip.errors import UserError
 from policyskip.exit_cache import CachedExits
 from policyskip.exit_placement import Stage, admit
@@ -51,7 +50,9 @@ class CDL(EarlyExitAgent):
         epsilon: float = 0.0,
     ) -> None:
         if not isinstance(network, ResNetExits):
-            raise UserError(f"agent=cdl puts heads on a trained residual network (backbone=resnet32_exits), not on {network.name}")
+            raise UserError(
+                f"agent=cdl puts heads on a trained residual network (backbone=resnet32_exits), not on {network.name}"
+            )
         if not 0 < delta <= 1:
             raise UserError(f"agent.delta must be above 0 and at most 1, got {delta}")
         network.backbone.freeze()

@@ -52,7 +52,9 @@ class Distiller(EarlyExitAgent):
                 f"(the last exit gets what is left of 1), got {weights}"
             )
         if sum(weights) >= 1:
-            raise UserError(f"agent.lossweights must sum to less than 1, or nothing is left for the last exit: {weights}")
+            raise UserError(
+                f"agent.lossweights must sum to less than 1, or nothing is left for the last exit: {weights}"
+            )
         self.weight_N = torch.tensor([*weights, 1 - sum(weights)])
 
     def weights(self) -> Tensor:

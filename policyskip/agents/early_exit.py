@@ -25,7 +25,6 @@ from policyskip.exit_cache import CachedExits
 from policyskip.schedules import SCHEDULES
 from policyskip.thresholds import check_thresholds, rule_named
 
-
 OptimizerName = Literal["sgd", "adam"]
 ScheduleName = Literal["onecycle", "steps", "constant"]
 

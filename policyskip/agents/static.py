@@ -11,7 +11,7 @@ Shapes: N images, F sets on the front, K blocks.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -21,7 +21,7 @@ from torch import Tensor
 
 from policyskip.backbones import Backbone, Costs
 from policyskip.backbones.checkpoints import WEIGHTS
-from policyskip.data import IN_MEMORY_BYTES, Batch, Images
+from policyskip.data.base import IN_MEMORY_BYTES, Batch, Images
 from policyskip.errors import UserError
 from policyskip.files import refusing, write
 
@@ -32,11 +32,20 @@ class SetScorer:
     """Counts, for fixed keep-sets, the images that the network gets right.
 
     Sets are answered together, along the tree of their decisions: what two sets have in common up to some block is
-    computed once. ``spent`` counts images times blocks (residual branches) computed, and is what a budget bounds.
+    computed once. ``spent`` counts images times blocks (residual branches) computed, and is what a budget bounds;
+    ``tell`` hears of it batch by batch.
     """
 
-    def __init__(self, backbone: Backbone, images: Images, limit: int | None = None, batch_size: int = 250) -> None:
+    def __init__(
+        self,
+        backbone: Backbone,
+        images: Images,
+        limit: int | None = None,
+        batch_size: int = 250,
+        tell: Callable[[int], object] | None = None,
+    ) -> None:
         self.backbone = backbone
+        self.tell = tell or (lambda spent: None)
         self.count = min(len(images), limit or len(images))
         # Spread over the whole set: folders are sorted by class.
         index_N = torch.linspace(0, len(images) - 1, self.count).round().long()
@@ -60,6 +69,7 @@ class SetScorer:
             with torch.no_grad():
                 for batch in self._batches or self._stream():
                     self._descend(self.backbone.features(batch.images), batch.label_B, 0, new, parts)
+                    self.tell(self.spent)
             self.known.update({keep: torch.cat(part) for keep, part in parts.items()})
         return [self.known[keep] for keep in sets]
 
@@ -83,10 +93,10 @@ class SetScorer:
 
 @dataclass(frozen=True)
 class StaticFront:
-    """The best fixed keep-set found of every size, from no block to all K.
+    """The best fixed keep-set found of every size, from no block to all K, and any other on the hull over MACs.
 
     Attributes:
-        sets: F tuples of K booleans, by size.
+        sets: F tuples of K booleans.
         accuracy: of each on the validation images it was chosen on.
         macs: of each.
         images: number of validation images.
@@ -108,23 +118,13 @@ class StaticFront:
         Mixing two fixed sets reaches every point on the line between them, so the best static choice at a given cost
         lies on the upper concave hull of the front. A cost outside the front's range gives the nearest end.
         """
-        hull: list[int] = []
-        for i in sorted(range(len(self.sets)), key=lambda i: (self.macs[i], self.accuracy[i])):
-            while hull and self.accuracy[i] >= self.accuracy[hull[-1]] and self.macs[i] == self.macs[hull[-1]]:
-                hull.pop()
-            while len(hull) > 1 and self._slope(hull[-2], hull[-1]) <= self._slope(hull[-2], i):
-                hull.pop()
-            if not hull or self.accuracy[i] > self.accuracy[hull[-1]]:
-                hull.append(i)
+        hull = concave_hull(self.macs, self.accuracy)
         above = next((place for place, i in enumerate(hull) if self.macs[i] > macs), None)
         if above is None or above == 0:
             return [(hull[-1 if above is None else 0], 1.0)]
         low, high = hull[above - 1], hull[above]
         weight = (macs - self.macs[low]) / (self.macs[high] - self.macs[low])
         return [(place, share) for place, share in ((low, 1 - weight), (high, weight)) if share > 0]
-
-    def _slope(self, i: int, j: int) -> float:
-        return (self.accuracy[j] - self.accuracy[i]) / (self.macs[j] - self.macs[i])
 
     def save(self, path: Path) -> None:
         with refusing(path):
@@ -137,6 +137,23 @@ class StaticFront:
         content: dict[str, Any] = json.loads(path.read_text())
         content["sets"] = [tuple(mark == "1" for mark in keep) for keep in content["sets"]]
         return StaticFront(**content)
+
+
+def concave_hull(macs: Sequence[float], accuracy: Sequence[float]) -> list[int]:
+    """Places of the points on the upper concave hull, by MACs, up to the highest accuracy."""
+
+    def slope(i: int, j: int) -> float:
+        return (accuracy[j] - accuracy[i]) / (macs[j] - macs[i])
+
+    hull: list[int] = []
+    for i in sorted(range(len(macs)), key=lambda i: (macs[i], accuracy[i])):
+        while hull and accuracy[i] >= accuracy[hull[-1]] and macs[i] == macs[hull[-1]]:
+            hull.pop()
+        while len(hull) > 1 and slope(hull[-2], hull[-1]) <= slope(hull[-2], i):
+            hull.pop()
+        if not hull or accuracy[i] > accuracy[hull[-1]]:
+            hull.append(i)
+    return hull
 
 
 def search(
@@ -207,14 +224,23 @@ def _swaps(keep: Keep) -> list[Keep]:
 
 
 def find_front(
-    backbone: Backbone, images: Images, costs: Costs, budget: float, limit: int, hints: Sequence[Keep] = ()
+    backbone: Backbone,
+    images: Images,
+    costs: Costs,
+    budget: float,
+    limit: int,
+    hints: Sequence[Keep] = (),
+    tell: Callable[[int], object] | None = None,
 ) -> StaticFront:
-    """Search the static front of a backbone on the first ``limit`` validation images."""
+    """Search the static front of a backbone on ``limit`` validation images; ``tell`` hears what has been spent."""
     if budget < 0 or limit < 1:
         raise UserError(f"front.budget must not be negative and front.images at least 1, got {budget} and {limit}")
-    scorer = SetScorer(backbone, images, limit)
-    sets, accuracy, finished = search(scorer, budget, hints=hints)
-    macs = [costs.of(torch.tensor(keep)).item() for keep in sets]
+    scorer = SetScorer(backbone, images, limit, tell=tell)
+    by_size, _, finished = search(scorer, budget, hints=hints)
+    tried = sorted(scorer.known)
+    hull = concave_hull(costs.of(torch.tensor(tried)).tolist(), scorer.accuracy(tried))
+    sets = sorted({*by_size, *(tried[i] for i in hull)}, key=lambda keep: (sum(keep), keep))
+    accuracy, macs = scorer.accuracy(sets), costs.of(torch.tensor(sets)).tolist()
     return StaticFront(sets, accuracy, macs, scorer.count, finished, backbone.content_hash(), images.fingerprint())
 
 

@@ -18,6 +18,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from policyskip.data.base import Data, TensorImages
+from policyskip.errors import UserError
+
 VERSION = 1
 """Of the recipe below; whatever was measured on images belongs to one version."""
 PLAIN = 0.5
@@ -28,6 +31,18 @@ SIZE = 20
 SOURCES = {"train": 1100, "validation": 300, "test": 397}
 _SPLIT_SEED = 1998
 _CHUNK = 4096
+
+
+def digits(device: torch.device, train: int = 20000, validation: int = 2000, test: int = 4000) -> Data:
+    """Cluttered digits: any number of images, made on the spot in seconds."""
+    splits = {}
+    for split, count in {"train": train, "validation": validation, "test": test}.items():
+        if count < 1:
+            raise UserError(f"data.{split} must be at least 1 image, got {count}")
+        images, label_N, difficulty = render_digits(split, count, seed=0)
+        recipe = f"digits {VERSION} {split} {count}"
+        splits[split] = TensorImages(images.to(device), label_N.to(device), difficulty, recipe=recipe)
+    return Data("digits", **splits, classes=tuple("0123456789"), image_shape=(3, 20, 20))
 
 
 def render_digits(split: str, count: int, seed: int) -> tuple[Tensor, Tensor, Tensor]:

@@ -1,0 +1,51 @@
+"""Images and labels: where they come from, how they are split, and how they come in batches."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from policyskip.data.base import (
+    Augment,
+    Batch,
+    Data,
+    Feed,
+    Images,
+    Order,
+    TensorImages,
+    crop_and_flip,
+    hold_out,
+    sequential,
+)
+from policyskip.data.cluttered import digits
+from policyskip.data.folders import FileImages, imagefolder, read_image
+from policyskip.data.torchvision_sets import torchvision_data
+
+__all__ = [
+    "Augment",
+    "Batch",
+    "Data",
+    "Feed",
+    "FileImages",
+    "Images",
+    "Order",
+    "TensorImages",
+    "crop_and_flip",
+    "digits",
+    "hold_out",
+    "imagefolder",
+    "load_data",
+    "read_image",
+    "sequential",
+    "torchvision_data",
+]
+
+
+def load_data(name: str, device: torch.device, **options: Any) -> Data:
+    """A data set by name: digits, one of torchvision's small sets, or imagefolder."""
+    if name == "digits":
+        return digits(device, **options)
+    if name == "imagefolder":
+        return imagefolder(device, **options)
+    return torchvision_data(device, name, **options)

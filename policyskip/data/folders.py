@@ -1,0 +1,190 @@
+"""Folders of images, read from their files: held in memory when they fit, else decoded as they are needed.
+
+Shapes: N images in a set, B images in a batch, H W pixels.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from policyskip.data.base import IN_MEMORY_BYTES, Batch, Data, crop_and_flip, hold_out, in_memory, mix
+from policyskip.errors import UserError
+
+
+def imagefolder(
+    device: torch.device,
+    root: str,
+    image_size: int | None = None,
+    validation: float = 0.1,
+    augment: bool = True,
+    workers: int = 2,
+    name: str = "imagefolder",
+) -> Data:
+    """Folders of images: ``root/train/<class>/*``, ``root/test/<class>/*`` (or ``root/val``, as ImageNet has it).
+
+    Args:
+        image_size: height and width that the network sees; None takes the files as they are, if all are of one size.
+        validation: share of ``root/train`` that is held out.
+        augment: random crops and mirror images in training.
+        workers: processes that decode images when the set is too large for memory.
+
+    Raises:
+        UserError: a folder is missing or empty, classes differ between the splits or are too few, or an image is bad.
+    """
+    folder = Path(root).expanduser()
+    test_folder = next((folder / split for split in ("test", "val") if (folder / split).is_dir()), folder / "test")
+    classes, train_files, train_labels = _list_images(folder / "train")
+    test_classes, test_files, test_labels = _list_images(test_folder)
+    if classes != test_classes:
+        odd = sorted(set(classes) ^ set(test_classes))
+        raise UserError(
+            f"{folder / 'train'} and {test_folder} must have the same classes; they differ in {', '.join(odd[:5])}"
+        )
+    if len(classes) < 2:
+        raise UserError(f"{folder / 'train'} has one class, {classes[0]}; at least two are needed")
+    first = read_image(train_files[0], None)
+    size = image_size or (first.shape[0] if first.shape[0] == first.shape[1] else None)
+    if size is None:
+        raise UserError(f"{train_files[0]} is {first.shape[1]}×{first.shape[0]}; say data.image_size=N, such as 224")
+    if (len(train_files) + len(test_files)) * 3 * size * size <= IN_MEMORY_BYTES and first.shape[:2] == (size, size):
+        return in_memory(
+            name,
+            *(_decode(train_files, size, image_size), train_labels, _decode(test_files, size, image_size), test_labels),
+            classes=classes,
+            validation=validation,
+            augment=crop_and_flip if augment else None,
+            device=device,
+        )
+    held_out, kept = hold_out(len(train_files), validation)
+
+    def files(chosen: Tensor, augment: bool) -> FileImages:
+        return FileImages([train_files[i] for i in chosen], train_labels[chosen], size, device, augment, workers)
+
+    return Data(
+        name,
+        train=files(kept, augment),
+        validation=files(held_out, False),
+        test=FileImages(test_files, test_labels, size, device, False, workers),
+        classes=classes,
+        image_shape=(3, size, size),
+    )
+
+
+IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".gif", ".tif", ".tiff", ".webp", ".ppm", ".pgm")
+
+
+def _list_images(folder: Path) -> tuple[tuple[str, ...], list[Path], Tensor]:
+    """Class names, files and labels int64 (N,) of ``folder/<class>/*``, in order of name."""
+    if not folder.is_dir():
+        raise UserError(f"there is no folder {folder}; data.root must hold train/<class>/* and test/<class>/*")
+    classes = tuple(sorted(entry.name for entry in folder.iterdir() if entry.is_dir()))
+    if not classes:
+        raise UserError(f"{folder} holds no class folders; it must look like {folder}/<class>/*.png")
+    files, labels = [], []
+    for label, name in enumerate(classes):
+        found = sorted(file for file in (folder / name).rglob("*") if file.suffix.lower() in IMAGE_SUFFIXES)
+        if not found:
+            raise UserError(f"the class folder {folder / name} holds no images ({', '.join(IMAGE_SUFFIXES)})")
+        files += found
+        labels += [label] * len(found)
+    return classes, files, torch.tensor(labels)
+
+
+def _decode(files: list[Path], size: int, scale_to: int | None) -> Tensor:
+    """All files as uint8 (N, 3, size, size); those of another size are scaled, or refused when nobody asked for it."""
+    from concurrent.futures import ThreadPoolExecutor
+
+    with ThreadPoolExecutor() as pool:
+        pixels = list(pool.map(lambda file: read_image(file, scale_to), files))
+    for file, image in zip(files, pixels):
+        if image.shape != (size, size, 3):
+            found = f"{image.shape[1]}×{image.shape[0]}"
+            raise UserError(f"{file} is {found}, others are {size}×{size}; say data.image_size={size} to scale them")
+    return torch.from_numpy(np.stack(pixels)).permute(0, 3, 1, 2).contiguous()
+
+
+class FileImages:
+    """A set read from image files as it is needed, by ``workers`` processes."""
+
+    def __init__(
+        self,
+        files: list[Path],
+        label_N: Tensor,
+        size: int,
+        device: torch.device,
+        augment: bool = False,
+        workers: int = 2,
+    ) -> None:
+        self.files = files
+        self.label_N = label_N
+        self.size = size
+        self.device = device
+        self.augment = augment
+        self.workers = workers
+        self.difficulty: Tensor | None = None
+
+    def __len__(self) -> int:
+        return len(self.files)
+
+    def __getitem__(self, item: tuple[int, int]) -> tuple[Tensor, int, int]:
+        index, seed = item
+        image = read_image(self.files[index], self.size, mix(seed, index) if self.augment else None)
+        return torch.from_numpy(image).permute(2, 0, 1), int(self.label_N[index]), index
+
+    def stream(self, orders: Iterable[tuple[Tensor, int]]) -> Iterator[Batch]:
+        batches: Any = ([(int(i), seed) for i in index_B] for index_B, seed in orders)
+        loader: Any = torch.utils.data.DataLoader(
+            self,  # type: ignore[arg-type]
+            batch_sampler=batches,
+            num_workers=self.workers,
+            generator=torch.Generator(),  # its own, so that the global one is left alone
+        )
+        try:
+            for images, label_B, index_B in loader:
+                yield Batch(images.to(self.device), label_B.to(self.device), index_B)
+        except UserError as error:  # a worker's arrives with its traceback in front
+            raise UserError(str(error).strip().splitlines()[-1].removeprefix("policyskip.errors.UserError: ")) from None
+
+    def plain(self) -> FileImages:
+        return FileImages(self.files, self.label_N, self.size, self.device, workers=self.workers)
+
+    def fingerprint(self) -> str:
+        files = zip(self.files, self.label_N.tolist(), strict=True)
+        names = "\n".join(f"{label} {file.parent.name}/{file.name} {file.stat().st_size}" for file, label in files)
+        names += f" at {self.size}"
+        return hashlib.sha256(names.encode()).hexdigest()[:16]
+
+
+def read_image(file: Path, size: int | None, augment_seed: int | None = None) -> np.ndarray:
+    """An image file as uint8 (H, W, 3).
+
+    Args:
+        size: None leaves the image as it is. Otherwise the short side is scaled to 256/224 of ``size`` and the centre
+            cut out (evaluation), or, with ``augment_seed``, a random part, scaled and perhaps mirrored (training).
+
+    Raises:
+        UserError: the file is not a readable image.
+    """
+    from PIL import Image
+    from torchvision.transforms import v2
+
+    try:
+        with Image.open(file) as opened:
+            image = opened.convert("RGB")
+    except Exception as error:
+        raise UserError(f"cannot read the image {file}: {error}") from error
+    if size is None or (image.size == (size, size) and augment_seed is None):
+        return np.array(image)
+
+    if augment_seed is None:
+        return np.array(v2.Compose([v2.Resize(size * 256 // 224), v2.CenterCrop(size)])(image))
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(augment_seed)
+        return np.array(v2.Compose([v2.RandomResizedCrop(size), v2.RandomHorizontalFlip()])(image))

@@ -1,0 +1,60 @@
+"""torchvision's small sets, downloaded by it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from policyskip.data.base import Data, crop_and_flip, in_memory
+from policyskip.errors import UserError
+
+TORCHVISION = {"cifar10": "CIFAR10", "cifar100": "CIFAR100", "fashion_mnist": "FashionMNIST", "mnist": "MNIST"}
+
+
+def torchvision_data(
+    device: torch.device,
+    name: str,
+    root: str = "data",
+    validation: float = 0.1,
+    augment: bool = True,
+    download: bool = True,
+) -> Data:
+    """One of torchvision's small sets, downloaded by it into ``root`` when it is not there.
+
+    ``validation`` is the share of the training images that is held out.
+
+    Raises:
+        UserError: unknown name, or the files are not there and cannot be downloaded.
+    """
+    if name not in TORCHVISION:
+        raise UserError(f"data.name must be one of {', '.join(TORCHVISION)}, got {name!r}")
+    import torchvision.datasets
+
+    make = getattr(torchvision.datasets, TORCHVISION[name])
+    try:
+        train, test = (make(root, train=is_train, download=download) for is_train in (True, False))
+    except Exception as error:  # torchvision raises RuntimeError, URLError, OSError, …
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise UserError(
+            f"{name} is not in {Path(root).resolve()} and could not be downloaded ({reason}); "
+            f"put torchvision's files there, say data.root=FOLDER, or use data=digits"
+        ) from error
+    return in_memory(
+        name,
+        *(_as_images(train.data), torch.as_tensor(train.targets), _as_images(test.data), torch.as_tensor(test.targets)),
+        classes=tuple(str(c) for c in train.classes),
+        validation=validation,
+        augment=crop_and_flip if augment else None,
+        device=device,
+    )
+
+
+def _as_images(pixels: Any) -> Tensor:
+    """(N, H, W) or (N, H, W, 3) pixels to uint8 (N, 3, H, W)."""
+    images = torch.as_tensor(pixels)
+    if images.dim() == 3:
+        return images.unsqueeze(1).expand(-1, 3, -1, -1).contiguous()
+    return images.permute(0, 3, 1, 2).contiguous()
