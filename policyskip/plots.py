@@ -20,13 +20,13 @@ from policyskip.evaluation import Evaluation
 KEPT, DROPPED, FULL, STATIC = "#1b6ca8", "#e4e4e4", "#444444", "#c8701a"
 
 
-def _figure(width: float, height: float) -> Figure:
+def figure_of(width: float, height: float) -> Figure:
     figure = Figure(figsize=(width, height), dpi=120, layout="constrained")
     FigureCanvasAgg(figure)
     return figure
 
 
-def _save(figure: Figure, caption: str, path: Path) -> Path:
+def save(figure: Figure, caption: str, path: Path) -> Path:
     width = int(figure.get_figwidth() * 14)
     figure.supxlabel(textwrap.fill(caption, width), fontsize=9, color="#333333", x=0.02, ha="left")
     figure.savefig(path)
@@ -35,7 +35,7 @@ def _save(figure: Figure, caption: str, path: Path) -> Path:
 
 def learning_curves(records: list[dict[str, Any]], blocks: int, path: Path) -> Path:
     """Reward, accuracy and kept blocks against updates, in training and on validation."""
-    figure = _figure(10, 3.6)
+    figure = figure_of(10, 3.6)
     for axes, key, title in zip(
         figure.subplots(1, 3), ("reward", "accuracy", "kept"), ("reward", "accuracy", "kept blocks"), strict=True
     ):
@@ -53,12 +53,12 @@ def learning_curves(records: list[dict[str, Any]], blocks: int, path: Path) -> P
             axes.set_ylim(0, blocks * 1.04)
     axes.legend(fontsize=8)
     caption = "The greedy decisions' reward, accuracy and number of kept blocks while the policy learned."
-    return _save(figure, caption, path)
+    return save(figure, caption, path)
 
 
 def accuracy_against_macs(result: Evaluation, front: list[tuple[float, float]], path: Path) -> Path:
     """The policy beside the full network and the static front (pairs of MACs and test accuracy)."""
-    figure = _figure(6, 4.6)
+    figure = figure_of(6, 4.6)
     axes = figure.subplots()
     shown = [(m / result.full_macs, a) for m, a in front if a >= min(result.accuracy - 0.1, 0.8)]
     if shown:
@@ -75,24 +75,24 @@ def accuracy_against_macs(result: Evaluation, front: list[tuple[float, float]], 
         "Above the line, deciding per image pays: no fixed choice of blocks that was found reaches that accuracy at "
         "that cost. The sets were chosen on validation images."
     )
-    return _save(figure, caption, path)
+    return save(figure, caption, path)
 
 
 def block_use(result: Evaluation, stages: tuple[int, ...], path: Path) -> Path:
     """Share of the images that keep each block."""
-    figure = _figure(8, 3.4)
+    figure = figure_of(8, 3.4)
     axes = figure.subplots()
     use_K = result.keep_NK.double().mean(0)
     axes.bar(range(len(use_K)), use_K.tolist(), color=KEPT)
     _mark_stages(axes, stages)
     axes.set(xlabel="block", ylabel="share of images", ylim=(0, 1.09), xlim=(-0.6, len(use_K) - 0.4))
-    return _save(figure, "How often each block runs on test images; dotted lines part the network's stages.", path)
+    return save(figure, "How often each block runs on test images; dotted lines part the network's stages.", path)
 
 
 def block_use_by_class(result: Evaluation, classes: tuple[str, ...], stages: tuple[int, ...], path: Path) -> Path:
     """The same for each class, as a heat map (at most 40 classes)."""
     shown = classes[:40]
-    figure = _figure(8, 1.8 + 0.26 * len(shown))
+    figure = figure_of(8, 1.8 + 0.26 * len(shown))
     axes = figure.subplots()
     use_CK = result.block_use_CK(len(classes))[: len(shown)]
     picture = axes.imshow(use_CK.numpy(), aspect="auto", cmap="Blues", vmin=0, vmax=1)
@@ -101,7 +101,7 @@ def block_use_by_class(result: Evaluation, classes: tuple[str, ...], stages: tup
     axes.set(xlabel="block", yticks=range(len(shown)))
     axes.set_yticklabels([name[:18] for name in shown])
     more = f" The first {len(shown)} of {len(classes)} classes." if len(classes) > len(shown) else ""
-    return _save(figure, f"How often each block runs for the test images of each class.{more}", path)
+    return save(figure, f"How often each block runs for the test images of each class.{more}", path)
 
 
 def _mark_stages(axes: Any, stages: tuple[int, ...]) -> None:
@@ -114,7 +114,7 @@ def _mark_stages(axes: Any, stages: tuple[int, ...]) -> None:
 def kept_by_difficulty(result: Evaluation, path: Path) -> Path:
     """Kept blocks and accuracy against the data set's own measure of difficulty."""
     assert result.difficulty_N is not None
-    figure = _figure(7, 4)
+    figure = figure_of(7, 4)
     axes = figure.subplots()
     order = result.difficulty_N.argsort()
     kept_N = result.keep_NK.sum(1).double()[order]
@@ -142,7 +142,7 @@ def kept_by_difficulty(result: Evaluation, path: Path) -> Path:
     caption = (
         "Test images in 20 groups from easy to hard. A policy that decides per image spends more where it is hard."
     )
-    return _save(figure, caption, path)
+    return save(figure, caption, path)
 
 
 def gallery(result: Evaluation, images: Images, classes: tuple[str, ...], path: Path, count: int = 8) -> Path:
@@ -150,7 +150,7 @@ def gallery(result: Evaluation, images: Images, classes: tuple[str, ...], path: 
     order = result.keep_NK.sum(1).argsort(stable=True)
     count = min(count, max(1, len(order) // 2))
     rows = {"fewest": order[:count], "most": order[len(order) - count :].flip(0)}
-    figure = _figure(1.35 * count + 0.4, 5.2)
+    figure = figure_of(1.35 * count + 0.4, 5.2)
     grid = figure.subplots(4, count, squeeze=False, height_ratios=[5, 1, 5, 1])
     for place, indices in zip((0, 2), rows.values(), strict=True):
         shown = next(iter(images.stream([(indices, 0)]))).images.permute(0, 2, 3, 1).cpu().numpy()
@@ -174,7 +174,7 @@ def gallery(result: Evaluation, images: Images, classes: tuple[str, ...], path: 
         "Test images that got the fewest blocks (above) and the most (below). Under each, its blocks from first to "
         "last: blue ran, grey was skipped. The title is the label; red where the prediction differs."
     )
-    return _save(figure, caption, path)
+    return save(figure, caption, path)
 
 
 def all_plots(
