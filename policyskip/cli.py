@@ -13,6 +13,7 @@ policyskip: decide for each image how much of a network to run.
   policyskip train agent=blockdrop    learn a policy over a frozen network; judge it on the test split
   policyskip pretrain                 train a network whose blocks can be skipped
   policyskip evaluate run=runs/x      repeat a run's figures from its folder
+  policyskip calibrate run=runs/x     other exit thresholds, for an accuracy or a budget
   policyskip front                    search the best fixed keep-sets of a network
 
 Arguments are key=value, as in `policyskip train reward.penalty=2 seed=1`. `policyskip train --help` shows the
@@ -20,55 +21,39 @@ groups, `policyskip train --cfg job` every key with its value, `--multirun seed=
 
 
 def train(config: Any) -> int:
-    """An agent learns in an environment over a frozen backbone, and is judged on the test split."""
-    import torch
-
-    from policyskip import report, training
+    """An agent learns in an environment over a backbone, and is judged on the test split."""
+    from policyskip import tasks, training
     from policyskip.config import Settings, find_device, plain, set_up, settings_of
-    from policyskip.evaluation import evaluate
     from policyskip.tracking import Tracker
 
     config, run, resume = _new_or_resumed(config)
     settings = settings_of(config, Settings)
     setup = set_up(plain(config), find_device(settings.device), trusted=run is None or settings.run.trust)
-    env = setup.env(setup.data.train, "shuffled", settings.seed)
-    everything = torch.ones(len(env.observation), env.backbone.num_blocks, dtype=torch.bool, device=env.device)
-    env.rewards(env.score(everything))  # a reward that fails is refused before there is a run folder
-    setup.agent(env)  # likewise, and before the front is searched
-    assert settings.front is not None
-    front = report.static_front(setup, settings.front)
-    agent = setup.agent(env, report.best_set(setup, front))
-    validation = setup.env(setup.data.validation)
-    names = dict(
-        agent=type(agent).__name__.lower(), env="BlockSelection-v0", backbone=setup.backbone.name, data=setup.data.name
-    )
-    print(
-        f"{names['agent']} learns on {names['data']} over {names['backbone']} ({env.costs.full / 1e6:.1f} M MACs)",
-        flush=True,
-    )
+    task = tasks.start(setup, settings)
+    print(task.greeting, flush=True)
     run = _begin(config, run, resume)
     tracker = Tracker(run, settings.tracking.mode, plain(config), settings.tracking.project, settings.tracking.group)
     try:
         finished = training.train(
-            agent,
-            env,
-            lambda: evaluate(agent, validation, full=False).figures(),
-            agent.policy.state_dict,
+            task.learner,
+            task.source,
+            task.validate,
+            task.deployable,
             run,
             tracker,
+            choose_by=task.choose_by,
             resume=resume,
             **settings.train.model_dump(),
         )
         _record_changes(config, run, resume)
         if not finished:
             return _stopped("train", run)
-        seconds = run.load_checkpoint()["seconds"]
-        summary = report.finish(setup, agent, front, run, tracker, names, seconds)
+        summary = task.finish(run, tracker, run.load_checkpoint()["seconds"])
     except KeyboardInterrupt:
         return _stopped("train", run)
     finally:
         tracker.close()
-    report.show_table(summary)
+    task.show(summary)
     print(f"Run folder: {run.folder}\nPictures:   {run.folder / 'plots'}\nW&B:        {tracker.where}")
     return 0
 
@@ -145,21 +130,17 @@ def pretrain(config: Any) -> int:
 
 def evaluate(config: Any) -> int:
     """A run's best policy, judged again from its folder."""
-    from policyskip import report
-    from policyskip.config import EvaluateSettings, find_device, plain, set_up, settings_of
-    from policyskip.errors import UserError
+    from policyskip import tasks
+    from policyskip.config import EvaluateSettings, settings_of
     from policyskip.runs import open_run
 
     asked = settings_of(config, EvaluateSettings)
     run = open_run(asked.run)
+    setup = _setup_of(run, asked.device, asked.trust)
     try:
-        setup = set_up(plain(_saved(run)), find_device(asked.device), asked.trust)
-        agent = setup.agent(setup.env(setup.data.validation))
+        figures = tasks.judge_again(setup, run, asked.split)
     except (KeyError, TypeError, AttributeError) as error:
-        raise UserError(f"{run.folder / 'config.yaml'} is damaged or not that of a train run: {error!r}") from error
-    report.load_best(agent, run)
-    result = report.judge(setup, agent, asked.split)
-    figures = result.figures() | report.static_figures(setup, result, report.load_front(run), asked.split)[0]
+        raise _damaged(run, error) from error
     summary = {f"{asked.split}/{key}": value for key, value in figures.items()}
     for key, value in summary.items():
         print(f"{key}: {value}")
@@ -174,12 +155,42 @@ def evaluate(config: Any) -> int:
     return 0
 
 
+def calibrate(config: Any) -> int:
+    """Other thresholds for a run that leaves early, for another target."""
+    from policyskip.config import CalibrateSettings, settings_of
+    from policyskip.runs import open_run
+    from policyskip.tasks import exits
+
+    asked = settings_of(config, CalibrateSettings)
+    run = open_run(asked.run)
+    setup = _setup_of(run, asked.device, asked.trust)
+    exits.show_table(exits.recalibrate(setup, run, asked.target))
+    print(f"Written to {run.folder / 'policy.json'}; curve and pictures are in {run.folder}")
+    return 0
+
+
+def _setup_of(run: Any, device: str, trust: bool) -> Any:
+    """What a run's own configuration names."""
+    from policyskip.config import find_device, plain, set_up
+
+    try:
+        return set_up(plain(_saved(run)), find_device(device), trust)
+    except (KeyError, TypeError, AttributeError) as error:
+        raise _damaged(run, error) from error
+
+
+def _damaged(run: Any, error: Exception) -> Exception:
+    from policyskip.errors import UserError
+
+    return UserError(f"{run.folder / 'config.yaml'} is damaged or not that of a train run: {error!r}")
+
+
 def front(config: Any) -> int:
     """The best fixed keep-set of every size, searched on validation images."""
     from pathlib import Path
 
     from policyskip.config import FrontSettings, find_device, plain, set_up, settings_of
-    from policyskip.report import static_front
+    from policyskip.tasks.blocks import static_front
 
     settings = settings_of(config, FrontSettings)
     setup = set_up(plain(config), find_device(settings.device))
@@ -193,7 +204,13 @@ def front(config: Any) -> int:
     return 0
 
 
-COMMANDS: dict[str, Callable[[Any], int]] = {"train": train, "pretrain": pretrain, "evaluate": evaluate, "front": front}
+COMMANDS: dict[str, Callable[[Any], int]] = {
+    "train": train,
+    "pretrain": pretrain,
+    "evaluate": evaluate,
+    "calibrate": calibrate,
+    "front": front,
+}
 EXIT_BAD_INPUT, EXIT_INTERRUPTED = 2, 130
 
 

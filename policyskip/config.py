@@ -28,7 +28,7 @@ from pydantic import (
 )
 
 from policyskip.agents.base import Agent
-from policyskip.backbones import Backbone
+from policyskip.backbones import Network
 from policyskip.data import Data, Images, Order
 from policyskip.envs.block_selection import BlockSelectionVectorEnv
 from policyskip.errors import UserError
@@ -57,6 +57,11 @@ class FrontSection(_Section):
     learner_steps: NonNegativeInt
 
 
+class TargetSection(_Section):
+    accuracy_drop: float | None
+    macs_fraction: float | None
+
+
 class TrackingSection(_Section):
     mode: Literal["auto", "online", "offline", "none"]
     project: str
@@ -72,6 +77,16 @@ class Settings(_Section):
     run: RunSection
     tracking: TrackingSection
     front: FrontSection | None = None
+    target: TargetSection | None = None
+
+
+class CalibrateSettings(_Section):
+    """Those of ``calibrate``."""
+
+    run: str
+    device: str
+    trust: bool
+    target: TargetSection
 
 
 class FrontSettings(_Section):
@@ -288,7 +303,7 @@ class Setup:
     config: dict[str, Any]
     device: torch.device
     data: Data
-    backbone: Backbone
+    backbone: Any  # a Backbone, or an ExitNetwork where images leave early
     reward: Reward | None
     batch_size: int
     trusted: bool = True
@@ -346,9 +361,9 @@ def build_data(node: dict[str, Any], device: torch.device, trusted: bool = True)
 
 def build_backbone(
     node: dict[str, Any], data: Data, device: torch.device, trusted: bool = True, **given: Any
-) -> Backbone:
+) -> Network:
     """The backbone for a data set's classes and images, on the device, in the memory format that convolutions like
     best."""
     given |= dict(num_classes=len(data.classes), image_shape=data.image_shape)
-    backbone: Backbone = build("backbone", node, trusted, **given)
+    backbone: Network = build("backbone", node, trusted, **given)
     return backbone.to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]

@@ -15,9 +15,23 @@ from torch import Tensor
 
 from policyskip.agents.base import Policy
 from policyskip.agents.blockdrop import ConstantPolicy, PolicyNetwork
-from policyskip.backbones import Backbone, Costs, cifar_resnet, count_costs, sparse, torchvision_resnet
+from policyskip.agents.early_exit import ThresholdPolicy
+from policyskip.backbones import (
+    Backbone,
+    Costs,
+    ExitCosts,
+    ExitNetwork,
+    cifar_resnet,
+    count_costs,
+    count_exit_costs,
+    load_exits,
+    run_until,
+    sparse,
+    torchvision_resnet,
+)
 from policyskip.errors import UserError
-from policyskip.runs import open_run
+from policyskip.exits.rules import check_thresholds
+from policyskip.runs import Run, open_run
 
 POLICIES: dict[str, type[Policy]] = {"PolicyNetwork": PolicyNetwork, "ConstantPolicy": ConstantPolicy}
 BACKBONES = {
@@ -72,16 +86,121 @@ class Predictor:
         Raises:
             UserError: another shape or dtype.
         """
-        images = torch.as_tensor(images)
-        if images.dim() != 4 or tuple(images.shape[1:]) != self.image_shape or images.dtype != torch.uint8:
-            found = f"{str(images.dtype).removeprefix('torch.')} {tuple(images.shape)}"
-            raise UserError(f"images must be uint8 of shape (B, {', '.join(map(str, self.image_shape))}), got {found}")
+        images = _checked(images, self.image_shape)
         keep, logits = [], []
         for part in images.to(self.backbone.mean.device).split(batch_size):
             keep.append(self.policy.decide(part))
             logits.append(sparse(self.backbone, part, keep[-1]))
         keep_BK, logits_BC = torch.cat(keep), torch.cat(logits)
         return Prediction(logits_BC.argmax(1), logits_BC, keep_BK, self.costs.of(keep_BK) + self.policy_macs)
+
+
+@dataclass(frozen=True)
+class ExitPrediction:
+    """For B images: ``label_B`` int64, ``logits_BC`` float, ``exit_B`` int64 (where each left, from 0), ``macs_B``
+    float64 (every head on the way included)."""
+
+    label_B: Tensor
+    logits_BC: Tensor
+    exit_B: Tensor
+    macs_B: Tensor
+
+
+class ExitPredictor:
+    """A network that really stops: images that left are computed no further.
+
+    Attributes:
+        network, policy: what is executed, and what decides.
+        search: how the thresholds were searched.
+        classes: their names.
+        image_shape: (3, H, W) that it was trained on.
+    """
+
+    def __init__(
+        self,
+        policy: ThresholdPolicy,
+        search: str,
+        network: ExitNetwork,
+        classes: list[str],
+        image_shape: tuple[int, int, int],
+    ) -> None:
+        self.policy, self.search, self.network = policy.eval(), search, network.freeze()
+        self.classes, self.image_shape = classes, image_shape
+        self.costs: ExitCosts = count_exit_costs(network, image_shape)
+
+    @torch.no_grad()
+    def predict(self, images: Tensor | np.ndarray, batch_size: int = 256) -> ExitPrediction:
+        """Classify each image at the exit where it is sure enough.
+
+        Args:
+            images: uint8 (B, 3, H, W), any B, 0 too.
+            batch_size: images that are worked on at a time.
+
+        Raises:
+            UserError: another shape or dtype.
+        """
+        images = _checked(images, self.image_shape)
+        parts = [
+            run_until(self.network, part, self.policy.leave)
+            for part in images.to(self.network.mean.device).split(batch_size)
+        ]
+        logits_BC, exit_B = (torch.cat(column) for column in zip(*parts, strict=True))
+        return ExitPrediction(logits_BC.argmax(1), logits_BC, exit_B, self.costs.of(exit_B))
+
+
+def describe_exits(
+    policy: ThresholdPolicy,
+    search: str,
+    network: ExitNetwork,
+    classes: tuple[str, ...],
+    image_shape: tuple[int, ...],
+) -> dict[str, Any]:
+    """The content of ``policy.json`` where images leave early; the network travels along as ``network.safetensors``."""
+    return {
+        "version": VERSION,
+        "exits": {
+            "rule": policy.rule.name,
+            "search": search,
+            "thresholds": [repr(t) for t in policy.threshold_E.tolist()],  # JSON has no infinity
+        },
+        "network": {"hash": network.content_hash()},
+        "classes": list(classes),
+        "image_shape": list(image_shape),
+    }
+
+
+def load_exits_run(folder: Run, device: str | torch.device = "cpu") -> ExitPredictor:
+    """What a run that leaves early has learned.
+
+    Raises:
+        UserError: a damaged file, or weights other than those that the thresholds were chosen for.
+    """
+    content = folder.load_json("policy.json")
+    try:
+        rule, search = str(content["exits"]["rule"]), str(content["exits"]["search"])
+        thresholds = [float(t) for t in content["exits"]["thresholds"]]
+        classes, image_shape = [str(name) for name in content["classes"]], tuple(content["image_shape"])
+        expected = content["network"]["hash"]
+        if content["version"] != VERSION:
+            raise ValueError(f"version {content['version']}, not {VERSION}")
+    except (KeyError, TypeError, ValueError) as error:
+        raise UserError(f"{folder.folder / 'policy.json'} is damaged or of another version: {error}") from error
+    network = load_exits(str(folder.folder / "network.safetensors"))
+    check_thresholds(thresholds, network.num_exits)
+    if network.content_hash() != expected:
+        raise UserError(
+            f"the thresholds of {folder.folder} were chosen for another network than its network.safetensors"
+        )
+    network = network.to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
+    return ExitPredictor(ThresholdPolicy(rule, thresholds).to(device), search, network, classes, image_shape)
+
+
+def _checked(images: Tensor | np.ndarray, image_shape: tuple[int, int, int]) -> Tensor:
+    images = torch.as_tensor(images)
+    if images.dim() != 4 or tuple(images.shape[1:]) != image_shape or images.dtype != torch.uint8:
+        found = f"{str(images.dtype).removeprefix('torch.')} {tuple(images.shape)}"
+        raise UserError(f"images must be uint8 of shape (B, {', '.join(map(str, image_shape))}), got {found}")
+    return images
 
 
 def describe(
@@ -105,8 +224,8 @@ def describe(
     }
 
 
-def load(run: str | Path, backbone: str | None = None, device: str = "cpu") -> Predictor:
-    """Load what a run learned. Nothing in the folder is executed.
+def load(run: str | Path, backbone: str | None = None, device: str = "cpu") -> Predictor | ExitPredictor:
+    """Load what a run learned: a :class:`Predictor`, or an :class:`ExitPredictor`. Nothing in the folder is executed.
 
     Args:
         run: the run folder.
@@ -117,6 +236,8 @@ def load(run: str | Path, backbone: str | None = None, device: str = "cpu") -> P
     """
     folder = open_run(str(run))
     content = folder.load_json("policy.json")
+    if "exits" in content:
+        return load_exits_run(folder, device)
     try:
         policy = POLICIES[content["policy"]["name"]](**content["policy"]["arguments"])
         policy_macs, image_shape = float(content["policy"]["macs"]), tuple(content["image_shape"])

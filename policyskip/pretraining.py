@@ -11,11 +11,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from policyskip.agents.blockdrop import one_cycle
 from policyskip.backbones import sparse
 from policyskip.backbones.resnet import CifarResNet
 from policyskip.data import Feed, Images, sequential
 from policyskip.errors import UserError
+from policyskip.schedules import one_cycle
 
 
 class Pretrainer:

@@ -22,7 +22,7 @@ from policyskip import cli
 from policyskip.backbones import ExitCosts
 from policyskip.backbones.resnet import CifarResNet
 from policyskip.data import TensorImages
-from policyskip.exit_cache import CachedExits
+from policyskip.exits.cache import CachedExits
 
 torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "2")))
 

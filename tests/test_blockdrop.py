@@ -15,11 +15,11 @@ from policyskip.agents.blockdrop import (
     bernoulli_entropy,
     bounded,
     log_probability,
-    one_cycle,
     reinforce_loss,
 )
 from policyskip.envs.block_selection import BlockSelectionVectorEnv
 from policyskip.errors import UserError
+from policyskip.schedules import one_cycle
 from tests.conftest import small_backbone, small_images
 
 ALPHA = 0.8

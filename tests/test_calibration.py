@@ -7,9 +7,11 @@ import math
 import pytest
 import torch
 
-from policyskip import calibration
 from policyskip.backbones import ExitCosts
-from policyskip.calibration import (
+from policyskip.errors import UserError
+from policyskip.exits import calibration
+from policyskip.exits.cache import CachedExits
+from policyskip.exits.calibration import (
     BRANCHYNET_NATS,
     Curve,
     calibrate,
@@ -21,9 +23,7 @@ from policyskip.calibration import (
     pareto,
     quota_curve,
 )
-from policyskip.errors import UserError
-from policyskip.exit_cache import CachedExits
-from policyskip.thresholds import CONFIDENCE, ENTROPY, RULES, exit_of, exit_shares, q_for_budget, rule_named
+from policyskip.exits.rules import CONFIDENCE, ENTROPY, RULES, exit_of, exit_shares, q_for_budget, rule_named
 from tests.conftest import small_cache
 
 SEARCHES = [("confidence", "quota"), ("entropy", "quota"), ("confidence", "grid"), ("entropy", "grid")]

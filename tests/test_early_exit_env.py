@@ -19,7 +19,7 @@ from policyskip.data import crop_and_flip
 from policyskip.envs.early_exit import EarlyExitEnv, EarlyExitVectorEnv
 from policyskip.envs.exit_sources import observe, read
 from policyskip.errors import UserError
-from policyskip.exit_cache import CachedExits, cache_exits
+from policyskip.exits.cache import CachedExits, cache_exits
 from policyskip.rewards import Linear, Macs, Utilization
 from tests.conftest import small_backbone, small_images
 

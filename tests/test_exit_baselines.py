@@ -10,7 +10,7 @@ import torch
 
 from policyskip.backbones import ExitCosts
 from policyskip.errors import UserError
-from policyskip.exit_baselines import (
+from policyskip.exits.baselines import (
     accuracy_by_exit,
     exit_histogram,
     label_oracle,
@@ -19,7 +19,7 @@ from policyskip.exit_baselines import (
     random_exits,
     static_exits,
 )
-from policyskip.exit_cache import CachedExits
+from policyskip.exits.cache import CachedExits
 from tests.conftest import small_cache
 
 M, N = 4, 3

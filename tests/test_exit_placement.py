@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from policyskip.errors import UserError
-from policyskip.exit_placement import Stage, admit, propose_exits, stage_gain
+from policyskip.exits.placement import Stage, admit, propose_exits, stage_gain
 
 
 def test_the_gain_of_a_stage_by_hand():

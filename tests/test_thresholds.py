@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from policyskip.errors import UserError
-from policyskip.thresholds import (
+from policyskip.exits.rules import (
     CONFIDENCE,
     ENTROPY,
     RULES,

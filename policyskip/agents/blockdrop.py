@@ -23,6 +23,7 @@ from policyskip.backbones.costs import count_macs
 from policyskip.backbones.resnet import basic_block
 from policyskip.envs.block_selection import BlockSelectionVectorEnv
 from policyskip.errors import UserError
+from policyskip.schedules import one_cycle
 
 
 def bounded(probability: Tensor, alpha: float) -> Tensor:
@@ -310,10 +311,3 @@ class BlockDrop(Agent):
         self.schedule.load_state_dict(state["schedule"])
         self.generator.set_state(state["generator"])
         self.step = state["step"]
-
-
-def one_cycle(progress: float, warmup: float = 0.1) -> float:
-    """Share of the highest learning rate: up linearly over ``warmup``, then down to 0 along a cosine (Smith 2018)."""
-    if progress < warmup:
-        return max(progress, 0.01) / warmup
-    return 0.5 * (1 + math.cos(math.pi * min(1.0, (progress - warmup) / (1 - warmup))))

@@ -51,7 +51,7 @@ class BranchyNet(EarlyExitAgent):
         weights = torch.linspace(1.0, 0.3, N).tolist() if exit_weights is None else list(exit_weights)
         if len(weights) != N or min(weights) < 0 or max(weights) == 0:
             raise UserError(
-                f"agent.exit_weights must give each of the {N} exits a weight, none negative and not all 0, got {weights}"
+                f"agent.exit_weights must give each of the {N} exits a weight, not negative, not all 0; got {weights}"
             )
         self.trunk_steps = round(trunk_share * total_steps)
         self.weight_N = torch.tensor(weights)

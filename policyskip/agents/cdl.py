@@ -16,8 +16,8 @@ from policyskip.agents.early_exit import EarlyExitAgent, OptimizerName, Schedule
 from policyskip.backbones.exits import ExitNetwork
 from policyskip.backbones.resnet_exits import ResNetExits
 from policyskip.errors import UserError
-from policyskip.exit_cache import CachedExits
-from policyskip.exit_placement import Stage, admit
+from policyskip.exits.cache import CachedExits
+from policyskip.exits.placement import Stage, admit
 
 
 class CDL(EarlyExitAgent):
@@ -79,6 +79,6 @@ class CDL(EarlyExitAgent):
 
     def rule_at(self, validation: CachedExits) -> Tensor:
         """Whether each early exit, asked about each image, would let it leave at ``delta``: bool (M, E)."""
-        from policyskip.thresholds import rule_named
+        from policyskip.exits.rules import rule_named
 
         return rule_named("delta").leaves(validation.probability_MNC[:, :-1], self.delta)

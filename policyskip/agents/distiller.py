@@ -1,8 +1,8 @@
 """Distiller's early exit: each early exit takes a share of the loss, the last one the rest.
 
-Zmora et al., "Neural Network Distiller", 2019 (arXiv 1910.12232); its early exit follows Panda et al. 2016. Its published
-criterion compares the cross-entropy *with the label* to a threshold, which no deployed system can: here that is
-``exit_baselines.label_oracle`` and is reported as an oracle; images really leave by entropy or confidence.
+Zmora et al., "Neural Network Distiller", 2019 (arXiv 1910.12232). Its published criterion compares the cross-entropy
+*with the label* to a threshold, which no deployed system can: here that is ``exits.baselines.label_oracle`` and is
+reported as an oracle; images really leave by entropy or confidence.
 
 Shapes: N exits, E early exits (N - 1).
 """

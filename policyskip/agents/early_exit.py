@@ -1,7 +1,7 @@
 """What the agents that leave early share: a joint loss over exits, and a threshold at each exit.
 
 They learn by supervision from a feed of labelled images; when to leave is chosen afterwards, on the
-cached outputs of validation images (``calibration.py``), and can be chosen anew without learning.
+cached outputs of validation images (``exits/calibration.py``), and can be chosen anew without learning.
 
 Shapes: B images, N exits, E early exits (N - 1), C classes.
 """
@@ -17,13 +17,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from policyskip.backbones.exits import ExitNetwork
-from policyskip.calibration import Curve, curve_of
 from policyskip.data import Feed
 from policyskip.envs.exit_sources import read
 from policyskip.errors import UserError
-from policyskip.exit_cache import CachedExits
+from policyskip.exits.cache import CachedExits
+from policyskip.exits.calibration import Curve, curve_of
+from policyskip.exits.rules import check_thresholds, rule_named
 from policyskip.schedules import SCHEDULES
-from policyskip.thresholds import check_thresholds, rule_named
 
 OptimizerName = Literal["sgd", "adam"]
 ScheduleName = Literal["onecycle", "steps", "constant"]
@@ -49,7 +49,7 @@ class ThresholdPolicy(nn.Module):
     """Leave at the first exit where the rule is met; whoever comes to the last exit leaves there.
 
     Args:
-        rule: confidence, entropy or delta (see ``thresholds.py``).
+        rule: confidence, entropy or delta (see ``exits/rules.py``).
         thresholds: one for each exit but the last.
     """
 
@@ -83,7 +83,7 @@ class EarlyExitAgent(ABC):
         optimizer: "sgd" (Nesterov momentum 0.9) or "adam".
         weight_decay: of the optimizer.
         schedule: "onecycle", "steps" (divided by 10 at half and at three quarters, as MSDNet is trained) or "constant".
-        rule, search: how images leave and how its thresholds are searched; see ``calibration.py``.
+        rule, search: how images leave and how its thresholds are searched; see ``exits/calibration.py``.
 
     Attributes:
         policy: None until thresholds have been chosen.

@@ -8,6 +8,7 @@ Shapes: B images, N exits, C classes, K blocks, H W pixels.
 
 from __future__ import annotations
 
+import copy
 import re
 from collections.abc import Callable, Sequence
 from itertools import pairwise
@@ -124,6 +125,18 @@ class ResNetExits(ExitNetwork):
                 heads=kinds,
                 image_shape=list(image_shape),
             )
+
+    def only(self, kept: Sequence[int]) -> ResNetExits:
+        """This network with some of its early exits (places from 0, ascending) and its own head; all weights shared."""
+        fewer = copy.copy(self)
+        fewer._modules = dict(self._modules)
+        fewer.exits = tuple(self.exits[n] for n in kept)
+        fewer.exit_heads = nn.ModuleList(self.exit_heads[n] for n in kept)
+        fewer.num_exits = len(kept) + 1
+        if self.architecture:
+            kinds = [self.architecture["heads"][n] for n in kept]
+            fewer.architecture = {**self.architecture, "exits": list(fewer.exits), "heads": kinds}
+        return fewer
 
     def begin(self, images: Tensor) -> State:
         return {"x": self.backbone.features(images)}

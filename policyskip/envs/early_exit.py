@@ -19,7 +19,7 @@ from torch import Tensor
 from policyskip.backbones import ExitNetwork, load_exits
 from policyskip.data import Feed, Images, Order, load_data
 from policyskip.envs.exit_sources import Live, Places, Queue, Replay, Source
-from policyskip.exit_cache import CachedExits, cache_exits
+from policyskip.exits.cache import CachedExits, cache_exits
 from policyskip.rewards import Macs, Outcome, Reward, reward_of
 
 

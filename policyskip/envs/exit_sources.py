@@ -15,8 +15,8 @@ from torch import Tensor
 
 from policyskip.backbones.exits import ExitCosts, ExitNetwork, State, count_exit_costs, rows_of
 from policyskip.data import Batch, Feed
-from policyskip.exit_cache import CachedExits
-from policyskip.thresholds import entropy, top_two
+from policyskip.exits.cache import CachedExits
+from policyskip.exits.rules import entropy, top_two
 
 
 class Seen(NamedTuple):
@@ -178,6 +178,9 @@ class Places:
         for index_B, _ in orders:
             on_device = index_B.to(self.label_N.device)
             yield Batch(on_device, self.label_N.index_select(0, on_device), index_B)
+
+    def plain(self) -> Places:
+        return self
 
     def fingerprint(self) -> str:
         raise NotImplementedError("a cache does not know which images it was made from")

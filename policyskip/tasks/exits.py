@@ -5,35 +5,34 @@ Shapes: M images of a set, N exits, E early exits (N - 1), P points on a curve.
 
 from __future__ import annotations
 
+import sys
 from dataclasses import asdict
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from policyskip import exit_plots
 from policyskip.agents.cdl import CDL
 from policyskip.agents.early_exit import EarlyExitAgent, ThresholdPolicy
 from policyskip.backbones import checkpoints
 from policyskip.backbones.exits import ExitNetwork, costly_exits
-from policyskip.calibration import Curve, Point, choose
 from policyskip.config import Setup, TargetSection, build, group_of
 from policyskip.data import Feed, Images
-from policyskip.deployment import describe_exits
+from policyskip.deployment import describe_exits, load_exits_run
 from policyskip.errors import UserError
-from policyskip.exit_baselines import (
+from policyskip.exits import plots as exit_plots
+from policyskip.exits.baselines import (
     accuracy_by_exit,
     exit_histogram,
-    label_oracle,
     oracle_exit,
     random_exits,
     static_exits,
 )
-from policyskip.exit_cache import CachedExits, cache_exits
+from policyskip.exits.cache import CachedExits, cache_exits
+from policyskip.exits.calibration import Curve, Point, choose, curve_of
+from policyskip.exits.rules import exit_of
 from policyskip.runs import Run
-from policyskip.thresholds import exit_of
-from policyskip.tracking import Examples, Tracker
+from policyskip.tracking import Tracker
 
 
 class ExitTask:
@@ -44,7 +43,9 @@ class ExitTask:
     def __init__(self, setup: Setup, target: TargetSection) -> None:
         network = setup.backbone
         if not isinstance(network, ExitNetwork):
-            raise UserError(f"{network.name} has no exits; say backbone=resnet32_exits, or agent=blockdrop to skip blocks")
+            raise UserError(
+                f"{network.name} has no exits; say backbone=resnet32_exits, or agent=blockdrop to skip blocks"
+            )
         if (target.accuracy_drop is None) == (target.macs_fraction is None):
             raise UserError("say one target: target.accuracy_drop=… or target.macs_fraction=… (the other null)")
         self.setup, self.target, self.network = setup, target, network
@@ -97,7 +98,12 @@ class ExitTask:
         checkpoints.save(network, run.folder / "network.safetensors")
         steps = self.setup.config["train"]["steps"]
         head = {**self.names, "seed": self.setup.config["seed"], "steps": steps, "seconds": round(seconds, 1)}
-        return settle(self.setup, network, self.learner, self.target, run, tracker, head)
+        curve = self.learner.curve(cache_exits(network, self.setup.data.validation.plain()))
+        return settle(self.setup, network, curve, self.learner.search, self.target, run, tracker, head)
+
+    def show(self, summary: dict[str, Any]) -> None:
+        """Print the table."""
+        show_table(summary)
 
     def _admitted(self) -> ExitNetwork:
         """The network to deploy: for CDL, with the heads that save operations and no others."""
@@ -117,7 +123,8 @@ class ExitTask:
 def settle(
     setup: Setup,
     network: ExitNetwork,
-    learner: EarlyExitAgent,
+    curve: Curve,
+    search: str,
     target: TargetSection,
     run: Run,
     tracker: Tracker,
@@ -125,16 +132,16 @@ def settle(
 ) -> dict[str, Any]:
     """Thresholds for a target, chosen on validation; their figures on test; policy, summary and pictures."""
     data = setup.data
-    validation = cache_exits(network, data.validation.plain())
-    curve = learner.curve(validation)
     point = choose(curve, target.accuracy_drop, target.macs_fraction)
     policy = ThresholdPolicy(point.rule, point.thresholds)
     test = cache_exits(network, data.test.plain())
     figures = judge(policy, test)
     anytime, budgeted = curves(test, policy, curve)
     summary = {**head, **chosen(target, point), **{f"test/{key}": value for key, value in figures.items()}}
-    run.save_json("policy.json", describe_exits(policy, network, data.classes, data.image_shape))
-    run.save_json("curve.json", {"rule": curve.rule, "validation": [asdict(curve[i]) for i in range(len(curve))], "test": budgeted})
+    run.save_json("policy.json", describe_exits(policy, search, network, data.classes, data.image_shape))
+    front = curve.front()
+    points = [asdict(front[i]) for i in range(len(front))]
+    run.save_json("curve.json", {"validation": points, "test": [{"macs": m, "accuracy": a} for m, a in budgeted]})
     run.save_json("summary.json", summary)
     exit_M = exit_of(policy.rule, test.probability_MNC, policy.threshold_E)
     pictures = exit_plots.all_plots(
@@ -178,7 +185,9 @@ def judge(policy: ThresholdPolicy, cache: CachedExits) -> dict[str, Any]:
         "unique_decisions": int((share_N > 0).sum()),
         "exits": N,
         "exit_share": share_N.tolist(),
-        "exit_accuracy": [None if value != value else value for value in accuracy_by_exit(exit_M, correct_M, N).tolist()],
+        "exit_accuracy": [
+            None if value != value else value for value in accuracy_by_exit(exit_M, correct_M, N).tolist()
+        ],
         "exit_macs": cache.macs_N.tolist(),
         "static_accuracy": static_accuracy_N.tolist(),
         "static_macs": static_macs_N.tolist(),
@@ -204,3 +213,57 @@ def curves(test: CachedExits, policy: ThresholdPolicy, curve: Curve) -> tuple[li
         [[macs, accuracy] for macs, accuracy in zip(macs_N.tolist(), accuracy_N.tolist())],
         [[macs, accuracy] for macs, accuracy in zip(macs_P.tolist(), accuracy_P.tolist())],
     )
+
+
+def again(setup: Setup, run: Run, split: str) -> dict[str, Any]:
+    """A finished run's figures on a split, from its folder."""
+    predictor = load_exits_run(run)
+    network = predictor.network.to(setup.device)
+    return judge(predictor.policy.to(setup.device), cache_exits(network, setup.data.split(split).plain()))
+
+
+def recalibrate(setup: Setup, run: Run, target: TargetSection) -> dict[str, Any]:
+    """Other thresholds for a finished run: chosen on validation, reported once on test, written into its policy."""
+    if (target.accuracy_drop is None) == (target.macs_fraction is None):
+        raise UserError("say one target: target.accuracy_drop=… or target.macs_fraction=…")
+    predictor = load_exits_run(run, setup.device)
+    before = run.load_json("summary.json")
+    names = ("agent", "env", "backbone", "data", "seed", "steps", "seconds")
+    head: dict[str, Any] = {name: before[name] for name in names if name in before}
+    validation = cache_exits(predictor.network, setup.data.validation.plain())
+    curve = curve_of(validation, predictor.policy.rule.name, predictor.search)
+    return settle(setup, predictor.network, curve, predictor.search, target, run, Tracker(run, "none", {}), head)
+
+
+def show_table(summary: dict[str, Any]) -> None:
+    """Print the policy beside its own last exit, the static exits, random exits at its rates, and the oracle."""
+    from rich.console import Console
+    from rich.table import Table
+
+    def get(name: str) -> Any:
+        return summary[f"test/{name}"]
+
+    table = Table(title=f"{summary['agent']} on {summary['data']}, test split, seed {summary['seed']}")
+    for column in ("", "accuracy", "MACs (millions)", "of full"):
+        table.add_column(column, justify="left" if not column else "right")
+
+    def row(name: str, accuracy: float, macs: float, spread: str = "") -> None:
+        table.add_row(name, f"{100 * accuracy:.2f} %", f"{macs / 1e6:.2f}{spread}", f"{macs / get('full_macs'):.3f}")
+
+    row("each image its own exit, heads included", get("accuracy"), get("macs_mean"), f" ± {get('macs_sd') / 1e6:.2f}")
+    row("all to the last exit, heads included", get("full_accuracy"), get("full_macs"))
+    for n, (accuracy, macs) in enumerate(zip(get("static_accuracy"), get("static_macs"), strict=True)):
+        row(f"all straight to exit {n + 1}", accuracy, macs)
+    row("random exits at the same rates", get("random_accuracy"), get("random_macs"))
+    row("oracle: the first exit that is right", get("oracle_accuracy"), get("oracle_macs"))
+    console = Console(width=None if sys.stdout.isatty() else 110)
+    console.print(table)
+    leaving = ", ".join(f"{100 * share:.1f} %" for share in get("exit_share"))
+    console.print(f"Images that left at each exit: {leaving}.")
+    asked = summary["target/macs_fraction"]
+    if asked is not None:
+        console.print(f"Budget asked for {asked:.3f} of the full cost, used on test {get('macs_fraction'):.3f}.")
+    else:
+        lost = 100 * (get("full_accuracy") - get("accuracy"))
+        drop = 100 * summary["target/accuracy_drop"]
+        console.print(f"Accuracy that may be lost: {drop:.2f} points on validation; lost on test: {lost:.2f}.")

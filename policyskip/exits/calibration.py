@@ -21,8 +21,8 @@ import torch
 from torch import Tensor
 
 from policyskip.errors import UserError
-from policyskip.exit_cache import CachedExits
-from policyskip.thresholds import (
+from policyskip.exits.cache import CachedExits
+from policyskip.exits.rules import (
     Measured,
     Rule,
     exit_shares,

@@ -13,8 +13,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from policyskip.exit_cache import CachedExits
-from policyskip.thresholds import check_thresholds, first_exit
+from policyskip.exits.cache import CachedExits
+from policyskip.exits.rules import check_thresholds, first_exit
 
 
 def static_exits(cache: CachedExits) -> tuple[Tensor, Tensor]:

@@ -1,4 +1,4 @@
-"""What a finished run says: its test figures beside the full network and the static front, its table, its pictures.
+"""Skipping blocks: an agent learns which blocks run; beside it stand the full network and the static front.
 
 Shapes: N images, K blocks.
 """
@@ -17,6 +17,7 @@ from torch import Tensor
 from policyskip import plots
 from policyskip.agents.base import Agent
 from policyskip.agents.static import Keep, SetScorer, StaticFront, find_front, known_front
+from policyskip.backbones import Backbone
 from policyskip.config import FrontSection, Setup
 from policyskip.deployment import describe
 from policyskip.errors import UserError
@@ -104,6 +105,76 @@ def static_figures(
     return figures, [(macs, c.mean().item()) for macs, c in zip(front.macs, correct, strict=True)]
 
 
+class BlockTask:
+    """An agent that decides which blocks run, judged beside the full network and the static front."""
+
+    choose_by = "reward"
+
+    def __init__(self, setup: Setup, wanted: FrontSection) -> None:
+        if not isinstance(setup.backbone, Backbone):
+            raise UserError(f"{setup.backbone.name} has exits, not blocks to skip; say backbone=resnet32_digits")
+        self.setup = setup
+        self.source = env = setup.env(setup.data.train, "shuffled", setup.config["seed"])
+        everything = torch.ones(len(env.observation), env.backbone.num_blocks, dtype=torch.bool, device=env.device)
+        env.rewards(env.score(everything))  # a reward that fails is refused before there is a run folder
+        setup.agent(env)  # likewise, and before the front is searched
+        self.front = static_front(setup, wanted)
+        self.learner: Agent = setup.agent(env, best_set(setup, self.front))
+        self.validation = setup.env(setup.data.validation)
+        self.names = dict(
+            agent=type(self.learner).__name__.lower(),
+            env="BlockSelection-v0",
+            backbone=setup.backbone.name,
+            data=setup.data.name,
+        )
+        self.greeting = (
+            f"{self.names['agent']} learns on {setup.data.name} over {setup.backbone.name} "
+            f"({env.costs.full / 1e6:.1f} M MACs)"
+        )
+
+    def validate(self) -> dict[str, Any]:
+        """Figures of the greedy decisions on validation images."""
+        return evaluate(self.learner, self.validation, full=False).figures()
+
+    def deployable(self) -> dict[str, Tensor]:
+        return self.learner.policy.state_dict()
+
+    def finish(self, run: Run, tracker: Tracker, seconds: float) -> dict[str, Any]:
+        """Judge the best weights once on test; write summary, deployable files and pictures; close the tracker."""
+        setup, agent = self.setup, self.learner
+        load_best(agent, run)
+        result = judge(setup, agent)
+        static, curve = static_figures(setup, result, self.front)
+        figures = {f"test/{key}": value for key, value in {**result.figures(), **static}.items()}
+        steps, seed = setup.config["train"]["steps"], setup.config["seed"]
+        summary = {**self.names, "seed": seed, "steps": steps, "seconds": round(seconds, 1), **figures}
+        self.front.save(run.folder / "front.json")
+        run.save_json("summary.json", summary)
+        data, backbone = setup.data, setup.backbone
+        policy = describe(
+            agent.policy, backbone, setup.config["backbone"], data.classes, data.image_shape, agent.decision_macs
+        )
+        run.save_json("policy.json", policy)
+        pictures = plots.all_plots(
+            run.folder / "plots", run.metrics(), result, data.test, data.classes, backbone.stages, curve
+        )
+        files = [run.folder / name for name in ("best.safetensors", "policy.json", "summary.json", "config.yaml")]
+        tracker.finish(summary, pictures, files, _examples(setup, result))
+        return summary
+
+    def show(self, summary: dict[str, Any]) -> None:
+        """Print the table."""
+        show_table(summary)
+
+
+def again(setup: Setup, run: Run, split: str) -> dict[str, Any]:
+    """A finished run's figures on a split, from its folder."""
+    agent = setup.agent(setup.env(setup.data.validation))
+    load_best(agent, run)
+    result = judge(setup, agent, split)
+    return result.figures() | static_figures(setup, result, load_front(run), split)[0]
+
+
 def load_front(run: Run) -> StaticFront:
     """The static front that the run was judged beside."""
     path = run.folder / "front.json"
@@ -121,31 +192,6 @@ def load_best(agent: Agent, run: Run) -> None:
         agent.policy.load_state_dict(run.load_best())
     except RuntimeError as error:
         raise UserError(f"{run.folder / 'best.safetensors'} does not fit the run's config.yaml") from error
-
-
-def finish(
-    setup: Setup, agent: Agent, front: StaticFront, run: Run, tracker: Tracker, names: dict[str, str], seconds: float
-) -> dict[str, Any]:
-    """Judge the best weights once on test; write summary, deployable files and pictures; close the tracker."""
-    load_best(agent, run)
-    result = judge(setup, agent)
-    static, curve = static_figures(setup, result, front)
-    figures = {f"test/{key}": value for key, value in {**result.figures(), **static}.items()}
-    steps = setup.config["train"]["steps"]
-    summary = {**names, "seed": setup.config["seed"], "steps": steps, "seconds": round(seconds, 1), **figures}
-    front.save(run.folder / "front.json")
-    run.save_json("summary.json", summary)
-    data, backbone = setup.data, setup.backbone
-    policy = describe(
-        agent.policy, backbone, setup.config["backbone"], data.classes, data.image_shape, agent.decision_macs
-    )
-    run.save_json("policy.json", policy)
-    pictures = plots.all_plots(
-        run.folder / "plots", run.metrics(), result, data.test, data.classes, backbone.stages, curve
-    )
-    files = [run.folder / name for name in ("best.safetensors", "policy.json", "summary.json", "config.yaml")]
-    tracker.finish(summary, pictures, files, _examples(setup, result))
-    return summary
 
 
 def _examples(setup: Setup, result: Evaluation, count: int = 24) -> Examples:

@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 
 from policyskip.data import Images
-from policyskip.exit_baselines import accuracy_by_exit, exit_histogram, oracle_curve
-from policyskip.exit_cache import CachedExits
+from policyskip.exits.baselines import accuracy_by_exit, exit_histogram, oracle_curve
+from policyskip.exits.cache import CachedExits
 from policyskip.plots import DROPPED, FULL, KEPT, STATIC, figure_of, save
 
 Pairs = list[list[float]]
@@ -46,7 +46,9 @@ def accuracy_against_macs(cache: CachedExits, exit_M: Tensor, anytime: Pairs, bu
     axes = figure.subplots()
     full = cache.costs.full
     oracle_P, oracle_macs_P = oracle_curve(cache)
-    axes.plot((oracle_macs_P / full).tolist(), oracle_P.tolist(), "--", color="#888888", label="oracle (sees the label)")
+    axes.plot(
+        (oracle_macs_P / full).tolist(), oracle_P.tolist(), "--", color="#888888", label="oracle (sees the label)"
+    )
     axes.plot(*_shares(budgeted, full), "-", color=KEPT, label="budgeted: each image its own exit")
     axes.plot(*_shares(anytime, full), "s-", color=STATIC, markersize=4, label="anytime: one exit for all images")
     accuracy, macs = cache.judge(exit_M.to(cache.label_M.device))
@@ -81,7 +83,9 @@ def exit_use(cache: CachedExits, exit_M: Tensor, path: Path) -> Path:
     labels = [f"exit {n + 1}\n{macs / 1e6:.2f} M" for n, macs in enumerate(cache.macs_N.tolist())]
     axes.set(xticks=range(N), xticklabels=labels, ylim=(0, 1.06), ylabel="share of test images")
     figure.legend(fontsize=8, loc="outside upper left", ncols=3)
-    return save(figure, "Where test images leave, and how sure that is; under each exit what leaving there costs.", path)
+    return save(
+        figure, "Where test images leave, and how often they are right; under each exit what leaving costs.", path
+    )
 
 
 def exit_by_difficulty(cache: CachedExits, exit_M: Tensor, difficulty_M: Tensor, path: Path) -> Path:
@@ -114,7 +118,9 @@ def gallery(
             axes.imshow(image)
             label, prediction = (classes[int(t[index])][:12] for t in (cache.label_M, prediction_M))
             right = label == prediction
-            axes.set_title(label if right else f"{label}\nnot {prediction}", fontsize=9, color=FULL if right else "#b3261e")
+            axes.set_title(
+                label if right else f"{label}\nnot {prediction}", fontsize=9, color=FULL if right else "#b3261e"
+            )
             axes.set_xlabel(f"exit {int(exit_M[index]) + 1}, {top_M[index]:.2f}", fontsize=8)
             axes.set(xticks=[], yticks=[])
     caption = (

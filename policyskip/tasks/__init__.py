@@ -1,0 +1,67 @@
+"""What a run of ``policyskip train`` consists of, for each environment: learner, images, judgement, report."""
+
+from __future__ import annotations
+
+from typing import Any, Protocol
+
+from torch import Tensor
+
+from policyskip.config import Settings, Setup, group_of
+from policyskip.errors import UserError
+from policyskip.runs import Run
+from policyskip.tasks import blocks, exits
+from policyskip.tracking import Tracker
+
+
+class Task(Protocol):
+    """Everything that can be refused is refused when a task is made, before there is a run folder.
+
+    Attributes:
+        learner, source: what learns, and from what (see ``training.train``).
+        choose_by: the validation figure by which the best weights are kept.
+        names: agent, env, backbone and data, for the summary.
+        greeting: what is said before training starts.
+    """
+
+    learner: Any
+    source: Any
+    choose_by: str
+    names: dict[str, str]
+    greeting: str
+
+    def validate(self) -> dict[str, Any]:
+        """Figures on the validation images."""
+        ...
+
+    def deployable(self) -> dict[str, Tensor]:
+        """The tensors of which the best are kept."""
+        ...
+
+    def finish(self, run: Run, tracker: Tracker, seconds: float) -> dict[str, Any]:
+        """Judge the best weights once on test, and write what is deployed, the summary and the pictures."""
+        ...
+
+    def show(self, summary: dict[str, Any]) -> None:
+        """Print the summary as a table."""
+        ...
+
+
+def leaves_early(config: dict[str, Any]) -> bool:
+    """Whether a configuration's environment is the one of exits; otherwise it is the one of blocks."""
+    return str(group_of(config, "env").get("_target_")).endswith(".EarlyExitVectorEnv")
+
+
+def start(setup: Setup, settings: Settings) -> Task:
+    """The task of a ``train`` configuration."""
+    if leaves_early(setup.config):
+        if settings.target is None:
+            raise UserError("the configuration has no target, and leaving early needs one")
+        return exits.ExitTask(setup, settings.target)
+    if settings.front is None:
+        raise UserError("the configuration has no front, and skipping blocks needs one")
+    return blocks.BlockTask(setup, settings.front)
+
+
+def judge_again(setup: Setup, run: Run, split: str) -> dict[str, Any]:
+    """A finished run's figures on a split, from its folder."""
+    return (exits if leaves_early(setup.config) else blocks).again(setup, run, split)
