@@ -38,6 +38,8 @@ class CDL(EarlyExitAgent):
 
     network: ResNetExits
 
+    name = "cdl"
+
     def __init__(
         self,
         network: ExitNetwork,

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 import torch.nn.functional as F
@@ -90,6 +90,7 @@ class EarlyExitAgent(ABC):
         decision_macs: 0; what the heads cost is in the network's exit costs.
     """
 
+    name: ClassVar[str]
     decision_macs = 0.0
 
     def __init__(

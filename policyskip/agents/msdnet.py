@@ -21,6 +21,8 @@ class MSDNetAgent(EarlyExitAgent):
     Arguments: see :class:`EarlyExitAgent`. The defaults are the paper's.
     """
 
+    name = "msdnet"
+
     def __init__(
         self,
         network: ExitNetwork,

@@ -57,9 +57,7 @@ class ExitTask:
             total_steps=setup.config["train"]["steps"],
         )
         self.source = Feed(setup.data.train, setup.batch_size, "shuffled", setup.config["seed"])
-        self.names = dict(
-            agent=type(self.learner).__name__.lower(), env="EarlyExit-v0", backbone=network.name, data=setup.data.name
-        )
+        self.names = dict(agent=self.learner.name, env="EarlyExit-v0", backbone=network.name, data=setup.data.name)
         self.costs = self.cached(setup.data.validation).costs
         macs = ", ".join(f"{macs / 1e6:.2f}" for macs in self.costs.cumulative_N.tolist())
         self.greeting = "\n".join(
