@@ -3,8 +3,8 @@
 The 1,797 8×8 digits that ship inside scikit-learn (Alpaydin & Kaynak, 1998) are rendered larger
 among pieces cut from other digits, after the cluttered task of Mnih et al. (2014, "Recurrent
 models of visual attention"). A difficulty in [0, 1] is drawn for each image: below ``PLAIN`` the
-digit stands alone, upright and centred; from there to 1 it shrinks, turns and wanders, while
-clutter and noise grow. Digits are divided among the splits before anything is rendered, so no
+digit stands alone, upright and centred; above, it shrinks, turns and wanders among clutter and noise,
+all of which jump to ``EASIEST_CLUTTER`` and grow from there. Digits are divided among the splits before anything is rendered, so no
 digit of a test image, be it target or clutter, appears in training.
 
 Shapes: N images, M source digits.
@@ -21,10 +21,12 @@ from torch import Tensor
 from policyskip.data.base import Data, TensorImages
 from policyskip.errors import UserError
 
-VERSION = 1
+VERSION = 2
 """Of the recipe below; whatever was measured on images belongs to one version."""
 PLAIN = 0.5
 """Share of the images that show a plain digit."""
+EASIEST_CLUTTER = 0.35
+"""How cluttered the others are at the least, on the scale from 0 (plain) to 1 (heaviest clutter)."""
 MAX_PIECES = 8
 SIZE = 20
 """Height and width of an image, in pixels."""
@@ -74,7 +76,9 @@ def _render(digits: Tensor, labels: Tensor, n: int, generator: torch.Generator) 
         return torch.rand(n, generator=generator) * (high - low) + low
 
     difficulty = uniform(0, 1)
-    hard = ((difficulty - PLAIN) / (1 - PLAIN)).clamp(0, 1)
+    hard = torch.where(
+        difficulty < PLAIN, 0.0, EASIEST_CLUTTER + (1 - EASIEST_CLUTTER) * (difficulty - PLAIN) / (1 - PLAIN)
+    )
     target = torch.randint(len(digits), (n,), generator=generator)
     size = uniform(15, 17) - hard * uniform(0, 6)
     canvas = _place(
