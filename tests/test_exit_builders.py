@@ -138,7 +138,6 @@ def test_shipped_weights_go_by_their_names(tmp_path, monkeypatch):
         ("exits", dict(exits=[1, 4]), r"holds a resnet14_exits of exits \[1, 3\], not of exits \[1, 4\]"),
         ("exits", dict(exits=[1, 5]), "block 5 is the last"),
         ("exits", dict(heads=["conv", "linear"]), r"heads \['conv', 'conv'\], not of heads \['conv', 'linear'\]"),
-        ("torchvision exits", dict(depth=34), "of depth 18, not of depth 34"),
     ],
 )
 def test_a_network_other_than_the_one_asked_for_is_refused(name, changed, message, tmp_path):

@@ -190,7 +190,8 @@ def test_widths_by_hand():
     finest = network.nodes["layer2_scale0"]
     assert finest.down is None and finest.normal[1][0].out_channels == 2
     assert network.nodes["layer3_scale2"].transition[0].weight.shape == (20, 40, 1, 1)
-    assert [m.weight.shape[0] for m in network.heads[0] if isinstance(m, nn.Linear)] == [5]
+    doubled = small(growth_factors=(2, 4, 8))
+    assert [doubled.nodes[f"layer0_scale{s}"][0].weight.shape[:2] for s in range(3)] == [(8, 3), (16, 8), (32, 16)]
 
 
 # What it computes
@@ -268,6 +269,8 @@ def test_images_of_any_size(kind):
         (dict(num_exits=0), "must be at least 1, .* got 0, 1, 1, 4, 2, 8 and 0.5"),
         (dict(head_channels=-1), "head_channels at least 0, .* got 3, 1, 1, 4, 2, -1 and"),
         (dict(reduction=0.0), r"reduction in \(0, 1\]; got .* and 0\.0"),
+        (dict(mean=[0.5]), r"three numbers, .* got \[0\.5\]"),
+        (dict(std=[1, 0, 1]), r"positive; got .* and \[1, 0, 1\]"),
         (dict(growth_factors=(1, 2)), r"one positive number for each scale, got \[1, 2\] and \[1, 2, 4\]"),
         (dict(growth_factors=(), bottleneck_factors=()), r"for each scale, got \[\] and \[\]"),
         (dict(growth_rate=3, growth_factors=(1, 3, 4)), r"must be even .* got 3 and \[1, 3, 4\]"),
