@@ -24,7 +24,7 @@ B, C = 7, 5
 
 
 def grid(**changed: object) -> MSDNet:
-    arguments = dict(num_classes=C, num_exits=4, channels=4, growth_rate=2, head_channels=8) | changed
+    arguments = dict(num_classes=C, num_exits=3, channels=4, growth_rate=2, head_channels=8) | changed
     return MSDNet(**arguments)  # type: ignore[arg-type]
 
 
@@ -335,7 +335,7 @@ def test_over_a_frozen_backbone_only_the_heads_learn(images):
     assert {name.split(".")[0] for name, p in network.named_parameters() if p.grad is not None} == {"exit_heads"}
 
 
-@pytest.mark.parametrize(("depth", "millions"), [(20, 40.83), (32, 69.14), (44, 97.45), (56, 125.76), (110, 253.17)])
+@pytest.mark.parametrize(("depth", "millions"), [(20, 40.83), (32, 69.14), (110, 253.17)])
 def test_distiller_s_exits_on_cifar(depth, millions):
     """Cumulative MACs of its resnet*_cifar_earlyexit."""
     network = ResNetExits(CifarResNet(depth, 10, "B"), ["layer1.2.relu2"], "distiller_cifar")

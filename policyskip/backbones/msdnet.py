@@ -127,7 +127,7 @@ class MSDNet(ExitNetwork):
         num_exits: N, one at the end of each run of layers [nBlocks].
         base: layers before exit 0.
         step, step_mode: layers from exit n-1 to exit n: ``step`` if "even", ``step · n + 1`` if "lin_grow" [stepmode].
-        channels: of the stem at scale 0 [nChannels]; like the next one, multiplied by each scale's growth factor.
+        channels: of the stem [nChannels]; each scale has its growth factor times as many, of this and the next.
         growth_rate: channels that each layer adds [growthRate].
         growth_factors: one for each of the S scales [grFactor].
         bottleneck_factors: width of the 1×1 convolutions that read each scale, times what they lead to [bnFactor].
@@ -205,8 +205,8 @@ class MSDNet(ExitNetwork):
             if node[1]:
                 return conv_bn_relu(channels_of((0, node[1] - 1)), channels_of(node), 3, stride=2)
             if stem == "cifar":
-                return conv_bn_relu(3, channels, 3)
-            return nn.Sequential(conv_bn_relu(3, channels, 7, stride=2), nn.MaxPool2d(3, 2, padding=1))
+                return conv_bn_relu(3, channels_of(node), 3)
+            return nn.Sequential(conv_bn_relu(3, channels_of(node), 7, stride=2), nn.MaxPool2d(3, 2, padding=1))
 
         def grid_node(node: Node) -> nn.Module:
             (layer, scale), reads = node, self.grid.inputs(node)
