@@ -176,6 +176,8 @@ def load_exits_run(folder: Run, device: str | torch.device = "cpu") -> ExitPredi
         UserError: a damaged file, or weights other than those that the thresholds were chosen for.
     """
     content = folder.load_json("policy.json")
+    if "policy" in content:
+        raise UserError(f"the run {folder.folder} skips blocks; it has no exits")
     try:
         rule, search = str(content["exits"]["rule"]), str(content["exits"]["search"])
         thresholds = [float(t) for t in content["exits"]["thresholds"]]

@@ -1,0 +1,176 @@
+"""The learners of the early-exit systems: losses by hand, what learns and what is frozen, CDL's admission."""
+
+from __future__ import annotations
+
+import io
+import math
+
+import pytest
+import torch
+
+from policyskip.agents.branchynet import BranchyNet
+from policyskip.agents.cdl import CDL
+from policyskip.agents.distiller import Distiller
+from policyskip.agents.early_exit import EarlyExitAgent, ThresholdPolicy, joint_loss
+from policyskip.agents.msdnet import MSDNetAgent
+from policyskip.backbones.branchynet import BranchyLeNet
+from policyskip.backbones.resnet_exits import ResNetExits
+from policyskip.data import Feed, TensorImages
+from policyskip.envs.exit_sources import observe
+from policyskip.errors import UserError
+from policyskip.exits.cache import cache_exits
+from tests.conftest import small_backbone, small_images
+
+
+def network(exits=(1, 3), heads="pooled", classes=5) -> ResNetExits:
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        return ResNetExits(small_backbone(classes=classes), list(exits), heads, (3, 12, 12))
+
+
+def weights_of(module: torch.nn.Module) -> dict[str, torch.Tensor]:
+    return {name: value.clone() for name, value in module.state_dict().items()}
+
+
+def test_joint_loss_by_hand():
+    """Two images, two exits. At even odds of two classes the cross-entropy is ln 2; at odds 3 to 1 it is ln 4/3."""
+    even, sure = [0.0, 0.0], [math.log(3), 0.0]
+    logits = torch.tensor([[even, sure], [even, sure]])
+    loss = joint_loss(logits, torch.tensor([0, 0]), torch.tensor([2.0, 0.5]))
+    assert loss.item() == pytest.approx(2 * math.log(2) + 0.5 * math.log(4 / 3))
+    wrong = joint_loss(logits, torch.tensor([0, 1]), torch.tensor([0.0, 1.0]))
+    assert wrong.item() == pytest.approx((math.log(4 / 3) + math.log(4)) / 2)
+
+
+def test_misshapen_losses_are_refused():
+    with pytest.raises(ValueError, match="weights"):
+        joint_loss(torch.zeros(2, 3, 5), torch.zeros(2).long(), torch.ones(2))
+
+
+def test_weights_of_each_system():
+    net = network()
+    assert MSDNetAgent(net, 10).weights().tolist() == [1, 1, 1]
+    assert Distiller(net, 10, lossweights=[0.1, 0.3]).weights().tolist() == pytest.approx([0.1, 0.3, 0.6])
+    branchy = BranchyNet(net, 10, trunk_share=0.3)
+    assert branchy.weights().tolist() == [0, 0, 1]
+    branchy.step = 3
+    assert branchy.weights().tolist() == pytest.approx([1.0, 0.65, 0.3])
+    assert BranchyNet(net, 10, trunk_share=0.0, exit_weights=[3, 2, 1]).weights().tolist() == [3, 2, 1]
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda n: Distiller(n, 10, lossweights=[0.5, 0.5]), "sum to less than 1"),
+        (lambda n: Distiller(n, 10, lossweights=[0.5]), "2 early exits"),
+        (lambda n: Distiller(n, 10, lossweights=[0.5, 0.1, 0.1]), "2 early exits"),
+        (lambda n: BranchyNet(n, 10, exit_weights=[1.0]), "3 exits"),
+        (lambda n: BranchyNet(n, 10, exit_weights=[0, 0, 0]), "not all 0"),
+        (lambda n: BranchyNet(n, 10, trunk_share=1.0), "trunk_share"),
+        (lambda n: MSDNetAgent(n, 10, lr=0.0), "agent.lr"),
+        (lambda n: MSDNetAgent(n, 10, schedule="never"), "agent.schedule"),
+        (lambda n: MSDNetAgent(n, 10, rule="luck"), "luck"),
+        (lambda n: CDL(n, 10, delta=0.0), "agent.delta"),
+        (lambda n: MSDNetAgent(n.freeze(), 10), "nothing is left to learn"),
+    ],
+)
+def test_bad_settings_are_named(make, message):
+    with pytest.raises(UserError, match=message):
+        make(network())
+
+
+def test_an_update_is_a_step_down_the_joint_loss():
+    """One step of plain SGD by hand: w - lr · gradient, on every parameter."""
+    net, feed = network(), Feed(small_images(), 16, "shuffled", 0)
+    agent = Distiller(net, 10, lr=0.1, weight_decay=0.0, schedule="constant", lossweights=[0.2, 0.3])
+    for group in agent.optimizer.param_groups:
+        group.update(momentum=0.0, nesterov=False)
+    batch = feed.batch
+    net.train()
+    loss = joint_loss(net(batch.images), batch.label_B, torch.tensor([0.2, 0.3, 0.5]))
+    gradients = torch.autograd.grad(loss, list(net.parameters()))
+    expected = [parameter.detach() - 0.1 * gradient for parameter, gradient in zip(net.parameters(), gradients)]
+    metrics = agent.update(feed)
+    for parameter, value in zip(net.parameters(), expected):
+        torch.testing.assert_close(parameter.detach(), value)
+    assert metrics["loss"] == pytest.approx(loss.item(), rel=1e-5)
+    assert feed.cursor == 1
+
+
+def test_branchynet_trains_the_trunk_alone_first():
+    net, feed = network(), Feed(small_images(), 16, "shuffled", 0)
+    agent = BranchyNet(net, 4, trunk_share=0.5)
+    heads, trunk = weights_of(net.exit_heads), weights_of(net.backbone.blocks[0].residual)
+    for _ in range(2):
+        agent.update(feed)
+    assert all(torch.equal(value, net.exit_heads.state_dict()[name]) for name, value in heads.items())
+    assert not torch.equal(trunk["conv1.weight"], net.backbone.blocks[0].residual.conv1.weight)
+    agent.update(feed)
+    assert not torch.equal(heads["0.2.weight"], net.exit_heads.state_dict()["0.2.weight"])
+
+
+def test_cdl_leaves_the_trunk_bit_identical():
+    net, feed = network(), Feed(small_images(), 16, "shuffled", 0)
+    net.train()
+    agent = CDL(net, 5)
+    before, heads = weights_of(net.backbone), weights_of(net.exit_heads)
+    for _ in range(5):
+        agent.update(feed)
+    assert all(torch.equal(value, net.backbone.state_dict()[name]) for name, value in before.items())
+    assert not torch.equal(heads["0.2.weight"], net.exit_heads.state_dict()["0.2.weight"])
+
+
+def test_cdl_drops_a_head_that_saves_nothing():
+    """Dark images are class 0 and bright ones class 1; the first head learns that, so later ones resolve nobody."""
+    generator = torch.Generator().manual_seed(0)
+    label_N = torch.arange(64) % 2
+    pixels = torch.randint(0, 60, (64, 3, 12, 12), generator=generator) + 180 * label_N.view(-1, 1, 1, 1)
+    images = TensorImages(pixels.to(torch.uint8), label_N)
+    net, feed = network(classes=2), Feed(images, 32, "shuffled", 0)
+    agent = CDL(net, 100, lr=0.05, delta=0.7)
+    for _ in range(100):
+        agent.update(feed)
+    admitted = agent.admit_heads(cache_exits(net, images))
+    assert admitted == [0] and [stage.admitted for stage in agent.stages] == [True, False]
+    assert agent.stages[0].resolved == 64 and agent.stages[1].resolved == 0
+    fewer = net.only(admitted)
+    assert fewer.num_exits == 2
+    torch.testing.assert_close(fewer(images.images)[:, 0], net(images.images)[:, 0])
+    torch.testing.assert_close(fewer(images.images)[:, 1], net(images.images)[:, 2])
+
+
+def test_cdl_wants_a_residual_network():
+    with pytest.raises(UserError, match="resnet32_exits"):
+        CDL(BranchyLeNet(5, (3, 12, 12)), 10)
+
+
+@pytest.mark.parametrize("rule", ["confidence", "entropy", "delta"])
+def test_the_policy_decides_alike_in_the_environment_and_in_the_network(rule):
+    """In the environment it reads probabilities from observations, in the deployed network it sees logits."""
+    logits_BC = 3 * torch.randn(50, 4, generator=torch.Generator().manual_seed(0))
+    policy = ThresholdPolicy(rule, [0.6, 0.8])
+    for n in (0, 1):
+        observation = observe(logits_BC, torch.full((50,), n), 3)
+        leaves = policy.leave(n, logits_BC, torch.arange(50))
+        assert torch.equal(policy.decide(observation), leaves)
+        assert 0 < leaves.sum() < 50
+    assert policy.decide(observe(logits_BC, torch.full((50,), 2), 3)).all()
+
+
+def test_an_agent_without_thresholds_says_so():
+    agent: EarlyExitAgent = MSDNetAgent(network(), 10)
+    with pytest.raises(UserError, match="calibrate"):
+        agent.act(torch.zeros(1, 11))
+
+
+def test_state_goes_on_where_it_stopped():
+    feed, twin_feed = (Feed(small_images(), 16, "shuffled", 0) for _ in range(2))
+    agent, twin = MSDNetAgent(network(), 10), MSDNetAgent(network(), 10)
+    for _ in range(3):
+        agent.update(feed)
+    file = io.BytesIO()
+    torch.save(agent.state_dict(), file)
+    file.seek(0)
+    twin.load_state_dict(torch.load(file, weights_only=True))
+    twin_feed.seek(feed.cursor)
+    assert [agent.update(feed) for _ in range(2)] == [twin.update(twin_feed) for _ in range(2)]

@@ -1,0 +1,127 @@
+"""Leaving early on the command line: train, evaluate, calibrate, load; simulated and real decisions are the same."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+import policyskip
+from policyskip.data import digits
+from policyskip.errors import UserError
+from policyskip.exits.cache import cache_exits
+from policyskip.exits.rules import exit_of
+from tests.conftest import typed
+
+SMALL = ["data.train=300", "data.validation=120", "data.test=90", "data.batch_size=32", "device=cpu", "tracking=none"]
+STEPS = ["train.steps=30", "train.validate_every=10", "train.log_every=5"]
+BUDGET = ["target.accuracy_drop=null", "target.macs_fraction=0.6"]
+
+
+@pytest.fixture(scope="module")
+def workshop(tmp_path_factory) -> Path:
+    """A folder with a trained MSDNet in runs/x."""
+    folder = tmp_path_factory.mktemp("exits")
+    result = typed("train", "agent=msdnet", *SMALL, *STEPS, *BUDGET, "run.dir=runs/x", cwd=folder)
+    assert result.returncode == 0, result.stderr
+    for words in ("each image its own exit", "all straight to exit 5", "oracle", "Budget asked for 0.600"):
+        assert words in result.stdout
+    return folder
+
+
+def test_the_run_folder_is_whole(workshop):
+    run = workshop / "runs" / "x"
+    names = {path.name for path in run.iterdir()}
+    assert names >= {"best.safetensors", "network.safetensors", "policy.json", "curve.json", "summary.json"}
+    assert {path.stem for path in (run / "plots").iterdir()} == {
+        *("learning_curves", "accuracy_against_macs", "exit_use", "gallery", "exit_by_difficulty"),
+    }
+    summary = json.loads((run / "summary.json").read_text())
+    assert sum(summary["test/exit_share"]) == pytest.approx(1)
+    assert summary["test/macs_fraction"] == pytest.approx(
+        sum(s * m for s, m in zip(summary["test/exit_share"], summary["test/exit_macs"])) / summary["test/full_macs"]
+    )
+    assert summary["val/macs_fraction"] <= 0.6
+    assert summary["test/oracle_accuracy"] >= summary["test/accuracy"]
+
+
+def test_evaluate_repeats_the_figures_exactly(workshop):
+    result = typed("evaluate", "run=runs/x", "device=cpu", cwd=workshop)
+    assert result.returncode == 0, result.stderr
+    assert "Every figure is that of summary.json." in result.stdout
+
+
+def test_simulated_and_real_leaving_are_the_same_image_by_image(workshop):
+    predictor = policyskip.load(workshop / "runs" / "x")
+    test = digits(torch.device("cpu"), 1, 1, 90).test
+    cache = cache_exits(predictor.network, test)
+    exit_M = exit_of(predictor.policy.rule, cache.probability_MNC, predictor.policy.threshold_E)
+    for batch_size in (1, 7, 90):
+        result = predictor.predict(test.images, batch_size)
+        assert torch.equal(result.exit_B, exit_M)
+        assert torch.equal(result.label_B, cache.logits_MNC[torch.arange(90), exit_M].argmax(1))
+    assert len(exit_M.unique()) > 1
+    summary = json.loads((workshop / "runs/x/summary.json").read_text())
+    assert result.macs_B.mean().item() == pytest.approx(summary["test/macs_mean"])
+    assert predictor.predict(test.images[:0]).label_B.shape == (0,)
+    with pytest.raises(UserError, match="images must be uint8"):
+        predictor.predict(test.images.float())
+
+
+def test_calibrate_writes_other_thresholds(workshop):
+    before = json.loads((workshop / "runs/x/policy.json").read_text())
+    result = typed("calibrate", "run=runs/x", "device=cpu", "target.macs_fraction=0.3", cwd=workshop)
+    assert result.returncode == 0, result.stderr
+    after = json.loads((workshop / "runs/x/policy.json").read_text())
+    assert after["exits"]["thresholds"] != before["exits"]["thresholds"] and after["network"] == before["network"]
+    assert json.loads((workshop / "runs/x/summary.json").read_text())["val/macs_fraction"] <= 0.3
+    again = typed("calibrate", "run=runs/x", "device=cpu", "target.macs_fraction=0.6", cwd=workshop)
+    assert again.returncode == 0
+    assert json.loads((workshop / "runs/x/policy.json").read_text()) == before
+
+
+@pytest.mark.parametrize(
+    ("typed_words", "message"),
+    [
+        (["calibrate", "run=runs/x", "target.macs_fraction=0.01"], "the nearest is"),
+        (["calibrate", "run=runs/x"], "say one target"),
+        (["calibrate", "run=runs/x", "target.macs_fraction=2"], "macs_fraction must be"),
+        (["calibrate", "run=nowhere", "target.macs_fraction=0.5"], "does not exist"),
+        (["train", "agent=msdnet", "backbone=resnet32_digits", *SMALL], "has no exits"),
+        (["train", "agent=blockdrop", "backbone=msdnet_digits", *SMALL], "has exits, not blocks"),
+        (["train", "agent=msdnet", *SMALL, "target.macs_fraction=0.5"], "say one target"),
+        (["train", "agent=cdl", "backbone=msdnet_digits", *SMALL], "resnet32_exits"),
+        (["train", "agent=distiller", "agent.lossweights=[0.9,0.2,0.1,0.1]", *SMALL], "sum to less than 1"),
+        (["train", "agent=branchynet", "backbone=resnet32_exits", "backbone.exits=[2,15]", *SMALL], "no block 15"),
+        (["train", "agent=msdnet", "front.images=3", *SMALL], "front"),
+    ],
+    ids=lambda value: " ".join(value[:3]) if isinstance(value, list) else "",
+)
+def test_bad_input_is_one_line(workshop, typed_words, message):
+    before = {path: path.read_bytes() for path in sorted(workshop.rglob("*")) if path.is_file()}
+    result = typed(*typed_words, cwd=workshop)
+    assert result.returncode == 2, result.stdout
+    assert message in result.stderr and len(result.stderr.strip().splitlines()) <= 2
+    assert {path: path.read_bytes() for path in sorted(workshop.rglob("*")) if path.is_file()} == before
+
+
+def test_calibrate_wants_a_run_with_exits(tmp_path):
+    arguments = ["agent=blockdrop", *SMALL, "backbone=resnet20", "backbone.checkpoint=random", "agent.width=4"]
+    arguments += ["train.steps=1", "front.budget=1e4", "front.images=20", "front.learner_steps=0", "run.dir=b"]
+    assert typed("train", *arguments, cwd=tmp_path).returncode == 0
+    result = typed("calibrate", "run=b", "target.macs_fraction=0.5", cwd=tmp_path)
+    assert result.returncode == 2 and "b skips blocks; it has no exits" in result.stderr
+
+
+@pytest.mark.parametrize("agent", ["cdl", "distiller", "branchynet"])
+def test_every_agent_trains_and_is_judged(agent, tmp_path):
+    arguments = [f"agent={agent}", *SMALL, *STEPS, *BUDGET, "run.dir=x"]
+    arguments += ["agent.delta=0.3", "agent.lr=0.03", "backbone.exits=[5,9,12]"] if agent == "cdl" else []
+    arguments += ["backbone=branchy_lenet"] if agent == "branchynet" else []
+    arguments += ["target.macs_fraction=0.9"]
+    result = typed("train", *arguments, cwd=tmp_path)
+    assert result.returncode == 0, result.stderr
+    assert json.loads((tmp_path / "x/summary.json").read_text())["agent"] == agent
+    assert len(policyskip.load(tmp_path / "x").predict(torch.zeros(2, 3, 20, 20, dtype=torch.uint8)).exit_B) == 2
