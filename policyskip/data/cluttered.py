@@ -3,9 +3,10 @@
 The 1,797 8×8 digits that ship inside scikit-learn (Alpaydin & Kaynak, 1998) are rendered larger
 among pieces cut from other digits, after the cluttered task of Mnih et al. (2014, "Recurrent
 models of visual attention"). A difficulty in [0, 1] is drawn for each image: below ``PLAIN`` the
-digit stands alone, upright and centred; above, it shrinks, turns and wanders among clutter and noise,
-all of which jump to ``EASIEST_CLUTTER`` and grow from there. Digits are divided among the splits before anything is rendered, so no
-digit of a test image, be it target or clutter, appears in training.
+digit stands alone, upright and centred; above, it shrinks, turns and wanders among clutter and
+noise, all of which jump to ``EASIEST_CLUTTER`` and grow from there. Digits are divided among the
+splits before anything is rendered, so no digit of a test image, be it target or clutter, appears
+in training.
 
 Shapes: N images, M source digits.
 """
