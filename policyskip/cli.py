@@ -28,7 +28,10 @@ def train(config: Any) -> int:
 
     config, run, resume = _new_or_resumed(config)
     settings = settings_of(config, Settings)
-    setup = set_up(plain(config), find_device(settings.device), trusted=run is None or settings.run.trust)
+    device = find_device(settings.device)
+    if run is None:
+        config = _with_proposed_exits(config, device, settings.seed)
+    setup = set_up(plain(config), device, trusted=run is None or settings.run.trust)
     task = tasks.start(setup, settings)
     print(task.greeting, flush=True)
     run = _begin(config, run, resume)
@@ -167,6 +170,23 @@ def calibrate(config: Any) -> int:
     exits.show_table(exits.recalibrate(setup, run, asked.target))
     print(f"Written to {run.folder / 'policy.json'}; curve and pictures are in {run.folder}")
     return 0
+
+
+def _with_proposed_exits(config: Any, device: Any, seed: int) -> Any:
+    """The configuration with the exits of "auto N" in place, so that a run's folder says which they were."""
+    from omegaconf import OmegaConf
+
+    from policyskip.config import build_data, group_of, plain
+    from policyskip.tasks.exits import place_exits
+
+    content = plain(config)
+    node = group_of(content, "backbone")
+    if not str(node.get("exits", "")).startswith("auto"):
+        return config
+    data, _ = build_data(group_of(content, "data"), device)
+    node, reasons = place_exits(node, data, device, seed)
+    print("proposed exits:", *reasons, sep="\n  ", flush=True)
+    return OmegaConf.merge(config, {"backbone": {"exits": node["exits"]}})
 
 
 def _setup_of(run: Any, device: str, trust: bool) -> Any:

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import yaml
 
 import policyskip
 from policyskip.data import digits
@@ -96,6 +97,8 @@ def test_calibrate_writes_other_thresholds(workshop):
         (["train", "agent=distiller", "agent.lossweights=[0.9,0.2,0.1,0.1]", *SMALL], "sum to less than 1"),
         (["train", "agent=branchynet", "backbone=resnet32_exits", "backbone.exits=[2,15]", *SMALL], "no block 15"),
         (["train", "agent=msdnet", "front.images=3", *SMALL], "front"),
+        (["train", "agent=cdl", "backbone.exits=auto", *SMALL], "auto N"),
+        (["train", "agent=cdl", "backbone.exits=auto 15", *SMALL], "from 1 to 14"),
     ],
     ids=lambda value: " ".join(value[:3]) if isinstance(value, list) else "",
 )
@@ -125,3 +128,13 @@ def test_every_agent_trains_and_is_judged(agent, tmp_path):
     assert result.returncode == 0, result.stderr
     assert json.loads((tmp_path / "x/summary.json").read_text())["agent"] == agent
     assert len(policyskip.load(tmp_path / "x").predict(torch.zeros(2, 3, 20, 20, dtype=torch.uint8)).exit_B) == 2
+
+
+def test_exits_are_proposed_and_the_run_says_which(tmp_path):
+    arguments = ["agent=distiller", "backbone.exits=auto 2", *SMALL, "train.steps=1", *BUDGET, "run.dir=x"]
+    result = typed("train", *arguments, "target.macs_fraction=0.9", cwd=tmp_path)
+    assert result.returncode == 0, result.stderr
+    assert result.stdout.count("% right at") == 2 and "points for" in result.stdout
+    places = yaml.safe_load((tmp_path / "x/config.yaml").read_text())["backbone"]["exits"]
+    assert [f"after block {place}:" in result.stdout for place in places] == [True, True]
+    assert typed("evaluate", "run=x", "device=cpu", cwd=tmp_path).returncode == 0

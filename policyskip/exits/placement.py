@@ -8,8 +8,13 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
+from policyskip.backbones.base import Backbone
+from policyskip.backbones.exits import count_exit_costs
+from policyskip.backbones.resnet_exits import ResNetExits
+from policyskip.data import Images, sequential
 from policyskip.errors import UserError
 
 
@@ -74,6 +79,16 @@ def admit(leave_MS: Tensor, trunk_N: Tensor, head_N: Tensor, epsilon: float = 0.
 
 
 @dataclass(frozen=True)
+class Probes:
+    """What :func:`propose_exits` chooses by: validation accuracies in [0, 1] and MACs, the network's own end apart."""
+
+    accuracy_K: list[float]
+    macs_K: list[float]
+    full_accuracy: float
+    full_macs: float
+
+
+@dataclass(frozen=True)
 class Proposal:
     """A place for an exit: after block ``place`` (from 0), and why."""
 
@@ -128,3 +143,39 @@ def propose_exits(
         proposals.append(Proposal(place, reason))
         before, spent = accuracy_K[place], macs_K[place]
     return proposals
+
+
+@torch.no_grad()
+def probe_blocks(backbone: Backbone, train: Images, validation: Images, limit: int = 4000) -> Probes:
+    """How well a linear probe on the pooled features after each block answers, and what leaving there would cost.
+
+    A probe is a ridge regression from each channel's average to the one-hot label, fitted in closed form on the first
+    ``limit`` training images and judged on validation images: it takes one pass over the images, and no learning rate.
+    """
+    backbone.freeze()
+    features, labels = _pooled(backbone, train, limit)
+    held_features, held_labels = _pooled(backbone, validation, limit)
+    target_MC = F.one_hot(labels, backbone.num_classes).double()
+    accuracy = []
+    for feature_MD, held_MD in zip(features, held_features, strict=True):
+        x, held = (torch.cat([f, torch.ones_like(f[:, :1])], 1) for f in (feature_MD, held_MD))
+        gram = x.T @ x + 1e-3 * len(x) * torch.eye(x.shape[1], dtype=x.dtype, device=x.device)
+        prediction_M = (held @ torch.linalg.solve(gram, x.T @ target_MC)).argmax(1)
+        accuracy.append((prediction_M == held_labels).double().mean().item())
+    channels, height, width = next(validation.stream([(torch.tensor([0]), 0)])).images.shape[1:]
+    shape = (channels, height, width)
+    costs = count_exit_costs(ResNetExits(backbone, range(backbone.num_blocks - 1), "pooled", shape), shape)
+    return Probes(accuracy[:-1], costs.straight_N[:-1].tolist(), accuracy[-1], float(costs.straight_N[-1]))
+
+
+def _pooled(backbone: Backbone, images: Images, limit: int) -> tuple[list[Tensor], Tensor]:
+    """Each channel's average after each block, K times float64 (M, channels), and labels int64 (M,)."""
+    rows, labels = [], []
+    for batch in images.plain().stream(sequential(min(limit, len(images)), 250)):
+        x, row = backbone.features(batch.images), []
+        for block in backbone.blocks:
+            x = block(x)
+            row.append(x.mean((2, 3)).double())
+        rows.append(row)
+        labels.append(batch.label_B)
+    return [torch.cat(column) for column in zip(*rows, strict=True)], torch.cat(labels)

@@ -16,8 +16,9 @@ from policyskip.agents.cdl import CDL
 from policyskip.agents.early_exit import EarlyExitAgent, ThresholdPolicy
 from policyskip.backbones import checkpoints
 from policyskip.backbones.exits import ExitNetwork, costly_exits
-from policyskip.config import Setup, TargetSection, build, group_of
-from policyskip.data import Feed, Images
+from policyskip.backbones.resnet_exits import ResNetExits
+from policyskip.config import Setup, TargetSection, build, build_backbone, group_of
+from policyskip.data import Data, Feed, Images
 from policyskip.deployment import describe_exits, load_exits_run
 from policyskip.errors import UserError
 from policyskip.exits import plots as exit_plots
@@ -30,6 +31,7 @@ from policyskip.exits.baselines import (
 )
 from policyskip.exits.cache import CachedExits, cache_exits
 from policyskip.exits.calibration import Curve, Point, choose, curve_of
+from policyskip.exits.placement import probe_blocks, propose_exits
 from policyskip.exits.rules import exit_of
 from policyskip.runs import Run
 from policyskip.tracking import Tracker
@@ -116,6 +118,23 @@ class ExitTask:
                 f"gain {stage.gain / 1e6:+.3f} M MACs an image: {verdict}"
             )
         return self.learner.network.only(admitted)
+
+
+def place_exits(node: dict[str, Any], data: Data, device: torch.device, seed: int) -> tuple[dict[str, Any], list[str]]:
+    """A ``backbone`` node whose ``exits`` are "auto N", with N places proposed from probes, and why each of them.
+
+    Raises:
+        UserError: no number, or one that the network has no places for.
+    """
+    number = str(node["exits"]).removeprefix("auto").strip()
+    if not number.isdigit():
+        raise UserError(f'backbone.exits must list blocks, or be "auto N" for N proposed ones, got {node["exits"]!r}')
+    trial: ResNetExits = build_backbone({**node, "exits": [0]}, data, device, seed=seed)  # type: ignore[assignment]
+    probes = probe_blocks(trial.backbone, data.train, data.validation)
+    proposals = propose_exits(
+        probes.accuracy_K, probes.macs_K, probes.full_accuracy, probes.full_macs, int(number), 1 / len(data.classes)
+    )
+    return {**node, "exits": [p.place for p in proposals]}, [p.reason for p in proposals]
 
 
 def settle(
