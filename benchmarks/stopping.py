@@ -2,7 +2,8 @@
 
     python benchmarks/stopping.py RUN [RUN …]
 
-Batch 1 and batch 256, test images of digits, interleaved in one process; medians over repeats, and the MAC ratio beside the time ratio.
+Batch 1 and batch 256, test images of digits, interleaved in one process; medians over repeats, and the MAC ratio beside
+the time ratio.
 """
 
 from __future__ import annotations
