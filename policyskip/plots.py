@@ -60,7 +60,7 @@ def accuracy_against_macs(result: Evaluation, front: list[tuple[float, float]], 
     """The policy beside the full network and the static front (pairs of MACs and test accuracy)."""
     figure = figure_of(6, 4.6)
     axes = figure.subplots()
-    shown = [(m / result.full_macs, a) for m, a in front if a >= min(result.accuracy - 0.1, 0.8)]
+    shown = sorted((m / result.full_macs, a) for m, a in front if a >= min(result.accuracy - 0.1, 0.8))
     if shown:
         axes.plot(*zip(*shown, strict=True), "s-", color=STATIC, markersize=4, label="best fixed keep-set of each size")
     if result.full_correct_N is not None:
