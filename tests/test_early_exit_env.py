@@ -73,6 +73,7 @@ def test_registered_ids_make_the_environments():
     vector = gymnasium.make_vec(ID, num_envs=8, cached=True, **arguments)
     assert isinstance(vector, EarlyExitVectorEnv) and vector.num_envs == 8
     assert vector.metadata["autoreset_mode"] is AutoresetMode.SAME_STEP
+    assert vector.single_observation_space.high.tolist() == pytest.approx([1] * C + [math.log(C)] + [1] * (2 + N))
 
 
 def test_an_observation_is_what_the_exit_says():
@@ -390,10 +391,20 @@ def test_cached_outputs_can_be_replayed_without_network_or_images():
     assert isinstance(cache, CachedExits) and torch.equal(cache.label_M, small_images().label_N)
 
 
-def test_a_frozen_network_is_left_as_it_was():
+def test_making_a_cache_leaves_a_network_in_training_as_it_was():
+    network = ResNetExits(small_backbone(), [1, 3], image_shape=(3, 12, 12)).train()
+    before = network.content_hash()
+    cache = cache_exits(network, small_images())
+    assert network.training and not network.frozen and network.content_hash() == before
+    assert all(parameter.requires_grad for parameter in network.parameters())
+    assert torch.equal(cache.logits_MNC, cache_exits(network.freeze(), small_images()).logits_MNC)
+
+
+@pytest.mark.parametrize("cached", [False, True])
+def test_the_network_is_frozen_and_stays_as_it_was(cached):
     network = SmallExits()
     before = network.content_hash()
-    env = make(network=network)
+    env = make(network=network, cached=cached)
     env.reset(seed=0)
     for step in range(5):
         env.step(random_actions(8, step))

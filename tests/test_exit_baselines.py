@@ -38,6 +38,11 @@ def test_static_exits_run_no_other_head():
     assert accuracy_N.tolist() == [0.5, 0.5, 1] and macs_N.tolist() == [3, 7, 10]
 
 
+def test_a_policy_pays_for_every_head_on_the_way():
+    cache = answers(torch.ones(4, 3))
+    assert cache.judge(torch.tensor([0, 1, 2, 2]))[1].item() == (3 + 8 + 13 + 13) / 4
+
+
 def test_random_exits_are_the_expectation_over_every_draw():
     cache = answers(torch.tensor([[1, 1, 1], [0, 1, 1], [0, 0, 1], [1, 0, 0]]))
     share_N = torch.tensor([0.5, 0.3, 0.2])

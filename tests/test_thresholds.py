@@ -86,6 +86,12 @@ def test_a_threshold_is_the_same_as_a_number_and_as_a_tensor(rule):
         assert torch.equal(rule.leaves(probability, float(value)), as_tensor)
 
 
+def test_a_threshold_is_rounded_like_what_it_is_compared_with():
+    """0.7 in 32 bits is below 0.7 in 64."""
+    for threshold in (0.7, torch.tensor([0.7], dtype=torch.float64)):
+        assert CONFIDENCE.leaves(torch.tensor([[0.7, 0.3]]), threshold)
+
+
 def test_the_first_exit_that_lets_an_image_go():
     leave = torch.tensor([[1, 1], [1, 0], [0, 1], [0, 0]]).bool()
     assert first_exit(leave).tolist() == [0, 0, 1, 2]
@@ -209,7 +215,8 @@ def test_no_exit_lets_out_more_than_is_due_and_without_ties_none_lets_out_less(r
 def test_a_threshold_between_neighbouring_numbers_parts_them():
     one = torch.tensor(1.0)
     below = torch.nextafter(one, torch.tensor(0.0))
-    assert between(below, one) == 1.0 and below < between(below, one)
+    above = torch.nextafter(one, torch.tensor(2.0))
+    assert (between(below, one), between(one, above)) == (1.0, float(above))  # half-way is rounded up, and down
     assert between(torch.tensor(0.25), torch.tensor(0.5)) == 0.375
 
 

@@ -79,6 +79,7 @@ class EarlyExitVectorEnv(VectorEnv[Tensor, Tensor, Tensor]):
         if isinstance(network, str):
             network = load_exits(network).to(device or "cpu")
         if not isinstance(network, CachedExits):
+            network.freeze()
             if images is None:
                 images = load_data(data, torch.device(device or network.mean.device)).split(split)
             if cached:
@@ -90,7 +91,7 @@ class EarlyExitVectorEnv(VectorEnv[Tensor, Tensor, Tensor]):
             self.source = Replay(network, Feed(Places(network), num_envs, order, seed))
         else:
             assert images is not None
-            self.source = Live(network.freeze(), Feed(images, num_envs, order, seed))
+            self.source = Live(network, Feed(images, num_envs, order, seed))
         self.costs, self.num_exits, self.num_classes = self.source.costs, self.source.num_exits, self.source.num_classes
         self.queue = Queue(self.source.feed)
         self.device = self.source.feed.batch.images.device

@@ -170,6 +170,7 @@ class Places:
 
     def __init__(self, cache: CachedExits) -> None:
         self.label_N = cache.label_M
+        self.fingerprint = cache.fingerprint
 
     def __len__(self) -> int:
         return len(self.label_N)
@@ -181,9 +182,6 @@ class Places:
 
     def plain(self) -> Places:
         return self
-
-    def fingerprint(self) -> str:
-        raise NotImplementedError("a cache does not know which images it was made from")
 
 
 class Queue:

@@ -7,6 +7,7 @@ Shapes: M images of a set, N exits, C classes, P policies.
 
 from __future__ import annotations
 
+import hashlib
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -63,6 +64,12 @@ class CachedExits:
         """MACs of leaving at each exit, float64 (N,), every head on the way included."""
         return self.costs.cumulative_N.to(self.label_M.device)
 
+    def fingerprint(self) -> str:
+        """Hash of what is in the cache."""
+        digest = hashlib.sha256(self.logits_MNC.cpu().contiguous().numpy().tobytes())
+        digest.update(self.label_M.cpu().numpy().tobytes())
+        return digest.hexdigest()[:16]
+
     def judge(self, exit_M: Tensor) -> tuple[Tensor, Tensor]:
         """Accuracy, and mean MACs an image, of leaving at exits int64 (M,) or, for P policies, (P, M).
 
@@ -76,7 +83,7 @@ class CachedExits:
 
 @torch.no_grad()
 def cache_exits(network: ExitNetwork, images: Images) -> CachedExits:
-    """Ask every exit of ``network``, which is frozen here, about each of ``images`` once.
+    """Ask every exit of ``network`` about each of ``images`` once, in evaluation mode; the network stays as it was.
 
     Raises:
         UserError: there are no images, or they are augmented at random, so that there is no one answer to keep.
@@ -85,10 +92,12 @@ def cache_exits(network: ExitNetwork, images: Images) -> CachedExits:
         raise UserError("images that are augmented at random cannot be cached; say cached=false or data.augment=false")
     if not len(images):
         raise UserError("there are no images to cache")
-    network.freeze()
     first = next(images.stream([(torch.tensor([0]), 0)])).images
     part = max(1, PIXELS_AT_ONCE // first[0, 0].numel())
     batches = images.stream(sequential(len(images), part))
+    was_training = network.training
+    network.eval()
     logits, labels = zip(*((network(batch.images).float(), batch.label_B) for batch in batches), strict=True)
+    network.train(was_training)
     _, channels, height, width = first.shape
     return CachedExits(torch.cat(logits), torch.cat(labels), count_exit_costs(network, (channels, height, width)))

@@ -18,7 +18,7 @@ from policyskip.backbones import checkpoints
 from policyskip.backbones.exits import ExitNetwork, costly_exits
 from policyskip.backbones.resnet_exits import ResNetExits
 from policyskip.config import Setup, TargetSection, build, build_backbone, group_of
-from policyskip.data import Data, Feed, Images
+from policyskip.data import Data, Feed
 from policyskip.deployment import describe_exits, load_exits_run
 from policyskip.errors import UserError
 from policyskip.exits import plots as exit_plots
@@ -60,7 +60,7 @@ class ExitTask:
         )
         self.source = Feed(setup.data.train, setup.batch_size, "shuffled", setup.config["seed"])
         self.names = dict(agent=self.learner.name, env="EarlyExit-v0", backbone=network.name, data=setup.data.name)
-        self.costs = self.cached(setup.data.validation).costs
+        self.costs = cache_exits(network, setup.data.validation.plain()).costs
         macs = ", ".join(f"{macs / 1e6:.2f}" for macs in self.costs.cumulative_N.tolist())
         self.greeting = "\n".join(
             [
@@ -70,18 +70,9 @@ class ExitTask:
             ]
         )
 
-    def cached(self, images: Images) -> CachedExits:
-        """What every exit says of a set now; the network may go on learning afterwards."""
-        learning = [parameter for parameter in self.network.parameters() if parameter.requires_grad]
-        cache = cache_exits(self.network, images.plain())
-        self.network.frozen = False
-        for parameter in learning:
-            parameter.requires_grad_(True)
-        return cache
-
     def validate(self) -> dict[str, float]:
         """Accuracy of every exit on validation images, and their mean, by which the best weights are kept."""
-        accuracy_N = self.cached(self.setup.data.validation).correct_MN.double().mean(0)
+        accuracy_N = cache_exits(self.network, self.setup.data.validation.plain()).correct_MN.double().mean(0)
         figures = {"mean_accuracy": accuracy_N.mean().item(), "accuracy": accuracy_N[-1].item()}
         return figures | {f"accuracy_exit{n}": accuracy for n, accuracy in enumerate(accuracy_N.tolist())}
 
@@ -109,7 +100,7 @@ class ExitTask:
         """The network to deploy: for CDL, with the heads that save operations and no others."""
         if not isinstance(self.learner, CDL):
             return self.network
-        validation = self.cached(self.setup.data.validation)
+        validation = cache_exits(self.network, self.setup.data.validation.plain())
         admitted = self.learner.admit_heads(validation)
         for e, stage in enumerate(self.learner.stages):
             verdict = "admitted" if stage.admitted else "dropped"
