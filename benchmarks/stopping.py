@@ -16,6 +16,7 @@ from collections.abc import Callable
 import torch
 
 import policyskip
+import policyskip.deployment
 from policyskip.data import digits
 
 
@@ -26,30 +27,30 @@ def seconds(call: Callable[[], object]) -> float:
 
 
 @torch.no_grad()
+def compare(predictor: policyskip.deployment.ExitPredictor, images: torch.Tensor, batch: int, repeats: int) -> str:
+    """Rates, time ratio and MAC ratio as the cells of a row."""
+    parts = images.split(batch)
+    full, early, ratios = [], [], []
+    for repeat in range(repeats + 1):
+        to_the_end = seconds(lambda: [predictor.network(part) for part in parts])
+        leaving = seconds(lambda: [predictor.predict(part) for part in parts])
+        if repeat:  # the first warms up
+            full.append(len(images) / to_the_end)
+            early.append(len(images) / leaving)
+            ratios.append(leaving / to_the_end)
+    macs = float(predictor.predict(images).macs_B.mean()) / predictor.costs.full
+    rates = f"{statistics.median(full):.0f} | {statistics.median(early):.0f}"
+    return f"{batch} | {rates} | {statistics.median(ratios):.3f} | {macs:.3f}"
+
+
 def main() -> None:
     images = digits(torch.device("cpu"), 1, 1, 2048).test.images
     print("| run | batch | images a second, to the end | leaving early | time ratio | MAC ratio |")
     print("|---|---|---|---|---|---|")
     for run in sys.argv[1:]:
         predictor = policyskip.load(run)
-        network = predictor.network
-
-        def whole(part: torch.Tensor, network: torch.nn.Module = network) -> torch.Tensor:
-            return network(part)
-
         for batch, count, repeats in ((1, 256, 5), (256, 2048, 9)):
-            parts = images[:count].split(batch)
-            macs = float(predictor.predict(images[:count]).macs_B.mean()) / predictor.costs.full
-            times: dict[str, list[float]] = {"full": [], "early": []}
-            for repeat in range(repeats + 1):
-                full = seconds(lambda: [whole(part) for part in parts])
-                early = seconds(lambda: [predictor.predict(part) for part in parts])
-                if repeat:  # the first warms up
-                    times["full"].append(full)
-                    times["early"].append(early)
-            ratio = statistics.median(early / full for early, full in zip(times["early"], times["full"]))
-            rates = [count / statistics.median(times[name]) for name in ("full", "early")]
-            print(f"| {run} | {batch} | {rates[0]:.0f} | {rates[1]:.0f} | {ratio:.3f} | {macs:.3f} |", flush=True)
+            print(f"| {run} | {compare(predictor, images[:count], batch, repeats)} |", flush=True)
 
 
 if __name__ == "__main__":
