@@ -18,6 +18,7 @@ from policyskip.backbones.resnet_exits import ResNetExits
 from policyskip.errors import UserError
 from policyskip.exits.cache import CachedExits
 from policyskip.exits.placement import Stage, admit
+from policyskip.exits.rules import rule_named
 
 
 class CDL(EarlyExitAgent):
@@ -81,6 +82,4 @@ class CDL(EarlyExitAgent):
 
     def rule_at(self, validation: CachedExits) -> Tensor:
         """Whether each early exit, asked about each image, would let it leave at ``delta``: bool (M, E)."""
-        from policyskip.exits.rules import rule_named
-
         return rule_named("delta").leaves(validation.probability_MNC[:, :-1], self.delta)

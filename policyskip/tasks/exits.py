@@ -50,6 +50,8 @@ class ExitTask:
             )
         if (target.accuracy_drop is None) == (target.macs_fraction is None):
             raise UserError("say one target: target.accuracy_drop=… or target.macs_fraction=… (the other null)")
+        if setup.reward is not None:
+            raise UserError("agents that leave early learn by their own loss and take no reward")
         self.setup, self.target, self.network = setup, target, network
         self.learner: EarlyExitAgent = build(
             "agent",
