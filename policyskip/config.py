@@ -43,6 +43,7 @@ class TrainSection(_Section):
     steps: PositiveInt
     validate_every: PositiveInt
     log_every: PositiveInt
+    choose_after: Annotated[float, Field(ge=0, le=1, strict=False)]
 
 
 class RunSection(_Section):

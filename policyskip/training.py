@@ -16,6 +16,7 @@ from typing import Any, Protocol, TypeVar
 from torch import Tensor
 
 from policyskip.errors import UserError
+from policyskip.memory import give_back
 from policyskip.runs import Run
 from policyskip.tracking import Tracker
 
@@ -56,6 +57,7 @@ def train(
     steps: int,
     validate_every: int,
     log_every: int = 10,
+    choose_after: float = 0.0,
     choose_by: str = "reward",
     resume: bool = False,
 ) -> bool:
@@ -63,6 +65,8 @@ def train(
 
     Args:
         validate: figures on the validation images; the weights with the highest ``choose_by`` are kept.
+        choose_after: share of the training, in [0, 1], before which no weights are kept: of many early ones, one looks
+            good by luck, and a fixed keep-set chosen on the same images looks better on them than it is.
         deployable: the tensors that are kept.
         resume: go on from the run's checkpoint.
 
@@ -107,10 +111,11 @@ def train(
                 means = {f"train/{key}": sum(m[key] for m in window) / len(window) for key in window[0]}
                 tracker.log(step, time.monotonic() - started, means)
                 window = []
+                give_back()
             if step % validate_every == 0 or step == steps:
                 figures = validate()
                 tracker.log(step, time.monotonic() - started, {f"val/{key}": value for key, value in figures.items()})
-                if figures[choose_by] > best:
+                if figures[choose_by] > best and step >= min(choose_after, 1.0) * steps:
                     best = figures[choose_by]
                     run.save_best(deployable())
                 save()

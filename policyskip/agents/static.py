@@ -24,6 +24,7 @@ from policyskip.backbones.checkpoints import WEIGHTS
 from policyskip.data.base import IN_MEMORY_BYTES, Batch, Images
 from policyskip.errors import UserError
 from policyskip.files import refusing, write
+from policyskip.memory import give_back
 
 Keep = tuple[bool, ...]
 
@@ -70,6 +71,7 @@ class SetScorer:
                 for batch in self._batches or self._stream():
                     self._descend(self.backbone.features(batch.images), batch.label_B, 0, new, parts)
                     self.tell(self.spent)
+                    give_back()
             self.known.update({keep: torch.cat(part) for keep, part in parts.items()})
         return [self.known[keep] for keep in sets]
 
@@ -169,7 +171,7 @@ def search(
         hints: sets found elsewhere, such as by an image-independent learner.
     """
     K = scorer.backbone.num_blocks
-    if 2 ** (K + 1) * scorer.count <= budget:
+    if tries_every_set(K, scorer.count, budget):
         every = [tuple(bool(code >> k & 1) for k in range(K)) for code in range(2**K)]
         scorer.accuracy(every)
         return *_best_by_size(scorer, K), True
@@ -194,6 +196,11 @@ def search(
         todo = [new for new in better if new in todo or new not in best]
         best = better
     return *_best_by_size(scorer, K), True
+
+
+def tries_every_set(K: int, count: int, budget: float) -> bool:
+    """Whether :func:`search` can afford all 2^K sets on ``count`` images."""
+    return 2 ** (K + 1) * count <= budget
 
 
 def _best_by_size(scorer: SetScorer, K: int) -> tuple[list[Keep], list[float]]:

@@ -16,12 +16,13 @@ from torch import Tensor
 
 from policyskip import plots
 from policyskip.agents.base import Agent
-from policyskip.agents.static import Keep, SetScorer, StaticFront, find_front, known_front
+from policyskip.agents.static import Keep, SetScorer, StaticFront, find_front, known_front, tries_every_set
 from policyskip.backbones import Backbone
 from policyskip.config import FrontSection, Setup
 from policyskip.deployment import describe
 from policyskip.errors import UserError
 from policyskip.evaluation import Evaluation, evaluate
+from policyskip.memory import give_back
 from policyskip.rewards import Utilization
 from policyskip.runs import Run
 from policyskip.tracking import Examples, Tracker
@@ -31,7 +32,7 @@ def static_front(setup: Setup, wanted: FrontSection) -> StaticFront:
     """The static front of the run's network on its validation images: a known one, or one searched now and remembered.
 
     An image-independent learner (the agent with a constant policy, trained on the validation images themselves, under a
-    low and a high penalty) joins the search for ``learner_steps`` updates.
+    low and a high penalty) joins the search for ``learner_steps`` updates, unless every set can be tried.
     """
     backbone, images = setup.backbone, setup.data.validation
     cache = user_cache_path("policyskip") / "fronts"
@@ -40,7 +41,9 @@ def static_front(setup: Setup, wanted: FrontSection) -> StaticFront:
         return known
     print("searching the best fixed keep-sets on validation images", flush=True)
     env = setup.env(images)
-    hints = [_learned_set(setup, penalty, wanted.learner_steps // 2) for penalty in (1.0, 5.0) if wanted.learner_steps]
+    whole = tries_every_set(backbone.num_blocks, min(wanted.images, len(images)), wanted.budget)
+    penalties = (1.0, 5.0) if wanted.learner_steps and not whole else ()
+    hints = [_learned_set(setup, penalty, wanted.learner_steps // 2) for penalty in penalties]
     with Progress(transient=True, disable=not sys.stdout.isatty()) as bar:
         task = bar.add_task("share of front.budget spent", total=wanted.budget)
         front = find_front(
@@ -75,6 +78,7 @@ def _learned_set(setup: Setup, penalty: float, steps: int) -> Keep:
     agent = BlockDrop(env, max(1, steps), policy="constant", initial_keep=0.9, **options)
     for _ in range(max(1, steps)):
         agent.update(env)
+        give_back()
     return tuple(agent.act(env.observation)[0].tolist())
 
 
