@@ -7,7 +7,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from policyskip import report
+from policyskip.tasks import blocks as report
 from policyskip.agents.static import StaticFront, known_front
 from policyskip.backbones import load
 from policyskip.data import digits
