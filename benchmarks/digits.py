@@ -18,6 +18,8 @@ from typing import Any
 
 RESULTS = Path(__file__).parent / "results" / "digits.csv"
 SEEDS = (0, 1, 2)
+EXTRA = {"1": ["train.choose_after=0"], "4": ["train.choose_after=0"]}
+"""These rows were run when the best weights of the whole run were kept, not of its second half."""
 FIGURES = (
     *("accuracy", "full_accuracy", "kept_mean", "kept_sd", "macs_fraction", "policy_macs", "unique_decisions"),
     *("static_accuracy", "static_blocks", "static_margin", "static_margin_ci95"),
@@ -28,6 +30,7 @@ def run(penalty: str, seed: int) -> dict[str, str]:
     """Train once; the run's row."""
     with tempfile.TemporaryDirectory() as folder:
         arguments = ["agent=blockdrop", f"reward.penalty={penalty}", f"seed={seed}", f"run.dir={folder}/run"]
+        arguments += EXTRA.get(penalty, [])
         command = [sys.executable, "-m", "policyskip", "train", *arguments, "tracking=none"]
         subprocess.run(command, check=True)
         return row(penalty, json.loads((Path(folder) / "run" / "summary.json").read_text()))
