@@ -53,8 +53,8 @@ def static_front(setup: Setup, wanted: FrontSection) -> StaticFront:
     return front
 
 
-def best_set(setup: Setup, front: StaticFront, count: int = 512) -> Keep:
-    """The set of the front that earns the highest reward on ``count`` validation images."""
+def best_set(setup: Setup, front: StaticFront, count: int = 2000) -> Keep:
+    """The set of the front that earns the highest reward on ``count`` validation images, at most."""
     env = setup.env(setup.data.validation, "shuffled")  # folders are sorted by class
     keep_SK = torch.tensor(front.sets)
     total_S, seen = torch.zeros(len(keep_SK), dtype=torch.float64), 0
