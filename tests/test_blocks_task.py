@@ -10,8 +10,10 @@ import torch
 from policyskip.tasks import blocks as report
 from policyskip.agents.static import StaticFront, known_front
 from policyskip.backbones import load
-from policyskip.data import digits
+from policyskip.data import TensorImages, digits
+from policyskip.envs.block_selection import BlockSelectionVectorEnv
 from policyskip.evaluation import Evaluation
+from tests.conftest import small_backbone
 
 
 def test_the_margin_is_paired_with_the_mix_of_equal_cost(monkeypatch):
@@ -62,3 +64,21 @@ def test_the_shipped_front_is_that_of_the_shipped_network_on_the_default_validat
     validation = digits(torch.device("cpu"), train=1, test=1).validation
     front = known_front(load("resnet32_digits"), validation, tmp_path)
     assert front is not None and front.finished and {sum(keep) for keep in front.sets} == set(range(16))
+
+
+def test_the_best_set_is_sought_over_all_classes():
+    """Images sorted by class, as folders are: dropping all blocks is right about the first class only."""
+    label_N = torch.arange(5).repeat_interleave(200)
+    images = TensorImages(torch.zeros(1000, 3, 12, 12, dtype=torch.uint8), label_N)
+
+    def reward(outcome):
+        return (outcome.keep_BK.all(1) | (outcome.label_B == 0)).float() - 0.1 * outcome.keep_BK.float().mean(1)
+
+    def env(images, order="sequential", seed=0):
+        return BlockSelectionVectorEnv(
+            100, backbone=small_backbone(), images=images, reward=reward, order=order, seed=seed
+        )
+
+    setup = SimpleNamespace(env=env, data=SimpleNamespace(validation=images))
+    front = StaticFront([(False,) * 6, (True,) * 6], [0.2, 1.0], [1.0, 2.0], 10, True, "", "")
+    assert report.best_set(setup, front, count=200) == (True,) * 6
