@@ -1,6 +1,6 @@
 """The result tables of README.md and docs/agents/blockdrop.md: BlockDrop on digits, three seeds, several penalties.
 
-    python benchmarks/digits.py [penalty …]      (default: 1 4 12; about twelve minutes a penalty on two CPU cores)
+    python benchmarks/digits.py [penalty …]      (default: 4 12; about twelve minutes a penalty on two CPU cores)
 
 Writes a row for each run to benchmarks/results/digits.csv (rows of other penalties stay), and prints the table.
 """
@@ -18,8 +18,6 @@ from typing import Any
 
 RESULTS = Path(__file__).parent / "results" / "digits.csv"
 SEEDS = (0, 1, 2)
-EXTRA = {"1": ["train.choose_after=0"], "4": ["train.choose_after=0"]}
-"""These rows were run when the best weights of the whole run were kept, not of its second half."""
 FIGURES = (
     *("accuracy", "full_accuracy", "kept_mean", "kept_sd", "macs_fraction", "policy_macs", "unique_decisions"),
     *("static_accuracy", "static_blocks", "static_margin", "static_margin_ci95"),
@@ -30,7 +28,6 @@ def run(penalty: str, seed: int) -> dict[str, str]:
     """Train once; the run's row."""
     with tempfile.TemporaryDirectory() as folder:
         arguments = ["agent=blockdrop", f"reward.penalty={penalty}", f"seed={seed}", f"run.dir={folder}/run"]
-        arguments += EXTRA.get(penalty, [])
         command = [sys.executable, "-m", "policyskip", "train", *arguments, "tracking=none"]
         subprocess.run(command, check=True)
         return row(penalty, json.loads((Path(folder) / "run" / "summary.json").read_text()))
@@ -69,7 +66,7 @@ def table(rows: list[dict[str, str]]) -> str:
 
 
 def main() -> None:
-    penalties = sys.argv[1:] or ["1", "4", "12"]
+    penalties = sys.argv[1:] or ["4", "12"]
     known = list(csv.DictReader(RESULTS.open())) if RESULTS.exists() else []
     rows = [row for row in known if row["penalty"] not in penalties]
     for penalty in penalties:

@@ -14,7 +14,7 @@ from torch import Tensor
 from policyskip.backbones.base import Backbone
 from policyskip.backbones.exits import count_exit_costs
 from policyskip.backbones.resnet_exits import ResNetExits
-from policyskip.data import Images, sequential
+from policyskip.data import Images
 from policyskip.errors import UserError
 
 
@@ -149,8 +149,8 @@ def propose_exits(
 def probe_blocks(backbone: Backbone, train: Images, validation: Images, limit: int = 4000) -> Probes:
     """How well a linear probe on the pooled features after each block answers, and what leaving there would cost.
 
-    A probe is a ridge regression from each channel's average to the one-hot label, fitted in closed form on the first
-    ``limit`` training images and judged on validation images: it takes one pass over the images, and no learning rate.
+    A probe is a ridge regression from each channel's average to the one-hot label, fitted in closed form on
+    ``limit`` training images, spread over the set, and judged on validation images: it takes one pass over the images, and no learning rate.
     """
     backbone.freeze()
     features, labels = _pooled(backbone, train, limit)
@@ -171,7 +171,8 @@ def probe_blocks(backbone: Backbone, train: Images, validation: Images, limit: i
 def _pooled(backbone: Backbone, images: Images, limit: int) -> tuple[list[Tensor], Tensor]:
     """Each channel's average after each block, K times float64 (M, channels), and labels int64 (M,)."""
     rows, labels = [], []
-    for batch in images.plain().stream(sequential(min(limit, len(images)), 250)):
+    spread_M = torch.linspace(0, len(images) - 1, min(limit, len(images))).round().long()  # folders are sorted by class
+    for batch in images.plain().stream((part, 0) for part in spread_M.split(250)):
         x, row = backbone.features(batch.images), []
         for block in backbone.blocks:
             x = block(x)
