@@ -149,8 +149,8 @@ def propose_exits(
 def probe_blocks(backbone: Backbone, train: Images, validation: Images, limit: int = 4000) -> Probes:
     """How well a linear probe on the pooled features after each block answers, and what leaving there would cost.
 
-    A probe is a ridge regression from each channel's average to the one-hot label, fitted in closed form on
-    ``limit`` training images, spread over the set, and judged on validation images: it takes one pass over the images, and no learning rate.
+    A probe is a ridge regression from each channel's average to the one-hot label, fitted in closed form on ``limit``
+    training images, spread over the set, and judged on validation images: it takes one pass, and no learning rate.
     """
     backbone.freeze()
     features, labels = _pooled(backbone, train, limit)
