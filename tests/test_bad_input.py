@@ -111,7 +111,7 @@ WRONG = {
     "train agent=null": "Config group override must be a string",
     "train ~reward": "the configuration has no reward, and this command needs one",
     "train stepz=3": "there is no key stepz; there are .*seed",
-    "train train.stepz=3": "there is no key train.stepz; train has log_every, steps, validate_every",
+    "train train.stepz=3": "there is no key train.stepz; train has choose_after, log_every, steps, validate_every",
     "train agent.gamma=3": "there is no key agent.gamma; agent has alpha, alpha_end, beta,",
     "train +agent.gamma=3": "agent has no key gamma; .* takes lr, schedule,",
     "train +train.stepz=3": "there is no key train.stepz",

@@ -117,6 +117,8 @@ class BlockTask:
     def __init__(self, setup: Setup, wanted: FrontSection) -> None:
         if not isinstance(setup.backbone, Backbone):
             raise UserError(f"{setup.backbone.name} has exits, not blocks to skip; say backbone=resnet32_digits")
+        if setup.reward is None:
+            raise UserError("the configuration has no reward, and this command needs one")
         self.setup = setup
         self.source = env = setup.env(setup.data.train, "shuffled", setup.config["seed"])
         everything = torch.ones(len(env.observation), env.backbone.num_blocks, dtype=torch.bool, device=env.device)
