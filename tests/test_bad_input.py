@@ -175,18 +175,18 @@ OTHER_COMMANDS = {
     "pretrain backbone=msdnet_digits backbone.stem=mnist": "backbone.stem: input should be 'cifar' or 'imagenet'",
     "pretrain backbone=branchy_lenet backbone.channels=2": r"channels must be 1 \(grey\) or 3, got 2",
     "pretrain backbone=resnet32_exits backbone.exits=[2,14]": "block 14 is the last of resnet32: .* blocks 0 to 13",
-    "pretrain backbone=resnet32_exits backbone.exits=5": "backbone.exits: input should be a valid sequence, got 5",
+    "pretrain backbone=resnet32_exits backbone.exits=5": "backbone.exits: input should be an instance of Sequence, got 5",
     "pretrain run.resume=nowhere": "the run folder nowhere does not exist",
     "front output=3": "output: input should be a valid string, got 3",
 }
 ALONE = {
-    "evaluate": "run is not set; say run=VALUE",
+    "evaluate": "run is not set; add run=… to the command",
     "evaluate run=nowhere": "the run folder nowhere does not exist",
     "evaluate run=.": "the run folder . is not a run folder: it has no config.yaml",
     "evaluate run=nowhere thrust=true": "there is no key thrust; there are device, .*split, trust",
-    "train data=imagefolder": "data.root is not set; say data.root=VALUE",
+    "train data=imagefolder": "data.root is not set; add data.root=… to the command",
     "train data=imagefolder data.root=nowhere": "there is no folder nowhere/train; data.root must hold",
-    "train backbone=cifar_resnet": "backbone.depth is not set; say backbone.depth=VALUE",
+    "train backbone=cifar_resnet": "backbone.depth is not set; add backbone.depth=… to the command",
 }
 
 
@@ -200,7 +200,8 @@ def test_train_refuses(refused, typed, message):
 @pytest.mark.parametrize(("typed", "message"), OTHER_COMMANDS.items(), ids=OTHER_COMMANDS.keys())
 def test_pretrain_and_front_refuse(refused, typed, message):
     command, *wrong = typed.split(" ")
-    said = refused(command, *SMALL, *wrong)
+    small = [word for word in SMALL if command != "front" or not word.startswith(("train.", "tracking"))]
+    said = refused(command, *small, *wrong)
     assert re.search(message, said), said
 
 
