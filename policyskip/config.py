@@ -328,6 +328,8 @@ def build_data(node: dict[str, Any], device: torch.device, trusted: bool = True)
 def build_backbone(
     node: dict[str, Any], data: Data, device: torch.device, trusted: bool = True, **given: Any
 ) -> Backbone:
-    """The backbone for a data set's classes, on the device, in the memory format that convolutions like best."""
-    backbone: Backbone = build("backbone", node, trusted, num_classes=len(data.classes), **given)
+    """The backbone for a data set's classes and images, on the device, in the memory format that convolutions like
+    best."""
+    given |= dict(num_classes=len(data.classes), image_shape=data.image_shape)
+    backbone: Backbone = build("backbone", node, trusted, **given)
     return backbone.to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]

@@ -26,13 +26,18 @@ def small_backbone(
     """A random CIFAR ResNet in evaluation mode whose batch normalisation does something."""
     torch.manual_seed(seed)
     backbone = CifarResNet(depth, classes, shortcut, width)  # type: ignore[arg-type]
-    for module in backbone.modules():
+    return with_statistics(backbone).eval()
+
+
+def with_statistics(network: nn.Module) -> nn.Module:
+    """The network, its batch normalisation with random statistics and weights."""
+    for module in network.modules():
         if isinstance(module, nn.BatchNorm2d):
             nn.init.uniform_(module.weight, 0.5, 1.5)
             nn.init.normal_(module.bias, 0, 0.2)
             nn.init.normal_(module.running_mean, 0, 0.2)
             nn.init.uniform_(module.running_var, 0.5, 1.5)
-    return backbone.eval()
+    return network
 
 
 def small_images(count: int = 40, classes: int = 5, size: int = 12, seed: int = 0) -> TensorImages:

@@ -177,6 +177,11 @@ OTHER_COMMANDS = {
     "pretrain pretrain.stochastic_depth=some": "stochastic_depth: input should be 'none', 'linear' or 'uniform'",
     "pretrain pretrain.speed=3": "there is no key pretrain.speed; pretrain has lr,",
     "pretrain backbone=torchvision_resnet18": "pretrain trains CIFAR ResNets, not torchvision_resnet18",
+    "pretrain backbone=msdnet_digits": "pretrain trains CIFAR ResNets, not msdnet5",
+    "pretrain backbone=msdnet_digits backbone.stem=mnist": "backbone.stem: input should be 'cifar' or 'imagenet'",
+    "pretrain backbone=branchy_lenet backbone.channels=2": r"channels must be 1 \(grey\) or 3, got 2",
+    "pretrain backbone=resnet32_exits backbone.exits=[2,14]": "block 14 is the last of resnet32: .* blocks 0 to 13",
+    "pretrain backbone=resnet32_exits backbone.exits=5": "backbone.exits: input should be a valid sequence, got 5",
     "pretrain run.resume=nowhere": "the run folder nowhere does not exist",
     "front output=3": "output: input should be a valid string, got 3",
 }

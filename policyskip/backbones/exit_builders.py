@@ -28,7 +28,7 @@ from policyskip.backbones.checkpoints import (
     torchvision_resnet,
 )
 from policyskip.backbones.exits import ExitNetwork
-from policyskip.backbones.msdnet import Form, MSDNet, Prune, StepMode
+from policyskip.backbones.msdnet import MSDNet, Prune, Stem, StepMode
 from policyskip.backbones.resnet import CifarResNet, Shortcut, TorchvisionResNet
 from policyskip.backbones.resnet_exits import ResNetExits, find_blocks
 from policyskip.errors import UserError
@@ -50,7 +50,8 @@ def multi_scale_densenet(
     bottleneck_factors: Sequence[int],
     prune: Prune = "max",
     reduction: float = 0.5,
-    form: Form = "cifar",
+    stem: Stem = "cifar",
+    head_channels: int = 128,
     lazy: bool = True,
     mean: Sequence[float] | None = None,
     std: Sequence[float] | None = None,
@@ -70,7 +71,8 @@ def multi_scale_densenet(
         bottleneck_factors=bottleneck_factors,
         prune=prune,
         reduction=reduction,
-        form=form,
+        stem=stem,
+        head_channels=head_channels,
         mean=mean,
         std=std,
     )

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from policyskip.backbones.base import Network
 from policyskip.backbones.costs import counted
+from policyskip.errors import UserError
 
 State = dict[Any, Tensor]
 """What is carried forward between exits. The first dimension of every tensor is the image."""
@@ -37,9 +38,16 @@ class ExitNetwork(Network):
         num_classes: C.
         num_exits: N; the last exit is the network's own head.
         mean, std: per-channel normalisation of pixels in [0, 1].
+
+    Raises:
+        UserError: mean or std make no sense.
     """
 
     def __init__(self, num_classes: int, num_exits: int, mean: Sequence[float], std: Sequence[float]) -> None:
+        if len(mean) != 3 or len(std) != 3 or min(std) <= 0:
+            raise UserError(
+                f"mean and std must be three numbers, those of std positive; got {list(mean)} and {list(std)}"
+            )
         super().__init__(num_classes, mean, std)
         self.num_exits = num_exits
 

@@ -24,7 +24,7 @@ from policyskip.errors import UserError
 Node = tuple[int, int]
 StepMode = Literal["even", "lin_grow"]
 Prune = Literal["max", "min"]
-Form = Literal["cifar", "imagenet"]
+Stem = Literal["cifar", "imagenet"]
 
 
 @dataclass(frozen=True)
@@ -127,14 +127,15 @@ class MSDNet(ExitNetwork):
         num_exits: N, one at the end of each run of layers [nBlocks].
         base: layers before exit 0.
         step, step_mode: layers from exit n-1 to exit n: ``step`` if "even", ``step · n + 1`` if "lin_grow" [stepmode].
-        channels: of the stem at scale 0 [nChannels]; like the next one, multiplied by each scale's growth factor.
+        channels: of the stem [nChannels]; each scale has its growth factor times as many, of this and the next.
         growth_rate: channels that each layer adds [growthRate].
         growth_factors: one for each of the S scales [grFactor].
         bottleneck_factors: width of the 1×1 convolutions that read each scale, times what they lead to [bnFactor].
         prune: "max" drops the finest scale S-1 times, at even intervals, with a transition each time; "min" keeps each
             scale as long as an exit can use it, and has its transitions after layers ⌊L/3⌋ and ⌊2L/3⌋.
         reduction: share of the channels that a transition leaves.
-        form: stem and heads: "cifar", or "imagenet", whose stem makes the finest scale a quarter of the image.
+        stem: "cifar", or "imagenet", which makes the finest scale a quarter of the image.
+        head_channels: of the two convolutions in each head, 128 for CIFAR; 0, for ImageNet: as many as they read.
         lazy: defer what the next exit does not need. It changes no logits, and may be set between two batches.
         mean, std: pixel normalisation, per channel, for pixels in [0, 1].
 
@@ -155,7 +156,8 @@ class MSDNet(ExitNetwork):
         bottleneck_factors: Sequence[int] = (1, 2, 4),
         prune: Prune = "max",
         reduction: float = 0.5,
-        form: Form = "cifar",
+        stem: Stem = "cifar",
+        head_channels: int = 128,
         lazy: bool = True,
         mean: Sequence[float] = IMAGENET_MEAN,
         std: Sequence[float] = IMAGENET_STD,
@@ -163,14 +165,15 @@ class MSDNet(ExitNetwork):
         for name, value, allowed in (
             ("step_mode", step_mode, ("even", "lin_grow")),
             ("prune", prune, ("max", "min")),
-            ("form", form, ("cifar", "imagenet")),
+            ("stem", stem, ("cifar", "imagenet")),
         ):
             if value not in allowed:
                 raise UserError(f"{name} must be {' or '.join(allowed)}, got {value!r}")
-        if min(num_exits, base, step, channels, growth_rate) < 1 or not 0 < reduction <= 1:
+        counts = [num_exits, base, step, channels, growth_rate]
+        if min(counts) < 1 or head_channels < 0 or not 0 < reduction <= 1:
             raise UserError(
-                "num_exits, base, step, channels and growth_rate must be at least 1, reduction in (0, 1]; got "
-                f"{num_exits}, {base}, {step}, {channels}, {growth_rate} and {reduction}"
+                "num_exits, base, step, channels and growth_rate must be at least 1, head_channels at least 0, and "
+                f"reduction in (0, 1]; got {', '.join(map(str, [*counts, head_channels]))} and {reduction}"
             )
         S = len(growth_factors)
         if not S or len(bottleneck_factors) != S or min(*growth_factors, *bottleneck_factors) < 1:
@@ -198,12 +201,12 @@ class MSDNet(ExitNetwork):
         def channels_of(node: Node) -> int:
             return width[node[0]] * growth_factors[node[1]]
 
-        def stem(node: Node) -> nn.Module:
+        def stem_node(node: Node) -> nn.Module:
             if node[1]:
                 return conv_bn_relu(channels_of((0, node[1] - 1)), channels_of(node), 3, stride=2)
-            if form == "cifar":
-                return conv_bn_relu(3, channels, 3)
-            return nn.Sequential(conv_bn_relu(3, channels, 7, stride=2), nn.MaxPool2d(3, 2, padding=1))
+            if stem == "cifar":
+                return conv_bn_relu(3, channels_of(node), 3)
+            return nn.Sequential(conv_bn_relu(3, channels_of(node), 7, stride=2), nn.MaxPool2d(3, 2, padding=1))
 
         def grid_node(node: Node) -> nn.Module:
             (layer, scale), reads = node, self.grid.inputs(node)
@@ -217,10 +220,10 @@ class MSDNet(ExitNetwork):
             return GridNode(normal, down[0] if down else None, transition)
 
         self.nodes = nn.ModuleDict(
-            {name_of(node): grid_node(node) if node[0] else stem(node) for node in self.grid.nodes}
+            {name_of(node): grid_node(node) if node[0] else stem_node(node) for node in self.grid.nodes}
         )
         widths = [channels_of(node) for node in self.grid.exit_nodes]
-        self.heads = nn.ModuleList(_head(c, 128 if form == "cifar" else c, num_classes) for c in widths)
+        self.heads = nn.ModuleList(_head(c, head_channels or c, num_classes) for c in widths)
         self.name = f"msdnet{num_exits}"
         self.architecture = dict(
             network="msdnet",
@@ -235,7 +238,8 @@ class MSDNet(ExitNetwork):
             bottleneck_factors=list(bottleneck_factors),
             prune=prune,
             reduction=reduction,
-            form=form,
+            stem=stem,
+            head_channels=head_channels,
             mean=list(mean),
             std=list(std),
         )
