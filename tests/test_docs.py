@@ -27,6 +27,7 @@ SMALL = [
     "train.validate_every=1",
     "train.log_every=1",
 ]
+EARLY = ["agent=msdnet", "agent=branchynet", "agent=cdl", "agent=distiller"]
 FRONT = ["front.budget=1e4", "front.images=20", "front.learner_steps=0"]
 DIGITS = ["data.train=64", "data.validation=32", "data.test=32"]
 
@@ -72,6 +73,7 @@ def workshop(tmp_path_factory) -> Path:
     (folder / "my_rewards.py").write_text(blocks(ROOT / "docs" / "rewards.md", "python")[0])
     arguments = [*SMALL, *DIGITS, "backbone=resnet20", "backbone.checkpoint=random"]
     policyskip("train", *arguments, *FRONT, "run.dir=runs/x", cwd=folder)
+    policyskip("train", "agent=distiller", *SMALL, *DIGITS, "run.dir=runs/early", cwd=folder)
     return folder
 
 
@@ -85,16 +87,21 @@ def test_every_command_runs(command, workshop):
     small = []
     if verb in ("train", "pretrain", "front") and not any(word.startswith("run.resume") for word in arguments):
         small = [word for word in SMALL if verb != "front" or word.startswith(("device", "data"))]
+        early = any(word in EARLY for word in arguments)
         digits = not any(word.startswith("data=") for word in arguments)
         small += DIGITS if digits else []
-        if not any(word.startswith("backbone") for word in arguments):
+        if not early and not any(word.startswith("backbone") for word in arguments):
             small += ["backbone=resnet20", "backbone.checkpoint=random"]  # the shipped network is tested elsewhere
-        if verb != "pretrain":
+        if verb != "pretrain" and not early:
             small += FRONT
+        if "agent=cdl" in arguments:
+            small += ["agent.epsilon=-1e9"]  # two updates make no head that saves anything
         if any("torchvision" in word for word in arguments):
             small += ["data.image_size=64", "data.workers=0"]
     if any(word.startswith("data=cifar10") for word in arguments):
         arguments = [word for word in arguments if not word.startswith("data=")] + DIGITS  # no download in a test
+    if verb == "calibrate":  # in the docs, runs/x is whatever run one has
+        arguments = ["device=cpu", *(word.replace("run=runs/x", "run=runs/early") for word in arguments)]
     policyskip(verb, *arguments, *small, cwd=workshop)
 
 
