@@ -111,7 +111,10 @@ class EarlyExitVectorEnv(VectorEnv[Tensor, Tensor, Tensor]):
         return self.queue.place - (0 if self._moved else len(self.exit_B))
 
     def seek(self, cursor: int) -> None:
-        """Show the images from place ``cursor`` of the order on, each at its first exit."""
+        """Show the images from place ``cursor`` of the order on, each at its first exit.
+
+        Episodes under way are not kept: whoever wants to go on exactly where a run stopped resets before each update.
+        """
         self.queue.seek(cursor)
         self.advance()
 
