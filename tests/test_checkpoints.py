@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from policyskip.backbones import checkpoints
 from policyskip.backbones.base import IMAGENET_MEAN, IMAGENET_STD
 from policyskip.backbones.checkpoints import cifar_resnet, load, save, shipped, torchvision_resnet
+from policyskip.backbones.exit_builders import load_exits
 from policyskip.backbones.resnet import CifarResNet
 from policyskip.errors import UserError
 from tests.conftest import small_backbone, small_images
@@ -75,9 +76,10 @@ def test_random_weights_are_those_of_the_seed():
 @pytest.mark.parametrize("name", shipped() or [pytest.param("", marks=pytest.mark.skip("no weights are shipped yet"))])
 def test_shipped_weights_load_and_say_where_they_come_from(name):
     beside = json.loads((checkpoints.WEIGHTS / f"{name}.json").read_text())
-    assert isinstance(beside, dict) and beside
-    backbone = load(name)
-    assert all(torch.isfinite(value).all() for value in backbone.state_dict().values())
+    assert beside["command"].startswith("policyskip ")
+    network = load_exits(name) if "network" in (checkpoints.read_architecture(name) or {}) else load(name)
+    assert network.content_hash() == beside["hash"]
+    assert all(torch.isfinite(value).all() for value in network.state_dict().values())
 
 
 # Networks that others trained
