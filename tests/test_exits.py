@@ -325,6 +325,13 @@ def test_earlier_heads_are_deeper():
     assert wide.exit_heads[0][0].weight.shape[:2] == (64, 64)
 
 
+def test_building_leaves_the_backbone_alone():
+    backbone = small_backbone().train()
+    before = backbone.content_hash()
+    ResNetExits(backbone, [1, 3], "conv", SHAPE)
+    assert backbone.training and backbone.content_hash() == before
+
+
 def test_over_a_frozen_backbone_only_the_heads_learn(images):
     backbone = small_backbone().freeze()
     network = ResNetExits(backbone, [1, 3], "conv", SHAPE).train()

@@ -247,8 +247,11 @@ def test_the_first_exit_computes_its_cone_and_no_more():
     for name, module in network.nodes.items():
         module.register_forward_hook(lambda module, args, output, name=name: computed.append(name))
     with torch.no_grad():
-        network.segment(0, network.begin(small_images(2).images))
-    assert computed == ["layer0_scale0", "layer0_scale1", "layer0_scale2", "layer1_scale2"]
+        state = network.segment(0, network.begin(small_images(2).images))
+        assert computed == ["layer0_scale0", "layer0_scale1", "layer0_scale2", "layer1_scale2"]
+        # What is deferred needs the stem's two finer scales; its coarsest has been read for the last time.
+        assert set(state) == {(0, 0), (0, 1), (1, 2)}
+        assert set(network.segment(2, network.segment(1, state))) == {(6, 2)}
 
 
 @pytest.mark.parametrize("kind", ["three scales", "four scales"])
