@@ -401,7 +401,7 @@ CONFIG_DAMAGE = {
     "no YAML": (lambda run: (run / "config.yaml").write_text("a: [b"), r"x/config\.yaml is damaged"),
     "binary": (lambda run: (run / "config.yaml").write_bytes(b"\xff\0\xfe"), r"x/config\.yaml is damaged"),
     "a list": (lambda run: (run / "config.yaml").write_text("- a\n- b\n"), "x/config.yaml is damaged or not ours"),
-    "empty": (lambda run: (run / "config.yaml").write_text(""), "reward|seed"),
+    "empty": (lambda run: (run / "config.yaml").write_text(""), "the configuration has no data|seed"),
     "of another command": (lambda run: drop_from_config(run, "reward"), "the configuration has no reward"),
 }
 

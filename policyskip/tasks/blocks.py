@@ -175,6 +175,8 @@ class BlockTask:
 
 def again(setup: Setup, run: Run, split: str) -> dict[str, Any]:
     """A finished run's figures on a split, from its folder."""
+    if setup.reward is None:
+        raise UserError("the configuration has no reward, and this command needs one")
     agent = setup.agent(setup.env(setup.data.validation))
     load_best(agent, run)
     result = judge(setup, agent, split)
