@@ -12,10 +12,10 @@ import sys
 import time
 
 import torch
-from policyskip.exit_cache import CachedExits
 
 from policyskip.backbones import ExitCosts
 from policyskip.envs.early_exit import EarlyExitVectorEnv
+from policyskip.exits.cache import CachedExits
 
 SIDE_BY_SIDE, IMAGES, STEPS = 4096, 20000, 300
 

@@ -159,7 +159,7 @@ def evaluate(config: Any) -> int:
 
 
 def calibrate(config: Any) -> int:
-    """Other thresholds for a run that leaves early, for another target."""
+    """Other thresholds for a run that leaves early, for another target; without one, the whole curve."""
     from policyskip.config import CalibrateSettings, settings_of
     from policyskip.runs import open_run
     from policyskip.tasks import exits
@@ -167,8 +167,12 @@ def calibrate(config: Any) -> int:
     asked = settings_of(config, CalibrateSettings)
     run = open_run(asked.run)
     setup = _setup_of(run, asked.device, asked.trust)
-    exits.show_table(exits.recalibrate(setup, run, asked.target))
-    print(f"Written to {run.folder / 'policy.json'}; curve and pictures are in {run.folder}")
+    if asked.target.given:
+        exits.show_table(exits.recalibrate(setup, run, asked.target))
+        print(f"Written to {run.folder / 'policy.json'}; curve and pictures are in {run.folder}")
+    else:
+        exits.show_curve(setup, run)
+        print(f"Every point is in {run.folder / 'curve.json'}; a target, such as target.macs_fraction=0.5, deploys one")
     return 0
 
 

@@ -29,6 +29,7 @@ from pydantic import (
 
 from policyskip.agents.base import Agent
 from policyskip.backbones import Network
+from policyskip.backbones.checkpoints import check_data
 from policyskip.data import Data, Images, Order
 from policyskip.envs.block_selection import BlockSelectionVectorEnv
 from policyskip.errors import UserError
@@ -61,6 +62,12 @@ class FrontSection(_Section):
 class TargetSection(_Section):
     accuracy_drop: float | None
     macs_fraction: float | None
+    knee: bool
+
+    @property
+    def given(self) -> dict[str, Any]:
+        """What was asked for; empty if nothing was."""
+        return {key: value for key, value in self.model_dump().items() if value not in (None, False)}
 
 
 class TrackingSection(_Section):
@@ -364,7 +371,12 @@ def build_backbone(
     node: dict[str, Any], data: Data, device: torch.device, trusted: bool = True, **given: Any
 ) -> Network:
     """The backbone for a data set's classes and images, on the device, in the memory format that convolutions like
-    best."""
+    best.
+
+    Raises:
+        UserError: shipped weights that were trained on other data.
+    """
+    check_data(node.get("checkpoint"), data.name)
     given |= dict(num_classes=len(data.classes), image_shape=data.image_shape)
     backbone: Network = build("backbone", node, trusted, **given)
     return backbone.to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]

@@ -5,6 +5,7 @@ Shapes: B images, K blocks, C classes, H W pixels.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -161,12 +162,17 @@ def describe_exits(
         "exits": {
             "rule": policy.rule.name,
             "search": search,
-            "thresholds": [repr(t) for t in policy.threshold_E.tolist()],  # JSON has no infinity
+            "thresholds": as_text(policy.threshold_E.tolist()),
         },
         "network": {"hash": network.content_hash()},
         "classes": list(classes),
         "image_shape": list(image_shape),
     }
+
+
+def as_text(thresholds: Sequence[float]) -> list[str]:
+    """Thresholds for a JSON file, which has no infinity; ``float`` reads them back to the bit."""
+    return [repr(threshold) for threshold in thresholds]
 
 
 def load_exits_run(folder: Run, device: str | torch.device = "cpu") -> ExitPredictor:

@@ -14,7 +14,7 @@ from policyskip.exits.cache import CachedExits
 from policyskip.exits.calibration import (
     BRANCHYNET_NATS,
     Curve,
-    calibrate,
+    UnmetError,
     choose,
     common_curve,
     curve_of,
@@ -177,6 +177,7 @@ CURVE = made_curve([0.5, 0.7, 0.88, 0.92, 0.92, 0.91, 0.9], [20, 30, 49.5, 50, 6
         ({"macs_fraction": 0.5}, 3),
         ({"macs_fraction": 0.499}, 2),
         ({"macs_fraction": 0.7}, 4),
+        ({"knee": True}, 1),  # of the front 20, 30, 49.5, 50; scaled: (10/30, 0.2/0.42), above the chord by 0.143
         ({"macs_fraction": 1.0}, 5),  # half a point cheaper than the dearest, and more accurate
     ],
 )
@@ -189,8 +190,9 @@ def test_a_target_chooses_by_hand(target, index):
     [
         ({}, "give one target"),
         ({"accuracy_drop": 0.1, "macs_fraction": 0.5}, "give one target"),
-        ({"macs_fraction": 0.1}, r"no threshold meets macs_fraction=0.1; the nearest is 0.2000"),
-        ({"accuracy_drop": -0.05}, r"no threshold meets accuracy_drop=-0.05 on validation; the nearest is -0.0200"),
+        ({"accuracy_drop": 0.1, "knee": True}, "give one target"),
+        ({"macs_fraction": 0.1}, r"macs_fraction=0.1 on validation; the nearest that can be met is 0.2000"),
+        ({"accuracy_drop": -0.05}, r"accuracy_drop=-0.05 on validation; .* be met is -0.0200"),
         ({"macs_fraction": 0}, "above 0 and at most 1, got 0"),
         ({"macs_fraction": 1.2}, "above 0 and at most 1, got 1.2"),
         ({"macs_fraction": math.nan}, "above 0 and at most 1"),
@@ -206,8 +208,9 @@ def test_a_target_that_cannot_be_met_is_refused(target, message):
 def test_the_nearest_that_a_refusal_names_can_be_met():
     curve = made_curve([0.5, 0.9 + 1 / 3e3], [100 / 3, 70])
     for target, value in (("macs_fraction", 0.3), ("accuracy_drop", -0.5)):
-        with pytest.raises(UserError) as refusal:
+        with pytest.raises(UnmetError) as refusal:
             choose(curve, **{target: value})
+        assert refusal.value.nearest == curve[int(target == "accuracy_drop")]
         choose(curve, **{target: float(str(refusal.value).split()[-1])})
 
 
@@ -226,14 +229,14 @@ def test_a_budget_asked_on_validation_is_spent_on_test(rule, search):
 def test_an_accuracy_target_is_met_on_validation_at_the_least_cost(rule, search):
     cache = small_cache(500)
     curve = curve_of(cache, rule, search)
-    point = calibrate(cache, rule, search, accuracy_drop=0.02)
+    point = choose(curve, accuracy_drop=0.02)
     assert point.accuracy >= curve.last_accuracy - 0.02 - 1e-9 and point.macs_fraction < 0.9
     assert not ((curve.accuracy_P >= curve.last_accuracy - 0.02) & (curve.macs_P < point.macs)).any()
 
 
 def test_quotas_do_at_least_as_well_as_shares_at_random():
     cache = small_cache(2000, exits=4)
-    point = calibrate(cache, macs_fraction=0.5)
+    point = choose(curve_of(cache), macs_fraction=0.5)
     shares = exit_shares(q_for_budget(point.macs, cache.macs_N), 4)
     assert point.accuracy > float(shares @ cache.correct_MN.double().mean(0)) + 0.05
 
@@ -244,9 +247,17 @@ def test_quotas_do_at_least_as_well_as_shares_at_random():
         (FOUR, ("certainty", "quota"), "the exit rule must be one of confidence, entropy, delta, got 'certainty'"),
         (FOUR, ("entropy", "random"), "search must be one of quota, grid, common, got 'random'"),
         (FOUR, ("delta", "quota"), "quotas need a rule that orders images, confidence or entropy; delta does not"),
-        (small_cache(exits=1), ("entropy", "grid"), "a network with one exit has no thresholds"),
     ],
 )
 def test_searches_that_do_not_exist_are_refused(cache, arguments, message):
     with pytest.raises(UserError, match=message):
         curve_of(cache, *arguments)
+
+
+@pytest.mark.parametrize(("rule", "search"), SEARCHES)
+def test_a_network_with_one_exit_has_one_point(rule, search):
+    cache = small_cache(exits=1)
+    curve = curve_of(cache, rule, search)
+    assert len(curve) == 1 and curve.threshold_PE.shape == (1, 0)
+    assert choose(curve, accuracy_drop=0) == choose(curve, knee=True) == curve[0]
+    assert curve[0].macs == cache.costs.full and curve[0].accuracy == curve.last_accuracy

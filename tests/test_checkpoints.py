@@ -315,3 +315,14 @@ def test_nothing_in_a_file_is_executed(tmp_path, suffix, packed):
     assert not marker.exists()
     pickle.loads(pickle.dumps(Bomb(marker))).close()
     assert marker.exists()  # it would have been made
+
+
+def test_shipped_weights_are_for_their_data(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    checkpoints.check_data("resnet32_digits", "digits")
+    for unknown in (None, "random", "net.pth"):
+        checkpoints.check_data(unknown, "cifar10")
+    with pytest.raises(UserError, match="resnet32_digits was trained on digits, not on cifar10"):
+        checkpoints.check_data("resnet32_digits", "cifar10")
+    (tmp_path / "resnet32_digits").touch()  # a file of the user's own with that name
+    checkpoints.check_data("resnet32_digits", "cifar10")

@@ -18,7 +18,7 @@ from tests.conftest import typed
 
 SMALL = ["data.train=300", "data.validation=120", "data.test=90", "data.batch_size=32", "device=cpu", "tracking=none"]
 STEPS = ["train.steps=30", "train.validate_every=10", "train.log_every=5"]
-BUDGET = ["target.accuracy_drop=null", "target.macs_fraction=0.6"]
+BUDGET = ["target.macs_fraction=0.6"]
 
 
 @pytest.fixture(scope="module")
@@ -39,6 +39,8 @@ def test_the_run_folder_is_whole(workshop):
     assert {path.stem for path in (run / "plots").iterdir()} == {
         *("learning_curves", "accuracy_against_macs", "exit_use", "gallery", "exit_by_difficulty"),
     }
+    for name in ("summary.json", "policy.json", "curve.json"):
+        json.loads((run / name).read_text(), parse_constant=pytest.fail)  # JSON has no infinity
     summary = json.loads((run / "summary.json").read_text())
     assert sum(summary["test/exit_share"]) == pytest.approx(1)
     assert summary["test/macs_fraction"] == pytest.approx(
@@ -83,16 +85,33 @@ def test_calibrate_writes_other_thresholds(workshop):
     assert json.loads((workshop / "runs/x/policy.json").read_text()) == before
 
 
+def test_calibrate_without_a_target_shows_the_whole_curve_and_changes_nothing_else(workshop):
+    run = workshop / "runs" / "x"
+    before = {path.name: path.read_bytes() for path in run.iterdir() if path.is_file()}
+    result = typed("calibrate", "run=runs/x", "device=cpu", cwd=workshop)
+    assert result.returncode == 0, result.stderr
+    assert "validation accuracy" in result.stdout and "(knee) at 0." in result.stdout
+    assert {path.name: path.read_bytes() for path in run.iterdir() if path.is_file()} == before
+    content = json.loads((run / "curve.json").read_text())
+    assert len(content["validation"]) == len(content["test"]) > 2
+    knee = typed("calibrate", "run=runs/x", "device=cpu", "target.knee=true", cwd=workshop)
+    assert knee.returncode == 0 and "The knee of the validation curve" in knee.stdout
+    share = json.loads((run / "summary.json").read_text())["val/macs_fraction"]
+    assert f"(knee) at {share:.3f}" in result.stdout
+
+
 @pytest.mark.parametrize(
     ("typed_words", "message"),
     [
-        (["calibrate", "run=runs/x", "target.macs_fraction=0.01"], "the nearest is"),
-        (["calibrate", "run=runs/x"], "say one target"),
+        (["calibrate", "run=runs/x", "target.macs_fraction=0.01"], "the nearest that can be met is"),
+        (["calibrate", "run=runs/x", "target.macs_fraction=0.5", "target.knee=true"], "give one target"),
         (["calibrate", "run=runs/x", "target.macs_fraction=2"], "macs_fraction must be"),
         (["calibrate", "run=nowhere", "target.macs_fraction=0.5"], "does not exist"),
         (["train", "agent=msdnet", "backbone=resnet32_digits", *SMALL], "has no exits"),
         (["train", "agent=blockdrop", "backbone=msdnet_digits", *SMALL], "has exits, not blocks"),
-        (["train", "agent=msdnet", *SMALL, "target.macs_fraction=0.5"], "say one target"),
+        (["train", "agent=msdnet", *SMALL, "target.macs_fraction=0.5", "target.accuracy_drop=0"], "give one target"),
+        (["train", "agent=msdnet", *SMALL, "target.macs_fraction=0.1"], "first exit of msdnet5 costs 0.1282 of going"),
+        (["train", "agent=cdl", "data.name=other", *SMALL], "no key data.name"),
         (["train", "agent=cdl", "backbone=msdnet_digits", *SMALL], "resnet32_exits"),
         (["train", "agent=distiller", "agent.lossweights=[0.9,0.2,0.1,0.1]", *SMALL], "sum to less than 1"),
         (["train", "agent=branchynet", "backbone=resnet32_exits", "backbone.exits=[2,15]", *SMALL], "no block 15"),
@@ -140,3 +159,31 @@ def test_exits_are_proposed_and_the_run_says_which(tmp_path):
     places = yaml.safe_load((tmp_path / "x/config.yaml").read_text())["backbone"]["exits"]
     assert [f"after block {place}:" in result.stdout for place in places] == [True, True]
     assert typed("evaluate", "run=x", "device=cpu", cwd=tmp_path).returncode == 0
+
+
+def test_a_target_that_training_cannot_meet_is_said_and_the_run_is_whole(tmp_path):
+    arguments = ["agent=msdnet", *SMALL, *STEPS, "target.accuracy_drop=-0.9", "run.dir=x"]
+    result = typed("train", *arguments, cwd=tmp_path)
+    assert result.returncode == 0, result.stderr
+    assert "warning: no threshold meets accuracy_drop=-0.9" in result.stdout
+    summary = json.loads((tmp_path / "x/summary.json").read_text())
+    points = json.loads((tmp_path / "x/curve.json").read_text())["validation"]
+    assert summary["val/accuracy"] == max(point["accuracy"] for point in points)
+
+
+def test_cdl_without_a_head_that_pays_deploys_the_network_alone(tmp_path):
+    arguments = ["agent=cdl", *SMALL, "train.steps=1", "agent.delta=1.0", "agent.lr=1e-6", "run.dir=x"]
+    result = typed("train", *arguments, cwd=tmp_path)
+    assert result.returncode == 0, result.stderr
+    assert "no head saves operations at agent.delta=1" in result.stdout
+    summary = json.loads((tmp_path / "x/summary.json").read_text())
+    assert summary["test/exits"] == 1 and summary["test/macs_fraction"] == 1
+    assert summary["test/accuracy"] == summary["test/full_accuracy"]
+    assert policyskip.load(tmp_path / "x").predict(torch.zeros(2, 3, 20, 20, dtype=torch.uint8)).exit_B.tolist() == [
+        0,
+        0,
+    ]
+    again = typed("evaluate", "run=x", "device=cpu", cwd=tmp_path)
+    assert again.returncode == 0 and "Every figure is that of summary.json." in again.stdout
+    refused = typed("calibrate", "run=x", "device=cpu", "target.macs_fraction=0.5", cwd=tmp_path)
+    assert refused.returncode == 2 and "has no early exits" in refused.stderr

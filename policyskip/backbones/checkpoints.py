@@ -138,6 +138,18 @@ def find(checkpoint: str) -> Path:
     raise UserError(f"there is no checkpoint {checkpoint}: neither a file nor one of {', '.join(shipped())}")
 
 
+def check_data(checkpoint: str | None, data: str) -> None:
+    """UserError if ``checkpoint`` names shipped weights that were trained on other data than ``data``."""
+    if checkpoint not in shipped() or find(checkpoint).parent != WEIGHTS:
+        return
+    trained_on = json.loads((WEIGHTS / f"{checkpoint}.json").read_text())["data"]
+    if trained_on != data:
+        raise UserError(
+            f"backbone.checkpoint={checkpoint} was trained on {trained_on}, not on {data}: give weights of a network "
+            "trained on it (policyskip pretrain makes some), or random where the agent trains the network"
+        )
+
+
 def read_checkpoint(checkpoint: str) -> tuple[State, dict[str, Any]]:
     """Tensors under our names, and the arguments of :class:`CifarResNet` that fit them.
 

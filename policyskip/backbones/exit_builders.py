@@ -220,6 +220,8 @@ def _exits_over(
     seed: int,
 ) -> ResNetExits:
     """Exits over the backbone, or the checkpoint's if it has them already and they are those that were asked for."""
+    if not exits:
+        raise UserError("backbone.exits is empty; name the blocks that an exit follows")
     found = _architecture_if_file(checkpoint)
     if checkpoint is None or found.get("network") != "resnet_exits":
         trunk = backbone()

@@ -63,6 +63,10 @@ class ExitNetwork(Network):
         """Logits (B, C) of exit n, from the state that ``segment(n, …)`` gave."""
         raise NotImplementedError
 
+    def remarks(self, image_shape: tuple[int, int, int]) -> list[str]:
+        """Lines that are worth saying about the network before it is trained, on images of shape (3, H, W)."""
+        return []
+
     def forward(self, images: Tensor) -> Tensor:
         """Logits (B, N, C) of every exit. Gradients flow through all of them."""
         state, logits = self.begin(images), []
@@ -170,3 +174,8 @@ def costly_exits(costs: ExitCosts) -> list[str]:
         for n, (head, going_on) in enumerate(zip(costs.head_N[:-1].tolist(), costs.trunk_N[1:].tolist()))
         if head >= going_on
     ]
+
+
+def in_millions(macs_N: Tensor) -> str:
+    """MACs for a person to read: "5.91, 12.62 M MACs"."""
+    return ", ".join(f"{macs / 1e6:.2f}" for macs in macs_N.tolist()) + " M MACs"

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from policyskip.backbones.base import IMAGENET_MEAN, IMAGENET_STD, he_init
-from policyskip.backbones.exits import ExitCosts, ExitNetwork, State, count_exit_costs
+from policyskip.backbones.exits import ExitCosts, ExitNetwork, State, count_exit_costs, in_millions
 from policyskip.errors import UserError
 
 Node = tuple[int, int]
@@ -258,6 +258,14 @@ class MSDNet(ExitNetwork):
 
     def head(self, n: int, state: State) -> Tensor:
         return self.heads[n](state[self.grid.exit_nodes[n]])
+
+    def remarks(self, image_shape: tuple[int, int, int]) -> list[str]:
+        lazy, eager = count_with_and_without_lazy(self, image_shape)
+        saved = ", ".join(f"{1 - share:.0%}" for share in (lazy.cumulative_N / eager.cumulative_N).tolist())
+        return [
+            f"without lazy evaluation: {in_millions(eager.cumulative_N)}; it saves {saved}"
+            + ("" if self.lazy else ", and is switched off (backbone.lazy=true)")
+        ]
 
 
 def name_of(node: Node) -> str:

@@ -157,15 +157,13 @@ def find_blocks(backbone: Backbone, exits: Sequence[int | str]) -> list[int]:
     """The indices, from 0, of the blocks that ``exits`` stand for (see :class:`ResNetExits`).
 
     Raises:
-        UserError: there is no such block, it is the last one, or they are none or not in ascending order.
+        UserError: there is no such block, it is the last one, or they are not in ascending order.
     """
     last = backbone.num_blocks - 1
-    if not exits:
-        raise UserError(f"exits is empty; name blocks of {backbone.name}, 0 to {last - 1}, that an exit follows")
     places = [_find_block(backbone, place) for place in exits]
     if any(a >= b for a, b in pairwise(places)):
         raise UserError(f"exits must be in ascending order, each once, got {list(exits)}")
-    if places[-1] == last:
+    if last in places:
         raise UserError(
             f"block {last} is the last of {backbone.name}: its exit is the network's own head; "
             f"exits follow blocks 0 to {last - 1}"
@@ -199,7 +197,7 @@ def _feature_shapes(backbone: Backbone, places: list[int], image_shape: tuple[in
     backbone.eval()
     x = backbone.features(torch.zeros(1, *image_shape, device=backbone.mean.device))
     shapes: list[Shape] = []
-    for k, block in enumerate(backbone.blocks[: places[-1] + 1]):
+    for k, block in enumerate(backbone.blocks[: max(places, default=-1) + 1]):
         x = block(x)
         if k in places:
             shapes.append((x.shape[1], x.shape[2], x.shape[3]))

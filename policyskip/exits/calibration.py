@@ -14,7 +14,7 @@ A combinations of thresholds at the exits before.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import torch
@@ -85,6 +85,9 @@ class Curve:
         macs = float(self.macs_P[index])
         thresholds = tuple(self.threshold_PE[index].tolist())
         return Point(self.rule, thresholds, float(self.accuracy_P[index]), macs, macs / self.full_macs)
+
+    def __iter__(self) -> Iterator[Point]:
+        return (self[index] for index in range(len(self)))
 
     def front(self) -> Curve:
         """The points that no other point beats: see :func:`pareto`."""
@@ -218,7 +221,32 @@ def knee(accuracy_P: Tensor, macs_P: Tensor) -> int:
     return int((accuracy - macs).argmax())
 
 
-def choose(curve: Curve, accuracy_drop: float | None = None, macs_fraction: float | None = None) -> Point:
+class UnmetError(UserError):
+    """No threshold meets a target. ``nearest`` is the point that comes closest to it."""
+
+    def __init__(self, target: str, nearest: str, point: Point) -> None:
+        super().__init__(f"no threshold meets {target} on validation; the nearest that can be met is {nearest}")
+        self.nearest = point
+
+
+def check_target(accuracy_drop: float | None, macs_fraction: float | None, knee: bool) -> None:
+    """UserError unless there is one target, and it makes sense."""
+    if (accuracy_drop is not None) + (macs_fraction is not None) + knee != 1:
+        raise UserError(
+            "give one target: target.accuracy_drop=…, target.macs_fraction=… or target.knee=true; "
+            f"got accuracy_drop {accuracy_drop}, macs_fraction {macs_fraction} and knee {str(knee).lower()}"
+        )
+    if accuracy_drop is not None and not -1 < accuracy_drop < 1:
+        raise UserError(
+            f"target.accuracy_drop must be between -1 and 1 (0.01 is one percentage point), got {accuracy_drop}"
+        )
+    if macs_fraction is not None and not 0 < macs_fraction <= 1:
+        raise UserError(f"target.macs_fraction must be above 0 and at most 1, got {macs_fraction}")
+
+
+def choose(
+    curve: Curve, accuracy_drop: float | None = None, macs_fraction: float | None = None, knee: bool = False
+) -> Point:
     """The point of a curve that meets a target.
 
     Args:
@@ -227,34 +255,29 @@ def choose(curve: Curve, accuracy_drop: float | None = None, macs_fraction: floa
         macs_fraction: the most accurate point that spends this share of the full cost, in (0, 1]: of those that cost
             no more, one that costs at most ``WINDOW`` of the full cost less than the dearest. A budget is there to be
             spent; whoever would rather save what is not needed gives ``accuracy_drop``.
+        knee: the point of the front where more computing stops paying; see :func:`knee`.
 
     Raises:
-        UserError: not exactly one target, one out of range, or one that no threshold meets; the message says the
-            nearest that can be met.
+        UserError: not exactly one target, or one out of range.
+        UnmetError: one that no threshold meets; the message says the nearest that can be met.
     """
-    if (accuracy_drop is None) == (macs_fraction is None):
-        raise UserError("give one target: accuracy_drop or macs_fraction")
+    check_target(accuracy_drop, macs_fraction, knee)
+    if knee:
+        return curve.knee()
     if accuracy_drop is not None:
-        if not -1 < accuracy_drop < 1:
-            raise UserError(
-                f"accuracy_drop must be between -1 and 1 (0.01 is one percentage point), got {accuracy_drop}"
-            )
         # One part in 10⁹ for sums that were rounded differently.
         meets = (curve.accuracy_P >= curve.last_accuracy - accuracy_drop - 1e-9).nonzero().squeeze(1)
         if not len(meets):
-            nearest = _rounded_up(curve.last_accuracy - float(curve.accuracy_P.max()))
-            raise UserError(
-                f"no threshold meets accuracy_drop={accuracy_drop:g} on validation; the nearest is {nearest}"
-            )
+            best = int(curve.accuracy_P.argmax())
+            nearest = _rounded_up(curve.last_accuracy - float(curve.accuracy_P[best]))
+            raise UnmetError(f"accuracy_drop={accuracy_drop:g}", nearest, curve[best])
         cheapest = meets[curve.macs_P[meets] == curve.macs_P[meets].min()]
         return curve[int(cheapest[curve.accuracy_P[cheapest].argmax()])]
     assert macs_fraction is not None
-    if not 0 < macs_fraction <= 1:
-        raise UserError(f"macs_fraction must be above 0 and at most 1, got {macs_fraction}")
     share_P = curve.macs_P / curve.full_macs
     if macs_fraction < share_P.min() - 1e-9:
-        nearest = _rounded_up(float(share_P.min()))
-        raise UserError(f"no threshold meets macs_fraction={macs_fraction:g}; the nearest is {nearest}")
+        least = int(share_P.argmin())
+        raise UnmetError(f"macs_fraction={macs_fraction:g}", _rounded_up(float(share_P[least])), curve[least])
     spent = share_P[share_P <= macs_fraction + 1e-9].max()
     near = ((share_P <= spent) & (share_P >= spent - WINDOW)).nonzero().squeeze(1)
     return curve[int(near[curve.accuracy_P[near].argmax()])]
@@ -265,33 +288,22 @@ def _rounded_up(target: float) -> str:
     return f"{math.ceil(target * 1e4 - 1e-6) / 1e4:.4f}"
 
 
-def calibrate(
-    cache: CachedExits,
-    rule: str = "confidence",
-    search: str = "quota",
-    accuracy_drop: float | None = None,
-    macs_fraction: float | None = None,
-) -> Point:
-    """Thresholds for a target, fitted to the cached outputs of validation images.
+def curve_of(cache: CachedExits, rule: str = "confidence", search: str = "quota") -> Curve:
+    """The curve that :func:`choose` takes a point from; for a network with one exit, the one point there is.
 
     What was the best of many on these images is a little worse on others: of the searches, ``grid`` tries the most.
     Set ``accuracy_drop`` with the standard error of the validation accuracy in mind.
 
     Args:
+        cache: outputs for validation images.
         rule: confidence, entropy or delta.
         search: quota, grid or common; delta takes grid or common.
-        accuracy_drop, macs_fraction: the target, one of the two; see :func:`choose`.
 
     Raises:
-        UserError: unknown rule or search, a network with one exit, or a target that cannot be met.
+        UserError: unknown rule or search.
     """
-    return choose(curve_of(cache, rule, search), accuracy_drop, macs_fraction)
-
-
-def curve_of(cache: CachedExits, rule: str = "confidence", search: str = "quota") -> Curve:
-    """The whole curve that :func:`calibrate` chooses from; arguments and errors as there."""
     if search not in SEARCHES:
         raise UserError(f"search must be one of {', '.join(SEARCHES)}, got {search!r}")
-    if cache.num_exits < 2:
-        raise UserError("a network with one exit has no thresholds to choose")
+    if cache.num_exits == 1:
+        return _curve(rule_named(rule), cache, torch.empty(1, 0), *cache.judge(torch.zeros_like(cache.label_M)[None]))
     return SEARCHES[search](rule_named(rule), cache)

@@ -5,36 +5,44 @@ Shapes: M images of a set, N exits, E early exits (N - 1), P points on a curve.
 
 from __future__ import annotations
 
+import math
 import sys
 from dataclasses import asdict
 from typing import Any
 
 import torch
+from rich.console import Console
+from rich.table import Table
 from torch import Tensor
 
 from policyskip.agents.cdl import CDL
 from policyskip.agents.early_exit import EarlyExitAgent, ThresholdPolicy
 from policyskip.backbones import checkpoints
-from policyskip.backbones.exits import ExitNetwork, costly_exits
+from policyskip.backbones.exits import ExitNetwork, costly_exits, in_millions
 from policyskip.backbones.resnet_exits import ResNetExits
 from policyskip.config import Setup, TargetSection, build, build_backbone, group_of
 from policyskip.data import Data, Feed
-from policyskip.deployment import describe_exits, load_exits_run
+from policyskip.deployment import ExitPredictor, as_text, describe_exits, load_exits_run
 from policyskip.errors import UserError
 from policyskip.exits import plots as exit_plots
 from policyskip.exits.baselines import (
+    LABEL_NATS,
     accuracy_by_exit,
     exit_histogram,
+    label_oracle,
     oracle_exit,
     random_exits,
     static_exits,
 )
 from policyskip.exits.cache import CachedExits, cache_exits
-from policyskip.exits.calibration import Curve, Point, choose, curve_of
+from policyskip.exits.calibration import Curve, Point, UnmetError, check_target, choose, curve_of
 from policyskip.exits.placement import probe_blocks, propose_exits
 from policyskip.exits.rules import exit_of
 from policyskip.runs import Run
 from policyskip.tracking import Tracker
+
+ACCURACY_DROP = 0.002
+"""The target of a run that names none: at most this much less accurate than the last exit, on validation images."""
 
 
 class ExitTask:
@@ -48,11 +56,11 @@ class ExitTask:
             raise UserError(
                 f"{network.name} has no exits; say backbone=resnet32_exits, or agent=blockdrop to skip blocks"
             )
-        if (target.accuracy_drop is None) == (target.macs_fraction is None):
-            raise UserError("say one target: target.accuracy_drop=… or target.macs_fraction=… (the other null)")
+        self.target = target.given or {"accuracy_drop": ACCURACY_DROP}
+        check_target(**target.model_copy(update=self.target).model_dump())
         if setup.reward is not None:
             raise UserError("agents that leave early learn by their own loss and take no reward")
-        self.setup, self.target, self.network = setup, target, network
+        self.setup, self.network = setup, network
         self.learner: EarlyExitAgent = build(
             "agent",
             group_of(setup.config, "agent"),
@@ -63,11 +71,17 @@ class ExitTask:
         self.source = Feed(setup.data.train, setup.batch_size, "shuffled", setup.config["seed"])
         self.names = dict(agent=self.learner.name, env="EarlyExit-v0", backbone=network.name, data=setup.data.name)
         self.costs = cache_exits(network, setup.data.validation.plain()).costs
-        macs = ", ".join(f"{macs / 1e6:.2f}" for macs in self.costs.cumulative_N.tolist())
+        least = float(self.costs.cumulative_N[0]) / self.costs.full
+        if self.target.get("macs_fraction", 1) < least:
+            raise UserError(
+                f"no threshold meets target.macs_fraction={self.target['macs_fraction']:g}: the first exit of "
+                f"{network.name} costs {math.ceil(1e4 * least) / 1e4:.4f} of going to the last one"
+            )
         self.greeting = "\n".join(
             [
                 f"{self.names['agent']} learns on {setup.data.name} over {network.name}; "
-                f"leaving at its {network.num_exits} exits costs {macs} M MACs",
+                f"leaving at its {network.num_exits} exits costs {in_millions(self.costs.cumulative_N)}",
+                *network.remarks(setup.data.image_shape),
                 *(f"warning: {line}" for line in costly_exits(self.costs)),
             ]
         )
@@ -92,7 +106,12 @@ class ExitTask:
         steps = self.setup.config["train"]["steps"]
         head = {**self.names, "seed": self.setup.config["seed"], "steps": steps, "seconds": round(seconds, 1)}
         curve = self.learner.curve(cache_exits(network, self.setup.data.validation.plain()))
-        return settle(self.setup, network, curve, self.learner.search, self.target, run, tracker, head)
+        try:
+            point = choose(curve, **self.target)
+        except UnmetError as unmet:  # what was learned is worth more than the target: it can be calibrated anew
+            print(f"warning: {unmet}, and is what this run deploys")
+            point = unmet.nearest
+        return settle(self.setup, network, curve, self.learner.search, self.target, point, run, tracker, head)
 
     def show(self, summary: dict[str, Any]) -> None:
         """Print the table."""
@@ -110,6 +129,9 @@ class ExitTask:
                 f"head {e}: {stage.resolved} of {stage.resolved + stage.passed} validation images leave, "
                 f"gain {stage.gain / 1e6:+.3f} M MACs an image: {verdict}"
             )
+        if not admitted:
+            delta = f"agent.delta={self.learner.delta:g}"
+            print(f"warning: no head saves operations at {delta}: the network is deployed without early exits")
         return self.learner.network.only(admitted)
 
 
@@ -135,23 +157,21 @@ def settle(
     network: ExitNetwork,
     curve: Curve,
     search: str,
-    target: TargetSection,
+    target: dict[str, Any],
+    point: Point,
     run: Run,
     tracker: Tracker,
     head: dict[str, Any],
 ) -> dict[str, Any]:
-    """Thresholds for a target, chosen on validation; their figures on test; policy, summary and pictures."""
+    """Deploy a point of the validation curve: its figures on test; policy, curve, summary and pictures."""
     data = setup.data
-    point = choose(curve, target.accuracy_drop, target.macs_fraction)
     policy = ThresholdPolicy(point.rule, point.thresholds)
     test = cache_exits(network, data.test.plain())
     figures = judge(policy, test)
     anytime, budgeted = curves(test, policy, curve)
     summary = {**head, **chosen(target, point), **{f"test/{key}": value for key, value in figures.items()}}
     run.save_json("policy.json", describe_exits(policy, search, network, data.classes, data.image_shape))
-    front = curve.front()
-    points = [asdict(front[i]) for i in range(len(front))]
-    run.save_json("curve.json", {"validation": points, "test": [{"macs": m, "accuracy": a} for m, a in budgeted]})
+    save_curve(run, curve, budgeted)
     run.save_json("summary.json", summary)
     exit_M = exit_of(policy.rule, test.probability_MNC, policy.threshold_E)
     pictures = exit_plots.all_plots(
@@ -162,16 +182,21 @@ def settle(
     return summary
 
 
-def chosen(target: TargetSection, point: Point) -> dict[str, Any]:
+def chosen(target: dict[str, Any], point: Point) -> dict[str, Any]:
     """What was asked for and what it came to on validation images."""
     return {
-        "target/accuracy_drop": target.accuracy_drop,
-        "target/macs_fraction": target.macs_fraction,
+        **{f"target/{key}": value for key, value in target.items()},
         "rule": point.rule,
-        "thresholds": list(point.thresholds),
+        "thresholds": as_text(point.thresholds),
         "val/accuracy": point.accuracy,
         "val/macs_fraction": point.macs_fraction,
     }
+
+
+def save_curve(run: Run, curve: Curve, test: list[list[float]]) -> None:
+    """Write the front of a validation curve, and what its points do on test (MACs, accuracy), as ``curve.json``."""
+    points = [asdict(point) | {"thresholds": as_text(point.thresholds)} for point in curve.front()]
+    run.save_json("curve.json", {"validation": points, "test": [{"macs": m, "accuracy": a} for m, a in test]})
 
 
 def judge(policy: ThresholdPolicy, cache: CachedExits) -> dict[str, Any]:
@@ -184,6 +209,7 @@ def judge(policy: ThresholdPolicy, cache: CachedExits) -> dict[str, Any]:
     static_accuracy_N, static_macs_N = static_exits(cache)
     random_accuracy, random_macs = random_exits(cache, share_N)
     oracle_accuracy, oracle_macs = cache.judge(oracle_exit(cache.correct_MN))
+    label_accuracy, label_macs = cache.judge(label_oracle(cache, [LABEL_NATS] * (N - 1)))
     return {
         "accuracy": correct_M.double().mean().item(),
         "full_accuracy": cache.correct_MN[:, -1].double().mean().item(),
@@ -205,6 +231,8 @@ def judge(policy: ThresholdPolicy, cache: CachedExits) -> dict[str, Any]:
         "random_macs": random_macs,
         "oracle_accuracy": oracle_accuracy.item(),
         "oracle_macs": oracle_macs.item(),
+        "label_oracle_accuracy": label_accuracy.item(),
+        "label_oracle_macs": label_macs.item(),
     }
 
 
@@ -234,21 +262,60 @@ def again(setup: Setup, run: Run, split: str) -> dict[str, Any]:
 
 def recalibrate(setup: Setup, run: Run, target: TargetSection) -> dict[str, Any]:
     """Other thresholds for a finished run: chosen on validation, reported once on test, written into its policy."""
-    if (target.accuracy_drop is None) == (target.macs_fraction is None):
-        raise UserError("say one target: target.accuracy_drop=… or target.macs_fraction=…")
-    predictor = load_exits_run(run, setup.device)
+    predictor, curve = finished(setup, run)
+    check_target(**target.model_dump())
+    point = choose(curve, **target.given)
     before = run.load_json("summary.json")
     names = ("agent", "env", "backbone", "data", "seed", "steps", "seconds")
     head: dict[str, Any] = {name: before[name] for name in names if name in before}
+    tracker = Tracker(run, "none", {})
+    return settle(setup, predictor.network, curve, predictor.search, target.given, point, run, tracker, head)
+
+
+def finished(setup: Setup, run: Run) -> tuple[ExitPredictor, Curve]:
+    """What a run deploys, and the curve of its network on validation images.
+
+    Raises:
+        UserError: it has no early exits.
+    """
+    predictor = load_exits_run(run, setup.device)
+    if predictor.network.num_exits == 1:
+        raise UserError(f"the run {run.folder} has no early exits, so there are no thresholds to choose")
     validation = cache_exits(predictor.network, setup.data.validation.plain())
-    curve = curve_of(validation, predictor.policy.rule.name, predictor.search)
-    return settle(setup, predictor.network, curve, predictor.search, target, run, Tracker(run, "none", {}), head)
+    return predictor, curve_of(validation, predictor.policy.rule.name, predictor.search)
+
+
+def show_curve(setup: Setup, run: Run, rows: int = 16) -> None:
+    """Print what can be had: points of the front on validation, evenly spaced in cost, and what they do on test.
+
+    The whole front goes into ``curve.json``; what the run deploys stays as it is.
+    """
+    predictor, curve = finished(setup, run)
+    _, test = curves(cache_exits(predictor.network, setup.data.test.plain()), predictor.policy, curve)
+    save_curve(run, curve, test)
+    front, knee = curve.front(), curve.knee()
+    wanted_R = torch.linspace(float(front.macs_P[0]), float(front.macs_P[-1]), rows, dtype=torch.float64)
+    shown = (front.macs_P - wanted_R.unsqueeze(1)).abs().argmin(1).unique().tolist()
+    table = Table(title=f"{run.folder}: thresholds chosen on validation images ({predictor.policy.rule.name})")
+    for column in ("MACs, of full", "validation accuracy", "lost", "on test: MACs", "accuracy", "thresholds"):
+        table.add_column(column, justify="left" if column == "thresholds" else "right")
+    for place in shown:
+        point, (macs, accuracy) = front[place], test[place]
+        table.add_row(
+            f"{point.macs_fraction:.3f}",
+            f"{100 * point.accuracy:.2f} %",
+            f"{100 * (curve.last_accuracy - point.accuracy):.2f}",
+            f"{macs / curve.full_macs:.3f}",
+            f"{100 * accuracy:.2f} %",
+            " ".join(f"{threshold:.3g}" for threshold in point.thresholds),
+        )
+    console().print(table)
+    lost = curve.last_accuracy - knee.accuracy
+    print(f"More computing stops paying (knee) at {knee.macs_fraction:.3f} of the MACs, {100 * lost:.2f} points lost.")
 
 
 def show_table(summary: dict[str, Any]) -> None:
     """Print the policy beside its own last exit, the static exits, random exits at its rates, and the oracle."""
-    from rich.console import Console
-    from rich.table import Table
 
     def get(name: str) -> Any:
         return summary[f"test/{name}"]
@@ -266,14 +333,26 @@ def show_table(summary: dict[str, Any]) -> None:
         row(f"all straight to exit {n + 1}", accuracy, macs)
     row("random exits at the same rates", get("random_accuracy"), get("random_macs"))
     row("oracle: the first exit that is right", get("oracle_accuracy"), get("oracle_macs"))
-    console = Console(width=None if sys.stdout.isatty() else 110)
-    console.print(table)
-    leaving = ", ".join(f"{100 * share:.1f} %" for share in get("exit_share"))
-    console.print(f"Images that left at each exit: {leaving}.")
-    asked = summary["target/macs_fraction"]
-    if asked is not None:
-        console.print(f"Budget asked for {asked:.3f} of the full cost, used on test {get('macs_fraction'):.3f}.")
-    else:
-        lost = 100 * (get("full_accuracy") - get("accuracy"))
+    if summary["agent"] == "distiller":
+        name = f"Distiller's criterion, an oracle (sees the label): loss < {LABEL_NATS}"
+        row(name, get("label_oracle_accuracy"), get("label_oracle_macs"))
+    out = console()
+    out.print(table)
+    places = list(zip(get("exit_share"), get("exit_accuracy"), strict=True))
+    leaving = ", ".join(f"{100 * share:.1f} %" for share, _ in places)
+    right = ", ".join("–" if accuracy is None else f"{100 * accuracy:.1f} %" for _, accuracy in places)
+    out.print(f"Images that left at each exit: {leaving}; of these, right: {right}.")
+    lost = 100 * (get("full_accuracy") - get("accuracy"))
+    if "target/macs_fraction" in summary:
+        asked = summary["target/macs_fraction"]
+        out.print(f"Budget asked for {asked:.3f} of the full cost, used on test {get('macs_fraction'):.3f}.")
+    elif "target/accuracy_drop" in summary:
         drop = 100 * summary["target/accuracy_drop"]
-        console.print(f"Accuracy that may be lost: {drop:.2f} points on validation; lost on test: {lost:.2f}.")
+        out.print(f"Accuracy that may be lost: {drop:.2f} points on validation; lost on test: {lost:.2f}.")
+    else:
+        out.print(f"The knee of the validation curve; lost on test: {lost:.2f} points.")
+
+
+def console() -> Console:
+    """Where tables are printed; wide enough for them where the output is no terminal."""
+    return Console(width=None if sys.stdout.isatty() else 110)
