@@ -18,6 +18,7 @@ from policyskip.exits.baselines import (
     oracle_exit,
     random_exits,
     static_exits,
+    static_mix,
 )
 from policyskip.exits.cache import CachedExits
 from tests.conftest import small_cache
@@ -36,6 +37,30 @@ def test_static_exits_run_no_other_head():
     cache = answers(torch.tensor([[1, 1, 1], [0, 1, 1], [0, 0, 1], [1, 0, 1]]))
     accuracy_N, macs_N = static_exits(cache)
     assert accuracy_N.tolist() == [0.5, 0.5, 1] and macs_N.tolist() == [3, 7, 10]
+
+
+def test_the_best_fixed_mixture_of_a_cost_by_hand():
+    """Straight to the exits: 1/4 right for 3, 1/4 for 7, all for 10. At 6.5, half of 3 and half of 10 is best."""
+    cache = answers(torch.tensor([[1, 0, 1], [0, 0, 1], [0, 0, 1], [0, 1, 1]]))
+    right_M, macs = static_mix(cache, 6.5)
+    assert right_M.tolist() == [1, 0.5, 0.5, 0.5] and macs == 6.5
+    assert static_mix(cache, 3)[0].tolist() == [1, 0, 0, 0]
+    assert static_mix(cache, 12.0)[1] == 10  # no exit costs more
+    with pytest.raises(ValueError, match="no exit costs as little as 2"):
+        static_mix(cache, 2)
+    overthinks = answers(torch.tensor([[1, 1, 0], [1, 0, 0]]))
+    assert static_mix(overthinks, 9)[0].tolist() == [1, 1] and static_mix(overthinks, 9)[1] == 3
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_no_fixed_mixture_of_a_cost_is_better(seed):
+    cache = small_cache(40, exits=4, seed=seed)
+    accuracy_N, macs_N = static_exits(cache)
+    shares_PN = torch.distributions.Dirichlet(torch.ones(4).double()).sample((2000,))
+    for macs in torch.linspace(float(macs_N[0]), float(macs_N[-1]), 7).tolist():
+        best = static_mix(cache, macs)[0].mean()
+        cheap_P = shares_PN @ macs_N <= macs
+        assert not cheap_P.any() or (shares_PN[cheap_P] @ accuracy_N).max() <= best + 1e-9
 
 
 def test_a_policy_pays_for_every_head_on_the_way():

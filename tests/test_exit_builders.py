@@ -202,7 +202,7 @@ def test_configurations_build_what_they_say(name, shape, exits, millions):
     with initialize_config_module("policyskip.configs", version_base="1.3"):
         node = plain(compose("train", [f"backbone={name}", "run.dir=x"]))["backbone"]
     images = small_images(2, size=shape[1])
-    data = Data("any", images, images, images, tuple("0123456789"), shape)
+    data = Data("digits", images, images, images, tuple("0123456789"), shape)
     network = build_backbone(node, data, torch.device("cpu"))
     assert isinstance(network, ExitNetwork) and network.num_exits == exits
     assert count_exit_costs(network, shape).full / 1e6 == pytest.approx(millions, rel=0.01)

@@ -7,6 +7,7 @@ Shapes: M images of a set, N exits, E early exits (N - 1), C classes, P points o
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 
 import torch
@@ -26,6 +27,28 @@ def static_exits(cache: CachedExits) -> tuple[Tensor, Tensor]:
     Nothing is decided on the way, so no other head is run: this is less than leaving there costs a policy.
     """
     return cache.correct_MN.double().mean(0), cache.costs.straight_N
+
+
+def static_mix(cache: CachedExits, macs: float) -> tuple[Tensor, float]:
+    """The best that fixed exits do at a mean cost of ``macs``, whatever the image: one exit, or two mixed at random.
+
+    Expected correctness, float64 (M,), and mean MACs, at most ``macs``. The mixture is the best one *on these very
+    images*, which flatters it: a policy that beats it was not lucky in its opponent.
+
+    Args:
+        macs: MACs an image, not below the cheapest exit's.
+    """
+    accuracy_N, macs_N = (x.tolist() for x in static_exits(cache))
+    mixes = []
+    for i, j in itertools.product(range(cache.num_exits), repeat=2):
+        if macs_N[i] <= macs and (i == j or macs < macs_N[j]):
+            share = 0.0 if i == j else (macs - macs_N[i]) / (macs_N[j] - macs_N[i])
+            mixes.append(((1 - share) * accuracy_N[i] + share * accuracy_N[j], i, j, share))
+    if not mixes:
+        raise ValueError(f"no exit costs as little as {macs:g} MACs")
+    _, i, j, share = max(mixes)
+    right_MN = cache.correct_MN.double()
+    return (1 - share) * right_MN[:, i] + share * right_MN[:, j], (1 - share) * macs_N[i] + share * macs_N[j]
 
 
 def random_exits(cache: CachedExits, share_N: Tensor) -> tuple[float, float]:

@@ -33,6 +33,7 @@ from policyskip.exits.baselines import (
     oracle_exit,
     random_exits,
     static_exits,
+    static_mix,
 )
 from policyskip.exits.cache import CachedExits, cache_exits
 from policyskip.exits.calibration import Curve, Point, UnmetError, check_target, choose, curve_of
@@ -206,7 +207,9 @@ def judge(policy: ThresholdPolicy, cache: CachedExits) -> dict[str, Any]:
     correct_M = cache.correct_MN.gather(1, exit_M.unsqueeze(1)).squeeze(1)
     macs_M = cache.macs_N[exit_M]
     share_N = exit_histogram(exit_M, N)
-    static_accuracy_N, static_macs_N = static_exits(cache)
+    alone_accuracy_N, alone_macs_N = static_exits(cache)
+    static_M, static_macs = static_mix(cache, macs_M.mean().item())
+    difference_M = correct_M.double() - static_M
     random_accuracy, random_macs = random_exits(cache, share_N)
     oracle_accuracy, oracle_macs = cache.judge(oracle_exit(cache.correct_MN))
     label_accuracy, label_macs = cache.judge(label_oracle(cache, [LABEL_NATS] * (N - 1)))
@@ -225,8 +228,12 @@ def judge(policy: ThresholdPolicy, cache: CachedExits) -> dict[str, Any]:
             None if value != value else value for value in accuracy_by_exit(exit_M, correct_M, N).tolist()
         ],
         "exit_macs": cache.macs_N.tolist(),
-        "static_accuracy": static_accuracy_N.tolist(),
-        "static_macs": static_macs_N.tolist(),
+        "exit_alone_accuracy": alone_accuracy_N.tolist(),
+        "exit_alone_macs": alone_macs_N.tolist(),
+        "static_accuracy": static_M.mean().item(),
+        "static_macs": static_macs,
+        "static_margin": difference_M.mean().item(),
+        "static_margin_ci95": 1.96 * difference_M.std().item() / len(difference_M) ** 0.5,
         "random_accuracy": random_accuracy,
         "random_macs": random_macs,
         "oracle_accuracy": oracle_accuracy.item(),
@@ -329,8 +336,9 @@ def show_table(summary: dict[str, Any]) -> None:
 
     row("each image its own exit, heads included", get("accuracy"), get("macs_mean"), f" ± {get('macs_sd') / 1e6:.2f}")
     row("all to the last exit, heads included", get("full_accuracy"), get("full_macs"))
-    for n, (accuracy, macs) in enumerate(zip(get("static_accuracy"), get("static_macs"), strict=True)):
+    for n, (accuracy, macs) in enumerate(zip(get("exit_alone_accuracy"), get("exit_alone_macs"), strict=True)):
         row(f"all straight to exit {n + 1}", accuracy, macs)
+    row("best fixed exits of equal cost, mixed", get("static_accuracy"), get("static_macs"))
     row("random exits at the same rates", get("random_accuracy"), get("random_macs"))
     row("oracle: the first exit that is right", get("oracle_accuracy"), get("oracle_macs"))
     if summary["agent"] == "distiller":
@@ -338,6 +346,11 @@ def show_table(summary: dict[str, Any]) -> None:
         row(name, get("label_oracle_accuracy"), get("label_oracle_macs"))
     out = console()
     out.print(table)
+    margin, half = 100 * get("static_margin"), 100 * get("static_margin_ci95")
+    verdict = "pays" if margin > half else "does not pay" if margin < -half else "makes no clear difference"
+    out.print(
+        f"Deciding per image {verdict}: {margin:+.2f} ± {half:.2f} points against the best fixed exits of equal cost."
+    )
     places = list(zip(get("exit_share"), get("exit_accuracy"), strict=True))
     leaving = ", ".join(f"{100 * share:.1f} %" for share, _ in places)
     right = ", ".join("–" if accuracy is None else f"{100 * accuracy:.1f} %" for _, accuracy in places)
