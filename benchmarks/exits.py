@@ -2,8 +2,8 @@
 
     python benchmarks/exits.py [agent …]      (default: msdnet branchynet cdl distiller; minutes a seed)
 
-Runs go into runs/benchmark-<agent>-<seed>; one that is there and finished is not trained again. Writes a row for each to
-benchmarks/results/exits.csv (rows of other agents stay), and prints the tables.
+Runs go into runs/benchmark-<agent>-<seed>; one that is there and finished is not trained again. Writes a row for each
+to benchmarks/results/exits.csv (rows of other agents stay), and prints the table.
 
 A row also says, of the run's network on the test images: how far the budgets used are from those asked for, at most
 (``budget_gap``, share of the full cost, over ``BUDGETS``), and for how many images really stopping and replaying cached
@@ -76,8 +76,9 @@ def checks(folder: Path) -> dict[str, str]:
 def table(rows: list[dict[str, str]]) -> str:
     """Mean and standard deviation over seeds for each agent, in Markdown."""
     lines = [
-        "| agent | its last exit | each image its own exit | MACs of that, heads included | best fixed exits, equal cost "
-        "| margin | random exits, same rates | oracle, at its MACs | budget missed by, at most |",
+        "| agent | its last exit | each image its own exit | MACs of that, heads included "
+        "| best fixed exits, equal cost | margin | random exits, same rates | oracle, at its MACs "
+        "| budget missed by, at most |",
         "|---|---|---|---|---|---|---|---|---|",
     ]
     for agent in dict.fromkeys(row["agent"] for row in rows):

@@ -82,7 +82,7 @@ def test_the_grid_is_every_combination_run_on_its_own(rule, at_once, monkeypatch
 def test_the_grid_that_branchynet_screened():
     curve = grid_curve(ENTROPY, small_cache(), torch.tensor([BRANCHYNET_NATS] * 2))
     assert len(curve) == 17**2
-    assert (curve.macs_P[0], curve.macs_P[-1]) == (small_cache().macs_N[0], small_cache().macs_N[-1])
+    assert curve.macs_P[[0, -1]].tolist() == pytest.approx(small_cache().macs_N[[0, -1]].tolist())
 
 
 @pytest.mark.parametrize("rule", RULES.values())
@@ -148,6 +148,7 @@ def test_the_knee_by_hand():
         "entropy",
         torch.zeros(5, 1),
         torch.tensor([0.5, 0.8, 0.85, 0.6, 0.9]),
+        torch.zeros(5),
         torch.tensor([10.0, 20, 30, 40, 50]),
         0.9,
         50,
@@ -155,9 +156,9 @@ def test_the_knee_by_hand():
     assert curve.knee().macs == 20 and len(curve.front()) == 4
 
 
-def made_curve(accuracy: list[float], macs: list[float]) -> Curve:
+def made_curve(accuracy: list[float], macs: list[float], error: float = 0.0) -> Curve:
     threshold_PE = torch.arange(len(macs)).double().unsqueeze(1)
-    figures = (torch.tensor(x, dtype=torch.float64) for x in (accuracy, macs))
+    figures = (torch.tensor(x, dtype=torch.float64) for x in (accuracy, [error] * len(macs), macs))
     return Curve("confidence", threshold_PE, *figures, last_accuracy=0.9, full_macs=100.0)
 
 
@@ -205,6 +206,25 @@ def test_a_target_that_cannot_be_met_is_refused(target, message):
         choose(CURVE, **target)
 
 
+def test_an_accuracy_is_met_with_a_standard_error_to_spare():
+    curve = made_curve([0.86, 0.88, 0.9, 0.91], [10, 20, 30, 40], error=0.015)
+    assert choose(curve, accuracy_drop=0.02).macs == 30 and choose(curve, accuracy_drop=0.035).macs == 20
+    assert choose(curve, knee=True).macs == 30 and choose(curve, macs_fraction=0.2).macs == 20
+    with pytest.raises(UnmetError, match=r"be met is 0\.0050"):
+        choose(curve, accuracy_drop=0)
+
+
+@pytest.mark.parametrize(("rule", "search"), SEARCHES)
+def test_the_standard_error_is_that_of_the_paired_difference(rule, search):
+    cache = small_cache(200)
+    curve = curve_of(cache, rule, search)
+    for i in range(0, len(curve), 1 + len(curve) // 20):
+        exit_M = exit_of(rule_named(rule), cache.probability_MNC, curve[i].thresholds)
+        right_M = cache.correct_MN.gather(1, exit_M.unsqueeze(1)).squeeze(1).double()
+        expected = (right_M - cache.correct_MN[:, -1].double()).std(correction=0) / 200**0.5
+        assert curve.error_P[i].item() == pytest.approx(expected.item(), abs=1e-9)
+
+
 def test_the_nearest_that_a_refusal_names_can_be_met():
     curve = made_curve([0.5, 0.9 + 1 / 3e3], [100 / 3, 70])
     for target, value in (("macs_fraction", 0.3), ("accuracy_drop", -0.5)):
@@ -231,7 +251,8 @@ def test_an_accuracy_target_is_met_on_validation_at_the_least_cost(rule, search)
     curve = curve_of(cache, rule, search)
     point = choose(curve, accuracy_drop=0.02)
     assert point.accuracy >= curve.last_accuracy - 0.02 - 1e-9 and point.macs_fraction < 0.9
-    assert not ((curve.accuracy_P >= curve.last_accuracy - 0.02) & (curve.macs_P < point.macs)).any()
+    lower_P = curve.accuracy_P - curve.error_P
+    assert not ((lower_P >= curve.last_accuracy - 0.02) & (curve.macs_P < point.macs)).any()
 
 
 def test_quotas_do_at_least_as_well_as_shares_at_random():

@@ -37,6 +37,8 @@ BRANCHYNET_NATS = (1e-4, 5e-4, 1e-3, 5e-3, 0.01, 0.025, 0.05, 0.075, 0.1, 0.25, 
 """Entropies that BranchyNet's authors screened for each exit of B-LeNet and B-ResNet (the code of arXiv 1709.01686)."""
 WINDOW = 0.01
 """A budget may be left unspent by this share of the full cost, for the sake of accuracy."""
+SPARE = 1.0
+"""Standard errors by which an accuracy target must be met."""
 NUMBERS_AT_ONCE = 2**24
 """Many policies are judged in parts of this many numbers."""
 
@@ -67,6 +69,8 @@ class Curve:
         rule: name of the rule.
         threshold_PE: float64 (P, E).
         accuracy_P: float64 (P,), in [0, 1].
+        error_P: float64 (P,), standard error of the difference between that and the last exit's accuracy, both on the
+            same images.
         macs_P: float64 (P,), mean MACs an image.
         last_accuracy, full_macs: what the last exit does on these images, with all other heads on the way.
     """
@@ -74,6 +78,7 @@ class Curve:
     rule: str
     threshold_PE: Tensor
     accuracy_P: Tensor
+    error_P: Tensor
     macs_P: Tensor
     last_accuracy: float
     full_macs: float
@@ -96,6 +101,7 @@ class Curve:
             self.rule,
             self.threshold_PE[index],
             self.accuracy_P[index],
+            self.error_P[index],
             self.macs_P[index],
             self.last_accuracy,
             self.full_macs,
@@ -126,7 +132,7 @@ def quota_curve(rule: Rule, cache: CachedExits, points: int = 201) -> Curve:
         thresholds.append(quota_thresholds(rule, value_ME, shares))
     threshold_PE = torch.stack(thresholds)
     exit_PM = torch.stack([first_exit(rule.passes(value_ME, threshold_E)) for threshold_E in threshold_PE])
-    return _curve(rule, cache, threshold_PE, *cache.judge(exit_PM))
+    return _curve(rule, cache, threshold_PE, *_judge(cache, exit_PM))
 
 
 def grid_curve(rule: Rule, cache: CachedExits, threshold_EG: Tensor | None = None, combinations: int = 2**14) -> Curve:
@@ -145,29 +151,29 @@ def grid_curve(rule: Rule, cache: CachedExits, threshold_EG: Tensor | None = Non
         # One part in 10⁹ more, or the cube root of 8 is 1.999….
         tried = max(2, int(combinations ** (1 / (N - 1)) * (1 + 1e-9)))
         threshold_EG = torch.stack([spread(rule, cache.probability_MNC[:, e], tried) for e in range(N - 1)])
-    accuracy_P = macs_P = torch.zeros(1, dtype=torch.float64)
+    total_QP = torch.zeros(3, 1, dtype=torch.float64)
     rows = max(1, NUMBERS_AT_ONCE // threshold_EG.shape[1] ** (N - 2))
     for part in torch.arange(M, device=cache.label_M.device).split(rows):
-        correct_P, spent_P = _screen(rule, cache, threshold_EG, part)
-        accuracy_P, macs_P = accuracy_P + correct_P / M, macs_P + spent_P / M
-    return _curve(rule, cache, torch.cartesian_prod(*threshold_EG).view(-1, N - 1), accuracy_P, macs_P)
+        total_QP = total_QP + _screen(rule, cache, threshold_EG, part)
+    return _curve(rule, cache, torch.cartesian_prod(*threshold_EG).view(-1, N - 1), *total_QP / M)
 
 
-def _screen(rule: Rule, cache: CachedExits, threshold_EG: Tensor, rows: Tensor) -> tuple[Tensor, Tensor]:
-    """Number of images (of some rows) right, and MACs they cost, float64 (P,), for all P = G^E combinations."""
-    macs_N = cache.macs_N
-    right_MN = cache.correct_MN[rows].float()
-    right_A = right_MN[:, :1].sum(0).double()
-    spent_A = macs_N[:1] * len(rows)
+def _screen(rule: Rule, cache: CachedExits, threshold_EG: Tensor, rows: Tensor) -> Tensor:
+    """Of some rows, for all P = G^E combinations, float64 (3, P): the number of images that are right, the number of
+    those right here or at the last exit but not at both, and the MACs of all."""
+    right_MN = cache.correct_MN[rows]
+    macs_MN = cache.macs_N.expand_as(right_MN)
+    value_QMN = torch.stack([right_MN, right_MN != right_MN[:, -1:], macs_MN / cache.costs.full]).float()
+    total_QA = value_QMN[:, :, :1].sum(1).double()
     going_AM = torch.ones(1, len(rows), device=rows.device)
     for e, threshold_G in enumerate(threshold_EG.to(rows.device)):
         stay_GM = (~rule.leaves(cache.probability_MNC[rows, e], threshold_G.unsqueeze(1))).float()
-        gained_AG = (going_AM * (right_MN[:, e + 1] - right_MN[:, e])) @ stay_GM.T
-        right_A = (right_A.unsqueeze(1) + gained_AG).flatten()
-        spent_A = (spent_A.unsqueeze(1) + (going_AM @ stay_GM.T) * (macs_N[e + 1] - macs_N[e])).flatten()
+        gained_QM = value_QMN[:, :, e + 1] - value_QMN[:, :, e]
+        gained_QAG = torch.stack([(going_AM * gained_M) @ stay_GM.T for gained_M in gained_QM])
+        total_QA = (total_QA.unsqueeze(2) + gained_QAG).flatten(1)
         if e + 1 < len(threshold_EG):
             going_AM = (going_AM.unsqueeze(1) * stay_GM).flatten(0, 1)
-    return right_A.cpu(), spent_A.cpu()
+    return (total_QA * total_QA.new_tensor([[1], [1], [cache.costs.full]])).cpu()
 
 
 def common_curve(rule: Rule, cache: CachedExits, points: int = 1001) -> Curve:
@@ -178,14 +184,25 @@ def common_curve(rule: Rule, cache: CachedExits, points: int = 1001) -> Curve:
     parts = []
     for threshold_G in threshold_P.to(early_MEC.device).split(rows):
         exit_GM = first_exit(rule.leaves(early_MEC, threshold_G.view(-1, 1, 1)))
-        parts.append(torch.stack(cache.judge(exit_GM)))
+        parts.append(torch.stack(_judge(cache, exit_GM)))
     return _curve(rule, cache, threshold_P.unsqueeze(1).expand(-1, early_MEC.shape[1]), *torch.cat(parts, dim=1))
 
 
-def _curve(rule: Rule, cache: CachedExits, threshold_PE: Tensor, accuracy_P: Tensor, macs_P: Tensor) -> Curve:
+def _judge(cache: CachedExits, exit_PM: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """What :func:`_curve` needs of policies: accuracy, share of images right here or at the last exit but not at both,
+    and mean MACs."""
+    accuracy_P, macs_P = cache.judge(exit_PM)
+    differ_MN = cache.correct_MN != cache.correct_MN[:, -1:]
+    return accuracy_P, differ_MN.T.gather(0, exit_PM).double().mean(1), macs_P
+
+
+def _curve(
+    rule: Rule, cache: CachedExits, threshold_PE: Tensor, accuracy_P: Tensor, differ_P: Tensor, macs_P: Tensor
+) -> Curve:
     order = macs_P.cpu().argsort(stable=True)
     last_accuracy = float(cache.correct_MN[:, -1].double().mean())
-    figures = (accuracy_P.cpu()[order], macs_P.cpu()[order], last_accuracy, float(cache.macs_N[-1]))
+    error_P = ((differ_P - (accuracy_P - last_accuracy) ** 2).clamp(min=0) / len(cache)).sqrt()
+    figures = (accuracy_P.cpu()[order], error_P.cpu()[order], macs_P.cpu()[order], last_accuracy, cache.costs.full)
     return Curve(rule.name, threshold_PE[order], *figures)
 
 
@@ -251,7 +268,8 @@ def choose(
 
     Args:
         accuracy_drop: the cheapest point that is at most this much less accurate than the last exit (0.01 is one
-            percentage point; below 0, more accurate).
+            percentage point; below 0, more accurate), with ``SPARE`` standard errors to spare: what was the best of
+            many on these images is a little worse on others.
         macs_fraction: the most accurate point that spends this share of the full cost, in (0, 1]: of those that cost
             no more, one that costs at most ``WINDOW`` of the full cost less than the dearest. A budget is there to be
             spent; whoever would rather save what is not needed gives ``accuracy_drop``.
@@ -265,11 +283,11 @@ def choose(
     if knee:
         return curve.knee()
     if accuracy_drop is not None:
-        # One part in 10⁹ for sums that were rounded differently.
-        meets = (curve.accuracy_P >= curve.last_accuracy - accuracy_drop - 1e-9).nonzero().squeeze(1)
+        drop_P = curve.last_accuracy - curve.accuracy_P + SPARE * curve.error_P
+        meets = (drop_P <= accuracy_drop + 1e-9).nonzero().squeeze(1)  # sums may be rounded differently
         if not len(meets):
-            best = int(curve.accuracy_P.argmax())
-            nearest = _rounded_up(curve.last_accuracy - float(curve.accuracy_P[best]))
+            best = int(drop_P.argmin())
+            nearest = _rounded_up(float(drop_P[best]))
             raise UnmetError(f"accuracy_drop={accuracy_drop:g}", nearest, curve[best])
         cheapest = meets[curve.macs_P[meets] == curve.macs_P[meets].min()]
         return curve[int(cheapest[curve.accuracy_P[cheapest].argmax()])]
@@ -291,9 +309,6 @@ def _rounded_up(target: float) -> str:
 def curve_of(cache: CachedExits, rule: str = "confidence", search: str = "quota") -> Curve:
     """The curve that :func:`choose` takes a point from; for a network with one exit, the one point there is.
 
-    What was the best of many on these images is a little worse on others: of the searches, ``grid`` tries the most.
-    Set ``accuracy_drop`` with the standard error of the validation accuracy in mind.
-
     Args:
         cache: outputs for validation images.
         rule: confidence, entropy or delta.
@@ -305,5 +320,5 @@ def curve_of(cache: CachedExits, rule: str = "confidence", search: str = "quota"
     if search not in SEARCHES:
         raise UserError(f"search must be one of {', '.join(SEARCHES)}, got {search!r}")
     if cache.num_exits == 1:
-        return _curve(rule_named(rule), cache, torch.empty(1, 0), *cache.judge(torch.zeros_like(cache.label_M)[None]))
+        return _curve(rule_named(rule), cache, torch.empty(1, 0), *_judge(cache, torch.zeros_like(cache.label_M)[None]))
     return SEARCHES[search](rule_named(rule), cache)
