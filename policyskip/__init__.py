@@ -19,6 +19,11 @@ gymnasium.register(
     vector_entry_point="policyskip.envs.block_selection:BlockSelectionVectorEnv",
 )
 gymnasium.register(
+    "policyskip/LayerSkip-v0",
+    entry_point="policyskip.envs.layer_skip:LayerSkipEnv",
+    vector_entry_point="policyskip.envs.layer_skip:LayerSkipVectorEnv",
+)
+gymnasium.register(
     "policyskip/EarlyExit-v0",
     entry_point="policyskip.envs.early_exit:EarlyExitEnv",
     vector_entry_point="policyskip.envs.early_exit:EarlyExitVectorEnv",

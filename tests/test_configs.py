@@ -72,6 +72,7 @@ def test_the_default_is_blockdrop_on_digits():
 def test_importing_the_core_needs_neither_hydra_nor_wandb():
     code = (
         "import sys, policyskip, policyskip.rewards, policyskip.backbones, policyskip.envs.block_selection, "
+        "policyskip.envs.layer_skip, policyskip.envs.early_exit, "
         "policyskip.agents.blockdrop, policyskip.agents.static\n"
         "print([name for name in ('hydra', 'omegaconf', 'wandb', 'stable_baselines3', 'matplotlib') if name in sys.modules])"
     )

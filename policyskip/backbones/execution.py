@@ -6,7 +6,7 @@ computes a block only for the images that keep it; it is what environments,
 evaluation and deployment use. Both give the same logits to rounding, and both
 carry gradients.
 
-Shapes: B images, K blocks, S decisions per image, C classes, H W pixels.
+Shapes: B images, B' of them that keep a block, K blocks, S decisions per image, C classes, H W pixels.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from policyskip.backbones.base import Backbone
+from policyskip.backbones.base import Backbone, Block
 
 
 def check_keep(backbone: Backbone, images: Tensor, keep_BK: Tensor) -> None:
@@ -57,13 +57,21 @@ def _run_blocks(backbone: Backbone, x: Tensor, keep_BK: Tensor) -> Tensor:
     # One transfer for the whole matrix; finding the rows block by block would stop the device K times.
     rows_K = [keep_B.nonzero().squeeze(1).to(x.device) for keep_B in keep_BK.cpu().unbind(1)]
     for block, rows in zip(backbone.blocks, rows_K, strict=True):
-        if len(rows) == len(x):
-            x = block(x)
-            continue
-        shortcut = block.shortcut(x)
-        if len(rows) == 0:
-            x = shortcut
-            continue
-        kept = torch.relu(shortcut[rows] + block.residual(x[rows]))
-        x = shortcut.index_copy(0, rows, kept) if torch.is_grad_enabled() else shortcut.index_copy_(0, rows, kept)
+        x = run_block(block, x, rows)
     return backbone.head(x)
+
+
+def run_block(block: Block, x: Tensor, rows: Tensor) -> Tensor:
+    """Features (B, …) after one block that runs for the images in ``rows``, and for no others.
+
+    Args:
+        x: features (B, …) that enter the block, owned by the caller and overwritten where no gradient needs them.
+        rows: int64 (B',), places of the images that keep the block, each once.
+    """
+    if len(rows) == len(x):
+        return block(x)
+    shortcut = block.shortcut(x)
+    if len(rows) == 0:
+        return shortcut
+    kept = torch.relu(shortcut[rows] + block.residual(x[rows]))
+    return shortcut.index_copy(0, rows, kept) if torch.is_grad_enabled() else shortcut.index_copy_(0, rows, kept)

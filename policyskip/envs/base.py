@@ -1,6 +1,6 @@
 """What every environment over images shares: a frozen network, its costs, and the images before it.
 
-Shapes: B images side by side (``num_envs``), H W pixels.
+Shapes: B images side by side (``num_envs``), S decisions for each image, K blocks, H W pixels.
 """
 
 from __future__ import annotations
@@ -15,8 +15,12 @@ from gymnasium.vector.utils import batch_space
 from torch import Tensor
 
 from policyskip.backbones import Backbone, count_costs, load
+from policyskip.backbones.execution import sparse_many
 from policyskip.data import Feed, Images, Order, load_data
-from policyskip.rewards import Reward, Utilization
+from policyskip.rewards import Outcome, Reward, Utilization, reward_of
+
+PIXELS_AT_ONCE = 2**23
+"""Decisions are scored in parts of this many pixels, so that many decisions on large images fit into memory."""
 
 
 class ImageVectorEnv(VectorEnv[Tensor, Tensor, Tensor]):
@@ -62,7 +66,7 @@ class ImageVectorEnv(VectorEnv[Tensor, Tensor, Tensor]):
         self.device = backbone.mean.device
         self.reward = reward if reward is not None else Utilization()
         self.feed = Feed(images, num_envs, order, seed)
-        image_shape = tuple(self.observation.shape[1:])
+        image_shape = tuple(self.feed.batch.images.shape[1:])
         self.costs = count_costs(self.backbone, image_shape)  # type: ignore[arg-type]
         self.single_observation_space = gymnasium.spaces.Box(0, 255, image_shape, np.uint8)
         self.observation_space = batch_space(self.single_observation_space, num_envs)
@@ -77,17 +81,115 @@ class ImageVectorEnv(VectorEnv[Tensor, Tensor, Tensor]):
         """Number of the batch shown; :meth:`seek` goes back to it."""
         return self.feed.cursor
 
-    def seek(self, cursor: int) -> None:
-        """Show batch number ``cursor`` of the order."""
-        self.feed.seek(cursor)
+    def seek(self, cursor: int, seed: int | None = None) -> None:
+        """Show batch number ``cursor`` of the order (of that seed)."""
+        self.feed.seek(cursor, seed)
+        self._begin()
 
     def reset(self, *, seed: int | None = None, options: dict[str, Any] | None = None) -> tuple[Tensor, dict[str, Any]]:
         """Show images: with ``seed``, or in sequential order, from the start; otherwise those that come next."""
         super().reset(seed=seed)
         if seed is not None or self.feed.order == "sequential":
-            self.feed.seek(0, seed)
+            self.seek(0, seed)
         return self.observation, {}
 
     def advance(self) -> Tensor:
-        """Show the next images and return them; none are left after the last of a sequential order."""
-        return self.feed.advance().images
+        """Show the next images and return what is observed of them; none are left after the last of a sequential
+        order."""
+        self.feed.advance()
+        self._begin()
+        return self.observation
+
+    def _begin(self) -> None:
+        """Other images are shown. An episode of more than one step starts here."""
+
+    @torch.no_grad()
+    def score(self, keep: Tensor) -> Outcome:
+        """What these decisions would earn on the images now shown; nothing moves on.
+
+        Args:
+            keep: bool (B, K), or (S, B, K) for S decisions an image, answered in one sparsely executed pass.
+
+        Returns: outcome of B decisions, or of S·B, laid end to end.
+        """
+        images, label_B = self.feed.batch.images, self.feed.batch.label_B
+        if keep.dim() not in (2, 3) or keep.shape[-2:] != (len(label_B), self.backbone.num_blocks):
+            expected = f"(…, {len(label_B)}, {self.backbone.num_blocks})"
+            raise ValueError(f"keep must be of shape {expected}, got {tuple(keep.shape)}")
+        keep_SBK = keep if keep.dim() == 3 else keep.unsqueeze(0)
+        part = max(1, PIXELS_AT_ONCE // (len(keep_SBK) * images[0, 0].numel())) if len(images) else 1
+        parts = zip(images.split(part), keep_SBK.split(part, dim=1), strict=True)
+        logits_BC = torch.cat([sparse_many(self.backbone, *both) for both in parts], dim=1).flatten(0, 1)
+        return self._outcome(logits_BC, label_B.repeat(len(keep_SBK)), keep_SBK.flatten(0, 1))
+
+    def _outcome(self, logits_BC: Tensor, label_B: Tensor, keep_BK: Tensor) -> Outcome:
+        correct_B = logits_BC.argmax(1) == label_B
+        return Outcome(logits_BC, label_B, correct_B, keep_BK, self.costs.of(keep_BK), self.costs.full)
+
+    def rewards(self, outcome: Outcome) -> Tensor:
+        """The reward of each decision in an outcome, float32 (B,)."""
+        return reward_of(self.reward, outcome)
+
+    def _end(self, outcome: Outcome) -> tuple[Tensor, Tensor, dict[str, Any]]:
+        """Every episode ends with ``outcome``: rewards, which episodes end (all), and what ``step`` says of it.
+
+        Called before the next images are shown.
+        """
+        over_B = torch.ones_like(outcome.correct_B)
+        info = {
+            "final_obs": self.observation,
+            "_final_obs": over_B,
+            "final_info": {
+                "correct": outcome.correct_B,
+                "macs": outcome.macs_B,
+                "kept": outcome.keep_BK.sum(1),
+            },
+            "_final_info": over_B,
+        }
+        return self.rewards(outcome), over_B, info
+
+
+class SingleView(gymnasium.Env[np.ndarray, np.int64]):
+    """One image at a time, in numpy: a vector environment of B = 1 whose episodes have several steps.
+
+    ``reset`` shows an image; the ``step`` that ends the episode shows what it last showed.
+
+    Args:
+        vector: the vector environment; autoreset ``SAME_STEP``, action Discrete(2).
+    """
+
+    metadata = {  # noqa: RUF012 - Gymnasium declares it so
+        "render_modes": []
+    }
+
+    def __init__(self, vector: Any) -> None:
+        self.vector = vector
+        self.observation_space = vector.single_observation_space
+        self.action_space = vector.single_action_space
+        self._shown = False
+
+    def reset(
+        self, *, seed: int | None = None, options: dict[str, Any] | None = None
+    ) -> tuple[np.ndarray, dict[str, Any]]:
+        super().reset(seed=seed)
+        if seed is not None:
+            self.vector.reset(seed=seed)
+        elif self._shown:
+            self.vector.advance()
+        if not len(self.vector.observation):
+            self.vector.reset()  # every image of a sequential order was shown
+        self._shown = True
+        return _numpy(self.vector.observation), {}
+
+    def step(self, action: np.int64) -> tuple[np.ndarray, float, bool, bool, dict[str, Any]]:
+        observation, reward_B, terminated_B, _, info = self.vector.step(torch.tensor([int(action)]))
+        if not terminated_B:
+            return _numpy(observation), 0.0, False, False, {}
+        self._shown = False  # the next image is there already
+        final = {key: value.item() for key, value in info["final_info"].items()}
+        return _numpy(info["final_obs"]), float(reward_B), True, False, final
+
+
+def _numpy(observation: Tensor) -> np.ndarray:
+    shown: np.ndarray = observation[0].cpu().numpy().copy()
+    return shown

@@ -1,6 +1,6 @@
 """One decision for each image: which of the K residual blocks run. ``policyskip/BlockSelection-v0``.
 
-Shapes: B images side by side, S decisions for each image, K blocks, H W pixels.
+Shapes: B images side by side, K blocks, H W pixels.
 """
 
 from __future__ import annotations
@@ -13,12 +13,8 @@ import torch
 from gymnasium.vector.utils import batch_space
 from torch import Tensor
 
-from policyskip.backbones.execution import sparse_many
 from policyskip.envs.base import ImageVectorEnv
-from policyskip.rewards import Outcome, reward_of
-
-PIXELS_AT_ONCE = 2**23
-"""Decisions are scored in parts of this many pixels, so that many decisions on large images fit into memory."""
+from policyskip.rewards import Outcome
 
 
 class BlockSelectionVectorEnv(ImageVectorEnv):
@@ -39,50 +35,11 @@ class BlockSelectionVectorEnv(ImageVectorEnv):
         self.action_space = batch_space(self.single_action_space, num_envs)
 
     @torch.no_grad()
-    def score(self, keep: Tensor) -> Outcome:
-        """What these decisions would earn on the images now shown; nothing moves on.
-
-        Args:
-            keep: bool (B, K), or (S, B, K) for S decisions an image, answered in one sparsely executed pass.
-
-        Returns: outcome of B decisions, or of S·B, laid end to end.
-        """
-        images, label_B = self.feed.batch.images, self.feed.batch.label_B
-        if keep.dim() not in (2, 3) or keep.shape[-2:] != (len(label_B), self.backbone.num_blocks):
-            expected = f"(…, {len(label_B)}, {self.backbone.num_blocks})"
-            raise ValueError(f"keep must be of shape {expected}, got {tuple(keep.shape)}")
-        keep_SBK = keep if keep.dim() == 3 else keep.unsqueeze(0)
-        part = max(1, PIXELS_AT_ONCE // (len(keep_SBK) * images[0, 0].numel())) if len(images) else 1
-        parts = zip(images.split(part), keep_SBK.split(part, dim=1), strict=True)
-        logits_BC = torch.cat([sparse_many(self.backbone, *both) for both in parts], dim=1).flatten(0, 1)
-        keep_BK = keep_SBK.flatten(0, 1)
-        label_B = label_B.repeat(len(keep_SBK))
-        correct_B = logits_BC.argmax(1) == label_B
-        return Outcome(logits_BC, label_B, correct_B, keep_BK, self.costs.of(keep_BK), self.costs.full)
-
-    def rewards(self, outcome: Outcome) -> Tensor:
-        """The reward of each decision in an outcome, float32 (B,)."""
-        return reward_of(self.reward, outcome)
-
-    @torch.no_grad()
     def step(self, actions: Tensor | np.ndarray) -> tuple[Tensor, Tensor, Tensor, Tensor, dict[str, Any]]:
         """Score ``actions`` (B, K) on the images shown, and show the next ones."""
-        keep_BK = torch.as_tensor(actions, device=self.device).bool()
-        observation = self.observation
-        self.outcome = outcome = self.score(keep_BK)
-        reward_B = self.rewards(outcome)
-        over = torch.ones_like(outcome.correct_B)
-        info = {
-            "final_obs": observation,
-            "_final_obs": over,
-            "final_info": {
-                "correct": outcome.correct_B,
-                "macs": outcome.macs_B,
-                "kept": outcome.keep_BK.sum(1),
-            },
-            "_final_info": over,
-        }
-        return self.advance(), reward_B, over, ~over, info
+        self.outcome = self.score(torch.as_tensor(actions, device=self.device).bool())
+        reward_B, over_B, info = self._end(self.outcome)
+        return self.advance(), reward_B, over_B, ~over_B, info
 
 
 class BlockSelectionEnv(gymnasium.Env[np.ndarray, np.ndarray]):

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from policyskip.backbones import ExitNetwork, load_exits
 from policyskip.data import Feed, Images, Order, load_data
+from policyskip.envs.base import SingleView
 from policyskip.envs.exit_sources import Live, Places, Queue, Replay, Source
 from policyskip.exits.cache import CachedExits, cache_exits
 from policyskip.rewards import Macs, Outcome, Reward, reward_of
@@ -196,45 +197,14 @@ class EarlyExitVectorEnv(VectorEnv[Tensor, Tensor, Tensor]):
         self._moved = True
 
 
-class EarlyExitEnv(gymnasium.Env[np.ndarray, np.int64]):
+class EarlyExitEnv(SingleView):
     """One image at a time, in numpy: the same environment as :class:`EarlyExitVectorEnv` with B = 1.
 
     Observation float32 (C + 3 + N,), action Discrete(2), reward float; ``reset`` shows an image at its first exit,
     ``step`` takes it to the next or, with 1 and at the last exit, ends the episode and shows what it last showed.
     """
 
-    metadata = {  # noqa: RUF012 - Gymnasium declares it so
-        "render_modes": []
-    }
+    vector: EarlyExitVectorEnv
 
     def __init__(self, **kwargs: Any) -> None:
-        self.vector = EarlyExitVectorEnv(1, **kwargs)
-        self.observation_space = self.vector.single_observation_space
-        self.action_space = self.vector.single_action_space
-        self._shown = False
-
-    def reset(
-        self, *, seed: int | None = None, options: dict[str, Any] | None = None
-    ) -> tuple[np.ndarray, dict[str, Any]]:
-        super().reset(seed=seed)
-        if seed is not None:
-            self.vector.reset(seed=seed)
-        elif self._shown:
-            self.vector.advance()
-        if not len(self.vector.observation):
-            self.vector.reset()  # every image of a sequential order was shown
-        self._shown = True
-        return _numpy(self.vector.observation), {}
-
-    def step(self, action: np.int64) -> tuple[np.ndarray, float, bool, bool, dict[str, Any]]:
-        observation, reward_B, terminated_B, _, info = self.vector.step(torch.tensor([int(action)]))
-        if not terminated_B:
-            return _numpy(observation), 0.0, False, False, {}
-        self._shown = False  # the next image is there already
-        final = {key: value.item() for key, value in info["final_info"].items()}
-        return _numpy(info["final_obs"]), float(reward_B), True, False, final
-
-
-def _numpy(observation: Tensor) -> np.ndarray:
-    shown: np.ndarray = observation[0].cpu().numpy().copy()
-    return shown
+        super().__init__(EarlyExitVectorEnv(1, **kwargs))

@@ -1,0 +1,132 @@
+"""Block by block, one decision for each image: run this block, or skip it. ``policyskip/LayerSkip-v0``.
+
+Shapes: B images side by side, K blocks, F channels of the widest features that enter a block, H W pixels,
+D numbers of an observation (F + K).
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import gymnasium
+import numpy as np
+import torch
+from gymnasium.vector.utils import batch_space
+from torch import Tensor, nn
+
+from policyskip.backbones import Backbone
+from policyskip.backbones.execution import run_block
+from policyskip.envs.base import ImageVectorEnv, SingleView
+from policyskip.rewards import Outcome
+
+
+class LayerSkipVectorEnv(ImageVectorEnv):
+    """Say of each of B images, block by block, whether the block runs; an episode is one image and has K steps.
+
+    **Observation** float32 (B, F + K): the mean over the pixels of each channel of the features that enter block k,
+    zeros up to the F channels of the widest, and which block this is (one-hot). **Action** Discrete(2), integer or bool
+    (B,): 1 runs the block. **Reward** float32 (B,): whatever ``reward`` makes of the outcome, at the last step; 0
+    before. **Episode end** after K steps, for all B images at once. Autoreset is ``SAME_STEP``: the observation that
+    the last ``step`` returns already shows the next images at block 0. What came of the episode is then in
+    ``info["final_obs"]`` (what was observed at block K - 1) and ``info["final_info"]`` (``correct``, ``macs``,
+    ``kept``) and, whole, in ``env.outcome``; at the steps before, ``info`` is empty.
+
+    A block is computed for the images that keep it and for no others; nothing is computed twice. In sequential order
+    the last batch is short, and after it the observation is empty.
+    :meth:`score` asks about whole decisions, bool (…, B, K), from block 0 on, wherever the episodes are.
+    Arguments: see :class:`ImageVectorEnv`.
+    """
+
+    outcome: Outcome
+
+    def __init__(self, num_envs: int = 256, **kwargs: Any) -> None:
+        super().__init__(num_envs, **kwargs)
+        self.num_blocks = self.backbone.num_blocks
+        self.width = max(_channels(self.backbone, self.feed.batch.images[:1]))
+        self._block_KK = torch.eye(self.num_blocks, device=self.device)
+        # What a dropped block leaves may be negative, and of any size; infinite bounds are frowned upon by checkers.
+        high_D = np.full(self.width + self.num_blocks, np.finfo(np.float32).max, np.float32)
+        low_D = -high_D
+        low_D[self.width :], high_D[self.width :] = 0, 1
+        self.single_observation_space = gymnasium.spaces.Box(low_D, high_D, dtype=np.float32)
+        self.observation_space = batch_space(self.single_observation_space, num_envs)
+        self.single_action_space = gymnasium.spaces.Discrete(2)
+        self.action_space = batch_space(self.single_action_space, num_envs)
+        self._begin()
+
+    @property
+    def observation(self) -> Tensor:
+        """What is observed at block :attr:`block`, float32 (B, F + K)."""
+        return self._observation
+
+    @property
+    def cursor(self) -> int:
+        """Number of the batch that would be shown if the episodes under way were given up."""
+        return self.feed.cursor + (1 if self.block else 0)
+
+    def reset(self, *, seed: int | None = None, options: dict[str, Any] | None = None) -> tuple[Tensor, dict[str, Any]]:
+        """Show images at block 0: with ``seed``, or in sequential order, from the start.
+
+        Otherwise those that come next in the order; episodes under way are given up.
+        """
+        if self.block and seed is None and self.feed.order == "shuffled":
+            self.advance()
+        return super().reset(seed=seed, options=options)
+
+    @torch.no_grad()
+    def _begin(self) -> None:
+        images = self.feed.batch.images
+        self._features = self.backbone.features(images)
+        self._kept_BK = torch.zeros(len(images), self.num_blocks, dtype=torch.bool, device=self.device)
+        self._enter(0)
+
+    def _enter(self, block: int) -> None:
+        self.block = block
+        pooled_BF = self._features.float().mean((2, 3))
+        pooled_BF = nn.functional.pad(pooled_BF, (0, self.width - pooled_BF.shape[1]))
+        block_BK = self._block_KK[block].expand(len(pooled_BF), -1)
+        self._observation = torch.cat([pooled_BF, block_BK], dim=1)
+
+    @torch.no_grad()
+    def step(self, actions: Tensor | np.ndarray) -> tuple[Tensor, Tensor, Tensor, Tensor, dict[str, Any]]:
+        """Run the block for the images where ``actions`` (B,) is 1, and take all to the next one or, at the end, score
+        them and show the next images."""
+        keep_B = torch.as_tensor(actions).bool()
+        if keep_B.shape != self._kept_BK.shape[:1]:
+            raise ValueError(f"actions must be of shape {tuple(self._kept_BK.shape[:1])}, got {tuple(keep_B.shape)}")
+        # Found on the CPU, where SB3's actions are: finding rows on the device would stop it.
+        rows = keep_B.cpu().nonzero().squeeze(1).to(self.device)
+        self._kept_BK[:, self.block] = keep_B.to(self.device)
+        self._features = run_block(self.backbone.blocks[self.block], self._features, rows)
+        if self.block < self.num_blocks - 1:
+            self._enter(self.block + 1)
+            nothing_B = torch.zeros(len(keep_B), device=self.device)
+            return self.observation, nothing_B, nothing_B.bool(), nothing_B.bool(), {}
+        logits_BC = self.backbone.head(self._features)
+        self.outcome = self._outcome(logits_BC, self.feed.batch.label_B, self._kept_BK)
+        reward_B, over_B, info = self._end(self.outcome)
+        return self.advance(), reward_B, over_B, ~over_B, info
+
+
+def _channels(backbone: Backbone, images: Tensor) -> list[int]:
+    """Channels of the features that enter each block; shortcuts alone say so."""
+    channels = []
+    with torch.no_grad():
+        x = backbone.features(images)
+        for block in backbone.blocks:
+            channels.append(x.shape[1])
+            x = block.shortcut(x)
+    return channels
+
+
+class LayerSkipEnv(SingleView):
+    """One image at a time, in numpy: the same environment as :class:`LayerSkipVectorEnv` with B = 1.
+
+    Observation float32 (F + K,), action Discrete(2), reward float; ``reset`` shows an image at block 0, the K-th
+    ``step`` ends the episode and shows what it last showed.
+    """
+
+    vector: LayerSkipVectorEnv
+
+    def __init__(self, **kwargs: Any) -> None:
+        super().__init__(LayerSkipVectorEnv(1, **kwargs))
