@@ -87,7 +87,7 @@ def test_every_command_runs(command, workshop):
     small = []
     if verb in ("train", "pretrain", "front") and not any(word.startswith("run.resume") for word in arguments):
         small = [word for word in SMALL if verb != "front" or word.startswith(("device", "data"))]
-        early = any(word in EARLY for word in arguments)
+        early = any(word in EARLY or word.startswith("+experiment=") and "cifar10" in word for word in arguments)
         digits = not any(word.startswith("data=") for word in arguments)
         small += DIGITS if digits else []
         if not early and not any(word.startswith("backbone") for word in arguments):
@@ -98,8 +98,8 @@ def test_every_command_runs(command, workshop):
             small += ["agent.epsilon=-1e9"]  # two updates make no head that saves anything
         if any("torchvision" in word for word in arguments):
             small += ["data.image_size=64", "data.workers=0"]
-    if any(word.startswith("data=cifar10") for word in arguments):
-        arguments = [word for word in arguments if not word.startswith("data=")] + DIGITS  # no download in a test
+    if any("cifar10" in word for word in arguments):  # no download in a test
+        arguments = [*(word for word in arguments if not word.startswith("data=")), "data=digits", *DIGITS]
     if verb == "calibrate":  # in the docs, runs/x is whatever run one has
         arguments = ["device=cpu", *(word.replace("run=runs/x", "run=runs/early") for word in arguments)]
     policyskip(verb, *arguments, *small, cwd=workshop)
