@@ -30,6 +30,7 @@ from policyskip.backbones import (
     sparse,
     torchvision_resnet,
 )
+from policyskip.backbones.folding import folded
 from policyskip.errors import UserError
 from policyskip.exits.rules import check_thresholds
 from policyskip.runs import Run, open_run
@@ -110,11 +111,16 @@ class ExitPrediction:
 class ExitPredictor:
     """A network that really stops: images that left are computed no further.
 
-    Attributes:
-        network, policy: what is executed, and what decides.
-        search: how the thresholds were searched.
+    Args:
+        policy: says at every exit which images leave.
+        search: how its thresholds were searched.
+        network: left as it is; what is executed is a copy with batch normalisation folded into the convolutions.
         classes: their names.
         image_shape: (3, H, W) that it was trained on.
+
+    Attributes:
+        network: the copy.
+        network_hash: content hash of the network that was given.
     """
 
     def __init__(
@@ -122,12 +128,13 @@ class ExitPredictor:
         policy: ThresholdPolicy,
         search: str,
         network: ExitNetwork,
-        classes: list[str],
+        classes: Sequence[str],
         image_shape: tuple[int, int, int],
     ) -> None:
-        self.policy, self.search, self.network = policy.eval(), search, network.freeze()
-        self.classes, self.image_shape = classes, image_shape
-        self.costs: ExitCosts = count_exit_costs(network, image_shape)
+        self.policy, self.search, self.network_hash = policy.eval(), search, network.content_hash()
+        self.network = folded(network).freeze()
+        self.classes, self.image_shape = list(classes), image_shape
+        self.costs: ExitCosts = count_exit_costs(self.network, image_shape)
 
     @torch.no_grad()
     def predict(self, images: Tensor | np.ndarray, batch_size: int = 256) -> ExitPrediction:
@@ -148,26 +155,19 @@ class ExitPredictor:
         logits_BC, exit_B = (torch.cat(column) for column in zip(*parts, strict=True))
         return ExitPrediction(logits_BC.argmax(1), logits_BC, exit_B, self.costs.of(exit_B))
 
-
-def describe_exits(
-    policy: ThresholdPolicy,
-    search: str,
-    network: ExitNetwork,
-    classes: tuple[str, ...],
-    image_shape: tuple[int, ...],
-) -> dict[str, Any]:
-    """The content of ``policy.json`` where images leave early; the network travels along as ``network.safetensors``."""
-    return {
-        "version": VERSION,
-        "exits": {
-            "rule": policy.rule.name,
-            "search": search,
-            "thresholds": as_text(policy.threshold_E.tolist()),
-        },
-        "network": {"hash": network.content_hash()},
-        "classes": list(classes),
-        "image_shape": list(image_shape),
-    }
+    def describe(self) -> dict[str, Any]:
+        """The content of ``policy.json``; the network travels along as ``network.safetensors``."""
+        return {
+            "version": VERSION,
+            "exits": {
+                "rule": self.policy.rule.name,
+                "search": self.search,
+                "thresholds": as_text(self.policy.threshold_E.tolist()),
+            },
+            "network": {"hash": self.network_hash},
+            "classes": self.classes,
+            "image_shape": list(self.image_shape),
+        }
 
 
 def as_text(thresholds: Sequence[float]) -> list[str]:

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from policyskip.backbones import ExitCosts, ExitNetwork, costly_exits, count_exit_costs, rows_of, run_until
 from policyskip.backbones.branchynet import BranchyAlexNet, BranchyLeNet, BranchyResNet
 from policyskip.backbones.costs import count_macs
+from policyskip.backbones.folding import folded
 from policyskip.backbones.msdnet import MSDNet
 from policyskip.backbones.resnet import CifarResNet, TorchvisionResNet
 from policyskip.backbones.resnet_exits import ResNetExits
@@ -59,6 +60,29 @@ def network(request: pytest.FixtureRequest) -> ExitNetwork:
 @pytest.fixture
 def images() -> Tensor:
     return small_images(B, size=16).images
+
+
+def test_folding_changes_no_answer_and_not_the_network(network, images):
+    before, expected = network.content_hash(), network(images)
+    copy = folded(network)
+    torch.testing.assert_close(copy(images), expected, **TOLERANCE)
+    assert network.content_hash() == before
+    kinds = [type(module) for module in copy.modules()]
+    assert nn.BatchNorm2d not in kinds and (nn.Identity in kinds or nn.BatchNorm2d not in map(type, network.modules()))
+    _, exit_B = run_until(copy, images, lambda n, logits, rows: rows % 2 == n % 2)
+    logits_BC, _ = run_until(copy, images, lambda n, logits, rows: exit_B[rows] == n)
+    torch.testing.assert_close(logits_BC, expected[torch.arange(B), exit_B], **TOLERANCE)
+
+
+def test_folding_leaves_alone_what_follows_no_convolution(images):
+    norm = with_statistics(nn.Sequential(nn.BatchNorm2d(3), nn.ReLU(), nn.Conv2d(3, 4, 3), nn.ReLU())).eval()
+    x = torch.randn(2, 3, 5, 5)
+    kept, expected = x.clone(), norm(x)
+    torch.testing.assert_close(folded(norm)(x), expected)
+    assert torch.equal(x, kept) and not folded(norm)[1].inplace
+    first = nn.Sequential(nn.Identity(), nn.ReLU(), nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4))
+    folded(first.eval())(x)
+    assert torch.equal(x, kept)  # a ReLU that reads what others read too
 
 
 def watch(network: ExitNetwork, note: Callable[[str, int], object]) -> None:

@@ -85,7 +85,7 @@ class Block(nn.Module):
         self.shortcut = shortcut
 
     def forward(self, x: Tensor) -> Tensor:
-        return torch.relu(self.shortcut(x) + self.residual(x))
+        return torch.relu_(self.shortcut(x) + self.residual(x))
 
 
 class Backbone(Network):

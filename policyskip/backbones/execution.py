@@ -73,5 +73,5 @@ def run_block(block: Block, x: Tensor, rows: Tensor) -> Tensor:
     shortcut = block.shortcut(x)
     if len(rows) == 0:
         return shortcut
-    kept = torch.relu(shortcut[rows] + block.residual(x[rows]))
+    kept = torch.relu_(shortcut[rows] + block.residual(x[rows]))
     return shortcut.index_copy(0, rows, kept) if torch.is_grad_enabled() else shortcut.index_copy_(0, rows, kept)

@@ -22,7 +22,7 @@ from policyskip.backbones.exits import ExitNetwork, costly_exits, in_millions
 from policyskip.backbones.resnet_exits import ResNetExits
 from policyskip.config import Setup, TargetSection, build, build_backbone, group_of
 from policyskip.data import Data, Feed
-from policyskip.deployment import ExitPredictor, as_text, describe_exits, load_exits_run
+from policyskip.deployment import ExitPredictor, as_text, load_exits_run
 from policyskip.errors import UserError
 from policyskip.exits import plots as exit_plots
 from policyskip.exits.baselines import (
@@ -38,7 +38,7 @@ from policyskip.exits.baselines import (
 from policyskip.exits.cache import CachedExits, cache_exits
 from policyskip.exits.calibration import Curve, Point, UnmetError, check_target, choose, curve_of
 from policyskip.exits.placement import probe_blocks, propose_exits
-from policyskip.exits.rules import exit_of
+from policyskip.exits.rules import exit_of, rule_named
 from policyskip.runs import Run
 from policyskip.tracking import Tracker
 
@@ -102,17 +102,19 @@ class ExitTask:
             self.network.load_state_dict(run.load_best())
         except RuntimeError as error:
             raise UserError(f"{run.folder / 'best.safetensors'} does not fit the run's config.yaml") from error
-        network = self._admitted()
+        network, data, learner = self._admitted(), self.setup.data, self.learner
         checkpoints.save(network, run.folder / "network.safetensors")
-        steps = self.setup.config["train"]["steps"]
-        head = {**self.names, "seed": self.setup.config["seed"], "steps": steps, "seconds": round(seconds, 1)}
-        curve = self.learner.curve(cache_exits(network, self.setup.data.validation.plain()))
+        nobody_leaves = ThresholdPolicy(learner.rule, [rule_named(learner.rule).extremes[0]] * (network.num_exits - 1))
+        predictor = ExitPredictor(nobody_leaves, learner.search, network, data.classes, data.image_shape)
+        curve = learner.curve(cache_exits(predictor.network, data.validation.plain()))
         try:
             point = choose(curve, **self.target)
         except UnmetError as unmet:  # what was learned is worth more than the target: it can be calibrated anew
             print(f"warning: {unmet}, and is what this run deploys")
             point = unmet.nearest
-        return settle(self.setup, network, curve, self.learner.search, self.target, point, run, tracker, head)
+        steps = self.setup.config["train"]["steps"]
+        head = {**self.names, "seed": self.setup.config["seed"], "steps": steps, "seconds": round(seconds, 1)}
+        return settle(self.setup, predictor, curve, point, self.target, run, tracker, head)
 
     def show(self, summary: dict[str, Any]) -> None:
         """Print the table."""
@@ -155,23 +157,22 @@ def place_exits(node: dict[str, Any], data: Data, device: torch.device, seed: in
 
 def settle(
     setup: Setup,
-    network: ExitNetwork,
+    predictor: ExitPredictor,
     curve: Curve,
-    search: str,
-    target: dict[str, Any],
     point: Point,
+    target: dict[str, Any],
     run: Run,
     tracker: Tracker,
     head: dict[str, Any],
 ) -> dict[str, Any]:
     """Deploy a point of the validation curve: its figures on test; policy, curve, summary and pictures."""
     data = setup.data
-    policy = ThresholdPolicy(point.rule, point.thresholds)
-    test = cache_exits(network, data.test.plain())
+    predictor.policy = policy = ThresholdPolicy(point.rule, point.thresholds).to(setup.device)
+    test = cache_exits(predictor.network, data.test.plain())
     figures = judge(policy, test)
     anytime, budgeted = curves(test, policy, curve)
     summary = {**head, **chosen(target, point), **{f"test/{key}": value for key, value in figures.items()}}
-    run.save_json("policy.json", describe_exits(policy, search, network, data.classes, data.image_shape))
+    run.save_json("policy.json", predictor.describe())
     save_curve(run, curve, budgeted)
     run.save_json("summary.json", summary)
     exit_M = exit_of(policy.rule, test.probability_MNC, policy.threshold_E)
@@ -262,9 +263,8 @@ def curves(test: CachedExits, policy: ThresholdPolicy, curve: Curve) -> tuple[li
 
 def again(setup: Setup, run: Run, split: str) -> dict[str, Any]:
     """A finished run's figures on a split, from its folder."""
-    predictor = load_exits_run(run)
-    network = predictor.network.to(setup.device)
-    return judge(predictor.policy.to(setup.device), cache_exits(network, setup.data.split(split).plain()))
+    predictor = load_exits_run(run, setup.device)
+    return judge(predictor.policy, cache_exits(predictor.network, setup.data.split(split).plain()))
 
 
 def recalibrate(setup: Setup, run: Run, target: TargetSection) -> dict[str, Any]:
@@ -275,8 +275,7 @@ def recalibrate(setup: Setup, run: Run, target: TargetSection) -> dict[str, Any]
     before = run.load_json("summary.json")
     names = ("agent", "env", "backbone", "data", "seed", "steps", "seconds")
     head: dict[str, Any] = {name: before[name] for name in names if name in before}
-    tracker = Tracker(run, "none", {})
-    return settle(setup, predictor.network, curve, predictor.search, target.given, point, run, tracker, head)
+    return settle(setup, predictor, curve, point, target.given, run, Tracker(run, "none", {}), head)
 
 
 def finished(setup: Setup, run: Run) -> tuple[ExitPredictor, Curve]:
