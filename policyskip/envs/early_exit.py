@@ -20,6 +20,7 @@ from policyskip.backbones import ExitNetwork, load_exits
 from policyskip.data import Feed, Images, Order, load_data
 from policyskip.envs.base import SingleView
 from policyskip.envs.exit_sources import Live, Places, Queue, Replay, Source
+from policyskip.errors import UserError
 from policyskip.exits.cache import CachedExits, cache_exits
 from policyskip.rewards import Macs, Outcome, Reward, reward_of
 
@@ -83,6 +84,7 @@ class EarlyExitVectorEnv(VectorEnv[Tensor, Tensor, Tensor]):
             network.freeze()
             if images is None:
                 images = load_data(data, torch.device(device or network.mean.device)).split(split)
+            check_fit(network, images)
             if cached:
                 network = cache_exits(network, images)
         self.num_envs = num_envs
@@ -195,6 +197,19 @@ class EarlyExitVectorEnv(VectorEnv[Tensor, Tensor, Tensor]):
             self.source.close(open_B)
         self.observation = self.source.observation(self.index_B, self.exit_B)
         self._moved = True
+
+
+def check_fit(network: ExitNetwork, images: Images) -> None:
+    """UserError unless a network takes images of this size and has a class for every label."""
+    first = next(images.stream([(torch.tensor([0]), 0)])).images
+    try:
+        with torch.no_grad():
+            network(first)
+    except RuntimeError as error:
+        size = "×".join(map(str, first.shape[1:]))
+        raise UserError(f"{network.name} does not take images of {size}; give images=… that it was made for") from error
+    if int(images.label_N.max()) >= network.num_classes:
+        raise UserError(f"{network.name} has {network.num_classes} classes, the images have more; give its own images")
 
 
 class EarlyExitEnv(SingleView):

@@ -107,6 +107,11 @@ class Curve:
             self.full_macs,
         )
 
+    @property
+    def drop_P(self) -> Tensor:
+        """The least ``accuracy_drop`` that each point meets, float64 (P,): its loss and ``SPARE`` standard errors."""
+        return self.last_accuracy - self.accuracy_P + SPARE * self.error_P
+
     def knee(self) -> Point:
         """The point of the front where more computing stops paying: see :func:`knee`."""
         front = self.front()
@@ -283,11 +288,10 @@ def choose(
     if knee:
         return curve.knee()
     if accuracy_drop is not None:
-        drop_P = curve.last_accuracy - curve.accuracy_P + SPARE * curve.error_P
-        meets = (drop_P <= accuracy_drop + 1e-9).nonzero().squeeze(1)  # sums may be rounded differently
+        meets = (curve.drop_P <= accuracy_drop + 1e-9).nonzero().squeeze(1)  # sums may be rounded differently
         if not len(meets):
-            best = int(drop_P.argmin())
-            nearest = _rounded_up(float(drop_P[best]))
+            best = int(curve.drop_P.argmin())
+            nearest = _rounded_up(float(curve.drop_P[best]))
             raise UnmetError(f"accuracy_drop={accuracy_drop:g}", nearest, curve[best])
         cheapest = meets[curve.macs_P[meets] == curve.macs_P[meets].min()]
         return curve[int(cheapest[curve.accuracy_P[cheapest].argmax()])]

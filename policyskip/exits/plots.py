@@ -26,13 +26,13 @@ def learning_curves(records: list[dict[str, Any]], num_exits: int, path: Path) -
     left, right = figure.subplots(1, 2)
     loss = [(r["step"], r["train/loss"]) for r in records if "train/loss" in r]
     if loss:
-        left.plot(*zip(*loss, strict=True), color=KEPT, linewidth=1)
+        left.plot(*zip(*loss, strict=True), ".-", color=KEPT, linewidth=1, markersize=2)
     left.set(title="training loss", xlabel="update", yscale="log")
     for n in range(num_exits):
         points = [(r["step"], r[f"val/accuracy_exit{n}"]) for r in records if f"val/accuracy_exit{n}" in r]
         if points:
             shade = 0.25 + 0.75 * n / max(1, num_exits - 1)
-            right.plot(*zip(*points, strict=True), "o-", color=KEPT, alpha=shade, markersize=3, label=f"exit {n + 1}")
+            right.plot(*zip(*points, strict=True), "o-", color=KEPT, alpha=shade, markersize=3, label=f"exit {n}")
     right.set(title="validation accuracy", xlabel="update")
     right.legend(fontsize=8)
     for axes in (left, right):
@@ -56,7 +56,7 @@ def accuracy_against_macs(cache: CachedExits, exit_M: Tensor, anytime: Pairs, bu
     low = min(accuracy for _, accuracy in anytime)
     axes.set(xlabel="MACs, share of going to the last exit", ylabel="test accuracy", ylim=(max(0, low - 0.03), 1.01))
     axes.grid(alpha=0.25)
-    axes.legend(fontsize=8, loc="lower right")
+    figure.legend(fontsize=8, loc="outside upper left", ncols=2)
     caption = (
         "Above the squares, leaving early where it is safe pays. Thresholds were chosen on validation images; "
         "the oracle leaves at the first exit that is right and shows the room that is left."
@@ -80,8 +80,8 @@ def exit_use(cache: CachedExits, exit_M: Tensor, path: Path) -> Path:
     axes.plot(places, [right_N[n] for n in places], "o", color=KEPT, label="accuracy of those that leave here")
     alone_N = cache.correct_MN.double().mean(0).tolist()
     axes.plot(range(N), alone_N, "_", color=FULL, markersize=18, label="accuracy here if all left here")
-    labels = [f"exit {n + 1}\n{macs / 1e6:.2f} M" for n, macs in enumerate(cache.macs_N.tolist())]
-    axes.set(xticks=range(N), xticklabels=labels, ylim=(0, 1.06), ylabel="share of test images")
+    labels = [f"exit {n}\n{macs / 1e6:.2f} M" for n, macs in enumerate(cache.macs_N.tolist())]
+    axes.set(xticks=range(N), xticklabels=labels, ylim=(0, 1.06), ylabel="share of test images; accuracy")
     figure.legend(fontsize=8, loc="outside upper left", ncols=3)
     return save(
         figure, "Where test images leave, and how often they are right; under each exit what leaving costs.", path
@@ -116,18 +116,22 @@ def gallery(
         shown = next(iter(images.stream([(index_B, 0)]))).images.permute(0, 2, 3, 1).cpu().numpy()
         for axes, index, image in zip(row, index_B.tolist(), shown, strict=True):
             axes.imshow(image)
-            label, prediction = (classes[int(t[index])][:12] for t in (cache.label_M, prediction_M))
+            label, prediction = (shorten(classes[int(t[index])]) for t in (cache.label_M, prediction_M))
             right = label == prediction
             axes.set_title(
-                label if right else f"{label}\nnot {prediction}", fontsize=9, color=FULL if right else "#b3261e"
+                label if right else f"{label}\nanswer {prediction}", fontsize=9, color=FULL if right else "#b3261e"
             )
-            axes.set_xlabel(f"exit {int(exit_M[index]) + 1}, {top_M[index]:.2f}", fontsize=8)
+            axes.set_xlabel(f"exit {int(exit_M[index])}, {top_M[index]:.2f}", fontsize=8)
             axes.set(xticks=[], yticks=[])
     caption = (
-        "Test images that left first (above) and last (below), with the exit and the probability of its answer there. "
-        "The title is the label; red where the answer differs."
+        "Test images that left first, or most surely (above), and last (below); under each the exit and how probable "
+        "its answer was there. The title is the label; red where the answer differs."
     )
     return save(figure, caption, path)
+
+
+def shorten(name: str, length: int = 12) -> str:
+    return name if len(name) <= length else name[: length - 1] + "…"
 
 
 def all_plots(

@@ -18,6 +18,7 @@ from torch import Tensor
 from policyskip.agents.cdl import CDL
 from policyskip.agents.early_exit import EarlyExitAgent, ThresholdPolicy
 from policyskip.backbones import checkpoints
+from policyskip.backbones.checkpoints import RANDOM
 from policyskip.backbones.exits import ExitNetwork, costly_exits, in_millions
 from policyskip.backbones.resnet_exits import ResNetExits
 from policyskip.config import Setup, TargetSection, build, build_backbone, group_of
@@ -44,6 +45,10 @@ from policyskip.tracking import Tracker
 
 ACCURACY_DROP = 0.002
 """The target of a run that names none: at most this much less accurate than the last exit, on validation images."""
+
+
+FEW = 500
+"""Validation images below which thresholds are little more than chance: one point of accuracy is a few images."""
 
 
 class ExitTask:
@@ -83,9 +88,18 @@ class ExitTask:
                 f"{self.names['agent']} learns on {setup.data.name} over {network.name}; "
                 f"leaving at its {network.num_exits} exits costs {in_millions(self.costs.cumulative_N)}",
                 *network.remarks(setup.data.image_shape),
-                *(f"warning: {line}" for line in costly_exits(self.costs)),
+                *(f"warning: {line}" for line in [*costly_exits(self.costs), *self._doubts()]),
             ]
         )
+
+    def _doubts(self) -> list[str]:
+        """What is allowed, and hardly meant."""
+        doubts, images = [], len(self.setup.data.validation)
+        if isinstance(self.learner, CDL) and group_of(self.setup.config, "backbone").get("checkpoint") == RANDOM:
+            doubts.append("agent=cdl does not train the network, and backbone.checkpoint=random is not trained either")
+        if images < FEW:
+            doubts.append(f"thresholds are chosen on {images} validation images, which say little; give more data")
+        return doubts
 
     def validate(self) -> dict[str, float]:
         """Accuracy of every exit on validation images, and their mean, by which the best weights are kept."""
@@ -147,7 +161,7 @@ def place_exits(node: dict[str, Any], data: Data, device: torch.device, seed: in
     number = str(node["exits"]).removeprefix("auto").strip()
     if not number.isdigit():
         raise UserError(f'backbone.exits must list blocks, or be "auto N" for N proposed ones, got {node["exits"]!r}')
-    trial: ResNetExits = build_backbone({**node, "exits": [0]}, data, device, seed=seed)  # type: ignore[assignment]
+    trial: ResNetExits = build_backbone({**node, "exits": [0], "heads": "pooled"}, data, device, seed=seed)  # type: ignore[assignment]
     probes = probe_blocks(trial.backbone, data.train, data.validation)
     proposals = propose_exits(
         probes.accuracy_K, probes.macs_K, probes.full_accuracy, probes.full_macs, int(number), 1 / len(data.classes)
@@ -303,21 +317,31 @@ def show_curve(setup: Setup, run: Run, rows: int = 16) -> None:
     wanted_R = torch.linspace(float(front.macs_P[0]), float(front.macs_P[-1]), rows, dtype=torch.float64)
     shown = (front.macs_P - wanted_R.unsqueeze(1)).abs().argmin(1).unique().tolist()
     table = Table(title=f"{run.folder}: thresholds chosen on validation images ({predictor.policy.rule.name})")
-    for column in ("MACs, of full", "validation accuracy", "lost", "on test: MACs", "accuracy", "thresholds"):
-        table.add_column(column, justify="left" if column == "thresholds" else "right")
+    columns = (
+        "MACs, of full",
+        "accuracy",
+        "meets accuracy_drop",
+        "on test: MACs",
+        "accuracy",
+        "a threshold for each exit",
+    )
+    for column in columns:
+        table.add_column(column, justify="left" if column == columns[-1] else "right")
     for place in shown:
         point, (macs, accuracy) = front[place], test[place]
         table.add_row(
             f"{point.macs_fraction:.3f}",
             f"{100 * point.accuracy:.2f} %",
-            f"{100 * (curve.last_accuracy - point.accuracy):.2f}",
+            f"{math.ceil(1e4 * float(front.drop_P[place])) / 1e4:.4f}",
             f"{macs / curve.full_macs:.3f}",
             f"{100 * accuracy:.2f} %",
             " ".join(f"{threshold:.3g}" for threshold in point.thresholds),
         )
     console().print(table)
-    lost = curve.last_accuracy - knee.accuracy
-    print(f"More computing stops paying (knee) at {knee.macs_fraction:.3f} of the MACs, {100 * lost:.2f} points lost.")
+    print(
+        f"The last exit: {100 * curve.last_accuracy:.2f} % on validation. Knee at {knee.macs_fraction:.3f} of the MACs."
+    )
+    print(f"Deployed: {' '.join(f'{threshold:.3g}' for threshold in predictor.policy.threshold_E.tolist())}")
 
 
 def show_table(summary: dict[str, Any]) -> None:
@@ -336,8 +360,8 @@ def show_table(summary: dict[str, Any]) -> None:
     row("each image its own exit, heads included", get("accuracy"), get("macs_mean"), f" ± {get('macs_sd') / 1e6:.2f}")
     row("all to the last exit, heads included", get("full_accuracy"), get("full_macs"))
     for n, (accuracy, macs) in enumerate(zip(get("exit_alone_accuracy"), get("exit_alone_macs"), strict=True)):
-        row(f"all straight to exit {n + 1}", accuracy, macs)
-    row("best fixed exits of equal cost, mixed", get("static_accuracy"), get("static_macs"))
+        row(f"all straight to exit {n}", accuracy, macs)
+    row("best fixed exits that cost no more, mixed", get("static_accuracy"), get("static_macs"))
     row("random exits at the same rates", get("random_accuracy"), get("random_macs"))
     row("oracle: the first exit that is right", get("oracle_accuracy"), get("oracle_macs"))
     if summary["agent"] == "distiller":
@@ -347,9 +371,11 @@ def show_table(summary: dict[str, Any]) -> None:
     out.print(table)
     margin, half = 100 * get("static_margin"), 100 * get("static_margin_ci95")
     verdict = "pays" if margin > half else "does not pay" if margin < -half else "makes no clear difference"
-    out.print(
-        f"Deciding per image {verdict}: {margin:+.2f} ± {half:.2f} points against the best fixed exits of equal cost."
-    )
+    opponent = "the best fixed exits that cost no more"
+    out.print(f"Deciding per image {verdict}: {margin:+.2f} ± {half:.2f} points against {opponent}.")
+    alone = get("exit_alone_macs")[-1]
+    share = get("macs_mean") / alone
+    out.print(f"Without early exits the network costs {alone / 1e6:.2f} M MACs; this is {share:.3f} of it.")
     places = list(zip(get("exit_share"), get("exit_accuracy"), strict=True))
     leaving = ", ".join(f"{100 * share:.1f} %" for share, _ in places)
     right = ", ".join("–" if accuracy is None else f"{100 * accuracy:.1f} %" for _, accuracy in places)
@@ -360,9 +386,9 @@ def show_table(summary: dict[str, Any]) -> None:
         out.print(f"Budget asked for {asked:.3f} of the full cost, used on test {get('macs_fraction'):.3f}.")
     elif "target/accuracy_drop" in summary:
         drop = 100 * summary["target/accuracy_drop"]
-        out.print(f"Accuracy that may be lost: {drop:.2f} points on validation; lost on test: {lost:.2f}.")
+        out.print(f"Asked for: at most {drop:.2f} points below the last exit; on test it is {lost:.2f} below.")
     else:
-        out.print(f"The knee of the validation curve; lost on test: {lost:.2f} points.")
+        out.print(f"The knee of the validation curve; on test it is {lost:.2f} points below the last exit.")
 
 
 def console() -> Console:
