@@ -160,6 +160,8 @@ def evaluate(config: Any) -> int:
 
 def calibrate(config: Any) -> int:
     """Other thresholds for a run that leaves early, for another target; without one, the whole curve."""
+    from omegaconf import OmegaConf
+
     from policyskip.config import CalibrateSettings, settings_of
     from policyskip.runs import open_run
     from policyskip.tasks import exits
@@ -169,6 +171,8 @@ def calibrate(config: Any) -> int:
     setup = _setup_of(run, asked.device, asked.trust)
     if asked.target.given:
         exits.show_table(exits.recalibrate(setup, run, asked.target))
+        changed = OmegaConf.merge(_saved(run), {"target": asked.target.model_dump()})  # what a resumed run aims at
+        run.save_config(run.command, OmegaConf.to_yaml(changed, resolve=True))
         print(f"Written to {run.folder / 'policy.json'}; curve and pictures are in {run.folder}")
     else:
         exits.show_curve(setup, run)

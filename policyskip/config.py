@@ -67,7 +67,7 @@ class TargetSection(_Section):
     @property
     def given(self) -> dict[str, Any]:
         """What was asked for; empty if nothing was."""
-        return {key: value for key, value in self.model_dump().items() if value not in (None, False)}
+        return {key: value for key, value in self.model_dump().items() if value is not None and value is not False}
 
 
 class TrackingSection(_Section):
@@ -354,7 +354,7 @@ def set_up(config: dict[str, Any], device: torch.device, trusted: bool = True) -
     """Build what a ``train`` configuration names; what is cheap to check comes first."""
     reward = build("reward", config["reward"], trusted) if config.get("reward") else None
     data, batch_size = build_data(group_of(config, "data"), device, trusted)
-    backbone = build_backbone(group_of(config, "backbone"), data, device, trusted)
+    backbone = build_backbone(group_of(config, "backbone"), data, device, trusted, seed=config.get("seed", 0))
     return Setup(config, device, data, backbone, reward, batch_size, trusted)
 
 

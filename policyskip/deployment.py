@@ -204,6 +204,8 @@ def load_exits_run(folder: Run, device: str | torch.device = "cpu") -> ExitPredi
 
 
 def _checked(images: Tensor | np.ndarray, image_shape: tuple[int, int, int]) -> Tensor:
+    if isinstance(images, np.ndarray):
+        images = np.ascontiguousarray(images)  # such as mirrored ones, which torch does not take
     images = torch.as_tensor(images)
     if images.dim() != 4 or tuple(images.shape[1:]) != image_shape or images.dtype != torch.uint8:
         found = f"{str(images.dtype).removeprefix('torch.')} {tuple(images.shape)}"

@@ -8,6 +8,7 @@ Shapes: N exits.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import torch
@@ -51,7 +52,7 @@ class BranchyNet(EarlyExitAgent):
         if not 0 <= trunk_share < 1:
             raise UserError(f"agent.trunk_share must be at least 0 and below 1, got {trunk_share}")
         weights = torch.linspace(1.0, 0.3, N).tolist() if exit_weights is None else list(exit_weights)
-        if len(weights) != N or min(weights) < 0 or max(weights) == 0:
+        if len(weights) != N or not all(0 <= w < math.inf for w in weights) or max(weights) == 0:
             raise UserError(
                 f"agent.exit_weights must give each of the {N} exits a weight, not negative, not all 0; got {weights}"
             )

@@ -8,6 +8,7 @@ Shapes: B images, N exits, E early exits (N - 1), C classes.
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from typing import Any, ClassVar, Literal
@@ -21,7 +22,7 @@ from policyskip.data import Feed
 from policyskip.envs.exit_sources import read
 from policyskip.errors import UserError
 from policyskip.exits.cache import CachedExits
-from policyskip.exits.calibration import Curve, curve_of
+from policyskip.exits.calibration import Curve, check_search, curve_of
 from policyskip.exits.rules import check_thresholds, rule_named
 from policyskip.schedules import SCHEDULES
 
@@ -104,7 +105,7 @@ class EarlyExitAgent(ABC):
         rule: str,
         search: str,
     ) -> None:
-        if lr <= 0 or weight_decay < 0:
+        if not (0 < lr < math.inf and 0 <= weight_decay < math.inf):
             raise UserError(
                 f"agent.lr must be positive and agent.weight_decay not negative, got {lr} and {weight_decay}"
             )
@@ -114,6 +115,7 @@ class EarlyExitAgent(ABC):
                 f"got {schedule!r} and {optimizer!r}"
             )
         rule_named(rule)
+        check_search(rule, search, network.num_exits)
         self.network, self.total_steps, self.rule, self.search = network, total_steps, rule, search
         self.policy: ThresholdPolicy | None = None
         self.step = 0

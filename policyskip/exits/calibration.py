@@ -39,6 +39,8 @@ WINDOW = 0.01
 """A budget may be left unspent by this share of the full cost, for the sake of accuracy."""
 SPARE = 1.0
 """Standard errors by which an accuracy target must be met."""
+COMBINATIONS = 2**14
+"""Combinations of thresholds that a grid tries, at most."""
 NUMBERS_AT_ONCE = 2**24
 """Many policies are judged in parts of this many numbers."""
 
@@ -124,11 +126,10 @@ def quota_curve(rule: Rule, cache: CachedExits, points: int = 201) -> Curve:
     The budgets are evenly spaced from the cost of the first exit to that of the last (the authors' code tries 39
     ratios of shares instead, which leaves gaps in cost). Source: Huang et al. 2018 (arXiv 1703.09844).
 
-    Raises:
-        UserError: the rule does not put images in order (the delta rule).
+    Args:
+        rule: one that puts images in order, not the delta rule.
     """
-    if not isinstance(rule, Measured):
-        raise UserError(f"quotas need a rule that orders images, confidence or entropy; {rule.name} does not")
+    assert isinstance(rule, Measured)
     value_ME = rule.measure(cache.probability_MNC[:, :-1])
     macs_N, N = cache.macs_N.cpu(), cache.num_exits
     thresholds = [torch.full((N - 1,), extreme, dtype=torch.float64) for extreme in rule.extremes]
@@ -140,7 +141,9 @@ def quota_curve(rule: Rule, cache: CachedExits, points: int = 201) -> Curve:
     return _curve(rule, cache, threshold_PE, *_judge(cache, exit_PM))
 
 
-def grid_curve(rule: Rule, cache: CachedExits, threshold_EG: Tensor | None = None, combinations: int = 2**14) -> Curve:
+def grid_curve(
+    rule: Rule, cache: CachedExits, threshold_EG: Tensor | None = None, combinations: int = COMBINATIONS
+) -> Curve:
     """BranchyNet's screening: every combination of G thresholds at each early exit.
 
     Args:
@@ -154,7 +157,7 @@ def grid_curve(rule: Rule, cache: CachedExits, threshold_EG: Tensor | None = Non
     M, N = cache.correct_MN.shape
     if threshold_EG is None:
         # One part in 10⁹ more, or the cube root of 8 is 1.999….
-        tried = max(2, int(combinations ** (1 / (N - 1)) * (1 + 1e-9)))
+        tried = int(combinations ** (1 / (N - 1)) * (1 + 1e-9))
         threshold_EG = torch.stack([spread(rule, cache.probability_MNC[:, e], tried) for e in range(N - 1)])
     total_QP = torch.zeros(3, 1, dtype=torch.float64)
     rows = max(1, NUMBERS_AT_ONCE // threshold_EG.shape[1] ** (N - 2))
@@ -310,6 +313,17 @@ def _rounded_up(target: float) -> str:
     return f"{math.ceil(target * 1e4 - 1e-6) / 1e4:.4f}"
 
 
+def check_search(rule: str, search: str, num_exits: int) -> None:
+    """UserError unless rule and search exist and go together, and a grid has two thresholds to try at every exit."""
+    if search not in SEARCHES:
+        raise UserError(f"agent.search must be one of {', '.join(SEARCHES)}, got {search!r}")
+    if search == "quota" and not isinstance(rule_named(rule), Measured):
+        raise UserError(f"agent.search=quota needs a rule that orders images, confidence or entropy; {rule} does not")
+    most = COMBINATIONS.bit_length()  # exits, of which all but the last have a threshold
+    if search == "grid" and num_exits > most:
+        raise UserError(f"agent.search=grid goes up to {most} exits, the network has {num_exits}; say quota or common")
+
+
 def curve_of(cache: CachedExits, rule: str = "confidence", search: str = "quota") -> Curve:
     """The curve that :func:`choose` takes a point from; for a network with one exit, the one point there is.
 
@@ -319,10 +333,9 @@ def curve_of(cache: CachedExits, rule: str = "confidence", search: str = "quota"
         search: quota, grid or common; delta takes grid or common.
 
     Raises:
-        UserError: unknown rule or search.
+        UserError: see :func:`check_search`.
     """
-    if search not in SEARCHES:
-        raise UserError(f"search must be one of {', '.join(SEARCHES)}, got {search!r}")
+    check_search(rule, search, cache.num_exits)
     if cache.num_exits == 1:
         return _curve(rule_named(rule), cache, torch.empty(1, 0), *_judge(cache, torch.zeros_like(cache.label_M)[None]))
     return SEARCHES[search](rule_named(rule), cache)

@@ -159,7 +159,7 @@ def place_exits(node: dict[str, Any], data: Data, device: torch.device, seed: in
         UserError: no number, or one that the network has no places for.
     """
     number = str(node["exits"]).removeprefix("auto").strip()
-    if not number.isdigit():
+    if not number.isdecimal():
         raise UserError(f'backbone.exits must list blocks, or be "auto N" for N proposed ones, got {node["exits"]!r}')
     trial: ResNetExits = build_backbone({**node, "exits": [0], "heads": "pooled"}, data, device, seed=seed)  # type: ignore[assignment]
     probes = probe_blocks(trial.backbone, data.train, data.validation)
@@ -186,13 +186,13 @@ def settle(
     figures = judge(policy, test)
     anytime, budgeted = curves(test, policy, curve)
     summary = {**head, **chosen(target, point), **{f"test/{key}": value for key, value in figures.items()}}
-    run.save_json("policy.json", predictor.describe())
-    save_curve(run, curve, budgeted)
-    run.save_json("summary.json", summary)
     exit_M = exit_of(policy.rule, test.probability_MNC, policy.threshold_E)
     pictures = exit_plots.all_plots(
         run.folder / "plots", run.metrics(), test, exit_M.cpu(), anytime, budgeted, data.test, data.classes
     )
+    save_curve(run, curve, budgeted)
+    run.save_json("summary.json", summary)
+    run.save_json("policy.json", predictor.describe())  # the last, so that what is deployed has figures
     files = [run.folder / name for name in ("network.safetensors", "policy.json", "summary.json", "config.yaml")]
     tracker.finish(summary, pictures, files, None)
     return summary
