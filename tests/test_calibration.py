@@ -15,6 +15,7 @@ from policyskip.exits.calibration import (
     BRANCHYNET_NATS,
     Curve,
     UnmetError,
+    check_search,
     choose,
     common_curve,
     curve_of,
@@ -267,7 +268,11 @@ def test_quotas_do_at_least_as_well_as_shares_at_random():
     [
         (FOUR, ("certainty", "quota"), "the exit rule must be one of confidence, entropy, delta, got 'certainty'"),
         (FOUR, ("entropy", "random"), "search must be one of quota, grid, common, got 'random'"),
-        (FOUR, ("delta", "quota"), "quotas need a rule that orders images, confidence or entropy; delta does not"),
+        (
+            FOUR,
+            ("delta", "quota"),
+            "agent.search=quota needs a rule that orders images, confidence or entropy; delta does not",
+        ),
     ],
 )
 def test_searches_that_do_not_exist_are_refused(cache, arguments, message):
@@ -282,3 +287,10 @@ def test_a_network_with_one_exit_has_one_point(rule, search):
     assert len(curve) == 1 and curve.threshold_PE.shape == (1, 0)
     assert choose(curve, accuracy_drop=0) == choose(curve, knee=True) == curve[0]
     assert curve[0].macs == cache.costs.full and curve[0].accuracy == curve.last_accuracy
+
+
+def test_a_grid_has_two_thresholds_to_try_at_every_exit():
+    check_search("entropy", "grid", 15)
+    check_search("entropy", "quota", 30)
+    with pytest.raises(UserError, match="agent.search=grid goes up to 15 exits, the network has 16"):
+        check_search("entropy", "grid", 16)

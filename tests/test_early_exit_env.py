@@ -233,7 +233,7 @@ def test_images_that_left_are_not_computed():
 def test_replaying_computes_nothing():
     network = SmallExits()
     env = make(8, network=network, cached=True)
-    once = {n: 40 + 1 for n in range(N)}  # and an empty image, to count the costs
+    once = {n: 40 + 2 for n in range(N)}  # and one to see that it fits, and an empty one to count the costs
     assert network.computed == once
     env.reset(seed=0)
     for step in range(20):
@@ -436,3 +436,10 @@ def test_augmented_images_cannot_be_cached():
 def test_actions_of_another_shape_are_refused():
     with pytest.raises(ValueError, match=r"actions must be of shape \(8,\), got \(8, 1\)"):
         make().step(torch.ones(8, 1))
+
+
+def test_a_network_and_images_that_do_not_fit_are_refused():
+    with pytest.raises(UserError, match="does not take images of 3×12×12; give images=… that it was made for"):
+        make(4, network=ResNetExits(small_backbone(), [1], "linear", (3, 16, 16)), images=small_images(5, size=12))
+    with pytest.raises(UserError, match="has 5 classes, the images have more"):
+        make(4, network=SmallExits(), images=small_images(50, classes=9))

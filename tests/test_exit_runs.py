@@ -80,6 +80,9 @@ def test_calibrate_writes_other_thresholds(workshop):
     after = json.loads((workshop / "runs/x/policy.json").read_text())
     assert after["exits"]["thresholds"] != before["exits"]["thresholds"] and after["network"] == before["network"]
     assert json.loads((workshop / "runs/x/summary.json").read_text())["val/macs_fraction"] <= 0.3
+    assert yaml.safe_load((workshop / "runs/x/config.yaml").read_text())["target"]["macs_fraction"] == 0.3
+    nothing = typed("calibrate", "run=runs/x", "device=cpu", "target.accuracy_drop=0", cwd=workshop)
+    assert nothing.returncode == 0 and "Asked for: at most 0.00 points below the last exit" in nothing.stdout
     again = typed("calibrate", "run=runs/x", "device=cpu", "target.macs_fraction=0.6", cwd=workshop)
     assert again.returncode == 0
     assert json.loads((workshop / "runs/x/policy.json").read_text()) == before
@@ -111,7 +114,12 @@ def test_calibrate_without_a_target_shows_the_whole_curve_and_changes_nothing_el
         (["train", "agent=blockdrop", "backbone=msdnet_digits", *SMALL], "has exits, not blocks"),
         (["train", "agent=msdnet", *SMALL, "target.macs_fraction=0.5", "target.accuracy_drop=0"], "give one target"),
         (["train", "agent=msdnet", *SMALL, "target.macs_fraction=0.1"], "first exit of msdnet5 costs 0.1282 of going"),
-        (["train", "agent=cdl", "data.name=other", *SMALL], "no key data.name"),
+        (["train", "agent=msdnet", *SMALL, "target.macs_fraction=0"], "above 0 and at most 1, got 0"),
+        (["calibrate", "run=runs/x", "target.macs_fraction=0"], "above 0 and at most 1, got 0"),
+        (["train", "agent=msdnet", "agent.search=bogus", *SMALL], "agent.search must be one of quota, grid, common"),
+        (["train", "agent=msdnet", "agent.rule=delta", *SMALL], "agent.search=quota needs a rule that orders images"),
+        (["train", "agent=msdnet", "agent.lr=.nan", *SMALL], "agent.lr must be positive"),
+        (["train", "agent=branchynet", "agent.exit_weights=[.nan,1,1,1,1]", *SMALL], "agent.exit_weights must give"),
         (["train", "agent=cdl", "backbone=msdnet_digits", *SMALL], "resnet32_exits"),
         (["train", "agent=distiller", "agent.lossweights=[0.9,0.2,0.1,0.1]", *SMALL], "sum to less than 1"),
         (["train", "agent=branchynet", "backbone=resnet32_exits", "backbone.exits=[2,15]", *SMALL], "no block 15"),
