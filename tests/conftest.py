@@ -24,7 +24,8 @@ from policyskip.backbones.resnet import CifarResNet
 from policyskip.data import TensorImages
 from policyskip.exits.cache import CachedExits
 
-torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "2")))
+WORKERS = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))
+torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", max(1, 2 // WORKERS))))
 
 
 def small_backbone(
