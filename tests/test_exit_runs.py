@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -10,10 +11,12 @@ import torch
 import yaml
 
 import policyskip
+from policyskip.backbones.checkpoints import WEIGHTS
 from policyskip.data import digits
 from policyskip.errors import UserError
 from policyskip.exits.cache import cache_exits
 from policyskip.exits.rules import exit_of
+from policyskip.tasks import exits
 from tests.conftest import typed
 
 SMALL = ["data.train=300", "data.validation=120", "data.test=90", "data.batch_size=32", "device=cpu", "tracking=none"]
@@ -195,3 +198,29 @@ def test_cdl_without_a_head_that_pays_deploys_the_network_alone(tmp_path):
     assert again.returncode == 0 and "Every figure is that of summary.json." in again.stdout
     refused = typed("calibrate", "run=x", "device=cpu", "target.macs_fraction=0.5", cwd=tmp_path)
     assert refused.returncode == 2 and "has no early exits" in refused.stderr
+
+
+def test_everything_is_chosen_on_validation_and_test_is_read_once_at_the_end(tmp_path, monkeypatch):
+    seen: list[int] = []
+
+    def noted(network, images):
+        seen.append(len(images))
+        return cache_exits(network, images)
+
+    monkeypatch.setattr(exits, "cache_exits", noted)
+    arguments = ["agent=cdl", *SMALL, *STEPS, "agent.delta=0.3", "target.macs_fraction=0.9", "run.dir=x"]
+    assert typed("train", *arguments, cwd=tmp_path).returncode == 0
+    assert set(seen[:-1]) == {120} and seen[-1] == 90  # of SMALL: validation, and test
+    seen.clear()
+    assert typed("calibrate", "run=x", "device=cpu", "target.macs_fraction=0.95", cwd=tmp_path).returncode == 0
+    assert seen == [120, 90]
+    seen.clear()
+    assert typed("calibrate", "run=x", "device=cpu", cwd=tmp_path).returncode == 0
+    assert seen == [120]
+
+
+def test_thresholds_of_another_network_are_refused(workshop, tmp_path):
+    shutil.copytree(workshop / "runs" / "x", tmp_path / "x")
+    shutil.copy(WEIGHTS / "msdnet_digits.safetensors", tmp_path / "x" / "network.safetensors")
+    result = typed("evaluate", "run=x", "device=cpu", cwd=tmp_path)
+    assert result.returncode == 2 and "were chosen for another network" in result.stderr

@@ -386,3 +386,11 @@ def test_distiller_s_exits_on_resnet50():
     assert costs.cumulative_N.tolist() == pytest.approx([886.3e6, 1973.5e6, 4249.1e6], rel=0.001)
     assert costs.head_N[:2].tolist() == pytest.approx([100.3e6, 59.6e6], rel=0.001)
     assert costs.straight_N[-1].item() == pytest.approx(4089e6, rel=0.001)
+
+
+def test_only_some_exits_keep_their_own_heads(images):
+    network = with_statistics(ResNetExits(small_backbone(), [0, 2, 4], ["pooled", "conv", "linear"], SHAPE)).eval()
+    fewer = network.only([1])
+    assert fewer.exits == (2,) and fewer.architecture["exits"] == [2] and fewer.architecture["heads"] == ["conv"]
+    assert torch.equal(fewer(images), network(images)[:, [1, 3]])
+    assert network.num_exits == 4 and network.only([]).num_exits == 1

@@ -306,41 +306,28 @@ def finished(setup: Setup, run: Run) -> tuple[ExitPredictor, Curve]:
 
 
 def show_curve(setup: Setup, run: Run, rows: int = 16) -> None:
-    """Print what can be had: points of the front on validation, evenly spaced in cost, and what they do on test.
+    """Print what can be had: points of the front on validation images, evenly spaced in cost.
 
-    The whole front goes into ``curve.json``; what the run deploys stays as it is.
+    Test is not read, as a target is chosen from this table. What the run deploys stays as it is.
     """
     predictor, curve = finished(setup, run)
-    _, test = curves(cache_exits(predictor.network, setup.data.test.plain()), predictor.policy, curve)
-    save_curve(run, curve, test)
     front, knee = curve.front(), curve.knee()
     wanted_R = torch.linspace(float(front.macs_P[0]), float(front.macs_P[-1]), rows, dtype=torch.float64)
-    shown = (front.macs_P - wanted_R.unsqueeze(1)).abs().argmin(1).unique().tolist()
     table = Table(title=f"{run.folder}: thresholds chosen on validation images ({predictor.policy.rule.name})")
-    columns = (
-        "MACs, of full",
-        "accuracy",
-        "meets accuracy_drop",
-        "on test: MACs",
-        "accuracy",
-        "a threshold for each exit",
-    )
+    columns = ("MACs, of full", "accuracy", "meets accuracy_drop", "a threshold for each exit but the last")
     for column in columns:
         table.add_column(column, justify="left" if column == columns[-1] else "right")
-    for place in shown:
-        point, (macs, accuracy) = front[place], test[place]
+    for place in (front.macs_P - wanted_R.unsqueeze(1)).abs().argmin(1).unique().tolist():
+        point = front[place]
         table.add_row(
             f"{point.macs_fraction:.3f}",
             f"{100 * point.accuracy:.2f} %",
             f"{math.ceil(1e4 * float(front.drop_P[place])) / 1e4:.4f}",
-            f"{macs / curve.full_macs:.3f}",
-            f"{100 * accuracy:.2f} %",
             " ".join(f"{threshold:.3g}" for threshold in point.thresholds),
         )
     console().print(table)
-    print(
-        f"The last exit: {100 * curve.last_accuracy:.2f} % on validation. Knee at {knee.macs_fraction:.3f} of the MACs."
-    )
+    last = f"The last exit: {100 * curve.last_accuracy:.2f} % on validation."
+    print(f"{last} Knee at {knee.macs_fraction:.3f} of the MACs.")
     print(f"Deployed: {' '.join(f'{threshold:.3g}' for threshold in predictor.policy.threshold_E.tolist())}")
 
 
