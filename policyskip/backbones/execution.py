@@ -14,7 +14,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from policyskip.backbones.base import Backbone
+from policyskip.backbones.base import Backbone, Block
 
 
 def check_keep(backbone: Backbone, images: Tensor, keep_BK: Tensor) -> None:
@@ -57,13 +57,19 @@ def _run_blocks(backbone: Backbone, x: Tensor, keep_BK: Tensor) -> Tensor:
     # One transfer for the whole matrix; finding the rows block by block would stop the device K times.
     rows_K = [keep_B.nonzero().squeeze(1).to(x.device) for keep_B in keep_BK.cpu().unbind(1)]
     for block, rows in zip(backbone.blocks, rows_K, strict=True):
-        if len(rows) == len(x):
-            x = block(x)
-            continue
-        shortcut = block.shortcut(x)
-        if len(rows) == 0:
-            x = shortcut
-            continue
-        kept = torch.relu(shortcut[rows] + block.residual(x[rows]))
-        x = shortcut.index_copy(0, rows, kept) if torch.is_grad_enabled() else shortcut.index_copy_(0, rows, kept)
+        x = run_block(block, x, rows)
     return backbone.head(x)
+
+
+def run_block(block: Block, x: Tensor, rows: Tensor) -> Tensor:
+    """One block for the images ``rows`` (int64) of the features x (B, …), and its shortcut for the others.
+
+    x is the caller's own and may be overwritten where no gradient needs it.
+    """
+    if len(rows) == len(x):
+        return block(x)
+    shortcut = block.shortcut(x)
+    if len(rows) == 0:
+        return shortcut
+    kept = torch.relu(shortcut[rows] + block.residual(x[rows]))
+    return shortcut.index_copy(0, rows, kept) if torch.is_grad_enabled() else shortcut.index_copy_(0, rows, kept)
