@@ -20,8 +20,8 @@ from policyskip.errors import UserError
 
 @dataclass(frozen=True)
 class GatedRun:
-    """What a pass gave: ``logits_BC`` float; ``gate_BG`` float, the gates' logits; ``keep_BK`` bool, the blocks that ran
-    (the first always)."""
+    """What a pass gave: ``logits_BC`` float; ``gate_BG`` float, the gates' logits; ``keep_BK`` bool, what ran (the
+    first block always)."""
 
     logits_BC: Tensor
     gate_BG: Tensor
@@ -54,7 +54,7 @@ class GatedNetwork(Network):
         for name in ("mean", "std"):  # the backbone's, which are saved with it
             self.register_buffer(name, getattr(backbone, name), persistent=False)
         self.name = f"{backbone.name}_gated"
-        self.backbone = backbone
+        self.backbone, self.gate = backbone, gate
         channels, height, width = image_shape
         shapes = feature_shapes(backbone, range(backbone.num_blocks - 1), (channels, height, width))
         self.gates = GATES[gate](shapes, initial_keep).to(backbone.mean.device)

@@ -11,6 +11,7 @@ from __future__ import annotations
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -133,15 +134,13 @@ class _StraightThrough(torch.autograd.Function):
     not reach the output."""
 
     @staticmethod
-    def forward(
-        ctx: torch.autograd.function.FunctionCtx, kept: Tensor, skipped: Tensor, probability_B: Tensor
-    ) -> Tensor:
+    def forward(ctx: Any, kept: Tensor, skipped: Tensor, probability_B: Tensor) -> Tensor:
         keep = (probability_B > 0.5).view(-1, *[1] * (kept.dim() - 1))
         ctx.save_for_backward(kept, skipped, keep)
         return torch.where(keep, kept, skipped)
 
     @staticmethod
-    def backward(ctx: torch.autograd.function.FunctionCtx, grad: Tensor) -> tuple[Tensor, Tensor, Tensor]:  # type: ignore[override]
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, Tensor]:  # type: ignore[override]
         kept, skipped, keep = ctx.saved_tensors
         return grad * keep, grad * ~keep, (grad * (kept - skipped)).flatten(1).sum(1)
 

@@ -150,27 +150,51 @@ class BlockTask:
         setup, agent = self.setup, self.learner
         load_best(agent, run)
         result = judge(setup, agent)
-        static, curve = static_figures(setup, result, self.front)
-        figures = {f"test/{key}": value for key, value in {**result.figures(), **static}.items()}
-        steps, seed = setup.config["train"]["steps"], setup.config["seed"]
-        summary = {**self.names, "seed": seed, "steps": steps, "seconds": round(seconds, 1), **figures}
-        self.front.save(run.folder / "front.json")
-        run.save_json("summary.json", summary)
-        data, backbone = setup.data, setup.backbone
         policy = describe(
-            agent.policy, backbone, setup.config["backbone"], data.classes, data.image_shape, agent.decision_macs
+            agent.policy,
+            setup.backbone,
+            setup.config["backbone"],
+            setup.data.classes,
+            setup.data.image_shape,
+            agent.decision_macs,
         )
-        run.save_json("policy.json", policy)
-        pictures = plots.all_plots(
-            run.folder / "plots", run.metrics(), result, data.test, data.classes, backbone.stages, curve
-        )
-        files = [run.folder / name for name in ("best.safetensors", "policy.json", "summary.json", "config.yaml")]
-        tracker.finish(summary, pictures, files, _examples(setup, result))
-        return summary
+        return report(setup, self.names, result, self.front, policy, run, tracker, seconds)
 
     def show(self, summary: dict[str, Any]) -> None:
         """Print the table."""
         show_table(summary)
+
+
+def report(
+    setup: Setup,
+    names: dict[str, str],
+    result: Evaluation,
+    front: StaticFront,
+    policy: dict[str, Any],
+    run: Run,
+    tracker: Tracker,
+    seconds: float,
+    **more: float,
+) -> dict[str, Any]:
+    """Write ``policy`` (the content of ``policy.json``), front, summary and pictures of a result on test, and close the
+    tracker. ``more`` are other figures on test.
+
+    Returns: the summary.
+    """
+    data, steps, seed = setup.data, setup.config["train"]["steps"], setup.config["seed"]
+    static, curve = static_figures(setup, result, front)
+    figures = {f"test/{key}": value for key, value in {**result.figures(), **more, **static}.items()}
+    summary = {**names, "seed": seed, "steps": steps, "seconds": round(seconds, 1), **figures}
+    front.save(run.folder / "front.json")
+    run.save_json("summary.json", summary)
+    run.save_json("policy.json", policy)
+    pictures = plots.all_plots(
+        run.folder / "plots", run.metrics(), result, data.test, data.classes, setup.backbone.stages, curve
+    )
+    written = ("best.safetensors", "network.safetensors", "policy.json", "summary.json", "config.yaml")
+    files = [path for path in (run.folder / name for name in written) if path.is_file()]
+    tracker.finish(summary, pictures, files, _examples(setup, result))
+    return summary
 
 
 def again(setup: Setup, run: Run, split: str) -> dict[str, Any]:
