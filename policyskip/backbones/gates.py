@@ -140,7 +140,7 @@ class _StraightThrough(torch.autograd.Function):
         return torch.where(keep, kept, skipped)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, Tensor]:  # type: ignore[override]
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         kept, skipped, keep = ctx.saved_tensors
         return grad * keep, grad * ~keep, (grad * (kept - skipped)).flatten(1).sum(1)
 
