@@ -151,6 +151,15 @@ def test_samples_follow_the_uniform_numbers():
     assert not network.sampled(images, ones).keep_BK[:, 1:].any()
 
 
+def test_sampled_gates_leave_the_blocks_to_the_cross_entropy():
+    network = gated()
+    network.sampled(IMAGES, torch.zeros(20, 5)).gate_BG.sum().backward()
+    assert all(parameter.grad is None for parameter in network.backbone.parameters())
+    assert network.gates.answer.weight.grad.abs().sum() > 0
+    network.straight_through(IMAGES).gate_BG.sum().backward()
+    assert network.backbone.blocks[0].residual.conv1.weight.grad.abs().sum() > 0
+
+
 def test_batch_statistics_come_from_the_images_that_ran():
     """Skipped images may hold anything: the running statistics of their blocks do not move."""
     network, images = gated(), IMAGES
