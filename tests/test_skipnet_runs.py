@@ -49,6 +49,22 @@ def test_the_run_folder_is_whole(workshop):
     assert summary["test/full_macs"] == count_costs(backbone, (3, 20, 20)).full
 
 
+def test_the_static_front_knows_the_sets_that_the_gates_use(workshop):
+    """Of its size, the set in use most often on validation images is in the front, or one that is at least as good."""
+    run = workshop / "runs" / "x"
+    predictor = policyskip.load(run)
+    validation = digits(torch.device("cpu"), 1, 120, 1).validation
+    sets, counts = predictor.predict(validation.images).keep_BK.unique(dim=0, return_counts=True)
+    used = sets[counts.argmax()].unsqueeze(0)
+    index = torch.linspace(0, 119, 20).round().long()  # the images that the search was given
+    with torch.no_grad():
+        logits = dense(predictor.network.backbone, validation.images[index], used.expand(20, -1))
+    accuracy = (logits.argmax(1) == validation.label_N[index]).double().mean().item()
+    front = json.loads((run / "front.json").read_text())
+    by_size = [a for keep, a in zip(front["sets"], front["accuracy"]) if keep.count("1") == int(used.sum())]
+    assert max(by_size) >= accuracy
+
+
 def test_evaluate_repeats_the_figures_exactly(workshop):
     result = typed("evaluate", "run=runs/x", "device=cpu", cwd=workshop)
     assert result.returncode == 0, result.stderr

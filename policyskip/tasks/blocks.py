@@ -6,6 +6,7 @@ Shapes: N images, K blocks.
 from __future__ import annotations
 
 import sys
+from collections.abc import Sequence
 from contextlib import suppress
 from typing import Any
 
@@ -28,11 +29,12 @@ from policyskip.runs import Run
 from policyskip.tracking import Examples, Tracker
 
 
-def static_front(setup: Setup, wanted: FrontSection) -> StaticFront:
+def static_front(setup: Setup, wanted: FrontSection, in_use: Sequence[Keep] = ()) -> StaticFront:
     """The static front of the run's network on its validation images: a known one, or one searched now and remembered.
 
     An image-independent learner (the agent with a constant policy, trained on the validation images themselves, under a
-    low and a high penalty) joins the search for ``learner_steps`` updates, unless every set can be tried.
+    low and a high penalty) joins the search for ``learner_steps`` updates, unless every set can be tried. Sets
+    ``in_use`` by a policy that trained the network itself join it too: such a network is at its best with those.
     """
     backbone, images = setup.backbone, setup.data.validation
     cache = user_cache_path("policyskip") / "fronts"
@@ -43,7 +45,7 @@ def static_front(setup: Setup, wanted: FrontSection) -> StaticFront:
     env = setup.env(images)
     whole = tries_every_set(backbone.num_blocks, min(wanted.images, len(images)), wanted.budget)
     penalties = (1.0, 5.0) if wanted.learner_steps and not whole else ()
-    hints = [_learned_set(setup, penalty, wanted.learner_steps // 2) for penalty in penalties]
+    hints = [*in_use, *(_learned_set(setup, penalty, wanted.learner_steps // 2) for penalty in penalties)]
     with Progress(transient=True, disable=not sys.stdout.isatty()) as bar:
         task = bar.add_task("share of front.budget spent", total=wanted.budget)
         front = find_front(

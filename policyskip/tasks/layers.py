@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from policyskip.agents.skipnet import SkipNet
+from policyskip.agents.static import Keep
 from policyskip.backbones import Backbone, checkpoints
 from policyskip.config import FrontSection, Setup, build, group_of
 from policyskip.data import Feed, Images, sequential
@@ -56,13 +57,19 @@ class LayerTask:
         agent, data = self.learner, self.setup.data
         load_best(agent, run)
         trained = with_network(self.setup, agent)
-        front = blocks.static_front(trained, self.wanted)
+        front = blocks.static_front(trained, self.wanted, self._sets_in_use())
         checkpoints.save(agent.network.backbone, run.folder / "network.safetensors")
         policy = describe_gates(agent.network, data.classes, data.image_shape)
         test = data.test.plain()
         result = evaluate_gates(agent, test, self.setup.batch_size)
         before = accuracy(self.setup.backbone, test, self.setup.batch_size)
         return blocks.report(trained, self.names, result, front, policy, run, tracker, seconds, before_accuracy=before)
+
+    def _sets_in_use(self, count: int = 16) -> list[Keep]:
+        """The keep-sets that the gates decide for most often on validation images."""
+        keep_NK = evaluate_gates(self.learner, self.setup.data.validation, self.setup.batch_size).keep_NK
+        sets, images = keep_NK.unique(dim=0, return_counts=True)
+        return [tuple(keep) for keep in sets[images.argsort(descending=True, stable=True)[:count]].tolist()]
 
     def show(self, summary: dict[str, Any]) -> None:
         """Print the table."""
