@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -33,6 +33,9 @@ from policyskip.backbones import (
 from policyskip.errors import UserError
 from policyskip.exits.rules import check_thresholds
 from policyskip.runs import Run, open_run
+
+if TYPE_CHECKING:
+    from policyskip.deployment_gates import GatedPredictor
 
 POLICIES: dict[str, type[Policy]] = {"PolicyNetwork": PolicyNetwork, "ConstantPolicy": ConstantPolicy}
 BACKBONES = {
@@ -87,7 +90,7 @@ class Predictor:
         Raises:
             UserError: another shape or dtype.
         """
-        images = _checked(images, self.image_shape)
+        images = checked(images, self.image_shape)
         keep, logits = [], []
         for part in images.to(self.backbone.mean.device).split(batch_size):
             keep.append(self.policy.decide(part))
@@ -140,7 +143,7 @@ class ExitPredictor:
         Raises:
             UserError: another shape or dtype.
         """
-        images = _checked(images, self.image_shape)
+        images = checked(images, self.image_shape)
         parts = [
             run_until(self.network, part, self.policy.leave)
             for part in images.to(self.network.mean.device).split(batch_size)
@@ -182,7 +185,7 @@ def load_exits_run(folder: Run, device: str | torch.device = "cpu") -> ExitPredi
         UserError: a damaged file, or weights other than those that the thresholds were chosen for.
     """
     content = folder.load_json("policy.json")
-    if "policy" in content:
+    if "policy" in content or "gates" in content:
         raise UserError(f"the run {folder.folder} skips blocks; it has no exits")
     try:
         rule, search = str(content["exits"]["rule"]), str(content["exits"]["search"])
@@ -203,7 +206,8 @@ def load_exits_run(folder: Run, device: str | torch.device = "cpu") -> ExitPredi
     return ExitPredictor(ThresholdPolicy(rule, thresholds).to(device), search, network, classes, image_shape)
 
 
-def _checked(images: Tensor | np.ndarray, image_shape: tuple[int, int, int]) -> Tensor:
+def checked(images: Tensor | np.ndarray, image_shape: tuple[int, int, int]) -> Tensor:
+    """The images as a tensor, uint8 (B, 3, H, W); UserError if they are not of that dtype and ``image_shape``."""
     images = torch.as_tensor(images)
     if images.dim() != 4 or tuple(images.shape[1:]) != image_shape or images.dtype != torch.uint8:
         found = f"{str(images.dtype).removeprefix('torch.')} {tuple(images.shape)}"
@@ -232,8 +236,11 @@ def describe(
     }
 
 
-def load(run: str | Path, backbone: str | None = None, device: str = "cpu") -> Predictor | ExitPredictor:
-    """Load what a run learned: a :class:`Predictor`, or an :class:`ExitPredictor`. Nothing in the folder is executed.
+def load(
+    run: str | Path, backbone: str | None = None, device: str = "cpu"
+) -> Predictor | ExitPredictor | GatedPredictor:
+    """Load what a run learned: a :class:`Predictor`, an :class:`ExitPredictor` or a
+    :class:`~policyskip.deployment_gates.GatedPredictor`. Nothing in the folder is executed.
 
     Args:
         run: the run folder.
@@ -246,6 +253,10 @@ def load(run: str | Path, backbone: str | None = None, device: str = "cpu") -> P
     content = folder.load_json("policy.json")
     if "exits" in content:
         return load_exits_run(folder, device)
+    if "gates" in content:
+        from policyskip.deployment_gates import load_gated_run
+
+        return load_gated_run(folder, device)
     try:
         policy = POLICIES[content["policy"]["name"]](**content["policy"]["arguments"])
         policy_macs, image_shape = float(content["policy"]["macs"]), tuple(content["image_shape"])

@@ -9,9 +9,12 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from policyskip.agents.base import Agent
+from policyskip.agents.skipnet import SkipNet
+from policyskip.data import Images, sequential
 from policyskip.envs.block_selection import BlockSelectionVectorEnv
 
 
@@ -117,4 +120,35 @@ def evaluate(agent: Agent, env: BlockSelectionVectorEnv, full: bool = True) -> E
         None if difficulty_N is None else difficulty_N[index_N],
         agent.decision_macs,
         env.costs.full,
+    )
+
+
+@torch.no_grad()
+def evaluate_gates(agent: SkipNet, images: Images, batch_size: int) -> Evaluation:
+    """Let the gates decide greedily for every image of a set, each block computed only for the images that run it.
+
+    The full network is the agent's own with all blocks kept and no gates. The reward is −L, the paper's objective.
+    """
+    network = agent.network.eval()
+    rows: list[tuple[Tensor, ...]] = []
+    for batch in images.stream(sequential(len(images), batch_size)):
+        run = network.greedy(batch.images)
+        full_B = network.backbone(batch.images).argmax(1) == batch.label_B
+        ce_B = F.cross_entropy(run.logits_BC, batch.label_B, reduction="none")
+        reward_B = agent.returns(ce_B, run)[:, 0]
+        macs_B = agent.costs.of(run.keep_BK) + agent.decision_macs
+        rows.append((batch.label_B, run.logits_BC.argmax(1), full_B, run.keep_BK, macs_B, reward_B))
+    label_N, prediction_N, full_N, keep_NK, macs_N, reward_N = (
+        torch.cat(column).cpu() for column in zip(*rows, strict=True)
+    )
+    return Evaluation(
+        label_N,
+        prediction_N,
+        full_N,
+        keep_NK,
+        macs_N,
+        reward_N,
+        images.difficulty,
+        agent.decision_macs,
+        agent.costs.full,
     )

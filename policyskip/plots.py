@@ -52,7 +52,9 @@ def learning_curves(records: list[dict[str, Any]], blocks: int, path: Path) -> P
         if key == "kept":
             axes.set_ylim(0, blocks * 1.04)
     axes.legend(fontsize=8)
-    caption = "The greedy decisions' reward, accuracy and number of kept blocks while the policy learned."
+    caption = (
+        "Reward, accuracy and number of kept blocks while the policy learned; on validation images, when it is greedy."
+    )
     return save(figure, caption, path)
 
 

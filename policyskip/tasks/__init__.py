@@ -9,7 +9,7 @@ from torch import Tensor
 from policyskip.config import Settings, Setup, group_of
 from policyskip.errors import UserError
 from policyskip.runs import Run
-from policyskip.tasks import blocks, exits
+from policyskip.tasks import blocks, exits, layers
 from policyskip.tracking import Tracker
 
 
@@ -51,8 +51,17 @@ def leaves_early(config: dict[str, Any]) -> bool:
     return str(group_of(config, "env").get("_target_")).endswith(".EarlyExitVectorEnv")
 
 
+def has_gates(config: dict[str, Any]) -> bool:
+    """Whether a configuration's agent is SkipNet, which learns from labelled images and in no environment."""
+    return str(group_of(config, "agent").get("_target_")).endswith(".SkipNet")
+
+
 def start(setup: Setup, settings: Settings) -> Task:
     """The task of a ``train`` configuration."""
+    if has_gates(setup.config):
+        if settings.front is None:
+            raise UserError("the configuration has no front, and skipping blocks needs one")
+        return layers.LayerTask(setup, settings.front)
     if leaves_early(setup.config):
         if settings.target is None:
             raise UserError("the configuration has no target, and leaving early needs one")
@@ -64,4 +73,6 @@ def start(setup: Setup, settings: Settings) -> Task:
 
 def judge_again(setup: Setup, run: Run, split: str) -> dict[str, Any]:
     """A finished run's figures on a split, from its folder."""
+    if has_gates(setup.config):
+        return layers.again(setup, run, split)
     return (exits if leaves_early(setup.config) else blocks).again(setup, run, split)

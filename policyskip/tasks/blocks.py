@@ -6,6 +6,7 @@ Shapes: N images, K blocks.
 from __future__ import annotations
 
 import sys
+from collections.abc import Sequence
 from contextlib import suppress
 from typing import Any
 
@@ -28,11 +29,12 @@ from policyskip.runs import Run
 from policyskip.tracking import Examples, Tracker
 
 
-def static_front(setup: Setup, wanted: FrontSection) -> StaticFront:
+def static_front(setup: Setup, wanted: FrontSection, in_use: Sequence[Keep] = ()) -> StaticFront:
     """The static front of the run's network on its validation images: a known one, or one searched now and remembered.
 
     An image-independent learner (the agent with a constant policy, trained on the validation images themselves, under a
-    low and a high penalty) joins the search for ``learner_steps`` updates, unless every set can be tried.
+    low and a high penalty) joins the search for ``learner_steps`` updates, unless every set can be tried. Sets
+    ``in_use`` by a policy that trained the network itself join it too: such a network is at its best with those.
     """
     backbone, images = setup.backbone, setup.data.validation
     cache = user_cache_path("policyskip") / "fronts"
@@ -43,7 +45,7 @@ def static_front(setup: Setup, wanted: FrontSection) -> StaticFront:
     env = setup.env(images)
     whole = tries_every_set(backbone.num_blocks, min(wanted.images, len(images)), wanted.budget)
     penalties = (1.0, 5.0) if wanted.learner_steps and not whole else ()
-    hints = [_learned_set(setup, penalty, wanted.learner_steps // 2) for penalty in penalties]
+    hints = [*in_use, *(_learned_set(setup, penalty, wanted.learner_steps // 2) for penalty in penalties)]
     with Progress(transient=True, disable=not sys.stdout.isatty()) as bar:
         task = bar.add_task("share of front.budget spent", total=wanted.budget)
         front = find_front(
@@ -150,27 +152,51 @@ class BlockTask:
         setup, agent = self.setup, self.learner
         load_best(agent, run)
         result = judge(setup, agent)
-        static, curve = static_figures(setup, result, self.front)
-        figures = {f"test/{key}": value for key, value in {**result.figures(), **static}.items()}
-        steps, seed = setup.config["train"]["steps"], setup.config["seed"]
-        summary = {**self.names, "seed": seed, "steps": steps, "seconds": round(seconds, 1), **figures}
-        self.front.save(run.folder / "front.json")
-        run.save_json("summary.json", summary)
-        data, backbone = setup.data, setup.backbone
         policy = describe(
-            agent.policy, backbone, setup.config["backbone"], data.classes, data.image_shape, agent.decision_macs
+            agent.policy,
+            setup.backbone,
+            setup.config["backbone"],
+            setup.data.classes,
+            setup.data.image_shape,
+            agent.decision_macs,
         )
-        run.save_json("policy.json", policy)
-        pictures = plots.all_plots(
-            run.folder / "plots", run.metrics(), result, data.test, data.classes, backbone.stages, curve
-        )
-        files = [run.folder / name for name in ("best.safetensors", "policy.json", "summary.json", "config.yaml")]
-        tracker.finish(summary, pictures, files, _examples(setup, result))
-        return summary
+        return report(setup, self.names, result, self.front, policy, run, tracker, seconds)
 
     def show(self, summary: dict[str, Any]) -> None:
         """Print the table."""
         show_table(summary)
+
+
+def report(
+    setup: Setup,
+    names: dict[str, str],
+    result: Evaluation,
+    front: StaticFront,
+    policy: dict[str, Any],
+    run: Run,
+    tracker: Tracker,
+    seconds: float,
+    **more: float,
+) -> dict[str, Any]:
+    """Write ``policy`` (the content of ``policy.json``), front, summary and pictures of a result on test, and close the
+    tracker. ``more`` are other figures on test.
+
+    Returns: the summary.
+    """
+    data, steps, seed = setup.data, setup.config["train"]["steps"], setup.config["seed"]
+    static, curve = static_figures(setup, result, front)
+    figures = {f"test/{key}": value for key, value in {**result.figures(), **more, **static}.items()}
+    summary = {**names, "seed": seed, "steps": steps, "seconds": round(seconds, 1), **figures}
+    front.save(run.folder / "front.json")
+    run.save_json("summary.json", summary)
+    run.save_json("policy.json", policy)
+    pictures = plots.all_plots(
+        run.folder / "plots", run.metrics(), result, data.test, data.classes, setup.backbone.stages, curve
+    )
+    written = ("best.safetensors", "network.safetensors", "policy.json", "summary.json", "config.yaml")
+    files = [path for path in (run.folder / name for name in written) if path.is_file()]
+    tracker.finish(summary, pictures, files, _examples(setup, result))
+    return summary
 
 
 def again(setup: Setup, run: Run, split: str) -> dict[str, Any]:
