@@ -15,7 +15,7 @@ from torch import Tensor
 from policyskip.agents.base import Agent
 from policyskip.agents.skipnet import SkipNet
 from policyskip.data import Images, sequential
-from policyskip.envs.block_selection import BlockSelectionVectorEnv
+from policyskip.envs.base import ImageVectorEnv
 
 
 @dataclass(frozen=True)
@@ -29,7 +29,7 @@ class Evaluation:
         macs_N: float64 (N,), what each image cost, the policy's own cost included.
         reward_N: float32 (N,).
         difficulty_N: float32 (N,) or None, the set's own measure.
-        policy_macs, full_macs: MACs of one decision, and of the whole network.
+        policy_macs, full_macs: MACs of the policy for one image, and of the whole network.
     """
 
     label_N: Tensor
@@ -89,8 +89,8 @@ class Evaluation:
         return figures
 
 
-def evaluate(agent: Agent, env: BlockSelectionVectorEnv, full: bool = True) -> Evaluation:
-    """Let the agent decide greedily for every image of a sequential environment.
+def evaluate(agent: Agent, env: ImageVectorEnv, full: bool = True) -> Evaluation:
+    """Let the agent decide greedily for every image of a sequential environment, at once or block after block.
 
     Args:
         full: also ask the whole network about the same images.
@@ -100,10 +100,13 @@ def evaluate(agent: Agent, env: BlockSelectionVectorEnv, full: bool = True) -> E
     while len(observation):
         index_B = env.feed.batch.index_B
         correct_B = torch.zeros(len(index_B), dtype=torch.bool)
-        keep_BK = agent.act(observation)
         if full:
-            correct_B = env.score(torch.ones_like(keep_BK)).correct_B
-        observation, reward_B, *_ = env.step(keep_BK)
+            everything = torch.ones(len(index_B), env.backbone.num_blocks, dtype=torch.bool, device=env.device)
+            correct_B = env.score(everything).correct_B
+        decisions, over = 0, False
+        while not over:  # all images of a batch end together
+            observation, reward_B, over_B, *_ = env.step(agent.act(observation))
+            decisions, over = decisions + 1, bool(over_B.all())
         out = env.outcome
         rows.append((index_B, out.label_B, out.logits_BC.argmax(1), correct_B, out.keep_BK, out.macs_B, reward_B))
     index_N, label_N, prediction_N, full_N, keep_NK, macs_N, reward_N = (
@@ -115,10 +118,10 @@ def evaluate(agent: Agent, env: BlockSelectionVectorEnv, full: bool = True) -> E
         prediction_N,
         full_N if full else None,
         keep_NK,
-        macs_N + agent.decision_macs,
+        macs_N + decisions * agent.decision_macs,
         reward_N,
         None if difficulty_N is None else difficulty_N[index_N],
-        agent.decision_macs,
+        decisions * agent.decision_macs,
         env.costs.full,
     )
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Sequence
 from contextlib import suppress
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -26,6 +27,7 @@ from policyskip.evaluation import Evaluation, evaluate
 from policyskip.memory import give_back
 from policyskip.rewards import Utilization
 from policyskip.runs import Run
+from policyskip.tasks.environments import id_of
 from policyskip.tracking import Examples, Tracker
 
 
@@ -36,6 +38,7 @@ def static_front(setup: Setup, wanted: FrontSection, in_use: Sequence[Keep] = ()
     low and a high penalty) joins the search for ``learner_steps`` updates, unless every set can be tried. Sets
     ``in_use`` by a policy that trained the network itself join it too: such a network is at its best with those.
     """
+    setup = all_at_once(setup)
     backbone, images = setup.backbone, setup.data.validation
     cache = user_cache_path("policyskip") / "fronts"
     known = known_front(backbone, images, cache)
@@ -54,6 +57,12 @@ def static_front(setup: Setup, wanted: FrontSection, in_use: Sequence[Keep] = ()
     with suppress(UserError):  # a cache that cannot be written costs time, nothing else
         front.save(cache / f"{front.backbone}-{front.data}.json")
     return front
+
+
+def all_at_once(setup: Setup) -> Setup:
+    """The same with ``BlockSelection-v0`` as its environment, in which fixed keep-sets are searched."""
+    env = {"_target_": "policyskip.envs.block_selection.BlockSelectionVectorEnv"}
+    return replace(setup, config={**setup.config, "env": env})
 
 
 def best_set(setup: Setup, front: StaticFront, count: int = 2000) -> Keep:
@@ -131,7 +140,7 @@ class BlockTask:
         self.validation = setup.env(setup.data.validation)
         self.names = dict(
             agent=type(self.learner).__name__.lower(),
-            env="BlockSelection-v0",
+            env=id_of(setup),
             backbone=setup.backbone.name,
             data=setup.data.name,
         )
@@ -158,7 +167,7 @@ class BlockTask:
             setup.config["backbone"],
             setup.data.classes,
             setup.data.image_shape,
-            agent.decision_macs,
+            result.policy_macs,
         )
         return report(setup, self.names, result, self.front, policy, run, tracker, seconds)
 
@@ -203,7 +212,7 @@ def again(setup: Setup, run: Run, split: str) -> dict[str, Any]:
     """A finished run's figures on a split, from its folder."""
     if setup.reward is None:
         raise UserError("the configuration has no reward, and this command needs one")
-    agent = setup.agent(setup.env(setup.data.validation))
+    agent = setup.agent(setup.env(setup.data.validation, "shuffled"))  # which is what SB3 asks for
     load_best(agent, run)
     result = judge(setup, agent, split)
     return result.figures() | static_figures(setup, result, load_front(run), split)[0]

@@ -96,8 +96,7 @@ def make_agent(setup: Setup) -> SkipNet:
 
 def with_network(setup: Setup, agent: SkipNet) -> Setup:
     """The same data and settings over the agent's own network, whose fixed keep-sets are judged in BlockSelection."""
-    env = {"_target_": "policyskip.envs.block_selection.BlockSelectionVectorEnv"}
-    return replace(setup, backbone=agent.network.backbone.eval(), config={**setup.config, "env": env})
+    return replace(blocks.all_at_once(setup), backbone=agent.network.backbone.eval())
 
 
 @torch.no_grad()
