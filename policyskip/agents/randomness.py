@@ -11,8 +11,11 @@ import torch
 
 
 class Randomness:
-    """For learners that draw from the global generators of torch and numpy: within :meth:`own` these are in ``state``, which
-    is one's own and can be saved; outside, they are as they were."""
+    """For learners that draw from the global generators of torch and numpy.
+
+    Within :meth:`own` these are in :attr:`state`, which is the learner's own and can be saved; outside, they are as they
+    were.
+    """
 
     def __init__(self, device: torch.device) -> None:
         self.device = device

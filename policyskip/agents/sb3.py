@@ -163,6 +163,7 @@ class SB3Agent(Agent):
                 device=self.env.device,
                 **options,
             )
+        self.adapter._reset_seeds()  # the order of the images is the environment's own, and is not started anew
         model.set_logger(Logger(None, []))  # what it records is read from it, and shown where everything is shown
         return model
 
