@@ -230,7 +230,10 @@ def test_the_network_stays_as_it_was():
 @pytest.mark.parametrize(
     ("build", "message"),
     [
-        (lambda: PPO(make("block_selection"), 1, colour=3), "agent has no key colour; PPO takes batch_size, clip_range"),
+        (
+            lambda: PPO(make("block_selection"), 1, colour=3),
+            "agent has no key colour; PPO takes batch_size, clip_range",
+        ),
         (lambda: PPO(make("block_selection"), 1, device="cpu"), "agent has no key device"),
         (lambda: PPO(make("block_selection"), 1, schedule="up"), "agent.schedule must be linear or constant"),
         (lambda: PPO(make("block_selection"), 1, initial_keep=1.0), "agent.initial_keep must be between 0 and 1"),
