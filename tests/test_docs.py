@@ -87,7 +87,9 @@ def test_every_command_runs(command, workshop):
     small = []
     if verb in ("train", "pretrain", "front") and not any(word.startswith("run.resume") for word in arguments):
         small = [word for word in SMALL if verb != "front" or word.startswith(("device", "data"))]
-        early = any(word in EARLY for word in arguments) or any("_cifar10" in word for word in arguments)
+        early = any(word in (*EARLY, "env=early_exit") for word in arguments) or any(
+            "_cifar10" in word for word in arguments
+        )
         digits = not any(word.startswith("data=") for word in arguments)
         small += DIGITS if digits else []
         if not early and not any(word.startswith("backbone") for word in arguments):

@@ -13,8 +13,8 @@ import torch
 class Randomness:
     """For learners that draw from the global generators of torch and numpy.
 
-    Within :meth:`own` these are in :attr:`state`, which is the learner's own and can be saved; outside, they are as they
-    were.
+    Within :meth:`own` these are in :attr:`state`, which is the learner's own and can be saved; outside, they are as
+    they were.
     """
 
     def __init__(self, device: torch.device) -> None:

@@ -20,7 +20,7 @@ from policyskip.errors import UserError
 from policyskip.exits import plots as exit_plots
 from policyskip.exits.baselines import static_exits
 from policyskip.exits.cache import CachedExits, cache_exits
-from policyskip.exits.rules import first_exit
+from policyskip.exits.rules import decisions_at, first_exit
 from policyskip.rewards import Outcome, reward_of
 from policyskip.runs import Run
 from policyskip.tasks import blocks, exit_report
@@ -62,12 +62,13 @@ class LeavingTask:
     def validate(self) -> dict[str, Any]:
         """Figures of the greedy decisions on validation images."""
         exit_M = exits_of(self.policy, self.validation)
-        accuracy, macs = self.validation.judge(exit_M)
-        reward_M = reward_of(self.setup.reward, outcome_of(exit_M, self.validation))  # type: ignore[arg-type]
+        outcome = outcome_of(exit_M, self.validation)
+        macs_M = outcome.macs_B + self.learner.decision_macs * decisions_at(exit_M, self.network.num_exits)
+        reward_M = reward_of(self.setup.reward, outcome)  # type: ignore[arg-type]
         return {
             "reward": reward_M.double().mean().item(),
-            "accuracy": accuracy.item(),
-            "macs_fraction": macs.item() / self.validation.costs.full,
+            "accuracy": outcome.correct_B.double().mean().item(),
+            "macs_fraction": macs_M.mean().item() / outcome.full_macs,
             "exit_mean": exit_M.double().mean().item(),
         }
 
