@@ -80,7 +80,7 @@ def contents(folder: Path) -> dict[str, bytes | None]:
 def test_the_installed_command_refuses_without_a_trace(tmp_path):
     for arguments, message in (
         (["fly"], "there is no command 'fly'; it is one of train, pretrain, evaluate, calibrate, front"),
-        (["train", "agent=blockdrup"], "there is no agent/blockdrup; agent is one of blockdrop, branchynet"),
+        (["train", "agent=blockdrup"], "there is no agent/blockdrup; agent is one of a2c, blockdrop, branchynet"),
     ):
         command = [sys.executable, "-m", "policyskip", *arguments]
         result = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
@@ -99,13 +99,13 @@ def test_the_settings_of_these_tests_are_good(empty_folder, capsys):
 WRONG = {
     # the command, groups and keys
     "fly": "there is no command 'fly'; it is one of train, pretrain, evaluate, calibrate, front",
-    "train agent=blockdrup": "there is no agent/blockdrup; agent is one of blockdrop, branchynet",
+    "train agent=blockdrup": "there is no agent/blockdrup; agent is one of a2c, blockdrop, branchynet",
     "train backbone=resnet21": r"there is no backbone/resnet21; backbone is one of .*resnet20",
     "train data=cifar11": "there is no data/cifar11; data is one of .*cifar10,",
     "train reward=gold": "there is no reward/gold; reward is one of .*utilization",
     "train tracking=paper": "there is no tracking/paper; tracking is one of none, wandb",
     "train experiment=debug": r"experiment",
-    "train +experiment=none_such": "there is no experiment/none_such; experiment is one of debug",
+    "train +experiment=none_such": "there is no experiment/none_such; experiment is one of branchynet_cifar10, ",
     "train agents=blockdrop": "there is no key agents; there are agent, backbone,",
     "train agent=3": "Config group override must be a string",
     "train agent=null": "Config group override must be a string",
@@ -158,7 +158,7 @@ WRONG = {
     "train device=tpu": "device must be auto, cpu, cuda or cuda:N, got 'tpu'",
     "train device=meta": "device must be auto, cpu, cuda or cuda:N, got 'meta'",
     "train backbone.checkpoint=null": r"backbone\.checkpoint is not set: .* needs trained weights",
-    "train backbone.checkpoint=net.pth": "there is no checkpoint net.pth: neither a file nor one of resnet32_digits",
+    "train backbone.checkpoint=net.pth": "there is no checkpoint net.pth: neither a file nor one of msdnet_digits, resnet32_digits",
     "train reward._target_=my_rewards.Mine": "could not import .*my_rewards.Mine: .*No module named 'my_rewards'",
     "train reward._target_=mine": "reward._target_=mine is no installed reward",
     "train reward._target_=math.pi": "reward._target_=math.pi is no class or function",
