@@ -37,17 +37,12 @@ def train(config: Any) -> int:
     run = _begin(config, run, resume)
     tracker = Tracker(run, settings.tracking.mode, plain(config), settings.tracking.project, settings.tracking.group)
     try:
-        finished = training.train(
-            task.learner,
-            task.source,
-            task.validate,
-            task.deployable,
-            run,
-            tracker,
-            choose_by=task.choose_by,
-            resume=resume,
-            **settings.train.model_dump(),
-        )
+        chain = (task.learner, task.source, task.validate, task.deployable, run, tracker)
+        if settings.train.steps:
+            schedule = settings.train.model_dump()
+            finished = training.train(*chain, choose_by=task.choose_by, resume=resume, **schedule)
+        else:
+            finished = training.rest(*chain, resume=resume)
         _record_changes(config, run, resume)
         if not finished:
             return _stopped("train", run)

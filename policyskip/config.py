@@ -9,7 +9,7 @@ from __future__ import annotations
 import importlib
 import inspect
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from importlib.metadata import entry_points
 from typing import Annotated, Any, Literal, TypeVar, get_type_hints
@@ -28,6 +28,7 @@ from pydantic import (
 )
 
 from policyskip.agents.base import Agent
+from policyskip.agents.static import Keep, StaticFront
 from policyskip.backbones import Network
 from policyskip.backbones.checkpoints import check_data
 from policyskip.data import Data, Images, Order
@@ -41,7 +42,7 @@ class _Section(BaseModel):
 
 
 class TrainSection(_Section):
-    steps: PositiveInt
+    steps: NonNegativeInt  # 0 for agents that have nothing to learn; see tasks.start
     validate_every: PositiveInt
     log_every: PositiveInt
     choose_after: Annotated[float, Field(ge=0, le=1, strict=False)]
@@ -331,9 +332,9 @@ class Setup:
         )
         return env
 
-    def agent(self, env: BlockSelectionVectorEnv, start: Sequence[bool] | None = None) -> Agent:
-        """The agent, about to learn in an environment. ``start`` is the best fixed keep-set, for agents that can start
-        from one (and are not told otherwise)."""
+    def agent(self, env: BlockSelectionVectorEnv, front: StaticFront | None = None, best: Keep | None = None) -> Agent:
+        """The agent, about to learn in an environment. ``front`` is the static front and ``best`` its set with the
+        highest reward, for agents that keep to it, or can start from it (and are not told otherwise)."""
         node = dict(group_of(self.config, "agent"))
         warm_start = node.pop("warm_start", False)
         if not isinstance(warm_start, bool):
@@ -345,7 +346,9 @@ class Setup:
             env=env,
             total_steps=self.config["train"]["steps"],
             seed=self.config["seed"],
-            start=start if warm_start else None,
+            start=best if warm_start else None,
+            best=best,
+            front=front,
         )
         return agent
 

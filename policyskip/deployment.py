@@ -17,6 +17,8 @@ from torch import Tensor
 from policyskip.agents.base import Policy
 from policyskip.agents.blockdrop import ConstantPolicy, PolicyNetwork
 from policyskip.agents.early_exit import ThresholdPolicy
+from policyskip.agents.fixed import FixedPolicy, RandomPolicy
+from policyskip.agents.oracle import OraclePolicy
 from policyskip.backbones import (
     Backbone,
     Costs,
@@ -37,7 +39,9 @@ from policyskip.runs import Run, open_run
 if TYPE_CHECKING:
     from policyskip.deployment_gates import GatedPredictor
 
-POLICIES: dict[str, type[Policy]] = {"PolicyNetwork": PolicyNetwork, "ConstantPolicy": ConstantPolicy}
+POLICIES: dict[str, type[Policy]] = {
+    policy.__name__: policy for policy in (PolicyNetwork, ConstantPolicy, FixedPolicy, RandomPolicy, OraclePolicy)
+}
 BACKBONES = {
     "policyskip.backbones.cifar_resnet": cifar_resnet,
     "policyskip.backbones.torchvision_resnet": torchvision_resnet,
@@ -267,6 +271,10 @@ def load(
             raise ValueError(f"version {content['version']}, not {VERSION}")
     except (KeyError, TypeError, ValueError) as error:
         raise UserError(f"{folder.folder / 'policy.json'} is damaged or of another version: {error}") from error
+    if isinstance(policy, OraclePolicy):
+        raise UserError(
+            f"the run {run} is an oracle's, which sees the label: there is nothing to load for other images"
+        )
     _load_weights(policy, folder.load_best(), folder.folder)
     if backbone is not None:
         config["checkpoint"] = backbone

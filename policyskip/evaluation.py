@@ -30,6 +30,7 @@ class Evaluation:
         reward_N: float32 (N,).
         difficulty_N: float32 (N,) or None, the set's own measure.
         policy_macs, full_macs: MACs of one decision, and of the whole network.
+        sees_the_label: whether it was an oracle that decided.
     """
 
     label_N: Tensor
@@ -41,6 +42,7 @@ class Evaluation:
     difficulty_N: Tensor | None
     policy_macs: float
     full_macs: float
+    sees_the_label: bool = False
 
     @property
     def correct_N(self) -> Tensor:
@@ -84,6 +86,8 @@ class Evaluation:
         }
         if self.full_correct_N is not None:
             figures["full_accuracy"] = self.full_correct_N.double().mean().item()
+        if self.sees_the_label:
+            figures["sees_the_label"] = True
         if self.difficulty_N is not None:
             figures["kept_by_difficulty"] = self.kept_by_difficulty
         return figures
@@ -100,7 +104,7 @@ def evaluate(agent: Agent, env: BlockSelectionVectorEnv, full: bool = True) -> E
     while len(observation):
         index_B = env.feed.batch.index_B
         correct_B = torch.zeros(len(index_B), dtype=torch.bool)
-        keep_BK = agent.act(observation)
+        keep_BK = agent.decide(env)
         if full:
             correct_B = env.score(torch.ones_like(keep_BK)).correct_B
         observation, reward_B, *_ = env.step(keep_BK)
@@ -120,6 +124,7 @@ def evaluate(agent: Agent, env: BlockSelectionVectorEnv, full: bool = True) -> E
         None if difficulty_N is None else difficulty_N[index_N],
         agent.decision_macs,
         env.costs.full,
+        agent.sees_the_label,
     )
 
 

@@ -31,10 +31,17 @@ class Agent(ABC):
     Attributes:
         policy: what decides, and what is deployed.
         decision_macs: MACs that one decision costs.
+        sees_the_label: whether it decides with the label in view: an oracle, which is no policy to deploy.
     """
 
     policy: Policy
     decision_macs: float
+    sees_the_label = False
+
+    @property
+    def name(self) -> str:
+        """What it is called in summaries."""
+        return type(self).__name__.lower()
 
     @abstractmethod
     def update(self, env: BlockSelectionVectorEnv) -> dict[str, float]:
@@ -43,6 +50,10 @@ class Agent(ABC):
     @abstractmethod
     def act(self, observation: Tensor) -> Tensor:
         """The greedy action (B, …) for an observation (B, …); no gradient, evaluation mode."""
+
+    def decide(self, env: BlockSelectionVectorEnv) -> Tensor:
+        """The greedy action (B, …) for what an environment shows: that of :meth:`act`, but for an oracle."""
+        return self.act(env.observation)
 
     @abstractmethod
     def state_dict(self) -> dict[str, Any]:
