@@ -15,10 +15,10 @@ import torch
 from torch import Tensor
 
 from policyskip.agents.base import Policy
-from policyskip.agents.blockdrop import ConstantPolicy, PolicyNetwork
 from policyskip.agents.early_exit import ThresholdPolicy
 from policyskip.agents.fixed import FixedPolicy, RandomPolicy
 from policyskip.agents.oracle import OraclePolicy
+from policyskip.agents.policies import ConstantPolicy, PolicyNetwork
 from policyskip.backbones import (
     Backbone,
     Costs,

@@ -172,7 +172,7 @@ def _stop_requests() -> Iterator[Callable[[], bool]]:
             signal.signal(number, handler)
 
 
-SHOWN = ("reward", "accuracy", "kept", "loss")
+SHOWN = ("reward", "sampled_reward", "accuracy", "kept", "loss")
 
 
 @contextmanager

@@ -1,7 +1,7 @@
 """What costs nothing to learn: agents that keep blocks by a rule, without looking at what an image shows.
 
-``full`` keeps every block; ``first``, ``distributed`` and ``best_static`` keep one set for all images; ``random`` draws a
-set for each image. (FirstK, RandomK and DistributeK are the baselines of Wu et al., "BlockDrop", CVPR 2018.) None has
+``full`` keeps every block; ``first``, ``distributed`` and ``best_static`` keep one set for all images; ``random`` draws
+a set for each image. (FirstK, RandomK and DistributeK are the baselines of Wu et al., "BlockDrop", CVPR 2018.) None has
 anything to learn, so their runs take no update.
 
 Shapes: B images, K blocks, H W pixels, P numbers in an image (3·H·W).
