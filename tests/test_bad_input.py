@@ -130,7 +130,7 @@ WRONG = {
     # values out of range
     "train seed=-1": "seed: input should be greater than or equal to 0, got -1",
     "train seed=99999999999999999999": "seed: input should be less than",
-    "train train.steps=0": "train.steps: input should be greater than 0, got 0",
+    "train train.steps=0": "train.steps must be at least 1, got 0",
     "train train.validate_every=0": "train.validate_every: input should be greater than 0, got 0",
     "train train.log_every=-5": "train.log_every: input should be greater than 0, got -5",
     "train agent.alpha=0.5": "agent.alpha and agent.alpha_end must be above 0.5 and at most 1, got 0.5 and 0.98",
