@@ -80,8 +80,8 @@ def table(rows: list[dict[str, str]]) -> str:
     """Mean and standard deviation over seeds for each agent, in Markdown."""
     lines = [
         "| agent | its last exit | each image its own exit | MACs of that, heads included "
-        "| at a budget of 0.60: accuracy, MACs | best fixed exits, equal cost | margin | random exits, same rates | oracle, at its MACs "
-        "| budget missed by, at most |",
+        "| at a budget of 0.60: accuracy, MACs | best fixed exits, equal cost | margin "
+        "| random exits, same rates | oracle, at its MACs | budget missed by, at most |",
         "|---|---|---|---|---|---|---|---|---|---|",
     ]
     for agent in dict.fromkeys(row["agent"] for row in rows):

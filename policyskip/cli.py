@@ -11,6 +11,7 @@ USAGE = """\
 policyskip: decide for each image how much of a network to run.
 
   policyskip train agent=blockdrop    learn a policy over a frozen network; judge it on the test split
+  policyskip train agent=best_static  judge the best fixed choice of blocks; nothing is learned
   policyskip pretrain                 train a network whose blocks can be skipped
   policyskip evaluate run=runs/x      repeat a run's figures from its folder
   policyskip calibrate run=runs/x     other exit thresholds, for an accuracy or a budget
