@@ -99,11 +99,19 @@ def measure(agent: BlockDrop, env: BlockSelectionVectorEnv, policy: str) -> list
     """The variance of the gradient at a fixed policy, on one batch of images: a row for each baseline and S.
 
     All baselines are given the same decisions. ``variance`` is the sum over parameters, ``signal`` the squared norm of
-    the expected gradient (from all decisions, its own noise taken off).
+    the expected gradient (from all decisions, its own noise taken off). Beside them stand the mean of the rewards of the
+    decisions, their standard deviation within and between images, and ``value_r2``, the share of the variance between
+    images that V explains.
     """
     agent.policy.train()
     keep_MBK, reward_MB, greedy_B = draw(agent, env, DRAWN)
-    value_B = fitted_values(agent, env)
+    value_B, mean_B = fitted_values(agent, env), reward_MB.mean(0)
+    rewards = {
+        "reward_mean": f"{mean_B.mean():.4g}",
+        "reward_sd_within": f"{reward_MB.var(0).mean().sqrt():.4g}",
+        "reward_sd_between": f"{mean_B.std():.4g}",
+        "value_r2": f"{1 - (value_B - mean_B).var() / mean_B.var():.4g}",
+    }
     rows = []
     for S in SAMPLES:
         R = DRAWN // S
@@ -121,7 +129,7 @@ def measure(agent: BlockDrop, env: BlockSelectionVectorEnv, policy: str) -> list
             signal = gradient_RP.mean(0).square().sum().item() - variance / R
             scored = S + (baseline == "greedy")
             row = dict(policy=policy, samples=S, baseline=baseline, estimates=R, scored=scored)
-            rows.append(row | {"variance": f"{variance:.6g}", "signal": f"{signal:.6g}"})
+            rows.append(row | {"variance": f"{variance:.6g}", "signal": f"{signal:.6g}"} | rewards)
     return rows
 
 
@@ -212,7 +220,7 @@ def picture(gradient_rows: list[dict[str, str]], learning_rows: list[dict[str, s
             axes.loglog(*zip(*points, strict=True), "o-", color=color, label=baseline)
         axes.set(title=f"gradient: {policy}", xlabel="decisions sampled for each image", ylabel="variance")
         axes.set_xticks(SAMPLES, [str(samples) for samples in SAMPLES])
-        axes.minorticks_off()
+        axes.xaxis.minorticks_off()
         axes.grid(alpha=0.25)
     if learning_rows:
         axes = axes_A[-1]
