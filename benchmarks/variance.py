@@ -99,7 +99,7 @@ def measure(agent: BlockDrop, env: BlockSelectionVectorEnv, policy: str) -> list
     """The variance of the gradient at a fixed policy, on one batch of images: a row for each baseline and S.
 
     All baselines are given the same decisions. ``variance`` is the sum over parameters, ``signal`` the squared norm of
-    the expected gradient (from all decisions, its own noise taken off). Beside them stand the mean of the rewards of the
+    the expected gradient (from all decisions, its own noise taken off). Beside them: the mean of the rewards of the
     decisions, their standard deviation within and between images, and ``value_r2``, the share of the variance between
     images that V explains.
     """
