@@ -19,7 +19,7 @@ from policyskip.agents.cdl import CDL
 from policyskip.agents.early_exit import EarlyExitAgent, ThresholdPolicy
 from policyskip.backbones import checkpoints
 from policyskip.backbones.checkpoints import RANDOM
-from policyskip.backbones.exits import ExitNetwork, costly_exits, in_millions
+from policyskip.backbones.exits import ExitNetwork, costly_exits, count_exit_costs, in_millions
 from policyskip.backbones.resnet_exits import ResNetExits
 from policyskip.config import Setup, TargetSection, build, build_backbone, group_of
 from policyskip.data import Data, Feed
@@ -76,7 +76,7 @@ class ExitTask:
         )
         self.source = Feed(setup.data.train, setup.batch_size, "shuffled", setup.config["seed"])
         self.names = dict(agent=self.learner.name, env="EarlyExit-v0", backbone=network.name, data=setup.data.name)
-        self.costs = cache_exits(network, setup.data.validation.plain()).costs
+        self.costs = count_exit_costs(network, setup.data.image_shape)
         least = float(self.costs.cumulative_N[0]) / self.costs.full
         if self.target.get("macs_fraction", 1) < least:
             raise UserError(
