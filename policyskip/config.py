@@ -28,10 +28,9 @@ from pydantic import (
 )
 
 from policyskip.agents.base import Agent
-from policyskip.backbones import Network
+from policyskip.backbones import ExitNetwork, Network
 from policyskip.backbones.checkpoints import check_data
 from policyskip.data import Data, Images, Order
-from policyskip.envs.block_selection import BlockSelectionVectorEnv
 from policyskip.errors import UserError
 from policyskip.rewards import Reward
 
@@ -219,6 +218,15 @@ def build(group: str, node: dict[str, Any], trusted: bool = True, **given: Any) 
         raise UserError(f"{group}: {target} failed with {type(error).__name__}: {error}") from error
 
 
+def class_of(config: dict[str, Any], group: str, trusted: bool = True) -> Any:
+    """What a group's ``_target_`` names.
+
+    Raises:
+        UserError: it cannot be imported, or has to be trusted for it.
+    """
+    return _resolve(group, str(group_of(config, group).get("_target_")), trusted)
+
+
 def _as_declared(value: Any, hint: Any) -> Any:
     """YAML reads 1 and 1e-3 for a float alike as it pleases; nothing else is converted."""
     if isinstance(value, str) and "float" in str(hint):
@@ -316,22 +324,14 @@ class Setup:
     batch_size: int
     trusted: bool = True
 
-    def env(self, images: Images, order: Order = "sequential", seed: int = 0) -> BlockSelectionVectorEnv:
+    def env(self, images: Images, order: Order = "sequential", seed: int = 0) -> Any:
         """An environment over a set of images."""
-        env: BlockSelectionVectorEnv = build(
-            "env",
-            group_of(self.config, "env"),
-            self.trusted,
-            num_envs=min(self.batch_size, len(images)),
-            backbone=self.backbone,
-            images=images,
-            reward=self.reward,
-            order=order,
-            seed=seed,
-        )
-        return env
+        network = "network" if isinstance(self.backbone, ExitNetwork) else "backbone"
+        given = {network: self.backbone, "images": images, "reward": self.reward, "order": order, "seed": seed}
+        count = min(self.batch_size, len(images))
+        return build("env", group_of(self.config, "env"), self.trusted, num_envs=count, **given)
 
-    def agent(self, env: BlockSelectionVectorEnv, start: Sequence[bool] | None = None) -> Agent:
+    def agent(self, env: Any, start: Sequence[bool] | None = None) -> Agent:
         """The agent, about to learn in an environment. ``start`` is the best fixed keep-set, for agents that can start
         from one (and are not told otherwise)."""
         node = dict(group_of(self.config, "agent"))
@@ -345,7 +345,7 @@ class Setup:
             env=env,
             total_steps=self.config["train"]["steps"],
             seed=self.config["seed"],
-            start=start if warm_start else None,
+            **({"start": start} if warm_start else {}),
         )
         return agent
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -17,6 +17,7 @@ from torch import Tensor
 from policyskip.agents.base import Policy
 from policyskip.agents.blockdrop import ConstantPolicy, PolicyNetwork
 from policyskip.agents.early_exit import ThresholdPolicy
+from policyskip.agents.greedy import BlockPolicy, ExitPolicy, LookPolicy
 from policyskip.backbones import (
     Backbone,
     Costs,
@@ -27,15 +28,19 @@ from policyskip.backbones import (
     count_exit_costs,
     load_exits,
     run_until,
-    sparse,
     torchvision_resnet,
 )
 from policyskip.backbones.folding import folded
 from policyskip.errors import UserError
-from policyskip.exits.rules import check_thresholds
+from policyskip.exits.rules import check_thresholds, decisions_at
 from policyskip.runs import Run, open_run
 
-POLICIES: dict[str, type[Policy]] = {"PolicyNetwork": PolicyNetwork, "ConstantPolicy": ConstantPolicy}
+if TYPE_CHECKING:
+    from policyskip.deployment_gates import GatedPredictor
+
+POLICIES: dict[str, type[Policy]] = {
+    kind.__name__: kind for kind in (PolicyNetwork, ConstantPolicy, LookPolicy, BlockPolicy)
+}
 BACKBONES = {
     "policyskip.backbones.cifar_resnet": cifar_resnet,
     "policyskip.backbones.torchvision_resnet": torchvision_resnet,
@@ -88,19 +93,17 @@ class Predictor:
         Raises:
             UserError: another shape or dtype.
         """
-        images = _checked(images, self.image_shape)
-        keep, logits = [], []
-        for part in images.to(self.backbone.mean.device).split(batch_size):
-            keep.append(self.policy.decide(part))
-            logits.append(sparse(self.backbone, part, keep[-1]))
-        keep_BK, logits_BC = torch.cat(keep), torch.cat(logits)
+        images = checked(images, self.image_shape)
+        parts = images.to(self.backbone.mean.device).split(batch_size)
+        runs = [self.policy.run(self.backbone, part) for part in parts]
+        logits_BC, keep_BK = (torch.cat(column) for column in zip(*runs, strict=True))
         return Prediction(logits_BC.argmax(1), logits_BC, keep_BK, self.costs.of(keep_BK) + self.policy_macs)
 
 
 @dataclass(frozen=True)
 class ExitPrediction:
     """For B images: ``label_B`` int64, ``logits_BC`` float, ``exit_B`` int64 (where each left, from 0), ``macs_B``
-    float64 (every head on the way included)."""
+    float64 (every head, and every decision, on the way included)."""
 
     label_B: Tensor
     logits_BC: Tensor
@@ -113,10 +116,10 @@ class ExitPredictor:
 
     Args:
         policy: says at every exit which images leave.
-        search: how its thresholds were searched.
         network: left as it is; what is executed is a copy with batch normalisation folded into the convolutions.
         classes: their names.
         image_shape: (3, H, W) that it was trained on.
+        decision_macs: what deciding costs at one exit.
 
     Attributes:
         network: the copy.
@@ -125,20 +128,21 @@ class ExitPredictor:
 
     def __init__(
         self,
-        policy: ThresholdPolicy,
-        search: str,
+        policy: ThresholdPolicy | ExitPolicy,
         network: ExitNetwork,
         classes: Sequence[str],
         image_shape: tuple[int, int, int],
+        decision_macs: float = 0.0,
     ) -> None:
-        self.policy, self.search, self.network_hash = policy.eval(), search, network.content_hash()
+        self.policy: Any = policy.eval()
+        self.network_hash, self.decision_macs = network.content_hash(), decision_macs
         self.network = folded(network).freeze()
         self.classes, self.image_shape = list(classes), image_shape
         self.costs: ExitCosts = count_exit_costs(self.network, image_shape)
 
     @torch.no_grad()
     def predict(self, images: Tensor | np.ndarray, batch_size: int = 256) -> ExitPrediction:
-        """Classify each image at the exit where it is sure enough.
+        """Classify each image at the exit where the policy lets it leave.
 
         Args:
             images: uint8 (B, 3, H, W), any B, 0 too.
@@ -147,13 +151,24 @@ class ExitPredictor:
         Raises:
             UserError: another shape or dtype.
         """
-        images = _checked(images, self.image_shape)
+        images = checked(images, self.image_shape)
         parts = [
             run_until(self.network, part, self.policy.leave)
             for part in images.to(self.network.mean.device).split(batch_size)
         ]
         logits_BC, exit_B = (torch.cat(column) for column in zip(*parts, strict=True))
-        return ExitPrediction(logits_BC.argmax(1), logits_BC, exit_B, self.costs.of(exit_B))
+        policy_macs_B = self.decision_macs * decisions_at(exit_B, self.network.num_exits)
+        return ExitPrediction(logits_BC.argmax(1), logits_BC, exit_B, self.costs.of(exit_B) + policy_macs_B)
+
+
+class ThresholdPredictor(ExitPredictor):
+    """An :class:`ExitPredictor` that decides by a threshold at each exit; ``search`` is how they were searched."""
+
+    policy: ThresholdPolicy
+
+    def __init__(self, policy: ThresholdPolicy, search: str, *network_and_data: Any) -> None:
+        super().__init__(policy, *network_and_data)
+        self.search = search
 
     def describe(self) -> dict[str, Any]:
         """The content of ``policy.json``; the network travels along as ``network.safetensors``."""
@@ -175,14 +190,16 @@ def as_text(thresholds: Sequence[float]) -> list[str]:
     return [repr(threshold) for threshold in thresholds]
 
 
-def load_exits_run(folder: Run, device: str | torch.device = "cpu") -> ExitPredictor:
-    """What a run that leaves early has learned.
+def load_exits_run(folder: Run, device: str | torch.device = "cpu") -> ThresholdPredictor:
+    """What a run that leaves early by thresholds has learned.
 
     Raises:
         UserError: a damaged file, or weights other than those that the thresholds were chosen for.
     """
     content = folder.load_json("policy.json")
-    if "policy" in content:
+    if "leaves" in content:
+        raise UserError(f"the run {folder.folder} leaves early by a learned policy; it has no thresholds")
+    if "policy" in content or "gates" in content:
         raise UserError(f"the run {folder.folder} skips blocks; it has no exits")
     try:
         rule, search = str(content["exits"]["rule"]), str(content["exits"]["search"])
@@ -200,10 +217,11 @@ def load_exits_run(folder: Run, device: str | torch.device = "cpu") -> ExitPredi
             f"the thresholds of {folder.folder} were chosen for another network than its network.safetensors"
         )
     network = network.to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
-    return ExitPredictor(ThresholdPolicy(rule, thresholds).to(device), search, network, classes, image_shape)
+    return ThresholdPredictor(ThresholdPolicy(rule, thresholds).to(device), search, network, classes, image_shape)
 
 
-def _checked(images: Tensor | np.ndarray, image_shape: tuple[int, int, int]) -> Tensor:
+def checked(images: Tensor | np.ndarray, image_shape: tuple[int, int, int]) -> Tensor:
+    """The images as a tensor, uint8 (B, 3, H, W); UserError if they are not of that dtype and ``image_shape``."""
     if isinstance(images, np.ndarray):
         images = np.ascontiguousarray(images)  # such as mirrored ones, which torch does not take
     images = torch.as_tensor(images)
@@ -234,8 +252,11 @@ def describe(
     }
 
 
-def load(run: str | Path, backbone: str | None = None, device: str = "cpu") -> Predictor | ExitPredictor:
-    """Load what a run learned: a :class:`Predictor`, or an :class:`ExitPredictor`. Nothing in the folder is executed.
+def load(
+    run: str | Path, backbone: str | None = None, device: str = "cpu"
+) -> Predictor | ExitPredictor | GatedPredictor:
+    """Load what a run learned: a :class:`Predictor`, an :class:`ExitPredictor` or a
+    :class:`~policyskip.deployment_gates.GatedPredictor`. Nothing in the folder is executed.
 
     Args:
         run: the run folder.
@@ -248,6 +269,14 @@ def load(run: str | Path, backbone: str | None = None, device: str = "cpu") -> P
     content = folder.load_json("policy.json")
     if "exits" in content:
         return load_exits_run(folder, device)
+    if "leaves" in content:
+        from policyskip.deployment_leaving import load_leaving_run
+
+        return load_leaving_run(folder, device)
+    if "gates" in content:
+        from policyskip.deployment_gates import load_gated_run
+
+        return load_gated_run(folder, device)
     try:
         policy = POLICIES[content["policy"]["name"]](**content["policy"]["arguments"])
         policy_macs, image_shape = float(content["policy"]["macs"]), tuple(content["image_shape"])
@@ -258,7 +287,7 @@ def load(run: str | Path, backbone: str | None = None, device: str = "cpu") -> P
             raise ValueError(f"version {content['version']}, not {VERSION}")
     except (KeyError, TypeError, ValueError) as error:
         raise UserError(f"{folder.folder / 'policy.json'} is damaged or of another version: {error}") from error
-    _load_weights(policy, folder.load_best(), folder.folder)
+    load_weights(policy, folder)
     if backbone is not None:
         config["checkpoint"] = backbone
     try:
@@ -274,9 +303,10 @@ def load(run: str | Path, backbone: str | None = None, device: str = "cpu") -> P
     return Predictor(policy.to(device), network, classes, image_shape, policy_macs)
 
 
-def _load_weights(policy: Policy, tensors: dict[str, Tensor], folder: Path) -> None:
+def load_weights(policy: Policy, run: Run) -> None:
+    """Put a run's best weights into a policy that was built from its ``policy.json``."""
     try:
-        policy.load_state_dict(tensors)
+        policy.load_state_dict(run.load_best())
     except RuntimeError as error:
         reason = " ".join(str(error).split())[:200]
-        raise UserError(f"{folder / 'best.safetensors'} does not fit policy.json: {reason}") from error
+        raise UserError(f"{run.folder / 'best.safetensors'} does not fit policy.json: {reason}") from error

@@ -33,12 +33,12 @@ def save(figure: Figure, caption: str, path: Path) -> Path:
     return path
 
 
-def learning_curves(records: list[dict[str, Any]], blocks: int, path: Path) -> Path:
-    """Reward, accuracy and kept blocks against updates, in training and on validation."""
+def learning_curves(records: list[dict[str, Any]], blocks: int | None, path: Path) -> Path:
+    """Reward, accuracy and kept blocks (``blocks`` None: MACs) against updates, in training and on validation."""
     figure = figure_of(10, 3.6)
-    for axes, key, title in zip(
-        figure.subplots(1, 3), ("reward", "accuracy", "kept"), ("reward", "accuracy", "kept blocks"), strict=True
-    ):
+    last = ("macs_fraction", "MACs, share of all") if blocks is None else ("kept", "kept blocks")
+    panels = (("reward", "reward"), ("accuracy", "accuracy"), last)
+    for axes, (key, title) in zip(figure.subplots(1, 3), panels, strict=True):
         val_key = "val/kept_mean" if key == "kept" else f"val/{key}"
         for name, label, style in (
             (f"train/{key}", "training images", dict(color=KEPT, alpha=0.45, linewidth=1)),
@@ -49,10 +49,11 @@ def learning_curves(records: list[dict[str, Any]], blocks: int, path: Path) -> P
                 axes.plot(*zip(*points, strict=True), label=label, **style)
         axes.set(title=title, xlabel="update")
         axes.grid(alpha=0.25)
-        if key == "kept":
-            axes.set_ylim(0, blocks * 1.04)
+        if key == last[0]:
+            axes.set_ylim(0, 1.04 * (blocks or 1))
     axes.legend(fontsize=8)
-    caption = "The greedy decisions' reward, accuracy and number of kept blocks while the policy learned."
+    cost = "MACs" if blocks is None else "number of kept blocks"
+    caption = f"Reward, accuracy and {cost} while the policy learned; on validation images, when it is greedy."
     return save(figure, caption, path)
 
 

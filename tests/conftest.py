@@ -57,6 +57,15 @@ def small_images(count: int = 40, classes: int = 5, size: int = 12, seed: int = 
     return TensorImages(images, torch.randint(0, classes, (count,), generator=generator))
 
 
+class BlackAndWhite(TensorImages):
+    """Images of class 0 are black, those of class 1 white."""
+
+    def __init__(self, count: int = 64) -> None:
+        label_N = torch.arange(count) % 2
+        images = (255 * label_N).to(torch.uint8).view(-1, 1, 1, 1).expand(-1, 3, 12, 12).contiguous()
+        super().__init__(images, label_N)
+
+
 def small_cache(count: int = 40, exits: int = 3, classes: int = 5, seed: int = 0) -> CachedExits:
     """Made-up outputs: later exits are surer and more often right, and images differ in difficulty."""
     generator = torch.Generator().manual_seed(seed)

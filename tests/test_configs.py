@@ -69,11 +69,20 @@ def test_the_default_is_blockdrop_on_digits():
     assert config["agent"]["alpha"] == 0.8 and config["backbone"]["checkpoint"] == "resnet32_digits"
 
 
+@pytest.mark.parametrize("depth", [38, 74, 110])
+def test_the_published_skipnet_takes_every_depth(depth):
+    config = composed("train", "+experiment=skipnet_cifar10", f"backbone=resnet{depth}")
+    assert config["backbone"]["depth"] == depth and config["backbone"]["shortcut"] == "B"
+    assert config["agent"]["supervised"] * config["train"]["steps"] == pytest.approx(64_000, abs=20)
+    assert not {"env", "reward"} & set(config)
+
+
 def test_importing_the_core_needs_neither_hydra_nor_wandb():
     code = (
         "import sys, policyskip, policyskip.rewards, policyskip.backbones, policyskip.envs.block_selection, "
         "policyskip.envs.layer_skip, policyskip.envs.early_exit, "
-        "policyskip.agents.blockdrop, policyskip.agents.static\n"
+        "policyskip.agents.blockdrop, policyskip.agents.skipnet, policyskip.agents.static, policyskip.agents.greedy, "
+        "policyskip.deployment\n"
         "print([name for name in ('hydra', 'omegaconf', 'wandb', 'stable_baselines3', 'matplotlib') if name in sys.modules])"
     )
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "[]\n"

@@ -87,7 +87,9 @@ def test_every_command_runs(command, workshop):
     small = []
     if verb in ("train", "pretrain", "front") and not any(word.startswith("run.resume") for word in arguments):
         small = [word for word in SMALL if verb != "front" or word.startswith(("device", "data"))]
-        early = any(word in EARLY for word in arguments) or any("_cifar10" in word for word in arguments)
+        early = any(word in (*EARLY, "env=early_exit") for word in arguments) or any(
+            "_cifar10" in word for word in arguments
+        )
         digits = not any(word.startswith("data=") for word in arguments)
         small += DIGITS if digits else []
         if not early and not any(word.startswith("backbone") for word in arguments):
@@ -121,11 +123,12 @@ def test_every_link_leads_somewhere(page):
         assert target.startswith("https://") or (page.parent / target).exists(), target
 
 
-def test_the_table_of_blockdrop_states_the_defaults_of_its_configuration():
-    config = yaml.safe_load((ROOT / "policyskip" / "configs" / "agent" / "blockdrop.yaml").read_text())
-    rows = re.findall(
-        r"^\| ([^|]*`agent\.[^|]*) \| ([^|]*) \|", (ROOT / "docs/agents/blockdrop.md").read_text(), re.MULTILINE
-    )
+@pytest.mark.parametrize("agent", ["blockdrop", "skipnet"])
+def test_the_table_of_keys_states_the_defaults_of_the_configuration(agent):
+    config = yaml.safe_load((ROOT / "policyskip" / "configs" / "agent" / f"{agent}.yaml").read_text())
+    config = config.get("agent", config)
+    page = (ROOT / "docs" / "agents" / f"{agent}.md").read_text()
+    rows = re.findall(r"^\| ([^|]*`agent\.[^|]*) \| ([^|]*) \| [^|]* \| ", page, re.MULTILINE)
     assert len(rows) >= 8
     for keys, values in rows:
         for key, value in zip(re.findall(r"`agent\.(\w+)`", keys), values.split(", "), strict=True):

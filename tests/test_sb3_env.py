@@ -22,7 +22,7 @@ from policyskip.envs.layer_skip import LayerSkipEnv, LayerSkipVectorEnv
 from policyskip.envs.sb3 import EXACT, ImageNumbers, LastShown, LookUp, SB3VecEnv, SmallConv
 from policyskip.errors import UserError
 from policyskip.rewards import Linear
-from tests.conftest import small_backbone, small_images
+from tests.conftest import BlackAndWhite, small_backbone, small_images
 
 B, K = 8, 6
 
@@ -255,15 +255,6 @@ def test_features_teach_a_policy(learner, kind):
     before = [p.clone() for p in model.policy.parameters()]
     model.learn(8 * B)
     assert not all(torch.equal(a, b) for a, b in zip(before, model.policy.parameters(), strict=True))
-
-
-class BlackAndWhite(TensorImages):
-    """Images of class 0 are black, those of class 1 white."""
-
-    def __init__(self, count: int = 64) -> None:
-        label_N = torch.arange(count) % 2
-        images = (255 * label_N).to(torch.uint8).view(-1, 1, 1, 1).expand(-1, 3, 12, 12).contiguous()
-        super().__init__(images, label_N)
 
 
 def test_ppo_solves_a_problem_that_only_the_images_give_away():

@@ -1,24 +1,29 @@
 """The contract of an agent: a policy and the way it learns.
 
-Shapes: B images, K blocks, H W pixels.
+Shapes: B images, K blocks, C classes, H W pixels.
 """
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from typing import Any
+from typing import Any, ClassVar
 
 from torch import Tensor, nn
 
-from policyskip.envs.block_selection import BlockSelectionVectorEnv
+from policyskip.backbones import Backbone, sparse
 
 
 class Policy(nn.Module, ABC):
-    """From images to decisions; what is deployed."""
+    """From what is observed to decisions; what is deployed."""
 
     @abstractmethod
-    def decide(self, images: Tensor) -> Tensor:
-        """The greedy decision, bool (B, K), for images uint8 (B, 3, H, W)."""
+    def decide(self, observation: Tensor) -> Tensor:
+        """The greedy decision for what the environment shows; for images uint8 (B, 3, H, W), bool (B, K)."""
+
+    def run(self, backbone: Backbone, images: Tensor) -> tuple[Tensor, Tensor]:
+        """Decide for images and classify them: logits (B, C) and which blocks ran, bool (B, K)."""
+        keep_BK = self.decide(images)
+        return sparse(backbone, images, keep_BK), keep_BK
 
     @abstractmethod
     def spec(self) -> dict[str, Any]:
@@ -29,15 +34,17 @@ class Agent(ABC):
     """A policy that learns.
 
     Attributes:
+        environments: those it can act in, by the names of ``env=``.
         policy: what decides, and what is deployed.
         decision_macs: MACs that one decision costs.
     """
 
+    environments: ClassVar[tuple[str, ...]] = ("block_selection",)
     policy: Policy
     decision_macs: float
 
     @abstractmethod
-    def update(self, env: BlockSelectionVectorEnv) -> dict[str, float]:
+    def update(self, env: Any) -> dict[str, float]:
         """One learning step on the images that the environment shows; the one place with ``backward()``."""
 
     @abstractmethod

@@ -87,11 +87,13 @@ class EarlyExitAgent(ABC):
         rule, search: how images leave and how its thresholds are searched; see ``exits/calibration.py``.
 
     Attributes:
+        environments: the one it is judged in, by the name of ``env=``.
         policy: None until thresholds have been chosen.
         decision_macs: 0; what the heads cost is in the network's exit costs.
     """
 
     name: ClassVar[str]
+    environments: ClassVar[tuple[str, ...]] = ("early_exit",)
     decision_macs = 0.0
 
     def __init__(

@@ -15,6 +15,7 @@ from policyskip.backbones.exit_builders import (
     torchvision_resnet_exits,
 )
 from policyskip.backbones.exits import ExitCosts, ExitNetwork, costly_exits, count_exit_costs, rows_of, run_until
+from policyskip.backbones.gated import GatedNetwork
 from policyskip.backbones.msdnet import MSDNet
 from policyskip.backbones.resnet_exits import ResNetExits
 
@@ -25,6 +26,7 @@ __all__ = [
     "Costs",
     "ExitCosts",
     "ExitNetwork",
+    "GatedNetwork",
     "MSDNet",
     "Network",
     "ResNetExits",

@@ -110,13 +110,22 @@ def seeded(seed: int) -> Iterator[None]:
         yield
 
 
-def load(name: str) -> CifarResNet:
-    """Shipped weights by name, or a file that ``policyskip pretrain`` wrote, as a frozen backbone."""
-    state, architecture = read_checkpoint(name)
-    backbone = CifarResNet(**architecture)
+def load(name: str) -> Backbone:
+    """Shipped weights by name, or a backbone that :func:`save` wrote, frozen.
+
+    Raises:
+        UserError: there is no such file, or it holds something else.
+    """
+    architecture = read_architecture(name) or {}
+    backbone: Backbone
+    if architecture.get("network") == "torchvision_resnet":
+        backbone = TorchvisionResNet(architecture["depth"], architecture["num_classes"])
+        state = read_tensors(find(name))
+    else:
+        state, architecture = read_checkpoint(name)
+        backbone = CifarResNet(**architecture)
     load_into(backbone, state, name)
-    backbone.freeze()
-    return backbone
+    return backbone.freeze()
 
 
 def save(network: Network, path: Path) -> None:

@@ -114,7 +114,7 @@ class ResNetExits(ExitNetwork):
         self.exits = tuple(places)
         self.exit_heads = nn.ModuleList(
             HEADS[kind](shape, self.num_classes, n, len(places) - n)
-            for n, (kind, shape) in enumerate(zip(kinds, _feature_shapes(backbone, places, image_shape)))
+            for n, (kind, shape) in enumerate(zip(kinds, feature_shapes(backbone, places, image_shape)))
         )
         self.name = f"{backbone.name}_exits"
         if backbone.architecture:
@@ -191,7 +191,7 @@ def _find_block(backbone: Backbone, place: int | str) -> int:
 
 
 @torch.no_grad()
-def _feature_shapes(backbone: Backbone, places: list[int], image_shape: tuple[int, int, int]) -> list[Shape]:
+def feature_shapes(backbone: Backbone, places: Sequence[int], image_shape: tuple[int, int, int]) -> list[Shape]:
     """The shapes (channels, H, W) of the features after some blocks."""
     was_training = backbone.training
     backbone.eval()

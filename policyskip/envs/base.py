@@ -44,6 +44,8 @@ class ImageVectorEnv(VectorEnv[Tensor, Tensor, Tensor]):
         "autoreset_mode": AutoresetMode.SAME_STEP,
         "render_modes": [],
     }
+    outcome: Outcome
+    """What came of the episodes that ended last."""
 
     def __init__(
         self,

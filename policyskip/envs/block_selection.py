@@ -14,7 +14,6 @@ from gymnasium.vector.utils import batch_space
 from torch import Tensor
 
 from policyskip.envs.base import ImageVectorEnv
-from policyskip.rewards import Outcome
 
 
 class BlockSelectionVectorEnv(ImageVectorEnv):
@@ -26,8 +25,6 @@ class BlockSelectionVectorEnv(ImageVectorEnv):
     in ``info["final_info"]`` (``correct``, ``macs``, ``kept``) and, whole, in ``env.outcome``.
     Arguments: see :class:`ImageVectorEnv`.
     """
-
-    outcome: Outcome
 
     def __init__(self, num_envs: int = 256, **kwargs: Any) -> None:
         super().__init__(num_envs, **kwargs)

@@ -17,7 +17,6 @@ from torch import Tensor, nn
 from policyskip.backbones import Backbone
 from policyskip.backbones.execution import run_block
 from policyskip.envs.base import ImageVectorEnv, SingleView
-from policyskip.rewards import Outcome
 
 
 class LayerSkipVectorEnv(ImageVectorEnv):
@@ -36,8 +35,6 @@ class LayerSkipVectorEnv(ImageVectorEnv):
     :meth:`score` asks about whole decisions, bool (…, B, K), from block 0 on, wherever the episodes are.
     Arguments: see :class:`ImageVectorEnv`.
     """
-
-    outcome: Outcome
 
     def __init__(self, num_envs: int = 256, **kwargs: Any) -> None:
         super().__init__(num_envs, **kwargs)
@@ -82,10 +79,7 @@ class LayerSkipVectorEnv(ImageVectorEnv):
 
     def _enter(self, block: int) -> None:
         self.block = block
-        pooled_BF = self._features.float().mean((2, 3))
-        pooled_BF = nn.functional.pad(pooled_BF, (0, self.width - pooled_BF.shape[1]))
-        block_BK = self._block_KK[block].expand(len(pooled_BF), -1)
-        self._observation = torch.cat([pooled_BF, block_BK], dim=1)
+        self._observation = observe(self._features, self._block_KK[block], self.width)
 
     @torch.no_grad()
     def step(self, actions: Tensor | np.ndarray) -> tuple[Tensor, Tensor, Tensor, Tensor, dict[str, Any]]:
@@ -106,6 +100,13 @@ class LayerSkipVectorEnv(ImageVectorEnv):
         self.outcome = self._outcome(logits_BC, self.feed.batch.label_B, self._kept_BK)
         reward_B, over_B, info = self._end(self.outcome)
         return self.advance(), reward_B, over_B, ~over_B, info
+
+
+def observe(features: Tensor, block_K: Tensor, width: int) -> Tensor:
+    """What is seen of features (B, …) that enter a block, whose one-hot is ``block_K``: float32 (B, width + K)."""
+    pooled_BF = features.float().mean((2, 3))
+    pooled_BF = nn.functional.pad(pooled_BF, (0, width - pooled_BF.shape[1]))
+    return torch.cat([pooled_BF, block_K.expand(len(pooled_BF), -1)], dim=1)
 
 
 def _channels(backbone: Backbone, images: Tensor) -> list[int]:

@@ -89,7 +89,9 @@ def cache_exits(network: ExitNetwork, images: Images) -> CachedExits:
         UserError: there are no images, or they are augmented at random, so that there is no one answer to keep.
     """
     if getattr(images, "augment", None):
-        raise UserError("images that are augmented at random cannot be cached; say cached=false or data.augment=false")
+        raise UserError(
+            "images that are augmented at random cannot be cached; say env.cached=false or data.augment=false"
+        )
     if not len(images):
         raise UserError("there are no images to cache")
     first = next(images.stream([(torch.tensor([0]), 0)])).images

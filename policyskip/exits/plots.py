@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from policyskip import plots
 from policyskip.data import Images
 from policyskip.exits.baselines import accuracy_by_exit, exit_histogram, oracle_curve
 from policyskip.exits.cache import CachedExits
@@ -40,8 +41,13 @@ def learning_curves(records: list[dict[str, Any]], num_exits: int, path: Path) -
     return save(figure, "The joint loss, and how well each exit alone answers, while the network learned.", path)
 
 
-def accuracy_against_macs(cache: CachedExits, exit_M: Tensor, anytime: Pairs, budgeted: Pairs, path: Path) -> Path:
-    """Anytime (each exit for all images) and budgeted decisions, the chosen thresholds and the oracle."""
+def accuracy_against_macs(
+    cache: CachedExits, exit_M: Tensor, anytime: Pairs, budgeted: Pairs, path: Path, policy_macs: float = 0.0
+) -> Path:
+    """Anytime (each exit for all images) and budgeted decisions, what was chosen, and the oracle.
+
+    Without ``budgeted`` a learned policy decided, whose own cost is ``policy_macs`` an image.
+    """
     figure = figure_of(6.4, 4.8)
     axes = figure.subplots()
     full = cache.costs.full
@@ -49,16 +55,18 @@ def accuracy_against_macs(cache: CachedExits, exit_M: Tensor, anytime: Pairs, bu
     axes.plot(
         (oracle_macs_P / full).tolist(), oracle_P.tolist(), "--", color="#888888", label="oracle (sees the label)"
     )
-    axes.plot(*_shares(budgeted, full), "-", color=KEPT, label="budgeted: each image its own exit")
+    if budgeted:
+        axes.plot(*_shares(budgeted, full), "-", color=KEPT, label="budgeted: each image its own exit")
     axes.plot(*_shares(anytime, full), "s-", color=STATIC, markersize=4, label="anytime: one exit for all images")
     accuracy, macs = cache.judge(exit_M.to(cache.label_M.device))
-    axes.plot(macs.item() / full, accuracy.item(), "o", color=KEPT, markersize=9, label="the chosen thresholds")
+    chosen = "the chosen thresholds" if budgeted else "the policy"
+    axes.plot((macs.item() + policy_macs) / full, accuracy.item(), "o", color=KEPT, markersize=9, label=chosen)
     low = min(accuracy for _, accuracy in anytime)
     axes.set(xlabel="MACs, share of going to the last exit", ylabel="test accuracy", ylim=(max(0, low - 0.03), 1.01))
     axes.grid(alpha=0.25)
     figure.legend(fontsize=8, loc="outside upper left", ncols=2)
     caption = (
-        "Above the squares, leaving early where it is safe pays. Thresholds were chosen on validation images; "
+        "Above the squares, leaving early where it is safe pays. Everything was chosen on validation images; "
         "the oracle leaves at the first exit that is right and shows the room that is left."
     )
     return save(figure, caption, path)
@@ -143,12 +151,19 @@ def all_plots(
     budgeted: Pairs,
     images: Images,
     classes: tuple[str, ...],
+    policy_macs: float = 0.0,
 ) -> list[Path]:
-    """Write every picture of a run that leaves early; ``exit_M`` is int64 (M,), where each test image left."""
+    """Write every picture of a run that leaves early.
+
+    Args:
+        exit_M: int64 (M,), where each test image left.
+        budgeted: empty where a learned policy decided, at ``policy_macs`` an image.
+    """
     folder.mkdir(exist_ok=True)
+    curves, against = folder / "learning_curves.png", folder / "accuracy_against_macs.png"
     pictures = [
-        learning_curves(records, cache.num_exits, folder / "learning_curves.png"),
-        accuracy_against_macs(cache, exit_M, anytime, budgeted, folder / "accuracy_against_macs.png"),
+        learning_curves(records, cache.num_exits, curves) if budgeted else plots.learning_curves(records, None, curves),
+        accuracy_against_macs(cache, exit_M, anytime, budgeted, against, policy_macs),
         exit_use(cache, exit_M, folder / "exit_use.png"),
         gallery(cache, exit_M, images, classes, folder / "gallery.png"),
     ]

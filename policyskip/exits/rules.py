@@ -149,6 +149,11 @@ def first_exit(leave_E: Tensor) -> Tensor:
     return (~leave_E).cumprod(-1).sum(-1)
 
 
+def decisions_at(exit_B: Tensor, num_exits: int) -> Tensor:
+    """How often a policy was asked about images that left at exits int64 (B,): at the last exit it is not."""
+    return (exit_B + 1).clamp(max=num_exits - 1)
+
+
 def exit_of(rule: Rule, probability_MNC: Tensor, thresholds: Sequence[float] | Tensor) -> Tensor:
     """Where each image leaves, int64 (M,), when every exit's probabilities (M, N, C) are known.
 

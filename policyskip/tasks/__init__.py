@@ -9,7 +9,8 @@ from torch import Tensor
 from policyskip.config import Settings, Setup, group_of
 from policyskip.errors import UserError
 from policyskip.runs import Run
-from policyskip.tasks import blocks, exits
+from policyskip.tasks import blocks, exits, layers, leaving
+from policyskip.tasks.environments import check_agent, environment_of, sets_thresholds
 from policyskip.tracking import Tracker
 
 
@@ -46,17 +47,26 @@ class Task(Protocol):
         ...
 
 
-def leaves_early(config: dict[str, Any]) -> bool:
-    """Whether a configuration's environment is the one of exits; otherwise it is the one of blocks."""
-    return str(group_of(config, "env").get("_target_")).endswith(".EarlyExitVectorEnv")
+def has_gates(config: dict[str, Any]) -> bool:
+    """Whether a configuration's agent is SkipNet, which learns from labelled images and in no environment."""
+    return str(group_of(config, "agent").get("_target_")).endswith(".SkipNet")
 
 
 def start(setup: Setup, settings: Settings) -> Task:
     """The task of a ``train`` configuration."""
-    if leaves_early(setup.config):
+    if has_gates(setup.config):
+        if settings.front is None:
+            raise UserError("the configuration has no front, and skipping blocks needs one")
+        return layers.LayerTask(setup, settings.front)
+    check_agent(setup)
+    if sets_thresholds(setup):
         if settings.target is None:
             raise UserError("the configuration has no target, and leaving early needs one")
         return exits.ExitTask(setup, settings.target)
+    if environment_of(setup) == "early_exit":
+        if settings.target is not None and settings.target.given:
+            raise UserError("target is for thresholds; a learned policy has none, and follows reward.penalty")
+        return leaving.LeavingTask(setup)
     if settings.front is None:
         raise UserError("the configuration has no front, and skipping blocks needs one")
     return blocks.BlockTask(setup, settings.front)
@@ -64,4 +74,8 @@ def start(setup: Setup, settings: Settings) -> Task:
 
 def judge_again(setup: Setup, run: Run, split: str) -> dict[str, Any]:
     """A finished run's figures on a split, from its folder."""
-    return (exits if leaves_early(setup.config) else blocks).again(setup, run, split)
+    if has_gates(setup.config):
+        return layers.again(setup, run, split)
+    if sets_thresholds(setup):
+        return exits.again(setup, run, split)
+    return (leaving if environment_of(setup) == "early_exit" else blocks).again(setup, run, split)

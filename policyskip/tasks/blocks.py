@@ -6,7 +6,9 @@ Shapes: N images, K blocks.
 from __future__ import annotations
 
 import sys
+from collections.abc import Sequence
 from contextlib import suppress
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -25,15 +27,18 @@ from policyskip.evaluation import Evaluation, evaluate
 from policyskip.memory import give_back
 from policyskip.rewards import Utilization
 from policyskip.runs import Run
+from policyskip.tasks.environments import id_of
 from policyskip.tracking import Examples, Tracker
 
 
-def static_front(setup: Setup, wanted: FrontSection) -> StaticFront:
+def static_front(setup: Setup, wanted: FrontSection, in_use: Sequence[Keep] = ()) -> StaticFront:
     """The static front of the run's network on its validation images: a known one, or one searched now and remembered.
 
     An image-independent learner (the agent with a constant policy, trained on the validation images themselves, under a
-    low and a high penalty) joins the search for ``learner_steps`` updates, unless every set can be tried.
+    low and a high penalty) joins the search for ``learner_steps`` updates, unless every set can be tried. Sets
+    ``in_use`` by a policy that trained the network itself join it too: such a network is at its best with those.
     """
+    setup = all_at_once(setup)
     backbone, images = setup.backbone, setup.data.validation
     cache = user_cache_path("policyskip") / "fronts"
     known = known_front(backbone, images, cache)
@@ -43,7 +48,7 @@ def static_front(setup: Setup, wanted: FrontSection) -> StaticFront:
     env = setup.env(images)
     whole = tries_every_set(backbone.num_blocks, min(wanted.images, len(images)), wanted.budget)
     penalties = (1.0, 5.0) if wanted.learner_steps and not whole else ()
-    hints = [_learned_set(setup, penalty, wanted.learner_steps // 2) for penalty in penalties]
+    hints = [*in_use, *(_learned_set(setup, penalty, wanted.learner_steps // 2) for penalty in penalties)]
     with Progress(transient=True, disable=not sys.stdout.isatty()) as bar:
         task = bar.add_task("share of front.budget spent", total=wanted.budget)
         front = find_front(
@@ -52,6 +57,12 @@ def static_front(setup: Setup, wanted: FrontSection) -> StaticFront:
     with suppress(UserError):  # a cache that cannot be written costs time, nothing else
         front.save(cache / f"{front.backbone}-{front.data}.json")
     return front
+
+
+def all_at_once(setup: Setup) -> Setup:
+    """The same with ``BlockSelection-v0`` as its environment, in which fixed keep-sets are searched."""
+    env = {"_target_": "policyskip.envs.block_selection.BlockSelectionVectorEnv"}
+    return replace(setup, config={**setup.config, "env": env})
 
 
 def best_set(setup: Setup, front: StaticFront, count: int = 2000) -> Keep:
@@ -129,7 +140,7 @@ class BlockTask:
         self.validation = setup.env(setup.data.validation)
         self.names = dict(
             agent=type(self.learner).__name__.lower(),
-            env="BlockSelection-v0",
+            env=id_of(setup),
             backbone=setup.backbone.name,
             data=setup.data.name,
         )
@@ -150,34 +161,58 @@ class BlockTask:
         setup, agent = self.setup, self.learner
         load_best(agent, run)
         result = judge(setup, agent)
-        static, curve = static_figures(setup, result, self.front)
-        figures = {f"test/{key}": value for key, value in {**result.figures(), **static}.items()}
-        steps, seed = setup.config["train"]["steps"], setup.config["seed"]
-        summary = {**self.names, "seed": seed, "steps": steps, "seconds": round(seconds, 1), **figures}
-        self.front.save(run.folder / "front.json")
-        run.save_json("summary.json", summary)
-        data, backbone = setup.data, setup.backbone
         policy = describe(
-            agent.policy, backbone, setup.config["backbone"], data.classes, data.image_shape, agent.decision_macs
+            agent.policy,
+            setup.backbone,
+            setup.config["backbone"],
+            setup.data.classes,
+            setup.data.image_shape,
+            result.policy_macs,
         )
-        run.save_json("policy.json", policy)
-        pictures = plots.all_plots(
-            run.folder / "plots", run.metrics(), result, data.test, data.classes, backbone.stages, curve
-        )
-        files = [run.folder / name for name in ("best.safetensors", "policy.json", "summary.json", "config.yaml")]
-        tracker.finish(summary, pictures, files, _examples(setup, result))
-        return summary
+        return report(setup, self.names, result, self.front, policy, run, tracker, seconds)
 
     def show(self, summary: dict[str, Any]) -> None:
         """Print the table."""
         show_table(summary)
 
 
+def report(
+    setup: Setup,
+    names: dict[str, str],
+    result: Evaluation,
+    front: StaticFront,
+    policy: dict[str, Any],
+    run: Run,
+    tracker: Tracker,
+    seconds: float,
+    **more: float,
+) -> dict[str, Any]:
+    """Write ``policy`` (the content of ``policy.json``), front, summary and pictures of a result on test, and close the
+    tracker. ``more`` are other figures on test.
+
+    Returns: the summary.
+    """
+    data, steps, seed = setup.data, setup.config["train"]["steps"], setup.config["seed"]
+    static, curve = static_figures(setup, result, front)
+    figures = {f"test/{key}": value for key, value in {**result.figures(), **more, **static}.items()}
+    summary = {**names, "seed": seed, "steps": steps, "seconds": round(seconds, 1), **figures}
+    front.save(run.folder / "front.json")
+    run.save_json("summary.json", summary)
+    run.save_json("policy.json", policy)
+    pictures = plots.all_plots(
+        run.folder / "plots", run.metrics(), result, data.test, data.classes, setup.backbone.stages, curve
+    )
+    written = ("best.safetensors", "network.safetensors", "policy.json", "summary.json", "config.yaml")
+    files = [path for path in (run.folder / name for name in written) if path.is_file()]
+    tracker.finish(summary, pictures, files, _examples(setup, result))
+    return summary
+
+
 def again(setup: Setup, run: Run, split: str) -> dict[str, Any]:
     """A finished run's figures on a split, from its folder."""
     if setup.reward is None:
         raise UserError("the configuration has no reward, and this command needs one")
-    agent = setup.agent(setup.env(setup.data.validation))
+    agent = setup.agent(setup.env(setup.data.validation, "shuffled"))  # which is what SB3 asks for
     load_best(agent, run)
     result = judge(setup, agent, split)
     return result.figures() | static_figures(setup, result, load_front(run), split)[0]

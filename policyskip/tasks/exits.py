@@ -6,12 +6,10 @@ Shapes: M images of a set, N exits, E early exits (N - 1), P points on a curve.
 from __future__ import annotations
 
 import math
-import sys
 from dataclasses import asdict
 from typing import Any
 
 import torch
-from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
@@ -23,24 +21,16 @@ from policyskip.backbones.exits import ExitNetwork, costly_exits, count_exit_cos
 from policyskip.backbones.resnet_exits import ResNetExits
 from policyskip.config import Setup, TargetSection, build, build_backbone, group_of
 from policyskip.data import Data, Feed
-from policyskip.deployment import ExitPredictor, as_text, load_exits_run
+from policyskip.deployment import ThresholdPredictor, as_text, load_exits_run
 from policyskip.errors import UserError
 from policyskip.exits import plots as exit_plots
-from policyskip.exits.baselines import (
-    LABEL_NATS,
-    accuracy_by_exit,
-    exit_histogram,
-    label_oracle,
-    oracle_exit,
-    random_exits,
-    static_exits,
-    static_mix,
-)
+from policyskip.exits.baselines import static_exits
 from policyskip.exits.cache import CachedExits, cache_exits
 from policyskip.exits.calibration import Curve, Point, UnmetError, check_target, choose, curve_of
 from policyskip.exits.placement import probe_blocks, propose_exits
 from policyskip.exits.rules import exit_of, rule_named
 from policyskip.runs import Run
+from policyskip.tasks import exit_report
 from policyskip.tracking import Tracker
 
 ACCURACY_DROP = 0.002
@@ -119,7 +109,7 @@ class ExitTask:
         network, data, learner = self._admitted(), self.setup.data, self.learner
         checkpoints.save(network, run.folder / "network.safetensors")
         nobody_leaves = ThresholdPolicy(learner.rule, [rule_named(learner.rule).extremes[0]] * (network.num_exits - 1))
-        predictor = ExitPredictor(nobody_leaves, learner.search, network, data.classes, data.image_shape)
+        predictor = ThresholdPredictor(nobody_leaves, learner.search, network, data.classes, data.image_shape)
         curve = learner.curve(cache_exits(predictor.network, data.validation.plain()))
         try:
             point = choose(curve, **self.target)
@@ -171,7 +161,7 @@ def place_exits(node: dict[str, Any], data: Data, device: torch.device, seed: in
 
 def settle(
     setup: Setup,
-    predictor: ExitPredictor,
+    predictor: ThresholdPredictor,
     curve: Curve,
     point: Point,
     target: dict[str, Any],
@@ -183,10 +173,10 @@ def settle(
     data = setup.data
     predictor.policy = policy = ThresholdPolicy(point.rule, point.thresholds).to(setup.device)
     test = cache_exits(predictor.network, data.test.plain())
-    figures = judge(policy, test)
+    exit_M = exit_of(policy.rule, test.probability_MNC, policy.threshold_E)
+    figures = exit_report.figures_of(exit_M, test)
     anytime, budgeted = curves(test, policy, curve)
     summary = {**head, **chosen(target, point), **{f"test/{key}": value for key, value in figures.items()}}
-    exit_M = exit_of(policy.rule, test.probability_MNC, policy.threshold_E)
     pictures = exit_plots.all_plots(
         run.folder / "plots", run.metrics(), test, exit_M.cpu(), anytime, budgeted, data.test, data.classes
     )
@@ -215,49 +205,6 @@ def save_curve(run: Run, curve: Curve, test: list[list[float]]) -> None:
     run.save_json("curve.json", {"validation": points, "test": [{"macs": m, "accuracy": a} for m, a in test]})
 
 
-def judge(policy: ThresholdPolicy, cache: CachedExits) -> dict[str, Any]:
-    """What a policy does on a set, beside each static exit, random exits at its rates, and the oracle."""
-    N = cache.num_exits
-    exit_M = exit_of(policy.rule, cache.probability_MNC, policy.threshold_E)
-    correct_M = cache.correct_MN.gather(1, exit_M.unsqueeze(1)).squeeze(1)
-    macs_M = cache.macs_N[exit_M]
-    share_N = exit_histogram(exit_M, N)
-    alone_accuracy_N, alone_macs_N = static_exits(cache)
-    static_M, static_macs = static_mix(cache, macs_M.mean().item())
-    difference_M = correct_M.double() - static_M
-    random_accuracy, random_macs = random_exits(cache, share_N)
-    oracle_accuracy, oracle_macs = cache.judge(oracle_exit(cache.correct_MN))
-    label_accuracy, label_macs = cache.judge(label_oracle(cache, [LABEL_NATS] * (N - 1)))
-    return {
-        "accuracy": correct_M.double().mean().item(),
-        "full_accuracy": cache.correct_MN[:, -1].double().mean().item(),
-        "macs_mean": macs_M.mean().item(),
-        "macs_sd": macs_M.std(correction=0).item(),
-        "full_macs": cache.costs.full,
-        "macs_fraction": macs_M.mean().item() / cache.costs.full,
-        "policy_macs": 0.0,
-        "unique_decisions": int((share_N > 0).sum()),
-        "exits": N,
-        "exit_share": share_N.tolist(),
-        "exit_accuracy": [
-            None if value != value else value for value in accuracy_by_exit(exit_M, correct_M, N).tolist()
-        ],
-        "exit_macs": cache.macs_N.tolist(),
-        "exit_alone_accuracy": alone_accuracy_N.tolist(),
-        "exit_alone_macs": alone_macs_N.tolist(),
-        "static_accuracy": static_M.mean().item(),
-        "static_macs": static_macs,
-        "static_margin": difference_M.mean().item(),
-        "static_margin_ci95": 1.96 * difference_M.std().item() / len(difference_M) ** 0.5,
-        "random_accuracy": random_accuracy,
-        "random_macs": random_macs,
-        "oracle_accuracy": oracle_accuracy.item(),
-        "oracle_macs": oracle_macs.item(),
-        "label_oracle_accuracy": label_accuracy.item(),
-        "label_oracle_macs": label_macs.item(),
-    }
-
-
 def curves(test: CachedExits, policy: ThresholdPolicy, curve: Curve) -> tuple[list[list[float]], list[list[float]]]:
     """Test accuracy against mean MACs: of each exit for all images, and of the thresholds that were best on validation.
 
@@ -278,7 +225,9 @@ def curves(test: CachedExits, policy: ThresholdPolicy, curve: Curve) -> tuple[li
 def again(setup: Setup, run: Run, split: str) -> dict[str, Any]:
     """A finished run's figures on a split, from its folder."""
     predictor = load_exits_run(run, setup.device)
-    return judge(predictor.policy, cache_exits(predictor.network, setup.data.split(split).plain()))
+    cache = cache_exits(predictor.network, setup.data.split(split).plain())
+    exit_M = exit_of(predictor.policy.rule, cache.probability_MNC, predictor.policy.threshold_E)
+    return exit_report.figures_of(exit_M, cache)
 
 
 def recalibrate(setup: Setup, run: Run, target: TargetSection) -> dict[str, Any]:
@@ -292,7 +241,7 @@ def recalibrate(setup: Setup, run: Run, target: TargetSection) -> dict[str, Any]
     return settle(setup, predictor, curve, point, target.given, run, Tracker(run, "none", {}), head)
 
 
-def finished(setup: Setup, run: Run) -> tuple[ExitPredictor, Curve]:
+def finished(setup: Setup, run: Run) -> tuple[ThresholdPredictor, Curve]:
     """What a run deploys, and the curve of its network on validation images.
 
     Raises:
@@ -325,59 +274,22 @@ def show_curve(setup: Setup, run: Run, rows: int = 16) -> None:
             f"{math.ceil(1e4 * float(front.drop_P[place])) / 1e4:.4f}",
             " ".join(f"{threshold:.3g}" for threshold in point.thresholds),
         )
-    console().print(table)
+    exit_report.console().print(table)
     last = f"The last exit: {100 * curve.last_accuracy:.2f} % on validation."
     print(f"{last} Knee at {knee.macs_fraction:.3f} of the MACs.")
     print(f"Deployed: {' '.join(f'{threshold:.3g}' for threshold in predictor.policy.threshold_E.tolist())}")
 
 
 def show_table(summary: dict[str, Any]) -> None:
-    """Print the policy beside its own last exit, the static exits, random exits at its rates, and the oracle."""
-
-    def get(name: str) -> Any:
-        return summary[f"test/{name}"]
-
-    table = Table(title=f"{summary['agent']} on {summary['data']}, test split, seed {summary['seed']}")
-    for column in ("", "accuracy", "MACs (millions)", "of full"):
-        table.add_column(column, justify="left" if not column else "right")
-
-    def row(name: str, accuracy: float, macs: float, spread: str = "") -> None:
-        table.add_row(name, f"{100 * accuracy:.2f} %", f"{macs / 1e6:.2f}{spread}", f"{macs / get('full_macs'):.3f}")
-
-    row("each image its own exit, heads included", get("accuracy"), get("macs_mean"), f" ± {get('macs_sd') / 1e6:.2f}")
-    row("all to the last exit, heads included", get("full_accuracy"), get("full_macs"))
-    for n, (accuracy, macs) in enumerate(zip(get("exit_alone_accuracy"), get("exit_alone_macs"), strict=True)):
-        row(f"all straight to exit {n}", accuracy, macs)
-    row("best fixed exits that cost no more, mixed", get("static_accuracy"), get("static_macs"))
-    row("random exits at the same rates", get("random_accuracy"), get("random_macs"))
-    row("oracle: the first exit that is right", get("oracle_accuracy"), get("oracle_macs"))
-    if summary["agent"] == "distiller":
-        name = f"Distiller's criterion, an oracle (sees the label): loss < {LABEL_NATS}"
-        row(name, get("label_oracle_accuracy"), get("label_oracle_macs"))
-    out = console()
-    out.print(table)
-    margin, half = 100 * get("static_margin"), 100 * get("static_margin_ci95")
-    verdict = "pays" if margin > half else "does not pay" if margin < -half else "makes no clear difference"
-    opponent = "the best fixed exits that cost no more"
-    out.print(f"Deciding per image {verdict}: {margin:+.2f} ± {half:.2f} points against {opponent}.")
-    alone = get("exit_alone_macs")[-1]
-    share = get("macs_mean") / alone
-    out.print(f"Without early exits the network costs {alone / 1e6:.2f} M MACs; this is {share:.3f} of it.")
-    places = list(zip(get("exit_share"), get("exit_accuracy"), strict=True))
-    leaving = ", ".join(f"{100 * share:.1f} %" for share, _ in places)
-    right = ", ".join("–" if accuracy is None else f"{100 * accuracy:.1f} %" for _, accuracy in places)
-    out.print(f"Images that left at each exit: {leaving}; of these, right: {right}.")
-    lost = 100 * (get("full_accuracy") - get("accuracy"))
+    """Print the figures of a run, and what came of its target."""
+    exit_report.show_table(summary)
+    out = exit_report.console()
+    lost = 100 * (summary["test/full_accuracy"] - summary["test/accuracy"])
     if "target/macs_fraction" in summary:
         asked = summary["target/macs_fraction"]
-        out.print(f"Budget asked for {asked:.3f} of the full cost, used on test {get('macs_fraction'):.3f}.")
+        out.print(f"Budget asked for {asked:.3f} of the full cost, used on test {summary['test/macs_fraction']:.3f}.")
     elif "target/accuracy_drop" in summary:
         drop = 100 * summary["target/accuracy_drop"]
         out.print(f"Asked for: at most {drop:.2f} points below the last exit; on test it is {lost:.2f} below.")
     else:
         out.print(f"The knee of the validation curve; on test it is {lost:.2f} points below the last exit.")
-
-
-def console() -> Console:
-    """Where tables are printed; wide enough for them where the output is no terminal."""
-    return Console(width=None if sys.stdout.isatty() else 110)

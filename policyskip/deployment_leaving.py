@@ -1,0 +1,48 @@
+"""A learned policy at the exits of a frozen network, ready to use: what :func:`policyskip.load` gives for it."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from policyskip.agents.greedy import ExitPolicy
+from policyskip.backbones import load_exits
+from policyskip.deployment import VERSION, ExitPredictor, load_weights
+from policyskip.errors import UserError
+from policyskip.runs import Run
+
+
+def describe_leaving(predictor: ExitPredictor) -> dict[str, Any]:
+    """The content of ``policy.json``; the network travels along as ``network.safetensors``, and the weights of the
+    policy are in ``best.safetensors``."""
+    return {
+        "version": VERSION,
+        "leaves": {"arguments": predictor.policy.spec(), "macs": predictor.decision_macs},
+        "network": {"hash": predictor.network_hash},
+        "classes": predictor.classes,
+        "image_shape": list(predictor.image_shape),
+    }
+
+
+def load_leaving_run(run: Run, device: str | torch.device = "cpu") -> ExitPredictor:
+    """What a run has learned about leaving early. Nothing in the folder is executed.
+
+    Raises:
+        UserError: a damaged file, or a network other than the one that the policy was trained with.
+    """
+    content = run.load_json("policy.json")
+    try:
+        policy, decision_macs = ExitPolicy(**content["leaves"]["arguments"]), float(content["leaves"]["macs"])
+        classes, image_shape = [str(name) for name in content["classes"]], tuple(map(int, content["image_shape"]))
+        expected = content["network"]["hash"]
+        if content["version"] != VERSION or len(image_shape) != 3:
+            raise ValueError(f"version {content['version']}, image shape {image_shape}")
+    except (KeyError, TypeError, ValueError) as error:
+        raise UserError(f"{run.folder / 'policy.json'} is damaged or of another version: {error}") from error
+    load_weights(policy, run)
+    network = load_exits(str(run.folder / "network.safetensors"))
+    if network.content_hash() != expected:
+        raise UserError(f"the policy of {run.folder} was trained with another network than its network.safetensors")
+    network = network.to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
+    return ExitPredictor(policy.to(device), network, classes, image_shape, decision_macs)

@@ -1,0 +1,51 @@
+"""Which environment a configuration asks for, and whether its agent can act there."""
+
+from __future__ import annotations
+
+import inspect
+
+from policyskip.agents.early_exit import EarlyExitAgent
+from policyskip.config import Setup, class_of
+from policyskip.envs.block_selection import BlockSelectionVectorEnv
+from policyskip.envs.early_exit import EarlyExitVectorEnv
+from policyskip.envs.layer_skip import LayerSkipVectorEnv
+from policyskip.errors import UserError
+
+ENVIRONMENTS = {
+    "block_selection": ("BlockSelection-v0", BlockSelectionVectorEnv),
+    "layer_skip": ("LayerSkip-v0", LayerSkipVectorEnv),
+    "early_exit": ("EarlyExit-v0", EarlyExitVectorEnv),
+}
+"""By the names of ``env=``: each environment's id and class."""
+
+
+def environment_of(setup: Setup) -> str:
+    """The environment of a configuration by the name of ``env=``; a user's own goes by what it derives from."""
+    asked = class_of(setup.config, "env", setup.trusted)
+    names = [name for name, (_, kind) in ENVIRONMENTS.items() if inspect.isclass(asked) and issubclass(asked, kind)]
+    return names[0] if names else "block_selection"
+
+
+def id_of(setup: Setup) -> str:
+    """Its id, ``BlockSelection-v0``, for people to read."""
+    return ENVIRONMENTS[environment_of(setup)][0]
+
+
+def check_agent(setup: Setup) -> None:
+    """Refuse an agent that cannot act in the environment.
+
+    Raises:
+        UserError: says in which it can.
+    """
+    agent = class_of(setup.config, "agent", setup.trusted)
+    able = getattr(agent, "environments", tuple(ENVIRONMENTS))
+    if environment_of(setup) not in able:
+        ways = " or ".join(f"env={name}" for name in able)
+        name = getattr(agent, "name", agent.__name__.lower())
+        raise UserError(f"agent={name} cannot act in {id_of(setup)}; it can with {ways}")
+
+
+def sets_thresholds(setup: Setup) -> bool:
+    """Whether the agent trains a network with exits and sets thresholds, rather than learn over a frozen one."""
+    agent = class_of(setup.config, "agent", setup.trusted)
+    return inspect.isclass(agent) and issubclass(agent, EarlyExitAgent)
