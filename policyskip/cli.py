@@ -11,6 +11,7 @@ USAGE = """\
 policyskip: decide for each image how much of a network to run.
 
   policyskip train agent=blockdrop    learn a policy over a frozen network; judge it on the test split
+  policyskip train agent=best_static  judge the best fixed choice of blocks; nothing is learned
   policyskip pretrain                 train a network whose blocks can be skipped
   policyskip evaluate run=runs/x      repeat a run's figures from its folder
   policyskip calibrate run=runs/x     other exit thresholds, for an accuracy or a budget
@@ -37,17 +38,12 @@ def train(config: Any) -> int:
     run = _begin(config, run, resume)
     tracker = Tracker(run, settings.tracking.mode, plain(config), settings.tracking.project, settings.tracking.group)
     try:
-        finished = training.train(
-            task.learner,
-            task.source,
-            task.validate,
-            task.deployable,
-            run,
-            tracker,
-            choose_by=task.choose_by,
-            resume=resume,
-            **settings.train.model_dump(),
-        )
+        chain = (task.learner, task.source, task.validate, task.deployable, run, tracker)
+        if settings.train.steps:
+            schedule = settings.train.model_dump()
+            finished = training.train(*chain, choose_by=task.choose_by, resume=resume, **schedule)
+        else:
+            finished = training.rest(*chain, resume=resume)
         _record_changes(config, run, resume)
         if not finished:
             return _stopped("train", run)

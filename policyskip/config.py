@@ -9,7 +9,7 @@ from __future__ import annotations
 import importlib
 import inspect
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from importlib.metadata import entry_points
 from typing import Annotated, Any, Literal, TypeVar, get_type_hints
@@ -28,6 +28,7 @@ from pydantic import (
 )
 
 from policyskip.agents.base import Agent
+from policyskip.agents.static import Keep, StaticFront
 from policyskip.backbones import ExitNetwork, Network
 from policyskip.backbones.checkpoints import check_data
 from policyskip.data import Data, Images, Order
@@ -40,7 +41,7 @@ class _Section(BaseModel):
 
 
 class TrainSection(_Section):
-    steps: PositiveInt
+    steps: NonNegativeInt  # 0 for agents that have nothing to learn; see tasks.start
     validate_every: PositiveInt
     log_every: PositiveInt
     choose_after: Annotated[float, Field(ge=0, le=1, strict=False)]
@@ -166,10 +167,13 @@ def group_of(content: dict[str, Any], group: str) -> dict[str, Any]:
     return node
 
 
-def build(group: str, node: dict[str, Any], trusted: bool = True, **given: Any) -> Any:
+def build(
+    group: str, node: dict[str, Any], trusted: bool = True, offered: dict[str, Any] | None = None, **given: Any
+) -> Any:
     """Call a group's ``_target_`` with its other keys and with those of ``given`` that it takes.
 
     Args:
+        offered: given too, but only by the names that it declares: nothing that ``**kwargs`` would swallow.
         trusted: False refuses targets that are not policyskip's own for the group: the configuration came with a run
             folder, and calling what it names would execute its author's code.
 
@@ -186,6 +190,7 @@ def build(group: str, node: dict[str, Any], trusted: bool = True, **given: Any) 
     except (TypeError, ValueError) as error:
         raise UserError(f"{group}._target_={target} cannot be called: {error}") from error
     takes_any = any(p.kind is p.VAR_KEYWORD for p in signature.parameters.values())
+    given |= {key: value for key, value in (offered or {}).items() if key in signature.parameters}
     settable = [name for name in signature.parameters if name not in given]
     unknown = [key for key in arguments if key not in settable]
     if unknown and not takes_any:
@@ -331,9 +336,9 @@ class Setup:
         count = min(self.batch_size, len(images))
         return build("env", group_of(self.config, "env"), self.trusted, num_envs=count, **given)
 
-    def agent(self, env: Any, start: Sequence[bool] | None = None) -> Agent:
-        """The agent, about to learn in an environment. ``start`` is the best fixed keep-set, for agents that can start
-        from one (and are not told otherwise)."""
+    def agent(self, env: Any, front: StaticFront | None = None, best: Keep | None = None) -> Agent:
+        """The agent, about to learn in an environment. ``front`` is the static front and ``best`` its set with the
+        highest reward, for agents that keep to it, or can start from it (and are not told otherwise)."""
         node = dict(group_of(self.config, "agent"))
         warm_start = node.pop("warm_start", False)
         if not isinstance(warm_start, bool):
@@ -345,7 +350,8 @@ class Setup:
             env=env,
             total_steps=self.config["train"]["steps"],
             seed=self.config["seed"],
-            **({"start": start} if warm_start else {}),
+            offered={"best": best, "front": front},
+            **({"start": best} if warm_start else {}),
         )
         return agent
 

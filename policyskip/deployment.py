@@ -15,9 +15,11 @@ import torch
 from torch import Tensor
 
 from policyskip.agents.base import Policy
-from policyskip.agents.blockdrop import ConstantPolicy, PolicyNetwork
 from policyskip.agents.early_exit import ThresholdPolicy
+from policyskip.agents.fixed import FixedPolicy, RandomPolicy
 from policyskip.agents.greedy import BlockPolicy, ExitPolicy, LookPolicy
+from policyskip.agents.oracle import OraclePolicy
+from policyskip.agents.policies import ConstantPolicy, PolicyNetwork
 from policyskip.backbones import (
     Backbone,
     Costs,
@@ -39,7 +41,8 @@ if TYPE_CHECKING:
     from policyskip.deployment_gates import GatedPredictor
 
 POLICIES: dict[str, type[Policy]] = {
-    kind.__name__: kind for kind in (PolicyNetwork, ConstantPolicy, LookPolicy, BlockPolicy)
+    policy.__name__: policy
+    for policy in (PolicyNetwork, ConstantPolicy, FixedPolicy, RandomPolicy, OraclePolicy, LookPolicy, BlockPolicy)
 }
 BACKBONES = {
     "policyskip.backbones.cifar_resnet": cifar_resnet,
@@ -287,6 +290,10 @@ def load(
             raise ValueError(f"version {content['version']}, not {VERSION}")
     except (KeyError, TypeError, ValueError) as error:
         raise UserError(f"{folder.folder / 'policy.json'} is damaged or of another version: {error}") from error
+    if isinstance(policy, OraclePolicy):
+        raise UserError(
+            f"the run {run} is an oracle's, which sees the label: there is nothing to load for other images"
+        )
     load_weights(policy, folder)
     if backbone is not None:
         config["checkpoint"] = backbone

@@ -30,6 +30,7 @@ class Evaluation:
         reward_N: float32 (N,).
         difficulty_N: float32 (N,) or None, the set's own measure.
         policy_macs, full_macs: MACs of the policy for one image, and of the whole network.
+        sees_the_label: whether it was an oracle that decided.
     """
 
     label_N: Tensor
@@ -41,6 +42,7 @@ class Evaluation:
     difficulty_N: Tensor | None
     policy_macs: float
     full_macs: float
+    sees_the_label: bool = False
 
     @property
     def correct_N(self) -> Tensor:
@@ -84,6 +86,8 @@ class Evaluation:
         }
         if self.full_correct_N is not None:
             figures["full_accuracy"] = self.full_correct_N.double().mean().item()
+        if self.sees_the_label:
+            figures["sees_the_label"] = True
         if self.difficulty_N is not None:
             figures["kept_by_difficulty"] = self.kept_by_difficulty
         return figures
@@ -95,9 +99,9 @@ def evaluate(agent: Agent, env: ImageVectorEnv, full: bool = True) -> Evaluation
     Args:
         full: also ask the whole network about the same images.
     """
-    observation, _ = env.reset()
+    env.reset()
     rows: list[tuple[Tensor, ...]] = []
-    while len(observation):
+    while len(env.observation):
         index_B = env.feed.batch.index_B
         correct_B = torch.zeros(len(index_B), dtype=torch.bool)
         if full:
@@ -105,7 +109,7 @@ def evaluate(agent: Agent, env: ImageVectorEnv, full: bool = True) -> Evaluation
             correct_B = env.score(everything).correct_B
         decisions, over = 0, False
         while not over:  # all images of a batch end together
-            observation, reward_B, over_B, *_ = env.step(agent.act(observation))
+            _, reward_B, over_B, *_ = env.step(agent.decide(env))
             decisions, over = decisions + 1, bool(over_B.all())
         out = env.outcome
         rows.append((index_B, out.label_B, out.logits_BC.argmax(1), correct_B, out.keep_BK, out.macs_B, reward_B))
@@ -123,6 +127,7 @@ def evaluate(agent: Agent, env: ImageVectorEnv, full: bool = True) -> Evaluation
         None if difficulty_N is None else difficulty_N[index_N],
         decisions * agent.decision_macs,
         env.costs.full,
+        agent.sees_the_label,
     )
 
 

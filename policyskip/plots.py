@@ -67,7 +67,12 @@ def accuracy_against_macs(result: Evaluation, front: list[tuple[float, float]], 
     if result.full_correct_N is not None:
         axes.plot(1, result.full_correct_N.double().mean(), "D", color=FULL, label="full network")
     axes.plot(
-        result.macs_fraction, result.accuracy, "o", color=KEPT, markersize=9, label="policy, its own cost included"
+        result.macs_fraction,
+        result.accuracy,
+        "o",
+        color=KEPT,
+        markersize=9,
+        label="oracle, sees the label" if result.sees_the_label else "policy, its own cost included",
     )
     axes.set(xlabel="MACs, share of the full network's", ylabel="test accuracy")
     axes.grid(alpha=0.25)

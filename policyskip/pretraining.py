@@ -45,6 +45,8 @@ class Pretrainer:
     ) -> None:
         if stochastic_depth not in ("none", "linear", "uniform"):
             raise UserError(f"pretrain.stochastic_depth must be none, linear or uniform, got {stochastic_depth!r}")
+        if total_steps < 1:
+            raise UserError(f"train.steps must be at least 1, got {total_steps}")
         if not 0 < survival <= 1 or lr <= 0:
             raise UserError(f"pretrain.survival must be in (0, 1] and pretrain.lr positive, got {survival} and {lr}")
         self.backbone = backbone

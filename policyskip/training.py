@@ -125,6 +125,31 @@ def train(
     return True
 
 
+def rest(
+    learner: Learner[S],
+    source: S,
+    validate: Callable[[], dict[str, Any]],
+    deployable: Callable[[], dict[str, Tensor]],
+    run: Run,
+    tracker: Tracker,
+    *,
+    resume: bool = False,
+) -> bool:
+    """What :func:`train` does for a learner that has nothing to learn: validate once, and write the same files.
+
+    Returns: True.
+    """
+    if not resume:
+        started = time.monotonic()
+        figures = validate()
+        seconds = time.monotonic() - started
+        tracker.log(0, seconds, {f"val/{key}": value for key, value in figures.items()})
+        run.save_best(deployable())
+        state = {"step": 0, "seconds": seconds, "cursor": source.cursor, "learner": learner.state_dict()}
+        run.save_checkpoint(state)
+    return True
+
+
 @contextmanager
 def _stop_requests() -> Iterator[Callable[[], bool]]:
     """Turn the first Ctrl-C or SIGTERM into a request met between updates; a second Ctrl-C interrupts at once."""
@@ -147,7 +172,7 @@ def _stop_requests() -> Iterator[Callable[[], bool]]:
             signal.signal(number, handler)
 
 
-SHOWN = ("reward", "accuracy", "kept", "loss")
+SHOWN = ("reward", "sampled_reward", "accuracy", "kept", "loss")
 
 
 @contextmanager

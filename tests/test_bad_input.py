@@ -80,7 +80,7 @@ def contents(folder: Path) -> dict[str, bytes | None]:
 def test_the_installed_command_refuses_without_a_trace(tmp_path):
     for arguments, message in (
         (["fly"], "there is no command 'fly'; it is one of train, pretrain, evaluate, calibrate, front"),
-        (["train", "agent=blockdrup"], "there is no agent/blockdrup; agent is one of a2c, blockdrop, branchynet"),
+        (["train", "agent=blockdrup"], "there is no agent/blockdrup; agent is one of a2c, best_static, blockdrop"),
     ):
         command = [sys.executable, "-m", "policyskip", *arguments]
         result = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
@@ -99,7 +99,7 @@ def test_the_settings_of_these_tests_are_good(empty_folder, capsys):
 WRONG = {
     # the command, groups and keys
     "fly": "there is no command 'fly'; it is one of train, pretrain, evaluate, calibrate, front",
-    "train agent=blockdrup": "there is no agent/blockdrup; agent is one of a2c, blockdrop, branchynet",
+    "train agent=blockdrup": "there is no agent/blockdrup; agent is one of a2c, best_static, blockdrop",
     "train backbone=resnet21": r"there is no backbone/resnet21; backbone is one of .*resnet20",
     "train data=cifar11": "there is no data/cifar11; data is one of .*cifar10,",
     "train reward=gold": "there is no reward/gold; reward is one of .*utilization",
@@ -112,7 +112,7 @@ WRONG = {
     "train ~reward": "the configuration has no reward, and this command needs one",
     "train stepz=3": "there is no key stepz; there are .*seed",
     "train train.stepz=3": "there is no key train.stepz; train has choose_after, log_every, steps, validate_every",
-    "train agent.gamma=3": "there is no key agent.gamma; agent has alpha, alpha_end, beta,",
+    "train agent.gamma=3": "there is no key agent.gamma; agent has alpha, alpha_end, baseline, beta,",
     "train +agent.gamma=3": "agent has no key gamma; .* takes lr, schedule,",
     "train +train.stepz=3": "there is no key train.stepz",
     "train seed=[1": r"at input '\[1'",
@@ -130,7 +130,7 @@ WRONG = {
     # values out of range
     "train seed=-1": "seed: input should be greater than or equal to 0, got -1",
     "train seed=99999999999999999999": "seed: input should be less than",
-    "train train.steps=0": "train.steps: input should be greater than 0, got 0",
+    "train train.steps=0": "train.steps must be at least 1, got 0",
     "train train.validate_every=0": "train.validate_every: input should be greater than 0, got 0",
     "train train.log_every=-5": "train.log_every: input should be greater than 0, got -5",
     "train agent.alpha=0.5": "agent.alpha and agent.alpha_end must be above 0.5 and at most 1, got 0.5 and 0.98",

@@ -11,12 +11,12 @@ import torch
 
 from policyskip.agents.blockdrop import (
     BlockDrop,
-    PolicyNetwork,
     bernoulli_entropy,
     bounded,
     log_probability,
     reinforce_loss,
 )
+from policyskip.agents.policies import PolicyNetwork
 from policyskip.envs.block_selection import BlockSelectionVectorEnv
 from policyskip.errors import UserError
 from policyskip.schedules import one_cycle

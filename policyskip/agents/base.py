@@ -37,11 +37,18 @@ class Agent(ABC):
         environments: those it can act in, by the names of ``env=``.
         policy: what decides, and what is deployed.
         decision_macs: MACs that one decision costs.
+        sees_the_label: whether it decides with the label in view: an oracle, which is no policy to deploy.
     """
 
     environments: ClassVar[tuple[str, ...]] = ("block_selection",)
     policy: Policy
     decision_macs: float
+    sees_the_label = False
+
+    @property
+    def name(self) -> str:
+        """What it is called in summaries."""
+        return type(self).__name__.lower()
 
     @abstractmethod
     def update(self, env: Any) -> dict[str, float]:
@@ -50,6 +57,10 @@ class Agent(ABC):
     @abstractmethod
     def act(self, observation: Tensor) -> Tensor:
         """The greedy action (B, …) for an observation (B, …); no gradient, evaluation mode."""
+
+    def decide(self, env: Any) -> Tensor:
+        """The greedy action (B, …) for what an environment shows: that of :meth:`act`, but for an oracle."""
+        return self.act(env.observation)
 
     @abstractmethod
     def state_dict(self) -> dict[str, Any]:

@@ -11,19 +11,29 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
-from policyskip.agents.base import Agent, Policy
-from policyskip.backbones.base import IMAGENET_MEAN, IMAGENET_STD
+from policyskip.agents.base import Agent
+from policyskip.agents.baselines import (
+    Baseline,
+    ValueHead,
+    greedy_advantage,
+    leave_one_out_advantage,
+    value_advantage,
+    value_loss,
+)
+from policyskip.agents.policies import ConstantPolicy, PolicyNetwork
 from policyskip.backbones.costs import count_macs
-from policyskip.backbones.resnet import basic_block
 from policyskip.envs.block_selection import BlockSelectionVectorEnv
 from policyskip.errors import UserError
 from policyskip.schedules import one_cycle
+
+VALUE_LR = 10
+"""The value head's learning rate, in units of the policy's: it starts at zero, and has to follow the rewards."""
 
 
 def bounded(probability: Tensor, alpha: float) -> Tensor:
@@ -70,104 +80,8 @@ def bernoulli_entropy(probability: Tensor) -> Tensor:
     return -(torch.xlogy(probability, probability) + torch.xlogy(1 - probability, 1 - probability))
 
 
-class KeepPolicy(Policy):
-    """K logits for each image; blocks that the curriculum has not freed (``free_K``, bool (K,)) are kept."""
-
-    free_K: Tensor
-
-    def decide(self, images: Tensor) -> Tensor:
-        return self.greedy(self(images))
-
-    def greedy(self, logits_BK: Tensor) -> Tensor:
-        """ũ = [s ≥ ½], from the unbounded s; bool (B, K)."""
-        return (logits_BK >= 0) | ~self.free_K
-
-
-class PolicyNetwork(KeepPolicy):
-    """A small ResNet from images to K logits.
-
-    ``family="cifar"`` is ResNet-8 (one basic block a stage, 16/32/64 channels), ``"imagenet"`` ResNet-10 (four
-    stages, 64 to 512, behind a strided stem). ``width`` is the first stage's channels; the image is average-pooled
-    by ``pool`` before anything else. Both are there because what the policy costs is counted.
-    """
-
-    mean: Tensor
-    std: Tensor
-
-    def __init__(
-        self,
-        num_blocks: int,
-        family: Literal["cifar", "imagenet"] = "cifar",
-        width: int = 16,
-        pool: int = 1,
-        initial_keep: float = 0.5,
-    ) -> None:
-        super().__init__()
-        if family not in ("cifar", "imagenet"):
-            raise UserError(f"agent.policy must be cifar, imagenet or constant, got {family!r}")
-        if min(width, pool) < 1 or not 0 < initial_keep < 1:
-            raise UserError(
-                f"agent.width and agent.pool must be at least 1 and agent.initial_keep between 0 and 1, "
-                f"got {width}, {pool} and {initial_keep}"
-            )
-        self.arguments = dict(num_blocks=num_blocks, family=family, width=width, pool=pool, initial_keep=initial_keep)
-        imagenet = family == "imagenet"
-        layers: list[nn.Module] = [nn.AvgPool2d(pool)] if pool > 1 else []
-        layers += [
-            nn.Conv2d(3, width, 7 if imagenet else 3, 2 if imagenet else 1, padding=3 if imagenet else 1, bias=False),
-            nn.BatchNorm2d(width),
-            nn.ReLU(),
-        ]
-        layers += [nn.MaxPool2d(3, 2, padding=1)] if imagenet else []
-        channels = width
-        for stage in range(4 if imagenet else 3):
-            out = width * 2**stage
-            layers.append(basic_block(channels, out, 2 if stage else 1, "B" if imagenet else "pool"))
-            channels = out
-        self.features = nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten())
-        self.keep_head = nn.Linear(channels, num_blocks)
-        nn.init.constant_(self.keep_head.bias, math.log(initial_keep / (1 - initial_keep)))
-        self.register_buffer("free_K", torch.ones(num_blocks, dtype=torch.bool))
-        self.register_buffer("mean", torch.tensor(IMAGENET_MEAN).view(1, -1, 1, 1))
-        self.register_buffer("std", torch.tensor(IMAGENET_STD).view(1, -1, 1, 1))
-
-    def depart_from(self, keep: Sequence[bool]) -> None:
-        """Turn round the first probability of the blocks that a fixed keep-set drops."""
-        with torch.no_grad():
-            self.keep_head.bias.mul_(torch.tensor(keep).float() * 2 - 1)
-
-    def spec(self) -> dict[str, Any]:
-        return self.arguments
-
-    def forward(self, images: Tensor) -> Tensor:
-        """Logits float (B, K) of images uint8 (B, 3, H, W)."""
-        logits_BK: Tensor = self.keep_head(self.features((images / 255 - self.mean) / self.std))
-        return logits_BK
-
-
-class ConstantPolicy(KeepPolicy):
-    """The same K logits for every image: what the learner can do without looking. Costs nothing to evaluate."""
-
-    def __init__(self, num_blocks: int, initial_keep: float = 0.5) -> None:
-        super().__init__()
-        self.arguments = dict(num_blocks=num_blocks, initial_keep=initial_keep)
-        self.logits_K = nn.Parameter(torch.full((num_blocks,), math.log(initial_keep / (1 - initial_keep))))
-        self.register_buffer("free_K", torch.ones(num_blocks, dtype=torch.bool))
-
-    def depart_from(self, keep: Sequence[bool]) -> None:
-        """As for :class:`PolicyNetwork`."""
-        with torch.no_grad():
-            self.logits_K.mul_(torch.tensor(keep).float() * 2 - 1)
-
-    def spec(self) -> dict[str, Any]:
-        return self.arguments
-
-    def forward(self, images: Tensor) -> Tensor:
-        return self.logits_K.repeat(len(images), 1)
-
-
 class BlockDrop(Agent):
-    """REINFORCE with the greedy decision's reward as baseline, under a curriculum that frees the last blocks first.
+    """REINFORCE with a baseline, under a curriculum that frees the last blocks first.
 
     The defaults here are the paper's; those of ``configs/agent/blockdrop.yaml`` learn in minutes.
 
@@ -181,6 +95,9 @@ class BlockDrop(Agent):
             a sample differs from the greedy decision in a fifth of the blocks at least, so what is learned is the best
             decision *under that noise*; towards 1 it becomes the greedy decision itself.
         beta: weight of the entropy.
+        baseline: what a decision's reward is compared with: "greedy", the reward of the image's greedy decision (the
+            paper); "leave_one_out", the mean of its other samples'; "value", what a linear layer on the policy's
+            features expects of the image; "none", 0. See ``agents/baselines.py``.
         samples: decisions sampled for each image in each update.
         curriculum: share of the training over which the K blocks are freed one after another, last block first.
         policy: "cifar" or "imagenet" (:class:`PolicyNetwork`), or "constant" (:class:`ConstantPolicy`).
@@ -200,6 +117,7 @@ class BlockDrop(Agent):
         alpha: float = 0.8,
         alpha_end: float = 0.8,
         beta: float = 0.1,
+        baseline: Baseline = "greedy",
         samples: int = 1,
         curriculum: float = 0.01,
         policy: Literal["cifar", "imagenet", "constant"] = "cifar",
@@ -217,6 +135,15 @@ class BlockDrop(Agent):
                 f"agent.samples must be at least 1, agent.curriculum in [0, 1], agent.lr positive and agent.beta "
                 f"not negative; got {samples}, {curriculum}, {lr} and {beta}"
             )
+        if baseline not in get_args(Baseline):
+            raise UserError(f"agent.baseline must be one of {', '.join(get_args(Baseline))}, got {baseline!r}")
+        if baseline == "leave_one_out" and samples < 2:
+            raise UserError(
+                f"agent.baseline=leave_one_out compares an image's samples with each other, so agent.samples must be "
+                f"at least 2, got {samples}"
+            )
+        if total_steps < 1:
+            raise UserError(f"train.steps must be at least 1, got {total_steps}")
         K = env.backbone.num_blocks
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
@@ -232,7 +159,12 @@ class BlockDrop(Agent):
         self.steps_per_block = curriculum * total_steps / K
         self.step = 0
         self.generator = torch.Generator().manual_seed(seed)  # on the CPU, so that a run goes on on any device
-        self.optimizer = torch.optim.Adam(self.policy.parameters(), lr=lr)
+        self.baseline = baseline
+        self.value_head = ValueHead(self.policy.num_features).to(env.device) if baseline == "value" else None
+        groups: list[dict[str, Any]] = [{"params": self.policy.parameters()}]
+        if self.value_head is not None:
+            groups.append({"params": self.value_head.parameters(), "lr": VALUE_LR * lr})
+        self.optimizer = torch.optim.Adam(groups, lr=lr)
         self.schedule = torch.optim.lr_scheduler.LambdaLR(
             self.optimizer, lambda step: one_cycle(step / total_steps) if schedule == "onecycle" else 1.0
         )
@@ -241,34 +173,46 @@ class BlockDrop(Agent):
         self._free_blocks()
 
     def update(self, env: BlockSelectionVectorEnv) -> dict[str, float]:
-        """Sample decisions, score them beside the greedy one in one pass, and follow the gradient."""
+        """Sample decisions, score them in one pass (beside the greedy one, if that is the baseline), and follow the
+        gradient."""
         self._free_blocks()
         self.policy.train()
-        logits_BK = self.policy(env.observation)
+        features_BD, logits_BK = self.policy.look(env.observation)
         probability_BK = logits_BK.detach().sigmoid()
         keep_SBK = self._sample(probability_BK)
         greedy_BK = self.policy.greedy(logits_BK)
 
-        outcome = env.score(torch.cat([keep_SBK, greedy_BK.unsqueeze(0)]))
-        reward = env.rewards(outcome).view(self.samples + 1, -1)
-        advantage_SB = reward[:-1] - reward[-1]
+        asked = [keep_SBK, greedy_BK.unsqueeze(0)] if self.baseline == "greedy" else [keep_SBK]
+        outcome = env.score(torch.cat(asked))
+        reward = env.rewards(outcome).view(-1, len(logits_BK))
+        reward_SB = reward[: self.samples]
+        metrics = {"sampled_reward": reward_SB.mean().item()}
+        fit: Tensor | float = 0.0
+        if self.baseline == "greedy":
+            advantage_SB = greedy_advantage(reward_SB, reward[-1])
+            correct_B = outcome.correct_B[-len(logits_BK) :]
+            metrics |= {"reward": reward[-1].mean().item(), "accuracy": correct_B.float().mean().item()}
+        elif self.baseline == "leave_one_out":
+            advantage_SB = leave_one_out_advantage(reward_SB)
+        elif self.value_head is not None:
+            value_B = self.value_head(features_BD)
+            advantage_SB, fit = value_advantage(reward_SB, value_B), value_loss(value_B, reward_SB)
+            metrics["value_loss"] = fit.item()
+        else:
+            advantage_SB = reward_SB
 
         loss = reinforce_loss(logits_BK, keep_SBK, advantage_SB, self.policy.free_K, self.alpha, self.beta)
         if not torch.isfinite(loss):
             raise UserError(f"the loss is {loss.item()} at update {self.step + 1}; the last checkpoint is intact")
         self.optimizer.zero_grad(set_to_none=True)
-        loss.backward()
+        (loss + fit).backward()
         self.optimizer.step()
         self.schedule.step()
         self.step += 1
         env.advance()
 
-        B = len(logits_BK)
-        return {
+        return metrics | {
             "loss": loss.item(),
-            "reward": reward[-1].mean().item(),
-            "sampled_reward": reward[:-1].mean().item(),
-            "accuracy": outcome.correct_B[-B:].float().mean().item(),
             "kept": greedy_BK.sum(1).float().mean().item(),
             "entropy": bernoulli_entropy(probability_BK).mean().item(),
             "free_blocks": float(self.policy.free_K.sum()),
@@ -297,7 +241,8 @@ class BlockDrop(Agent):
         self.policy.free_K.copy_(torch.arange(K) >= K - 1 - epoch)
 
     def state_dict(self) -> dict[str, Any]:
-        return {
+        head = {} if self.value_head is None else {"value_head": self.value_head.state_dict()}
+        return head | {
             "policy": self.policy.state_dict(),
             "optimizer": self.optimizer.state_dict(),
             "schedule": self.schedule.state_dict(),
@@ -307,6 +252,8 @@ class BlockDrop(Agent):
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self.policy.load_state_dict(state["policy"])
+        if self.value_head is not None:
+            self.value_head.load_state_dict(state["value_head"])
         self.optimizer.load_state_dict(state["optimizer"])
         self.schedule.load_state_dict(state["schedule"])
         self.generator.set_state(state["generator"])

@@ -52,8 +52,19 @@ def has_gates(config: dict[str, Any]) -> bool:
     return str(group_of(config, "agent").get("_target_")).endswith(".SkipNet")
 
 
+def learns(config: dict[str, Any]) -> bool:
+    """Whether a configuration's agent has something to learn; fixed choices of blocks and the oracle have not."""
+    module = str(group_of(config, "agent").get("_target_")).rpartition(".")[0]
+    return module not in ("policyskip.agents.fixed", "policyskip.agents.oracle")
+
+
 def start(setup: Setup, settings: Settings) -> Task:
     """The task of a ``train`` configuration."""
+    steps = settings.train.steps
+    if learns(setup.config) and not steps:
+        raise UserError("train.steps must be at least 1, got 0")
+    if steps and not learns(setup.config):
+        raise UserError(f"this agent has nothing to learn, so train.steps must be 0, got {steps}")
     if has_gates(setup.config):
         if settings.front is None:
             raise UserError("the configuration has no front, and skipping blocks needs one")

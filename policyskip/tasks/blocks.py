@@ -136,17 +136,17 @@ class BlockTask:
         env.rewards(env.score(everything))  # a reward that fails is refused before there is a run folder
         setup.agent(env)  # likewise, and before the front is searched
         self.front = static_front(setup, wanted)
-        self.learner: Agent = setup.agent(env, best_set(setup, self.front))
+        self.learner: Agent = setup.agent(env, self.front, best_set(setup, self.front))
         self.validation = setup.env(setup.data.validation)
         self.names = dict(
-            agent=type(self.learner).__name__.lower(),
+            agent=self.learner.name,
             env=id_of(setup),
             backbone=setup.backbone.name,
             data=setup.data.name,
         )
         self.greeting = (
-            f"{self.names['agent']} learns on {setup.data.name} over {setup.backbone.name} "
-            f"({env.costs.full / 1e6:.1f} M MACs)"
+            f"{self.names['agent']} {'learns' if setup.config['train']['steps'] else 'is judged'} on "
+            f"{setup.data.name} over {setup.backbone.name} ({env.costs.full / 1e6:.1f} M MACs)"
         )
 
     def validate(self) -> dict[str, Any]:
@@ -212,10 +212,11 @@ def again(setup: Setup, run: Run, split: str) -> dict[str, Any]:
     """A finished run's figures on a split, from its folder."""
     if setup.reward is None:
         raise UserError("the configuration has no reward, and this command needs one")
-    agent = setup.agent(setup.env(setup.data.validation, "shuffled"))  # which is what SB3 asks for
+    front = load_front(run)
+    agent = setup.agent(setup.env(setup.data.validation, "shuffled"), front)  # shuffled, which is what SB3 asks for
     load_best(agent, run)
     result = judge(setup, agent, split)
-    return result.figures() | static_figures(setup, result, load_front(run), split)[0]
+    return result.figures() | static_figures(setup, result, front, split)[0]
 
 
 def load_front(run: Run) -> StaticFront:
@@ -262,7 +263,7 @@ def show_table(summary: dict[str, Any]) -> None:
     table = Table(title=f"{summary['agent']} on {summary['data']}, test split, seed {summary['seed']}")
     for column in ("", "accuracy", "blocks kept", "MACs (millions)", "of full", "decisions"):
         table.add_column(column, justify="left" if not column else "right")
-    full = get("full_macs")
+    full, oracle = get("full_macs"), summary.get("test/sees_the_label", False)
 
     def row(name: str, accuracy: float, kept: str, macs: float, spread: str, decisions: str) -> None:
         table.add_row(
@@ -270,7 +271,7 @@ def show_table(summary: dict[str, Any]) -> None:
         )
 
     row(
-        "policy, its own cost included",
+        f"{summary['agent']} (sees the label)" if oracle else "policy, its own cost included",
         get("accuracy"),
         f"{get('kept_mean'):.2f} ± {get('kept_sd'):.2f}",
         get("macs_mean"),
@@ -293,8 +294,9 @@ def show_table(summary: dict[str, Any]) -> None:
     if "test/static_accuracy" in summary:
         margin, half = 100 * get("static_margin"), 100 * get("static_margin_ci95")
         verdict = "pays" if margin > half else "does not pay" if margin < -half else "makes no clear difference"
+        told = f"Deciding per image {verdict}" if summary["steps"] else f"{summary['agent']}, which learns nothing"
         console.print(
-            f"Deciding per image {verdict}: {margin:+.2f} ± {half:.2f} points "
+            f"{told}{', but sees the label' if oracle else ''}: {margin:+.2f} ± {half:.2f} points "
             "against the best static choice of equal cost"
             + ("." if get("static_search_finished") else " (its search ran out of front.budget).")
         )

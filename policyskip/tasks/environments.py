@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 
+from policyskip.agents.base import Agent
 from policyskip.agents.early_exit import EarlyExitAgent
 from policyskip.config import Setup, class_of
 from policyskip.envs.block_selection import BlockSelectionVectorEnv
@@ -38,10 +39,11 @@ def check_agent(setup: Setup) -> None:
         UserError: says in which it can.
     """
     agent = class_of(setup.config, "agent", setup.trusted)
-    able = getattr(agent, "environments", tuple(ENVIRONMENTS))
+    able = getattr(agent, "environments", Agent.environments)
     if environment_of(setup) not in able:
         ways = " or ".join(f"env={name}" for name in able)
-        name = getattr(agent, "name", agent.__name__.lower())
+        name = getattr(agent, "name", None)
+        name = name if isinstance(name, str) else agent.__name__.lower()
         raise UserError(f"agent={name} cannot act in {id_of(setup)}; it can with {ways}")
 
 

@@ -46,7 +46,7 @@ class LeavingTask:
         reward_of(setup.reward, env.score(everyone))  # a reward that fails is refused before there is a run folder
         self.learner: Agent = setup.agent(env)
         self.validation = cache_exits(network, setup.data.validation.plain())
-        name = type(self.learner).__name__.lower()
+        name = self.learner.name
         self.names = dict(agent=name, env=id_of(setup), backbone=network.name, data=setup.data.name)
         right = ", ".join(f"{100 * a:.1f}" for a in self.validation.correct_MN.double().mean(0).tolist())
         self.greeting = (
