@@ -265,7 +265,9 @@ def _run(command: str) -> int:
     from omegaconf.errors import OmegaConfBaseException
 
     from policyskip.errors import UserError
+    from policyskip.memory import hold
 
+    hold()
     composed = False
 
     def job(config: Any) -> None:

@@ -35,6 +35,7 @@ from policyskip.backbones import (
 from policyskip.backbones.folding import folded
 from policyskip.errors import UserError
 from policyskip.exits.rules import check_thresholds, decisions_at
+from policyskip.memory import hold
 from policyskip.runs import Run, open_run
 
 if TYPE_CHECKING:
@@ -142,6 +143,9 @@ class ExitPredictor:
         self.network = folded(network).freeze()
         self.classes, self.image_shape = list(classes), image_shape
         self.costs: ExitCosts = count_exit_costs(self.network, image_shape)
+        N = self.network.num_exits
+        decisions_N = decisions_at(torch.arange(N), N)
+        self.macs_N = (self.costs.cumulative_N + decision_macs * decisions_N).to(self.network.mean.device)
 
     @torch.no_grad()
     def predict(self, images: Tensor | np.ndarray, batch_size: int = 256) -> ExitPrediction:
@@ -160,8 +164,7 @@ class ExitPredictor:
             for part in images.to(self.network.mean.device).split(batch_size)
         ]
         logits_BC, exit_B = (torch.cat(column) for column in zip(*parts, strict=True))
-        policy_macs_B = self.decision_macs * decisions_at(exit_B, self.network.num_exits)
-        return ExitPrediction(logits_BC.argmax(1), logits_BC, exit_B, self.costs.of(exit_B) + policy_macs_B)
+        return ExitPrediction(logits_BC.argmax(1), logits_BC, exit_B, self.macs_N[exit_B])
 
 
 class ThresholdPredictor(ExitPredictor):
@@ -268,6 +271,7 @@ def load(
     Raises:
         UserError: no run folder, a damaged file, or network weights other than those the policy was trained with.
     """
+    hold()
     folder = open_run(str(run))
     content = folder.load_json("policy.json")
     if "exits" in content:

@@ -111,13 +111,15 @@ def run_until(network: ExitNetwork, images: Tensor, leave: Leave) -> tuple[Tenso
             raise ValueError(
                 f"leave must give bool of shape {tuple(rows.shape)}, gave {leaves.dtype} {tuple(leaves.shape)}"
             )
-        leaving, staying = leaves.nonzero().squeeze(1), (~leaves).nonzero().squeeze(1)
+        leaving = leaves.nonzero().squeeze(1)
         if len(leaving) == 0:
             continue
-        logits_BC[rows[leaving]] = here_BC[leaving].to(logits_BC.dtype)
-        exit_B[rows[leaving]] = n
-        if len(staying) == 0:
+        left = rows[leaving]
+        logits_BC[left] = here_BC[leaving].to(logits_BC.dtype)
+        exit_B[left] = n
+        if len(leaving) == len(rows):
             break
+        staying = (~leaves).nonzero().squeeze(1)
         rows, state = rows[staying], rows_of(state, staying)
     return logits_BC, exit_B
 

@@ -144,8 +144,8 @@ class ResNetExits(ExitNetwork):
     def segment(self, n: int, state: State) -> State:
         ends = (-1, *self.exits, self.backbone.num_blocks - 1)
         x = state["x"]
-        for block in self.backbone.blocks[ends[n] + 1 : ends[n + 1] + 1]:
-            x = block(x)
+        for k in range(ends[n] + 1, ends[n + 1] + 1):
+            x = self.backbone.blocks[k](x)
         return {"x": x}
 
     def head(self, n: int, state: State) -> Tensor:
