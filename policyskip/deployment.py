@@ -67,6 +67,7 @@ class Predictor:
     """A policy in front of its network.
 
     Attributes:
+        policy, backbone: what is executed, copies with batch normalisation folded into the convolutions.
         classes: their names.
         image_shape: (3, H, W) that it was trained on.
     """
@@ -79,12 +80,12 @@ class Predictor:
         image_shape: tuple[int, int, int],
         policy_macs: float,
     ) -> None:
-        self.policy = policy.eval()
-        self.backbone = backbone.freeze()
+        self.policy = folded(policy)
+        self.backbone = folded(backbone).freeze()
         self.classes = classes
         self.image_shape = image_shape
         self.policy_macs = policy_macs
-        self.costs: Costs = count_costs(backbone, image_shape)
+        self.costs: Costs = count_costs(self.backbone, image_shape)
 
     @torch.no_grad()
     def predict(self, images: Tensor | np.ndarray, batch_size: int = 256) -> Prediction:

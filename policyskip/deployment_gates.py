@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from policyskip.backbones import checkpoints, count_costs
+from policyskip.backbones.folding import folded
 from policyskip.backbones.gated import GatedNetwork
 from policyskip.deployment import VERSION, Prediction, checked
 from policyskip.errors import UserError
@@ -22,15 +23,15 @@ class GatedPredictor:
     """A network whose gates decide on the way which of its blocks run.
 
     Attributes:
-        network: backbone and gates.
+        network: backbone and gates, a copy with batch normalisation folded into the convolutions.
         classes: their names.
         image_shape: (3, H, W) that it was trained on.
     """
 
     def __init__(self, network: GatedNetwork, classes: list[str], image_shape: tuple[int, int, int]) -> None:
-        self.network = network.freeze()
+        self.network = folded(network).freeze()
         self.classes, self.image_shape = classes, image_shape
-        self.costs = count_costs(network.backbone, image_shape)
+        self.costs = count_costs(self.network.backbone, image_shape)
 
     @torch.no_grad()
     def predict(self, images: Tensor | np.ndarray, batch_size: int = 256) -> Prediction:

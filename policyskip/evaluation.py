@@ -14,6 +14,7 @@ from torch import Tensor
 
 from policyskip.agents.base import Agent
 from policyskip.agents.skipnet import SkipNet
+from policyskip.backbones.folding import folded
 from policyskip.data import Images, sequential
 from policyskip.envs.base import ImageVectorEnv
 
@@ -137,7 +138,7 @@ def evaluate_gates(agent: SkipNet, images: Images, batch_size: int) -> Evaluatio
 
     The full network is the agent's own with all blocks kept and no gates. The reward is −L, the paper's objective.
     """
-    network = agent.network.eval()
+    network = folded(agent.network)
     rows: list[tuple[Tensor, ...]] = []
     for batch in images.stream(sequential(len(images), batch_size)):
         run = network.greedy(batch.images)

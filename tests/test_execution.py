@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from policyskip.backbones import dense, sparse, sparse_many
 from policyskip.backbones.base import Backbone
+from policyskip.backbones.execution import leaders
 from policyskip.backbones.resnet import CifarResNet, TorchvisionResNet
 from tests.conftest import small_backbone
 
@@ -69,6 +70,30 @@ def test_many_decisions_in_one_pass(backbone, images):
         together = sparse_many(backbone, images, keep_SBK)
         apart = torch.stack([sparse(backbone, images, keep_BK) for keep_BK in keep_SBK])
     torch.testing.assert_close(together, apart, **TOLERANCE)
+
+
+def test_what_decisions_have_in_common_is_computed_once(backbone, images):
+    """Image 0: three equal decisions. Image 1: they part at block 2. Image 2: one is alone from block 0 on."""
+    rows = [[] for _ in backbone.blocks]
+    for block, seen in zip(backbone.blocks, rows, strict=True):
+        block.residual.register_forward_hook(lambda module, args, output, seen=seen: seen.append(len(output)))
+    keep_SBK = torch.ones(3, 3, backbone.num_blocks, dtype=torch.bool)
+    keep_SBK[2, 1, 2] = False
+    keep_SBK[1, 2, 0] = False
+    with torch.no_grad():
+        together = sparse_many(backbone, images[:3], keep_SBK)
+        assert rows == [[3], [4], [4], *[[5]] * (backbone.num_blocks - 3)]
+        apart = torch.stack([sparse(backbone, images[:3], keep_BK) for keep_BK in keep_SBK])
+    torch.testing.assert_close(together, apart, **TOLERANCE)
+
+
+def test_leaders_by_hand():
+    keep_SBK = torch.tensor([[[1, 1, 0]], [[1, 0, 0]], [[0, 1, 0]], [[1, 0, 1]]], dtype=torch.bool)  # one image
+    leader_SB, found = torch.zeros(4, 1, dtype=torch.int64), []
+    for keep_SB in keep_SBK.unbind(2):
+        leader_SB = leaders(leader_SB, keep_SB)
+        found.append(leader_SB.flatten().tolist())
+    assert found == [[0, 0, 2, 0], [0, 1, 2, 1], [0, 1, 2, 3]]
 
 
 def test_a_dropped_block_leaves_the_shortcut_without_relu():

@@ -128,7 +128,7 @@ def test_a_skipped_block_is_not_computed_for_that_image():
     env = make(8, backbone=backbone)
     env.reset(seed=0)
     rows: list[list[int]] = [[] for _ in range(K)]
-    for block, seen in zip(backbone.blocks, rows, strict=True):
+    for block, seen in zip(env.executed.blocks, rows, strict=True):
         block.residual.register_forward_hook(lambda module, args, output, seen=seen: seen.append(len(output)))
     keep_BK = torch.zeros(8, K, dtype=torch.bool)
     keep_BK[:, 0] = True

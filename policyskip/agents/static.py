@@ -21,6 +21,7 @@ from torch import Tensor
 
 from policyskip.backbones import Backbone, Costs
 from policyskip.backbones.checkpoints import WEIGHTS
+from policyskip.backbones.folding import folded
 from policyskip.data.base import IN_MEMORY_BYTES, Batch, Images
 from policyskip.errors import UserError
 from policyskip.files import refusing, write
@@ -45,7 +46,7 @@ class SetScorer:
         batch_size: int = 250,
         tell: Callable[[int], object] | None = None,
     ) -> None:
-        self.backbone = backbone
+        self.backbone = folded(backbone)
         self.tell = tell or (lambda spent: None)
         self.count = min(len(images), limit or len(images))
         # Spread over the whole set: folders are sorted by class.

@@ -85,7 +85,10 @@ class Block(nn.Module):
         self.shortcut = shortcut
 
     def forward(self, x: Tensor) -> Tensor:
-        return torch.relu_(self.shortcut(x) + self.residual(x))
+        if torch.is_grad_enabled():
+            return torch.relu_(self.shortcut(x) + self.residual(x))
+        added: Tensor = self.residual(x).add_(self.shortcut(x)).relu_()
+        return added
 
 
 class Backbone(Network):
@@ -131,6 +134,9 @@ class Backbone(Network):
         """Logits (B, C) of images (B, 3, H, W). ``keep_BK`` (bool; default: all kept) says which blocks run."""
         from policyskip.backbones.execution import dense
 
-        if keep_BK is None:
-            keep_BK = torch.ones(len(images), self.num_blocks, dtype=torch.bool, device=images.device)
-        return dense(self, images, keep_BK)
+        if keep_BK is not None:
+            return dense(self, images, keep_BK)
+        x = self.features(images)
+        for block in self.blocks:
+            x = block(x)
+        return self.head(x)

@@ -40,25 +40,48 @@ def dense(backbone: Backbone, images: Tensor, keep_BK: Tensor) -> Tensor:
 def sparse(backbone: Backbone, images: Tensor, keep_BK: Tensor) -> Tensor:
     """Logits (B, C) with each block computed for the images that keep it, and for no others."""
     check_keep(backbone, images, keep_BK)
-    return _run_blocks(backbone, backbone.features(images), keep_BK)
-
-
-def sparse_many(backbone: Backbone, images: Tensor, keep_SBK: Tensor) -> Tensor:
-    """Logits (S, B, C) of S decisions for each image in one pass; the stem runs once for each image."""
-    S, B, K = keep_SBK.shape
-    check_keep(backbone, images, keep_SBK[0])
+    keep_KB = keep_BK.T.cpu()  # one transfer; finding the rows block by block would stop the device K times
+    rows_K = keep_KB.nonzero()[:, 1].to(images.device).split(keep_KB.sum(1).tolist())
     x = backbone.features(images)
-    x = torch.cat([x] * S)  # keeps the memory format, which expand and reshape lose
-    return _run_blocks(backbone, x, keep_SBK.reshape(S * B, K)).view(S, B, -1)
-
-
-def _run_blocks(backbone: Backbone, x: Tensor, keep_BK: Tensor) -> Tensor:
-    """Features (B, …), owned by the caller and overwritten where no gradient needs them, to logits (B, C)."""
-    # One transfer for the whole matrix; finding the rows block by block would stop the device K times.
-    rows_K = [keep_B.nonzero().squeeze(1).to(x.device) for keep_B in keep_BK.cpu().unbind(1)]
     for block, rows in zip(backbone.blocks, rows_K, strict=True):
         x = run_block(block, x, rows)
     return backbone.head(x)
+
+
+def sparse_many(backbone: Backbone, images: Tensor, keep_SBK: Tensor) -> Tensor:
+    """Logits (S, B, C) of S decisions for each image in one pass.
+
+    What an image's decisions have in common up to some block is computed once: the rows of the features are the
+    beginnings of decisions that differ, and a row is copied where the decisions that share it part.
+    """
+    S, B, _ = keep_SBK.shape
+    check_keep(backbone, images, keep_SBK[0])
+    if S == 1:
+        return sparse(backbone, images, keep_SBK[0]).unsqueeze(0)
+    x = backbone.features(images)
+    leader_SB, row_SB = torch.zeros(S, B, dtype=torch.int64), torch.arange(B).expand(S, B)
+    for block, keep_SB in zip(backbone.blocks, keep_SBK.cpu().unbind(2), strict=True):
+        before_SB, leader_SB = leader_SB, leaders(leader_SB, keep_SB)
+        leads_SB = leader_SB == torch.arange(S).unsqueeze(1)
+        parts_SB = leads_SB & (before_SB != leader_SB)
+        parents = row_SB[parts_SB]
+        if len(parents):
+            row_SB = row_SB.masked_scatter(parts_SB, torch.arange(len(x), len(x) + len(parents)))
+            x = torch.cat([x, x[parents.to(x.device)]])
+        row_SB = row_SB.gather(0, leader_SB)
+        x = run_block(block, x, row_SB[leads_SB & keep_SB].to(x.device))
+    return backbone.head(x)[row_SB.to(x.device)]
+
+
+def leaders(leader_SB: Tensor, keep_SB: Tensor) -> Tensor:
+    """Of each decision the first one of its image that has begun in the same way, one block further; int64 (S, B).
+
+    Args:
+        leader_SB: the same up to the block before; zeros, before the first block.
+        keep_SB: bool, what each does at this block. Who had a leader in common and does the same has one in common.
+    """
+    alike_SSB = (leader_SB.unsqueeze(1) == leader_SB) & (keep_SB.unsqueeze(1) == keep_SB)
+    return alike_SSB.to(torch.uint8).argmax(1)  # the first of equals
 
 
 def run_block(block: Block, x: Tensor, rows: Tensor) -> Tensor:
@@ -73,5 +96,8 @@ def run_block(block: Block, x: Tensor, rows: Tensor) -> Tensor:
     shortcut = block.shortcut(x)
     if len(rows) == 0:
         return shortcut
-    kept = torch.relu_(shortcut[rows] + block.residual(x[rows]))
-    return shortcut.index_copy(0, rows, kept) if torch.is_grad_enabled() else shortcut.index_copy_(0, rows, kept)
+    taken = x[rows]
+    own = taken if shortcut is x else shortcut[rows]
+    if torch.is_grad_enabled():
+        return shortcut.index_copy(0, rows, torch.relu(own + block.residual(taken)))
+    return shortcut.index_copy_(0, rows, block.residual(taken).add_(own).relu_())

@@ -6,6 +6,7 @@ import copy
 from itertools import pairwise
 from typing import TypeVar
 
+import torch
 from torch import nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
@@ -15,10 +16,11 @@ AnyModule = TypeVar("AnyModule", bound=nn.Module)
 def folded(network: AnyModule) -> AnyModule:
     """A frozen copy that gives the same logits to rounding, with less to compute and to move through memory.
 
-    A batch normalisation that follows a convolution in an ``nn.Sequential`` disappears into its weights, and a ReLU
-    behind the two writes over its input. The copy is for executing, not for saving: its hash is another.
+    A batch normalisation that follows a convolution in an ``nn.Sequential`` disappears into its weights, a ReLU
+    behind the two writes over its input, and convolutions want their channels last. The copy is for executing, not for
+    saving: its hash is another.
     """
-    network = copy.deepcopy(network).eval().requires_grad_(False)
+    network = copy.deepcopy(network).eval().requires_grad_(False).to(memory_format=torch.channels_last)
     for module in [m for m in network.modules() if isinstance(m, nn.Sequential)]:
         layers, gone = dict(module.named_children()), set()
         for name, after in pairwise(list(layers)):

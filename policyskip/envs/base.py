@@ -16,6 +16,7 @@ from torch import Tensor
 
 from policyskip.backbones import Backbone, count_costs, load
 from policyskip.backbones.execution import sparse_many
+from policyskip.backbones.folding import folded
 from policyskip.data import Feed, Images, Order, load_data
 from policyskip.rewards import Outcome, Reward, Utilization, reward_of
 
@@ -65,6 +66,7 @@ class ImageVectorEnv(VectorEnv[Tensor, Tensor, Tensor]):
             images = load_data(data, torch.device(device or backbone.mean.device)).split(split)
         self.num_envs = num_envs
         self.backbone = backbone.freeze()
+        self.executed = folded(self.backbone)  # what is executed
         self.device = backbone.mean.device
         self.reward = reward if reward is not None else Utilization()
         self.feed = Feed(images, num_envs, order, seed)
@@ -121,7 +123,7 @@ class ImageVectorEnv(VectorEnv[Tensor, Tensor, Tensor]):
         keep_SBK = keep if keep.dim() == 3 else keep.unsqueeze(0)
         part = max(1, PIXELS_AT_ONCE // (len(keep_SBK) * images[0, 0].numel())) if len(images) else 1
         parts = zip(images.split(part), keep_SBK.split(part, dim=1), strict=True)
-        logits_BC = torch.cat([sparse_many(self.backbone, *both) for both in parts], dim=1).flatten(0, 1)
+        logits_BC = torch.cat([sparse_many(self.executed, *both) for both in parts], dim=1).flatten(0, 1)
         return self._outcome(logits_BC, label_B.repeat(len(keep_SBK)), keep_SBK.flatten(0, 1))
 
     def _outcome(self, logits_BC: Tensor, label_B: Tensor, keep_BK: Tensor) -> Outcome:

@@ -73,7 +73,7 @@ class LayerSkipVectorEnv(ImageVectorEnv):
     @torch.no_grad()
     def _begin(self) -> None:
         images = self.feed.batch.images
-        self._features = self.backbone.features(images)
+        self._features = self.executed.features(images)
         self._kept_BK = torch.zeros(len(images), self.num_blocks, dtype=torch.bool, device=self.device)
         self._enter(0)
 
@@ -91,12 +91,12 @@ class LayerSkipVectorEnv(ImageVectorEnv):
         # Found on the CPU, where SB3's actions are: finding rows on the device would stop it.
         rows = keep_B.cpu().nonzero().squeeze(1).to(self.device)
         self._kept_BK[:, self.block] = keep_B.to(self.device)
-        self._features = run_block(self.backbone.blocks[self.block], self._features, rows)
+        self._features = run_block(self.executed.blocks[self.block], self._features, rows)
         if self.block < self.num_blocks - 1:
             self._enter(self.block + 1)
             nothing_B = torch.zeros(len(keep_B), device=self.device)
             return self.observation, nothing_B, nothing_B.bool(), nothing_B.bool(), {}
-        logits_BC = self.backbone.head(self._features)
+        logits_BC = self.executed.head(self._features)
         self.outcome = self._outcome(logits_BC, self.feed.batch.label_B, self._kept_BK)
         reward_B, over_B, info = self._end(self.outcome)
         return self.advance(), reward_B, over_B, ~over_B, info
