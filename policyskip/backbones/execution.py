@@ -58,7 +58,7 @@ def sparse_many(backbone: Backbone, images: Tensor, keep_SBK: Tensor) -> Tensor:
     check_keep(backbone, images, keep_SBK[0])
     if S == 1:
         return sparse(backbone, images, keep_SBK[0]).unsqueeze(0)
-    x = backbone.features(images)
+    x, room = backbone.features(images), None
     leader_SB, row_SB = torch.zeros(S, B, dtype=torch.int64), torch.arange(B).expand(S, B)
     for block, keep_SB in zip(backbone.blocks, keep_SBK.cpu().unbind(2), strict=True):
         before_SB, leader_SB = leader_SB, leaders(leader_SB, keep_SB)
@@ -67,7 +67,7 @@ def sparse_many(backbone: Backbone, images: Tensor, keep_SBK: Tensor) -> Tensor:
         parents = row_SB[parts_SB]
         if len(parents):
             row_SB = row_SB.masked_scatter(parts_SB, torch.arange(len(x), len(x) + len(parents)))
-            x = torch.cat([x, x[parents.to(x.device)]])
+            x, room = append(x, parents.to(x.device), room, S * B)
         row_SB = row_SB.gather(0, leader_SB)
         x = run_block(block, x, row_SB[leads_SB & keep_SB].to(x.device))
     return backbone.head(x)[row_SB.to(x.device)]
@@ -84,6 +84,24 @@ def leaders(leader_SB: Tensor, keep_SB: Tensor) -> Tensor:
     return alike_SSB.to(torch.uint8).argmax(1)  # the first of equals
 
 
+def append(x: Tensor, rows: Tensor, room: Tensor | None, capacity: int) -> tuple[Tensor, Tensor | None]:
+    """Features (U, …) and, behind them, copies of the rows int64 (V,): (U + V, …).
+
+    Args:
+        room: a tensor of ``capacity`` rows of which x may be the first; where it is not, or None, there is a new one. So
+            that features that grow block by block are copied once, and not at every block. Not used with gradients.
+
+    Returns: the features, and the room that they are in.
+    """
+    if torch.is_grad_enabled():
+        return torch.cat([x, take(x, rows)]), None
+    if room is None or room.data_ptr() != x.data_ptr():
+        room = torch.empty((capacity, *x.shape[1:]), dtype=x.dtype, device=x.device).to(memory_format=_format(x))
+        room[: len(x)] = x
+    room[len(x) : len(x) + len(rows)] = take(x, rows)
+    return room[: len(x) + len(rows)], room
+
+
 def run_block(block: Block, x: Tensor, rows: Tensor) -> Tensor:
     """Features (B, …) after one block that runs for the images in ``rows``, and for no others.
 
@@ -96,8 +114,20 @@ def run_block(block: Block, x: Tensor, rows: Tensor) -> Tensor:
     shortcut = block.shortcut(x)
     if len(rows) == 0:
         return shortcut
-    taken = x[rows]
-    own = taken if shortcut is x else shortcut[rows]
+    taken = take(x, rows)
+    own = taken if shortcut is x else take(shortcut, rows)
     if torch.is_grad_enabled():
         return shortcut.index_copy(0, rows, torch.relu(own + block.residual(taken)))
     return shortcut.index_copy_(0, rows, block.residual(taken).add_(own).relu_())
+
+
+def take(x: Tensor, rows: Tensor) -> Tensor:
+    """Rows of features (B, C, H, W), in their memory format; where it is channels last, image by image in one piece."""
+    if _format(x) is torch.contiguous_format:
+        return x.index_select(0, rows)
+    return x.permute(0, 2, 3, 1).index_select(0, rows).permute(0, 3, 1, 2)
+
+
+def _format(x: Tensor) -> torch.memory_format:
+    last = x.dim() == 4 and x.is_contiguous(memory_format=torch.channels_last) and not x.is_contiguous()
+    return torch.channels_last if last else torch.contiguous_format

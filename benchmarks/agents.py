@@ -1,0 +1,113 @@
+"""All agents on digits in one table: three seeds each, test split, the best fixed choice of equal cost beside them.
+
+    python benchmarks/agents.py [name …]      (default: all of them; an hour on two cores)
+
+Runs go into runs/benchmark-<name>-<seed>; one that is there and finished is not trained again. Writes a row for each to
+benchmarks/results/agents.csv (rows of others stay), and prints the table.
+"""
+
+from __future__ import annotations
+
+import csv
+import json
+import statistics
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+from scipy.stats import t as student
+
+RESULTS = Path(__file__).parent / "results" / "agents.csv"
+SEEDS = (0, 1, 2)
+AGENTS = {
+    "blockdrop": "agent=blockdrop",
+    "ppo": "agent=ppo",
+    "a2c": "agent=a2c",
+    "skipnet": "agent=skipnet",
+    "ppo-layer_skip": "agent=ppo env=layer_skip",
+    "a2c-layer_skip": "agent=a2c env=layer_skip",
+    "dqn-layer_skip": "agent=dqn env=layer_skip",
+    "ppo-early_exit": "agent=ppo env=early_exit",
+    "a2c-early_exit": "agent=a2c env=early_exit",
+    "dqn-early_exit": "agent=dqn env=early_exit",
+    "branchynet": "agent=branchynet",
+    "msdnet": "agent=msdnet",
+    "cdl": "agent=cdl",
+    "distiller": "agent=distiller",
+    "random": "agent=random",
+    "full": "agent=full",
+    "first": "agent=first",
+    "distributed": "agent=distributed",
+    "best_static": "agent=best_static",
+    "oracle": "agent=oracle",
+}
+"""By the name of its row: how it is trained."""
+NO_CHANCE = ("full", "first", "distributed", "best_static", "oracle")
+"""Nothing is drawn: one run says all."""
+FIGURES = (
+    *("accuracy", "full_accuracy", "macs_fraction", "policy_macs", "full_macs", "unique_decisions"),
+    *("static_accuracy", "static_margin", "static_margin_ci95"),
+)
+
+
+def run(name: str, seed: int) -> dict[str, str]:
+    """Train once, unless it was done before; the run's row."""
+    folder = Path("runs") / f"benchmark-{name}-{seed}"
+    if not (folder / "summary.json").exists():
+        arguments = [*AGENTS[name].split(), f"seed={seed}", f"run.dir={folder}", "tracking=none"]
+        subprocess.run([sys.executable, "-m", "policyskip", "train", *arguments], check=True)
+    summary = json.loads((folder / "summary.json").read_text())
+    row = {"name": name, "env": summary["env"], "seed": str(seed), "steps": str(summary["steps"])}
+    row["seconds"] = str(summary["seconds"])
+    return row | {figure: f"{summary[f'test/{figure}']:.6g}" for figure in FIGURES}
+
+
+def cell(rows: list[dict[str, str]], figure: str, scale: float = 1, digits: int = 2, sign: str = "") -> str:
+    """Mean over seeds, and half the 95 % interval of it (Student's t) where there are several."""
+    values = [scale * float(row[figure]) for row in rows]
+    mean = f"{statistics.mean(values):{sign}.{digits}f}"
+    if len(values) < 2:
+        return mean
+    half = student.ppf(0.975, len(values) - 1) * statistics.stdev(values) / len(values) ** 0.5
+    return f"{mean} ± {half:.{digits}f}"
+
+
+def table(rows: list[dict[str, str]]) -> str:
+    """Every agent's figures, in Markdown."""
+    lines = [
+        "| agent | environment | its network, whole | accuracy | MACs, its own in | best fixed choice, equal cost "
+        "| margin | distinct decisions | seconds |",
+        "|---|---|---|---|---|---|---|---|---|",
+    ]
+    for name in AGENTS:
+        mine: list[dict[str, Any]] = [row for row in rows if row["name"] == name]
+        if mine:
+            cells = [name.split("-")[0] + (" (sees the label)" if name == "oracle" else ""), mine[0]["env"]]
+            cells += [cell(mine, "full_accuracy", 100), cell(mine, "accuracy", 100), cell(mine, "macs_fraction")]
+            cells += [cell(mine, "static_accuracy", 100), cell(mine, "static_margin", 100, sign="+")]
+            cells += [", ".join(row["unique_decisions"] for row in mine), cell(mine, "seconds", digits=0)]
+            lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def main() -> None:
+    names = sys.argv[1:] or list(AGENTS)
+    unknown = [name for name in names if name not in AGENTS]
+    if unknown:
+        sys.exit(f"there is no agent {unknown[0]} here; there are {', '.join(AGENTS)}")
+    for name in names:
+        for seed in (0,) if name in NO_CHANCE else SEEDS:
+            row = run(name, seed)
+            known = list(csv.DictReader(RESULTS.open())) if RESULTS.exists() else []
+            rows = [other for other in known if (other["name"], other["seed"]) != (name, str(seed))] + [row]
+            RESULTS.parent.mkdir(exist_ok=True)
+            with RESULTS.open("w", newline="") as file:
+                writer = csv.DictWriter(file, fieldnames=list(row))
+                writer.writeheader()
+                writer.writerows(rows)
+    print(table(list(csv.DictReader(RESULTS.open()))))
+
+
+if __name__ == "__main__":
+    main()
