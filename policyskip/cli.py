@@ -15,6 +15,7 @@ policyskip: decide for each image how much of a network to run.
   policyskip pretrain                 train a network whose blocks can be skipped
   policyskip evaluate run=runs/x      repeat a run's figures from its folder
   policyskip calibrate run=runs/x     other exit thresholds, for an accuracy or a budget
+  policyskip profile                  measure where a network's time goes, and what a run really saves
   policyskip front                    search the best fixed keep-sets of a network
 
 Arguments are key=value, as in `policyskip train reward.penalty=2 seed=1`. `policyskip train --help` shows the
@@ -228,11 +229,37 @@ def front(config: Any) -> int:
     return 0
 
 
+def profile(config: Any) -> int:
+    """Where a network's time goes on this device, and with a run, what its decisions really save."""
+    from pathlib import Path
+
+    from policyskip.config import ProfileSettings, build_backbone, build_data, find_device, group_of, plain, settings_of
+    from policyskip.errors import UserError
+    from policyskip.runs import open_run
+    from policyskip.tasks import speed
+
+    asked = settings_of(config, ProfileSettings)
+    device, content = find_device(asked.device), plain(config)
+    if asked.run is None:
+        data, _ = build_data(group_of(content, "data"), device)
+        backbone = build_backbone(group_of(content, "backbone"), data, device)
+        path = Path(asked.output or f"profile-{backbone.name}.json")
+        return speed.of_network(backbone, data.image_shape, asked.batch_sizes, asked.repeats, path)
+    run = open_run(asked.run)
+    groups = [change for change in _changes() if change.startswith(("data", "backbone"))]
+    if groups:
+        raise UserError(f"a run has its own data and network; {groups[0]} has no effect beside run=")
+    setup = _setup_of(run, asked.device, asked.trust)
+    path = Path(asked.output) if asked.output else run.folder / "profile.json"
+    return speed.of_run(setup, run, asked.batch_sizes, asked.repeats, asked.images, path)
+
+
 COMMANDS: dict[str, Callable[[Any], int]] = {
     "train": train,
     "pretrain": pretrain,
     "evaluate": evaluate,
     "calibrate": calibrate,
+    "profile": profile,
     "front": front,
 }
 EXIT_BAD_INPUT, EXIT_INTERRUPTED = 2, 130

@@ -114,6 +114,18 @@ class EvaluateSettings(_Section):
     trust: bool
 
 
+class ProfileSettings(_Section):
+    """Those of ``profile``."""
+
+    run: str | None
+    trust: bool
+    batch_sizes: Annotated[list[PositiveInt], Field(min_length=1)]
+    repeats: PositiveInt
+    images: PositiveInt
+    device: str
+    output: str | None
+
+
 GROUPS = {
     "data": "policyskip.data",
     "backbone": "policyskip.backbones",

@@ -36,6 +36,7 @@ from policyskip.backbones.folding import folded
 from policyskip.errors import UserError
 from policyskip.exits.rules import check_thresholds, decisions_at
 from policyskip.memory import hold
+from policyskip.profiling import device_name
 from policyskip.runs import Run, open_run
 
 if TYPE_CHECKING:
@@ -68,6 +69,8 @@ class Predictor:
 
     Attributes:
         policy, backbone: what is executed, copies with batch normalisation folded into the convolutions.
+        plan: by batch size, for each block the share of a batch above which it is computed for all (``profiling.py``);
+            empty: only images that keep a block are computed in it.
         classes: their names.
         image_shape: (3, H, W) that it was trained on.
     """
@@ -86,6 +89,7 @@ class Predictor:
         self.image_shape = image_shape
         self.policy_macs = policy_macs
         self.costs: Costs = count_costs(self.backbone, image_shape)
+        self.plan: dict[int, list[float]] = {}
 
     @torch.no_grad()
     def predict(self, images: Tensor | np.ndarray, batch_size: int = 256) -> Prediction:
@@ -100,9 +104,13 @@ class Predictor:
         """
         images = checked(images, self.image_shape)
         parts = images.to(self.backbone.mean.device).split(batch_size)
-        runs = [self.policy.run(self.backbone, part) for part in parts]
+        runs = [self.policy.run(self.backbone, part, self.plan_for(len(part))) for part in parts]
         logits_BC, keep_BK = (torch.cat(column) for column in zip(*runs, strict=True))
         return Prediction(logits_BC.argmax(1), logits_BC, keep_BK, self.costs.of(keep_BK) + self.policy_macs)
+
+    def plan_for(self, batch: int) -> list[float] | None:
+        """The plan of the nearest batch size that was measured; None without a plan."""
+        return self.plan[min(self.plan, key=lambda size: abs(size - batch))] if self.plan else None
 
 
 @dataclass(frozen=True)
@@ -312,7 +320,25 @@ def load(
             f"but {config['checkpoint']} is {network.content_hash()}"
         )
     network = network.to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
-    return Predictor(policy.to(device), network, classes, image_shape, policy_macs)
+    predictor = Predictor(policy.to(device), network, classes, image_shape, policy_macs)
+    predictor.plan = _plan(folder, expected, network)
+    return predictor
+
+
+def _plan(run: Run, network_hash: str, network: Backbone) -> dict[int, list[float]]:
+    """What ``policyskip profile run=…`` found, if it was for this network on this kind of device; otherwise nothing."""
+    if not (run.folder / "profile.json").is_file():
+        return {}
+    content = run.load_json("profile.json")
+    try:
+        if (content["hash"], content["device"]) != (network_hash, device_name(network.mean.device)):
+            return {}
+        plan = {
+            int(size): [float(share) for share in times["break_even"]] for size, times in content["batches"].items()
+        }
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise UserError(f"{run.folder / 'profile.json'} is damaged; `policyskip profile run=` makes it anew") from error
+    return {size: shares for size, shares in plan.items() if len(shares) == network.num_blocks}
 
 
 def load_weights(policy: Policy, run: Run) -> None:

@@ -13,6 +13,7 @@ import numpy as np
 import torch
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
+from matplotlib.ticker import ScalarFormatter
 
 from policyskip.data import Images
 from policyskip.evaluation import Evaluation
@@ -204,3 +205,29 @@ def all_plots(
     if result.difficulty_N is not None:
         pictures.append(kept_by_difficulty(result, folder / "kept_by_difficulty.png"))
     return pictures
+
+
+def profile(content: dict[str, Any], path: Path) -> Path:
+    """Each block's time at every batch size, and its share of MACs beside its share of time."""
+    figure = figure_of(10, 3.8)
+    left, right = figure.subplots(1, 2)
+    macs = np.array(content["macs"]["blocks"])
+    place = np.arange(len(macs))
+    shades = np.linspace(0.9, 0.35, len(content["batches"]))
+    for (batch, times), shade in zip(content["batches"].items(), shades, strict=True):
+        kept = np.array(times["kept_ms"])
+        left.plot(place, 1000 * kept, marker="o", markersize=3, color=KEPT, alpha=shade, label=f"batch {batch}")
+        right.plot(place, kept / kept.sum(), marker="o", markersize=3, color=KEPT, alpha=shade, label=f"batch {batch}")
+    right.plot(place, macs / macs.sum(), color=STATIC, linestyle="--", label="of the MACs")
+    left.set(title="time of a block that runs", xlabel="block", ylabel="microseconds an image", yscale="log")
+    for axis in (left.yaxis.set_major_formatter, left.yaxis.set_minor_formatter):
+        axis(ScalarFormatter())
+    right.set(title="share of all blocks", xlabel="block", ylim=(0, None))
+    for axes in (left, right):
+        axes.grid(alpha=0.25)
+        axes.legend(fontsize=8)
+    caption = (
+        f"{content['network']} on {content['device']}: what each block takes, and whether MACs tell. "
+        "Where the lines on the right differ, skipping a block saves more or less time than it saves MACs."
+    )
+    return save(figure, caption, path)

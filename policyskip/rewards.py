@@ -8,8 +8,12 @@ Shapes: B decisions (one for each image, or S for each image laid end to end), K
 
 from __future__ import annotations
 
+import json
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol, runtime_checkable
 
 import torch
 import torch.nn.functional as F
@@ -52,6 +56,23 @@ class Outcome:
 Reward = Callable[[Outcome], Tensor]
 
 
+@runtime_checkable
+class Adaptive(Protocol):
+    """What a reward has besides, if it moves while an agent learns, as :class:`Budget` does."""
+
+    def adapt(self, figures: dict[str, float]) -> dict[str, float]:
+        """Move by what an update says of its decisions (``macs_fraction``, …); what is logged of it."""
+        ...
+
+    def standing(self, figures: dict[str, float]) -> float:
+        """By what weights are chosen on validation, in the reward's place."""
+        ...
+
+    def state_dict(self) -> dict[str, float]: ...
+
+    def load_state_dict(self, state: dict[str, float]) -> None: ...
+
+
 @dataclass(frozen=True)
 class Utilization:
     """BlockDrop's reward (Wu et al. 2018): ``1 - (|u|/K)²`` when correct, ``-penalty`` when not."""
@@ -85,6 +106,95 @@ class Linear:
         return -loss - self.weight * outcome.macs_fraction_B
 
 
+class Latency:
+    """Utilization with the share of measured time in place of the share of blocks.
+
+    The time of a decision is that of stem and head, of the blocks that run, and of the shortcuts of those that do not.
+
+    Args:
+        table: file that ``policyskip profile`` wrote.
+        penalty: of a wrong answer.
+        batch_size: whose times; None: the largest in the table.
+
+    Raises:
+        UserError: no such table or batch size in it.
+    """
+
+    def __init__(self, table: str, penalty: float = 1.0, batch_size: int | None = None) -> None:
+        try:
+            batches = json.loads(Path(table).read_text(encoding="utf-8"))["batches"]
+            size = str(max(map(int, batches)) if batch_size is None else batch_size)
+            if size not in batches:
+                raise UserError(f"{table} has no times for batches of {size}; it has {', '.join(batches)}")
+            times = batches[size]
+            self.always_ms = float(times["always_ms"])
+            self.kept_ms_K, self.dropped_ms_K = (
+                torch.tensor(times[key], dtype=torch.float64) for key in ("kept_ms", "dropped_ms")
+            )
+            if self.kept_ms_K.dim() != 1 or self.kept_ms_K.shape != self.dropped_ms_K.shape:
+                raise ValueError("kept_ms and dropped_ms must be two lists of one length")
+        except OSError as error:
+            hint = f"`policyskip profile output={table}` makes it"
+            raise UserError(f"reward.table={table} cannot be read; {hint}") from error
+        except (KeyError, TypeError, ValueError, AttributeError) as error:
+            raise UserError(f"{table} is no table of `policyskip profile`: {error}") from error
+        self.penalty = penalty
+
+    def milliseconds(self, keep_BK: Tensor) -> Tensor:
+        """What each decision takes for one image, float64 (B,)."""
+        kept_ms_K, dropped_ms_K = self.kept_ms_K.to(keep_BK.device), self.dropped_ms_K.to(keep_BK.device)
+        if keep_BK.shape[1] != len(kept_ms_K):
+            raise UserError(f"the table of reward=latency has {len(kept_ms_K)} blocks, the network {keep_BK.shape[1]}")
+        return self.always_ms + dropped_ms_K.sum() + keep_BK.double() @ (kept_ms_K - dropped_ms_K)
+
+    def __call__(self, outcome: Outcome) -> Tensor:
+        whole = self.milliseconds(torch.ones_like(outcome.keep_BK[:1]))
+        used = (self.milliseconds(outcome.keep_BK) / whole).float()
+        return torch.where(outcome.correct_B, 1 - used**2, torch.full_like(used, -self.penalty))
+
+
+class Budget:
+    """1 if right, minus a multiplier times the share of MACs: the multiplier moves until the mean share is ``target``.
+
+    A constrained problem, the highest accuracy at a mean cost, by its Lagrangian: after each update the training loop
+    calls :meth:`adapt`, and ``multiplier ← multiplier · exp(rate · (share − target))``.
+
+    Args:
+        target: mean share of the whole network's MACs, the policy's own included, in (0, 1).
+        rate: how fast the multiplier moves.
+        multiplier: where it starts.
+
+    Raises:
+        UserError: ``target`` is not between 0 and 1, or the others are not positive.
+    """
+
+    def __init__(self, target: float, rate: float = 0.3, multiplier: float = 0.2) -> None:
+        if not 0 < target < 1 or rate <= 0 or multiplier <= 0:
+            raise UserError(
+                f"reward.target must be between 0 and 1, reward.rate and reward.multiplier positive; "
+                f"got {target}, {rate} and {multiplier}"
+            )
+        self.target, self.rate, self.multiplier = target, rate, multiplier
+
+    def __call__(self, outcome: Outcome) -> Tensor:
+        return outcome.correct_B.float() - self.multiplier * outcome.macs_fraction_B
+
+    def adapt(self, figures: dict[str, float]) -> dict[str, float]:
+        """Move the multiplier; ``figures`` may be silent about the cost, where no episode has ended yet."""
+        self.multiplier *= math.exp(self.rate * (figures.get("macs_fraction", self.target) - self.target))
+        return {"multiplier": self.multiplier}
+
+    def standing(self, figures: dict[str, float]) -> float:
+        """Accuracy, less 10 for each whole share that the cost is off the target by, beyond half a hundredth."""
+        return figures["accuracy"] - 10 * max(0.0, abs(figures["macs_fraction"] - self.target) - 0.005)
+
+    def state_dict(self) -> dict[str, float]:
+        return {"multiplier": self.multiplier}
+
+    def load_state_dict(self, state: dict[str, float]) -> None:
+        self.multiplier = state["multiplier"]
+
+
 def reward_of(reward: Reward, outcome: Outcome) -> Tensor:
     """``reward(outcome)``, refused unless it is a finite float tensor (B,).
 
@@ -94,6 +204,8 @@ def reward_of(reward: Reward, outcome: Outcome) -> Tensor:
     name = getattr(reward, "__name__", type(reward).__name__)
     try:
         reward_B = reward(outcome)
+    except UserError:
+        raise
     except Exception as error:
         raise UserError(f"the reward {name} raised {type(error).__name__}: {error}") from error
     expected = tuple(outcome.correct_B.shape)

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from policyskip.errors import UserError
 from policyskip.memory import give_back
+from policyskip.rewards import Adaptive
 from policyskip.runs import Run
 from policyskip.tracking import Tracker
 
@@ -78,12 +79,15 @@ def train(
             f"got {steps}, {validate_every} and {log_every}"
         )
     step, best, elapsed, window = 0, float("-inf"), 0.0, []
+    reward = getattr(source, "reward", None)
     if resume:
         state = run.load_checkpoint()
         try:
             step, best, elapsed, window = state["step"], state["best"], state["seconds"], state["window"]
             learner.load_state_dict(state["learner"])
             source.seek(state["cursor"])
+            if isinstance(reward, Adaptive):
+                reward.load_state_dict(state["reward"])
         except (KeyError, TypeError, ValueError, RuntimeError, AttributeError) as error:
             reason = " ".join(str(error).split())[:200]
             raise UserError(f"{run.folder / 'checkpoint.pt'} is damaged or not ours: {reason}") from error
@@ -99,12 +103,15 @@ def train(
                 "window": window,
                 "cursor": source.cursor,
                 "learner": learner.state_dict(),
+                "reward": reward.state_dict() if isinstance(reward, Adaptive) else {},
             }
         )
 
     with _stop_requests() as stop_asked, _progress(steps, step) as show:
         while step < steps:
             window.append(learner.update(source))
+            if isinstance(reward, Adaptive):
+                window[-1] |= reward.adapt(window[-1])
             step += 1
             show(step, window[-1])
             if step % log_every == 0 or step == steps:

@@ -214,6 +214,7 @@ class BlockDrop(Agent):
         return metrics | {
             "loss": loss.item(),
             "kept": greedy_BK.sum(1).float().mean().item(),
+            "macs_fraction": (env.costs.of(greedy_BK).mean().item() + self.decision_macs) / env.costs.full,
             "entropy": bernoulli_entropy(probability_BK).mean().item(),
             "free_blocks": float(self.policy.free_K.sum()),
             "lr": float(self.schedule.get_last_lr()[0]),

@@ -103,7 +103,9 @@ class BlockPolicy(GreedyPolicy):
         self.layers = perceptron(width + num_blocks, net_arch, 2)
         self.register_buffer("block_KK", torch.eye(num_blocks), persistent=False)
 
-    def run(self, backbone: Backbone, images: Tensor) -> tuple[Tensor, Tensor]:
+    def run(
+        self, backbone: Backbone, images: Tensor, break_even_K: Sequence[float] | None = None
+    ) -> tuple[Tensor, Tensor]:
         """Decide block after block; a block is computed for the images that run it, and for no others."""
         x, keep = backbone.features(images), []
         for block, block_K in zip(backbone.blocks, self.block_KK, strict=True):

@@ -11,6 +11,8 @@ Shapes: B images, B' of them that keep a block, K blocks, S decisions per image,
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -37,15 +39,27 @@ def dense(backbone: Backbone, images: Tensor, keep_BK: Tensor) -> Tensor:
     return backbone.head(x)
 
 
-def sparse(backbone: Backbone, images: Tensor, keep_BK: Tensor) -> Tensor:
-    """Logits (B, C) with each block computed for the images that keep it, and for no others."""
+def sparse(backbone: Backbone, images: Tensor, keep_BK: Tensor, break_even_K: Sequence[float] | None = None) -> Tensor:
+    """Logits (B, C) with each block computed for the images that keep it, and for no others.
+
+    Args:
+        break_even_K: for each block the share of the batch above which it is computed for all images after all, because
+            that is faster (see ``profiling.py``). None: never.
+    """
     check_keep(backbone, images, keep_BK)
     keep_KB = keep_BK.T.cpu()  # one transfer; finding the rows block by block would stop the device K times
-    rows_K = keep_KB.nonzero()[:, 1].to(images.device).split(keep_KB.sum(1).tolist())
+    rows_K = _rows(keep_KB, images.device)
+    rest_K = rows_K if break_even_K is None else _rows(~keep_KB, images.device)
     x = backbone.features(images)
-    for block, rows in zip(backbone.blocks, rows_K, strict=True):
-        x = run_block(block, x, rows)
+    most_K = break_even_K or [1.0] * len(rows_K)
+    for block, rows, rest, most in zip(backbone.blocks, rows_K, rest_K, most_K, strict=True):
+        x = run_block(block, x, rows) if len(rows) <= most * len(x) else run_most(block, x, rest)
     return backbone.head(x)
+
+
+def _rows(which_KB: Tensor, device: torch.device) -> tuple[Tensor, ...]:
+    """For each block the places, int64 (B',), where bool (K, B) says so."""
+    return which_KB.nonzero()[:, 1].to(device).split(which_KB.sum(1).tolist())
 
 
 def sparse_many(backbone: Backbone, images: Tensor, keep_SBK: Tensor) -> Tensor:
@@ -88,8 +102,8 @@ def append(x: Tensor, rows: Tensor, room: Tensor | None, capacity: int) -> tuple
     """Features (U, …) and, behind them, copies of the rows int64 (V,): (U + V, …).
 
     Args:
-        room: a tensor of ``capacity`` rows of which x may be the first; where it is not, or None, there is a new one. So
-            that features that grow block by block are copied once, and not at every block. Not used with gradients.
+        room: a tensor of ``capacity`` rows of which x may be the first; where it is not, or None, there is a new one.
+            So features that grow block by block are copied once, and not at every block. Not used with gradients.
 
     Returns: the features, and the room that they are in.
     """
@@ -119,6 +133,15 @@ def run_block(block: Block, x: Tensor, rows: Tensor) -> Tensor:
     if torch.is_grad_enabled():
         return shortcut.index_copy(0, rows, torch.relu(own + block.residual(taken)))
     return shortcut.index_copy_(0, rows, block.residual(taken).add_(own).relu_())
+
+
+def run_most(block: Block, x: Tensor, rest: Tensor) -> Tensor:
+    """What :func:`run_block` gives, with the block computed for all images; ``rest``, int64, are those that drop it."""
+    everything = block(x)
+    dropped = take(block.shortcut(x), rest)
+    if torch.is_grad_enabled():
+        return everything.index_copy(0, rest, dropped)
+    return everything.index_copy_(0, rest, dropped)
 
 
 def take(x: Tensor, rows: Tensor) -> Tensor:

@@ -25,7 +25,7 @@ from policyskip.deployment import describe
 from policyskip.errors import UserError
 from policyskip.evaluation import Evaluation, evaluate
 from policyskip.memory import give_back
-from policyskip.rewards import Utilization
+from policyskip.rewards import Adaptive, Utilization
 from policyskip.runs import Run
 from policyskip.tasks.environments import id_of
 from policyskip.tracking import Examples, Tracker
@@ -68,6 +68,9 @@ def all_at_once(setup: Setup) -> Setup:
 def best_set(setup: Setup, front: StaticFront, count: int = 2000) -> Keep:
     """The set of the front that earns the highest reward on ``count`` validation images, at most."""
     env = setup.env(setup.data.validation, "shuffled")  # folders are sorted by class
+    if isinstance(setup.reward, Adaptive):
+        figures = ({"accuracy": a, "macs_fraction": m / env.costs.full} for a, m in zip(front.accuracy, front.macs))
+        return max(zip(map(setup.reward.standing, figures), front.sets, strict=True))[1]
     keep_SK = torch.tensor(front.sets)
     total_S, seen = torch.zeros(len(keep_SK), dtype=torch.float64), 0
     while seen < min(count, len(setup.data.validation)):
@@ -151,7 +154,10 @@ class BlockTask:
 
     def validate(self) -> dict[str, Any]:
         """Figures of the greedy decisions on validation images."""
-        return evaluate(self.learner, self.validation, full=False).figures()
+        figures = evaluate(self.learner, self.validation, full=False).figures()
+        if isinstance(self.setup.reward, Adaptive):
+            figures["reward"] = self.setup.reward.standing(figures)
+        return figures
 
     def deployable(self) -> dict[str, Tensor]:
         return self.learner.policy.state_dict()

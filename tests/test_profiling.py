@@ -1,0 +1,207 @@
+"""Times of blocks, the plan that is made of them, and the rewards that use them."""
+
+from __future__ import annotations
+
+import json
+import math
+
+import pytest
+import torch
+
+import policyskip
+from policyskip.agents.policies import ConstantPolicy
+from policyskip.backbones import sparse
+from policyskip.backbones.execution import run_block, run_most
+from policyskip.backbones.resnet_exits import ResNetExits
+from policyskip.deployment import Predictor
+from policyskip.errors import UserError
+from policyskip.profiling import break_even, profile
+from policyskip.rewards import Adaptive, Budget, Latency, Outcome
+from tests.conftest import small_backbone, typed
+
+
+def outcome(keep: list[list[int]], correct: list[bool], macs_fraction: list[float]) -> Outcome:
+    keep_BK = torch.tensor(keep, dtype=torch.bool)
+    macs_B = 200.0 * torch.tensor(macs_fraction, dtype=torch.float64)
+    return Outcome(
+        torch.zeros(len(keep), 2),
+        torch.zeros(len(keep), dtype=torch.int64),
+        torch.tensor(correct),
+        keep_BK,
+        macs_B,
+        200.0,
+    )
+
+
+def table(path, **changes):
+    times = {"always_ms": 1.0, "kept_ms": [2.0, 4.0, 3.0], "dropped_ms": [0.0, 1.0, 0.0], "whole_ms": 10.0}
+    path.write_text(json.dumps({"batches": {"1": times | changes, "64": {**times, "always_ms": 11.0}}}))
+    return str(path)
+
+
+def test_break_even_by_hand():
+    # Gathering takes 2 ms and 10 ms for the whole batch: at 9 ms for all it is even where 2 + 10 s = 9.
+    gathered = [(share, 2 + 10 * share) for share in (0.5, 0.75, 0.9)]
+    assert break_even(9.0, gathered) == pytest.approx(0.7)
+    assert break_even(1.0, gathered) == 0.0  # for all it is always faster
+    assert break_even(20.0, gathered) == 1.0  # and never
+    assert break_even(5.0, [(0.5, 4.0), (0.9, 4.0)]) == 1.0  # the share makes no difference
+    assert break_even(3.0, [(0.5, 4.0), (0.9, 4.0)]) == 0.0
+
+
+@pytest.mark.parametrize("grad", [False, True])
+@pytest.mark.parametrize("k", [1, 2])
+def test_most_is_gathered(k, grad, images):
+    """Block 1 has an identity for a shortcut, block 2 a projection."""
+    backbone = small_backbone(shortcut="B")
+    with torch.set_grad_enabled(grad):
+        x = backbone.blocks[0](backbone.features(images))
+        x = x if k == 1 else backbone.blocks[1](x)
+        rows, rest = torch.tensor([0, 2, 3, 5]), torch.tensor([1, 4, 6])
+        gathered = run_block(backbone.blocks[k], x.clone(), rows)
+        torch.testing.assert_close(run_most(backbone.blocks[k], x.clone(), rest), gathered, rtol=1e-4, atol=1e-5)
+
+
+def test_the_plan_decides_which_way_a_block_is_run(images):
+    backbone = small_backbone()
+    K = backbone.num_blocks
+    policy = ConstantPolicy(K)
+    predictor = Predictor(policy, backbone, ["a", "b"], (3, 12, 12), 0.0)
+    keep_BK = torch.ones(len(images), K, dtype=torch.bool)
+    keep_BK[:2, 1] = False  # 5 of 7 keep block 1
+    keep_BK[:5, 2] = False  # 2 of 7 keep block 2
+    predictor.policy.decide = lambda part: keep_BK
+    rows: list[list[int]] = [[] for _ in range(K)]
+    for block, seen in zip(predictor.backbone.blocks, rows, strict=True):
+        block.residual.register_forward_hook(lambda module, args, output, seen=seen: seen.append(len(output)))
+    without = predictor.predict(images)
+    predictor.plan = {1: [1.0] * K, 8: [0.5] * K}
+    planned = predictor.predict(images)
+    assert rows == [[7, 7], [5, 7], [2, 2], *[[7, 7]] * (K - 3)]
+    torch.testing.assert_close(planned.logits_BC, without.logits_BC, rtol=1e-4, atol=1e-5)
+    assert torch.equal(planned.macs_B, without.macs_B)
+    assert predictor.plan_for(2) == [1.0] * K and predictor.plan_for(300) == [0.5] * K
+
+
+def test_nan_of_a_block_that_is_run_for_all_stays_with_those_that_keep_it(images):
+    backbone = small_backbone()
+    torch.nn.init.constant_(backbone.blocks[2].residual.conv1.weight, float("nan"))
+    keep_BK = torch.ones(len(images), backbone.num_blocks, dtype=torch.bool)
+    keep_BK[:2, 2] = False
+    with torch.no_grad():
+        finite_B = torch.isfinite(sparse(backbone, images, keep_BK, [0.5] * backbone.num_blocks)).all(1)
+    assert finite_B.tolist() == [True] * 2 + [False] * (len(images) - 2)
+
+
+def test_a_profile_has_what_others_read():
+    backbone = small_backbone()
+    content = json.loads(json.dumps(profile(backbone, (3, 12, 12), [1, 4], repeats=1)))
+    assert content["hash"] == backbone.content_hash() and list(content["batches"]) == ["1", "4"]
+    for times in content["batches"].values():
+        assert times["whole_ms"] > 0 and times["always_ms"] > 0
+        for key in ("kept_ms", "dropped_ms", "break_even"):
+            assert len(times[key]) == backbone.num_blocks
+        assert all(0 <= share <= 1 for share in times["break_even"])
+    assert content["batches"]["1"]["break_even"] == [1.0] * backbone.num_blocks  # one image keeps a block or does not
+
+
+def test_a_profile_of_exits_has_a_time_for_each():
+    network = ResNetExits(small_backbone(), [1, 3], "pooled", (3, 12, 12))
+    content = profile(network, (3, 12, 12), [2], repeats=1)
+    assert len(content["batches"]["2"]["kept_ms"]) == network.num_exits == len(content["macs"]["blocks"])
+    assert "break_even" not in content["batches"]["2"]
+
+
+def test_latency_by_hand(tmp_path):
+    reward = Latency(table(tmp_path / "t.json"), penalty=5.0, batch_size=1)
+    # all: 1 + 2 + 4 + 3 = 10; first and third: 1 + 2 + 1 + 3 = 7; none: 1 + 0 + 1 + 0 = 2
+    keep = [[1, 1, 1], [1, 0, 1], [0, 0, 0], [0, 0, 0]]
+    assert reward.milliseconds(torch.tensor(keep, dtype=torch.bool)).tolist() == [10, 7, 2, 2]
+    reward_B = reward(outcome(keep, [True, True, True, False], [1, 0.5, 0.1, 0.1]))
+    assert reward_B.tolist() == pytest.approx([0, 1 - 0.49, 1 - 0.04, -5])
+    assert Latency(table(tmp_path / "t.json")).always_ms == 11  # the largest batch
+
+
+@pytest.mark.parametrize(
+    ("write", "said"),
+    [
+        (lambda path: None, "cannot be read; `policyskip profile output="),
+        (lambda path: path.write_text("{}"), "is no table of `policyskip profile`"),
+        (lambda path: path.write_text("[1]"), "is no table of `policyskip profile`"),
+        (lambda path: table(path, kept_ms=[1.0]), "must be two lists of one length"),
+        (lambda path: table(path, always_ms="slow"), "is no table of `policyskip profile`"),
+    ],
+)
+def test_what_is_no_table_is_refused(tmp_path, write, said):
+    write(tmp_path / "t.json")
+    with pytest.raises(UserError, match=said):
+        Latency(str(tmp_path / "t.json"), batch_size=1)
+
+
+def test_a_table_of_another_network_or_batch_is_refused(tmp_path):
+    with pytest.raises(UserError, match="has no times for batches of 7; it has 1, 64"):
+        Latency(table(tmp_path / "t.json"), batch_size=7)
+    with pytest.raises(UserError, match="has 3 blocks, the network 2"):
+        Latency(table(tmp_path / "t.json"))(outcome([[1, 0]], [True], [0.5]))
+
+
+def test_budget_by_hand():
+    reward = Budget(target=0.5, rate=0.3, multiplier=0.2)
+    assert isinstance(reward, Adaptive)
+    reward_B = reward(outcome([[1], [0], [0]], [True, True, False], [1.0, 0.25, 0.25]))
+    assert reward_B.tolist() == pytest.approx([0.8, 0.95, -0.05])
+    assert reward.adapt({"macs_fraction": 0.7})["multiplier"] == pytest.approx(0.2 * math.exp(0.06))
+    assert reward.adapt({"macs_fraction": 0.3})["multiplier"] == pytest.approx(0.2)  # as far below as it was above
+    assert reward.adapt({})["multiplier"] == pytest.approx(0.2)  # nothing has ended yet
+    assert reward.standing({"accuracy": 0.9, "macs_fraction": 0.504}) == pytest.approx(0.9)
+    assert reward.standing({"accuracy": 0.9, "macs_fraction": 0.525}) == pytest.approx(0.7)
+    again = Budget(0.5)
+    again.load_state_dict(reward.state_dict())
+    assert again.multiplier == reward.multiplier
+
+
+@pytest.mark.parametrize(
+    "arguments", [dict(target=0), dict(target=1.5), dict(target=0.5, rate=0), dict(target=0.5, multiplier=-1)]
+)
+def test_a_budget_that_makes_no_sense_is_refused(arguments):
+    with pytest.raises(UserError, match=r"reward\.target must be between 0 and 1"):
+        Budget(**arguments)
+
+
+SMALL = ("data.train=200", "data.validation=60", "data.test=60", "device=cpu")
+
+
+def test_profile_is_typed_and_read(tmp_path):
+    """A network's table is written, a reward reads it, and a run's own table becomes its plan."""
+    result = typed("profile", "repeats=1", "batch_sizes=[1,4]", *SMALL, "output=t.json", cwd=tmp_path)
+    assert result.returncode == 0, result.stderr
+    assert "gather if fewer" in result.stdout and (tmp_path / "t.png").stat().st_size > 10_000
+    words = ("+experiment=debug", "reward=latency", "reward.table=t.json", "run.dir=run", "device=cpu")
+    result = typed("train", *words, cwd=tmp_path)
+    assert result.returncode == 0, result.stderr
+    result = typed("profile", "run=run", "repeats=1", "batch_sizes=[4]", "images=8", cwd=tmp_path)
+    assert result.returncode == 0 and "measured" in result.stdout, result.stderr
+    times = json.loads((tmp_path / "run" / "profile.json").read_text())["batches"]["4"]
+    assert times["run"]["time_ratio"] > 0 and 0 < times["run"]["macs_ratio"] <= 1.2
+    assert policyskip.load(tmp_path / "run").plan == {4: times["break_even"]}
+    (tmp_path / "run" / "profile.json").write_text("{}")
+    with pytest.raises(UserError, match=r"profile\.json is damaged"):
+        policyskip.load(tmp_path / "run")
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["run=none"], "the run folder none does not exist"),
+        (["batch_sizes=[]"], "batch_sizes"),
+        (["batch_sizes=[0]"], "batch_sizes"),
+        (["repeats=0"], "repeats"),
+        (["images=0"], "images"),
+        (["backbone=resnet21"], "there is no backbone/resnet21"),
+        (["output=/proc/t.json"], "cannot write /proc/t.json"),
+    ],
+)
+def test_what_cannot_be_profiled_is_refused(tmp_path, words, said):
+    result = typed("profile", *SMALL, *words, cwd=tmp_path)
+    assert result.returncode == 2 and result.stderr.count("\n") == 1 and said in result.stderr, result.stderr
+    assert not list(tmp_path.iterdir())
