@@ -51,6 +51,7 @@ BACKBONES = {
     "policyskip.backbones.torchvision_resnet": torchvision_resnet,
 }
 VERSION = 1
+PRECISIONS = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
 @dataclass(frozen=True)
@@ -106,7 +107,7 @@ class Predictor:
         parts = images.to(self.backbone.mean.device).split(batch_size)
         runs = [self.policy.run(self.backbone, part, self.plan_for(len(part))) for part in parts]
         logits_BC, keep_BK = (torch.cat(column) for column in zip(*runs, strict=True))
-        return Prediction(logits_BC.argmax(1), logits_BC, keep_BK, self.costs.of(keep_BK) + self.policy_macs)
+        return Prediction(logits_BC.argmax(1), logits_BC.float(), keep_BK, self.costs.of(keep_BK) + self.policy_macs)
 
     def plan_for(self, batch: int) -> list[float] | None:
         """The plan of the nearest batch size that was measured; None without a plan."""
@@ -173,7 +174,7 @@ class ExitPredictor:
             for part in images.to(self.network.mean.device).split(batch_size)
         ]
         logits_BC, exit_B = (torch.cat(column) for column in zip(*parts, strict=True))
-        return ExitPrediction(logits_BC.argmax(1), logits_BC, exit_B, self.macs_N[exit_B])
+        return ExitPrediction(logits_BC.argmax(1), logits_BC.float(), exit_B, self.macs_N[exit_B])
 
 
 class ThresholdPredictor(ExitPredictor):
@@ -268,7 +269,7 @@ def describe(
 
 
 def load(
-    run: str | Path, backbone: str | None = None, device: str = "cpu"
+    run: str | Path, backbone: str | None = None, device: str = "cpu", precision: str = "float32"
 ) -> Predictor | ExitPredictor | GatedPredictor:
     """Load what a run learned: a :class:`Predictor`, an :class:`ExitPredictor` or a
     :class:`~policyskip.deployment_gates.GatedPredictor`. Nothing in the folder is executed.
@@ -276,12 +277,23 @@ def load(
     Args:
         run: the run folder.
         backbone: where the network's weights are now, if they have moved since.
+        precision: "float32", or "bfloat16" or "float16" for the network; a policy in front of it stays as it is.
+            Decisions and answers can then differ from those that the run was judged by; see docs/speed.md.
 
     Raises:
-        UserError: no run folder, a damaged file, or network weights other than those the policy was trained with.
+        UserError: no run folder, a damaged file, another precision, or network weights other than those the policy was
+            trained with.
     """
+    if precision not in PRECISIONS:
+        raise UserError(f"precision must be one of {', '.join(PRECISIONS)}, got {precision!r}")
+    predictor = _load(open_run(str(run)), backbone, device)
+    network = predictor.backbone if isinstance(predictor, Predictor) else predictor.network
+    network.to(PRECISIONS[precision])
+    return predictor
+
+
+def _load(folder: Run, backbone: str | None, device: str) -> Predictor | ExitPredictor | GatedPredictor:
     hold()
-    folder = open_run(str(run))
     content = folder.load_json("policy.json")
     if "exits" in content:
         return load_exits_run(folder, device)
@@ -305,7 +317,7 @@ def load(
         raise UserError(f"{folder.folder / 'policy.json'} is damaged or of another version: {error}") from error
     if isinstance(policy, OraclePolicy):
         raise UserError(
-            f"the run {run} is an oracle's, which sees the label: there is nothing to load for other images"
+            f"the run {folder.folder} is an oracle's, which sees the label: there is nothing to load for other images"
         )
     load_weights(policy, folder)
     if backbone is not None:
@@ -316,7 +328,7 @@ def load(
         raise UserError(f"{folder.folder / 'policy.json'} is damaged or of another version: {error}") from error
     if network.content_hash() != expected:
         raise UserError(
-            f"the policy of {run} was trained with the network {expected}, "
+            f"the policy of {folder.folder} was trained with the network {expected}, "
             f"but {config['checkpoint']} is {network.content_hash()}"
         )
     network = network.to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]

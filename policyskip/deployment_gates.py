@@ -48,7 +48,7 @@ class GatedPredictor:
         runs = [self.network.greedy(part) for part in images.to(self.network.mean.device).split(batch_size)]
         logits_BC, keep_BK = (torch.cat(column) for column in zip(*((r.logits_BC, r.keep_BK) for r in runs)))
         macs_B = self.costs.of(keep_BK) + self.network.gate_macs
-        return Prediction(logits_BC.argmax(1), logits_BC, keep_BK, macs_B)
+        return Prediction(logits_BC.argmax(1), logits_BC.float(), keep_BK, macs_B)
 
 
 def describe_gates(network: GatedNetwork, classes: tuple[str, ...], image_shape: tuple[int, ...]) -> dict[str, Any]:

@@ -205,3 +205,20 @@ def test_what_cannot_be_profiled_is_refused(tmp_path, words, said):
     result = typed("profile", *SMALL, *words, cwd=tmp_path)
     assert result.returncode == 2 and result.stderr.count("\n") == 1 and said in result.stderr, result.stderr
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("agent", [("agent=skipnet",), ("agent=branchynet",), ("agent=ppo", "env=early_exit")])
+def test_reduced_precision_changes_little(tmp_path, agent):
+    """Half of the mantissa gone, logits differ in the second or third digit, and most answers not at all."""
+    result = typed("train", "+experiment=debug", *agent, "run.dir=run", "device=cpu", cwd=tmp_path)
+    assert result.returncode == 0, result.stderr
+    images = torch.randint(0, 256, (32, 3, 20, 20), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    exact = policyskip.load(tmp_path / "run").predict(images)
+    for precision, tolerance in (("float16", 0.05), ("bfloat16", 0.5)):
+        rough = policyskip.load(tmp_path / "run", precision=precision).predict(images)
+        assert rough.logits_BC.dtype == torch.float32
+        difference = (rough.logits_BC - exact.logits_BC).abs().max().item()
+        assert 0 < difference < tolerance
+        assert (rough.label_B == exact.label_B).float().mean() > 0.9
+    with pytest.raises(UserError, match="precision must be one of float32, bfloat16, float16, got 'int8'"):
+        policyskip.load(tmp_path / "run", precision="int8")
