@@ -107,7 +107,8 @@ def training_step(network: Backbone, batch: int, repeats: int) -> tuple[dict[str
     """Seconds of BlockDrop updates whose greedy decisions keep 31 % of the blocks, and what they kept."""
     device, K = network.mean.device, network.num_blocks
     images = TensorImages(pictures(4 * batch, device), torch.randint(0, 10, (4 * batch,), device=device))
-    start = (torch.rand(K, generator=torch.Generator().manual_seed(0)) < KEPT).tolist()
+    chosen = torch.randperm(K, generator=torch.Generator().manual_seed(0))[: round(KEPT * K)].tolist()
+    start = [k in chosen for k in range(K)]
     calls: dict[str, Callable[[], object]] = {}
     kept: dict[str, float] = {}
     for name, kind in (("sparse", BlockSelectionVectorEnv), ("masked", MaskedEnv)):

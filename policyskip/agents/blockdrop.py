@@ -154,7 +154,7 @@ class BlockDrop(Agent):
             )
         if start is not None:
             self.policy.depart_from(start)
-        self.policy.to(env.device)
+        self.policy.to(env.device, memory_format=torch.channels_last)  # type: ignore[call-overload]
         self.alphas, self.beta, self.samples, self.total_steps = (alpha, alpha_end), beta, samples, total_steps
         self.steps_per_block = curriculum * total_steps / K
         self.step = 0

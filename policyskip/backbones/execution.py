@@ -47,6 +47,11 @@ def sparse(backbone: Backbone, images: Tensor, keep_BK: Tensor, break_even_K: Se
             that is faster (see ``profiling.py``). None: never.
     """
     check_keep(backbone, images, keep_BK)
+    if len(images) == 1:  # which rows is no question then, and asking it would take longer than a small block
+        x = backbone.features(images)
+        for block, kept in zip(backbone.blocks, keep_BK[0].tolist(), strict=True):
+            x = block(x) if kept else block.shortcut(x)
+        return backbone.head(x)
     keep_KB = keep_BK.T.cpu()  # one transfer; finding the rows block by block would stop the device K times
     rows_K = _rows(keep_KB, images.device)
     rest_K = rows_K if break_even_K is None else _rows(~keep_KB, images.device)
