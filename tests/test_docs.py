@@ -105,6 +105,12 @@ def test_every_command_runs(command, workshop):
             small += ["data.image_size=64", "data.workers=0"]
     if any("cifar10" in word for word in arguments):  # no download in a test
         arguments = [*(word for word in arguments if not word.startswith("data=")), "data=digits", *DIGITS]
+    if verb == "profile":
+        small = ["device=cpu", "repeats=1", "batch_sizes=[1,2]", *([] if "run=runs/x" in arguments else DIGITS)]
+    if "reward=latency" in arguments:  # of the network that small runs have
+        arguments = [word.replace("profile-resnet32.json", "table.json") for word in arguments]
+        table = ["backbone=resnet20", "backbone.checkpoint=random", "output=table.json", *DIGITS]
+        policyskip("profile", "device=cpu", "repeats=1", "batch_sizes=[2]", *table, cwd=workshop)
     if verb == "calibrate":  # in the docs, runs/x is whatever run one has
         arguments = ["device=cpu", *(word.replace("run=runs/x", "run=runs/early") for word in arguments)]
     policyskip(verb, *arguments, *small, cwd=workshop)
