@@ -8,9 +8,10 @@ from torch import Tensor, nn
 
 from policyskip.backbones import dense, sparse, sparse_many
 from policyskip.backbones.base import Backbone
-from policyskip.backbones.execution import leaders
+from policyskip.backbones.execution import append, leaders
+from policyskip.backbones.folding import folded
 from policyskip.backbones.resnet import CifarResNet, TorchvisionResNet
-from tests.conftest import small_backbone
+from tests.conftest import small_backbone, with_statistics
 
 TOLERANCE = {"rtol": 1e-4, "atol": 1e-5}
 
@@ -167,3 +168,40 @@ def test_frozen_stays_frozen(backbone, images):
     with torch.no_grad():
         backbone.head.linear.bias[0] += 1e-6
     assert backbone.content_hash() != hash_before
+
+
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-10), (torch.float32, 1e-4), (torch.bfloat16, 0.1)])
+def test_sparse_is_dense_in_every_precision(dtype, tolerance, images):
+    backbone = small_backbone(shortcut="B").to(dtype)
+    keep_BK = random_keep(len(images), backbone.num_blocks)
+    with torch.no_grad():
+        logits_BC = sparse(backbone, images, keep_BK)
+        assert logits_BC.dtype == dtype
+        torch.testing.assert_close(logits_BC, dense(backbone, images, keep_BK), rtol=tolerance, atol=tolerance)
+
+
+@pytest.mark.parametrize("shortcut", ["A", "pool", "B"])
+def test_a_folded_copy_gives_the_same_and_leaves_the_network_alone(shortcut, images):
+    backbone = with_statistics(small_backbone(shortcut=shortcut))
+    before, keep_BK = backbone.content_hash(), random_keep(len(images), backbone.num_blocks)
+    copy = folded(backbone)
+    assert not any(isinstance(m, nn.BatchNorm2d) for m in copy.modules())
+    with torch.no_grad():
+        for execute in (sparse, dense):
+            expected = execute(backbone, images, keep_BK)
+            torch.testing.assert_close(execute(copy, images, keep_BK), expected, rtol=1e-4, atol=1e-4)
+    assert backbone.content_hash() == before and backbone.blocks[0].residual.relu.inplace is False
+
+
+def test_features_that_grow_keep_what_they_were(backbone, images):
+    """Rows are copied behind; with room for them they are not copied anew."""
+    with torch.no_grad():
+        x = backbone.features(images).to(memory_format=torch.channels_last)
+        rows = torch.tensor([2, 2, 0])
+        grown, room = append(x, rows, None, 12)
+        assert torch.equal(grown, torch.cat([x, x[rows]])) and room.shape[0] == 12
+        again, same = append(grown, torch.tensor([8]), room, 12)
+        assert same is room and again.data_ptr() == grown.data_ptr()
+        assert torch.equal(again, torch.cat([grown, x[2:3]]))
+    grown, room = append(x.requires_grad_(), rows, None, 12)
+    assert room is None and grown.requires_grad
