@@ -3,12 +3,16 @@
 ``config.yaml`` (resolved), ``metrics.jsonl`` (one line a record), ``checkpoint.pt`` (everything needed to go on),
 ``best.safetensors`` and ``policy.json`` (what deployment loads), ``summary.json``, ``plots/*.png``, ``wandb/``.
 What a run is loaded from is written beside its place and renamed into it, so a reader never sees half of a file.
+Whoever writes into a run folder holds it (:meth:`Run.hold`), and no other process can.
 """
 
 from __future__ import annotations
 
 import io
 import json
+import math
+import os
+import weakref
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -20,12 +24,41 @@ from torch import Tensor
 from policyskip.errors import UserError
 from policyskip.files import refusing, write
 
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None  # type: ignore[assignment]
+
 
 class Run:
     """A run's folder; see :func:`create` and :func:`open_run`."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
+        self._let_go: Callable[[], object] | None = None
+
+    def hold(self) -> None:
+        """Keep other processes from writing into the folder, until :meth:`release` or the end of this process.
+
+        The lock is the system's own, on the folder itself: a process that is killed leaves nothing behind. Where the
+        system or the file system has no such locks, nothing is held.
+
+        Raises:
+            UserError: another process holds it.
+        """
+        if self._let_go is None:
+            try:
+                descriptor = locked(self.folder)
+            except BlockingIOError as error:
+                raise UserError(f"another process is writing into {self.folder}; wait for it or stop it") from error
+            if descriptor is not None:
+                self._let_go = weakref.finalize(self, os.close, descriptor)
+
+    def release(self) -> None:
+        """Let others write into the folder."""
+        if self._let_go is not None:
+            self._let_go()
+            self._let_go = None
 
     @property
     def name(self) -> str:
@@ -40,7 +73,8 @@ class Run:
         write(self.folder / "config.yaml", f"# {command}\n{config}".encode())
 
     def save_json(self, name: str, content: dict[str, Any]) -> None:
-        write(self.folder / name, (json.dumps(content, indent=2, ensure_ascii=False) + "\n").encode())
+        text = json.dumps(in_json(content), indent=2, ensure_ascii=False, allow_nan=False)
+        write(self.folder / name, f"{text}\n".encode())
 
     def load_json(self, name: str) -> dict[str, Any]:
         content = _read(self.folder / name, lambda path: json.loads(path.read_text()))
@@ -51,6 +85,10 @@ class Run:
     def save_checkpoint(self, state: dict[str, Any]) -> None:
         buffer = io.BytesIO()
         torch.save(state, buffer)
+        metrics = self.folder / "metrics.jsonl"
+        if metrics.exists():  # no checkpoint is safer than the records before it
+            with refusing(metrics), metrics.open("ab") as file:
+                os.fsync(file.fileno())
         write(self.folder / "checkpoint.pt", buffer.getvalue())
 
     def load_checkpoint(self) -> dict[str, Any]:
@@ -69,17 +107,20 @@ class Run:
 
     def append_metrics(self, record: dict[str, Any]) -> None:
         with refusing(self.folder / "metrics.jsonl"), (self.folder / "metrics.jsonl").open("a") as file:
-            file.write(json.dumps(record) + "\n")
+            file.write(json.dumps(in_json(record), allow_nan=False) + "\n")
 
     def metrics(self) -> list[dict[str, Any]]:
         """The records of ``metrics.jsonl``; a last line that a kill cut short is left out."""
         path = self.folder / "metrics.jsonl"
         records = []
-        for line in path.read_text().splitlines() if path.exists() else []:
+        for line in path.read_bytes().splitlines() if path.exists() else []:
             try:
-                records.append(json.loads(line))
+                record = json.loads(line)
             except ValueError:
                 break
+            if not isinstance(record, dict) or not isinstance(record.get("step"), int):
+                break
+            records.append(record)
         return records
 
     def rewind_metrics(self, step: int) -> None:
@@ -97,13 +138,17 @@ def create(folder: str, command: str, config: str) -> Run:
     number = 1
     with refusing(path):
         while True:
+            run = Run(path)
             try:
                 path.mkdir(parents=True, exist_ok=path.is_dir() and not any(path.iterdir()))
-                break
-            except FileExistsError:
-                number += 1
-                path = wanted.with_name(f"{wanted.name}-{number}")
-        run = Run(path)
+                run.hold()
+                if not any(path.iterdir()):  # another run may have begun in it meanwhile
+                    break
+            except (FileExistsError, UserError):
+                pass
+            run.release()
+            number += 1
+            path = wanted.with_name(f"{wanted.name}-{number}")
         run.save_config(command, config)
     return run
 
@@ -119,6 +164,35 @@ def open_run(folder: str) -> Run:
         what = "is not a run folder: it has no config.yaml" if path.is_dir() else "does not exist"
         raise UserError(f"the run folder {folder} {what}")
     return Run(path)
+
+
+def locked(folder: Path) -> int | None:
+    """A descriptor that locks a folder for as long as it is open; None where there are no such locks.
+
+    Raises:
+        BlockingIOError: it is locked already.
+    """
+    if fcntl is None:
+        return None
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        os.close(descriptor)
+        raise
+    except OSError:  # a file system without locks
+        os.close(descriptor)
+        return None
+    return descriptor
+
+
+def in_json(content: Any) -> Any:
+    """The same with None for every NaN and infinity, which JSON does not have."""
+    if isinstance(content, dict):
+        return {key: in_json(value) for key, value in content.items()}
+    if isinstance(content, list | tuple):
+        return [in_json(value) for value in content]
+    return None if isinstance(content, float) and not math.isfinite(content) else content
 
 
 def _read(path: Path, reader: Callable[[Path], Any]) -> Any:
