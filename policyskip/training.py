@@ -191,6 +191,10 @@ def _told(last_good: Callable[[], str]) -> Iterator[None]:
         yield
     except UserError as error:
         raise UserError(f"{error}; {last_good()}") from error
+    except RuntimeError as error:
+        if "without overflow" not in str(error):  # torch's, for a learning rate that float32 does not hold
+            raise
+        raise UserError(f"a number of the optimizer is too large; {last_good()}") from error
     except ValueError as error:
         if "more than 1 value per channel" not in str(error):
             raise
