@@ -23,33 +23,42 @@ groups, `policyskip train --cfg job` every key with its value, `--multirun seed=
 
 def train(config: Any) -> int:
     """An agent learns in an environment over a backbone, and is judged on the test split."""
-    from policyskip import tasks, training
+    from functools import partial
+
+    from policyskip import resuming, tasks, training
     from policyskip.config import Settings, find_device, plain, set_up, settings_of
     from policyskip.tracking import Tracker
 
     config, run, resume = _new_or_resumed(config)
     settings = settings_of(config, Settings)
     device = find_device(settings.device)
+    if run is not None and resuming.is_finished(run, settings.train.steps, "policy.json"):
+        resuming.say_finished(run, settings.train.steps)
+        return 0
     if run is None:
         config = _with_proposed_exits(config, device, settings.seed)
-    setup = set_up(plain(config), device, trusted=run is None or settings.run.trust)
+    content = plain(config) if run is None else resuming.with_own_start(plain(config), run)
+    setup = set_up(content, device, trusted=run is None or settings.run.trust)
     task = tasks.start(setup, settings)
     print(task.greeting, flush=True)
     run = _begin(config, run, resume)
+    if task.trains is not None and not resume:
+        resuming.keep_start(run, task.trains, content["backbone"])
     tracker = Tracker(run, settings.tracking.mode, plain(config), settings.tracking.project, settings.tracking.group)
     try:
         chain = (task.learner, task.source, task.validate, task.deployable, run, tracker)
         if settings.train.steps:
             schedule = settings.train.model_dump()
-            finished = training.train(*chain, choose_by=task.choose_by, resume=resume, **schedule)
+            begun = partial(_record_changes, config, run, resume)
+            finished = training.train(*chain, choose_by=task.choose_by, resume=resume, begun=begun, **schedule)
         else:
             finished = training.rest(*chain, resume=resume)
-        _record_changes(config, run, resume)
         if not finished:
             return _stopped("train", run)
         summary = task.finish(run, tracker, run.load_checkpoint()["seconds"])
     except KeyboardInterrupt:
-        return _stopped("train", run)
+        resuming.say_interrupted("train", run)
+        return EXIT_INTERRUPTED
     finally:
         tracker.close()
     task.show(summary)
@@ -59,7 +68,9 @@ def train(config: Any) -> int:
 
 def pretrain(config: Any) -> int:
     """A CIFAR ResNet learns to classify, with stochastic depth, and is written for ``backbone.checkpoint=``."""
-    from policyskip import training
+    from functools import partial
+
+    from policyskip import resuming, training
     from policyskip.backbones import checkpoints
     from policyskip.backbones.resnet import CifarResNet
     from policyskip.config import Settings, build, build_backbone, build_data, find_device, group_of, plain, settings_of
@@ -71,7 +82,11 @@ def pretrain(config: Any) -> int:
     config, run, resume = _new_or_resumed(config)
     settings, content = settings_of(config, Settings), plain(config)
     device = find_device(settings.device)
+    if run is not None and resuming.is_finished(run, settings.train.steps, "backbone.safetensors"):
+        resuming.say_finished(run, settings.train.steps)
+        return 0
     trusted = run is None or settings.run.trust
+    content = content if run is None else resuming.with_own_start(content, run)
     data, batch_size = build_data(group_of(content, "data"), device, trusted)
     node = group_of(content, "backbone")
     if (
@@ -92,6 +107,8 @@ def pretrain(config: Any) -> int:
     )
     feed = Feed(data.train, batch_size, "shuffled", settings.seed)
     run = _begin(config, run, resume)
+    if not resume:
+        resuming.keep_start(run, backbone, node)
     tracker = Tracker(run, settings.tracking.mode, content, settings.tracking.project, settings.tracking.group)
     try:
         finished = training.train(
@@ -103,9 +120,9 @@ def pretrain(config: Any) -> int:
             tracker,
             choose_by="accuracy",
             resume=resume,
+            begun=partial(_record_changes, config, run, resume),
             **settings.train.model_dump(),
         )
-        _record_changes(config, run, resume)
         if not finished:
             return _stopped("pretrain", run)
         backbone.load_state_dict(run.load_best())
@@ -118,6 +135,9 @@ def pretrain(config: Any) -> int:
         summary |= {f"test/{key}": value for key, value in learner.accuracies(data.test).items()}
         run.save_json("summary.json", summary)
         tracker.finish(summary, [], [weights, run.folder / "summary.json"], None)
+    except KeyboardInterrupt:
+        resuming.say_interrupted("pretrain", run)
+        return EXIT_INTERRUPTED
     finally:
         tracker.close()
     full, half = summary["test/accuracy"], summary["test/accuracy_half_the_blocks"]
@@ -164,6 +184,8 @@ def calibrate(config: Any) -> int:
 
     asked = settings_of(config, CalibrateSettings)
     run = open_run(asked.run)
+    if asked.target.given:
+        run.hold()
     setup = _setup_of(run, asked.device, asked.trust)
     if asked.target.given:
         exits.show_table(exits.recalibrate(setup, run, asked.target))
@@ -195,10 +217,11 @@ def _with_proposed_exits(config: Any, device: Any, seed: int) -> Any:
 
 def _setup_of(run: Any, device: str, trust: bool) -> Any:
     """What a run's own configuration names."""
+    from policyskip import resuming
     from policyskip.config import find_device, plain, set_up
 
     try:
-        return set_up(plain(_saved(run)), find_device(device), trust)
+        return set_up(resuming.with_own_start(plain(_saved(run)), run), find_device(device), trust)
     except (KeyError, TypeError, AttributeError) as error:
         raise _damaged(run, error) from error
 
@@ -271,12 +294,16 @@ def _run(command: str) -> int:
     composed = False
 
     def job(config: Any) -> None:
+        from policyskip.runs import release_all
+
         nonlocal composed
         composed = True
         try:
             status = COMMANDS[command](config)
         except (UserError, OmegaConfBaseException, OSError) as error:
             status = _refuse(command, error)
+        finally:
+            release_all()
         if status:
             sys.exit(status)  # rather than return it: a sweep ends with the run that failed or was stopped
 
@@ -340,6 +367,7 @@ def _new_or_resumed(config: Any) -> tuple[Any, Any, bool]:
     if config.run.resume is None:
         return config, None, False
     run = open_run(config.run.resume)
+    run.hold()
     allowed = ("run.resume", "run.trust", "train.steps", "device", "tracking.mode")
     changes = _changes()
     for change in changes:
@@ -384,7 +412,7 @@ def _begin(config: Any, run: Any, resume: bool) -> Any:
 
 
 def _record_changes(config: Any, run: Any, resume: bool) -> None:
-    """Put what a resumed run changed into its folder, once its checkpoint has been read and written again."""
+    """Put what a resumed run changed into its folder, once its checkpoint has been read."""
     from omegaconf import OmegaConf
 
     if resume and _changes():

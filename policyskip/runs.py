@@ -22,7 +22,7 @@ from safetensors.torch import load_file, save
 from torch import Tensor
 
 from policyskip.errors import UserError
-from policyskip.files import refusing, write
+from policyskip.files import damaged, refusing, write
 
 try:
     import fcntl
@@ -38,7 +38,7 @@ class Run:
         self._let_go: Callable[[], object] | None = None
 
     def hold(self) -> None:
-        """Keep other processes from writing into the folder, until :meth:`release` or the end of this process.
+        """Keep other processes from writing into the folder, until it is released or this process ends.
 
         The lock is the system's own, on the folder itself: a process that is killed leaves nothing behind. Where the
         system or the file system has no such locks, nothing is held.
@@ -53,9 +53,11 @@ class Run:
                 raise UserError(f"another process is writing into {self.folder}; wait for it or stop it") from error
             if descriptor is not None:
                 self._let_go = weakref.finalize(self, os.close, descriptor)
+                _HELD.add(self)
 
     def release(self) -> None:
         """Let others write into the folder."""
+        _HELD.discard(self)
         if self._let_go is not None:
             self._let_go()
             self._let_go = None
@@ -129,6 +131,15 @@ class Run:
         write(self.folder / "metrics.jsonl", "".join(json.dumps(record) + "\n" for record in kept).encode())
 
 
+_HELD: weakref.WeakSet[Run] = weakref.WeakSet()
+
+
+def release_all() -> None:
+    """Let others write into every folder that this process holds: a command has ended, well or not."""
+    for run in list(_HELD):
+        run.release()
+
+
 def create(folder: str, command: str, config: str) -> Run:
     """Make a new run folder and put the resolved configuration in it, under the command that made it.
 
@@ -198,8 +209,5 @@ def in_json(content: Any) -> Any:
 def _read(path: Path, reader: Callable[[Path], Any]) -> Any:
     if not path.is_file():
         raise UserError(f"there is no {path}; the run did not get that far")
-    try:
+    with damaged(path):
         return reader(path)
-    except Exception as error:  # damaged files raise whatever the reader stumbles over
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
-        raise UserError(f"{path} is damaged or not ours: {reason}") from error

@@ -70,7 +70,9 @@ def test_every_learner_stops_before_the_update(name, what, tmp_path):
         else:  # what the network sees of the images
             network = network_of(learner)
             buffer = dict(network.named_buffers()).get("mean")
-            target = buffer if buffer is not None else next(b for k, b in network.named_buffers() if k.endswith(".mean"))
+            target = (
+                buffer if buffer is not None else next(b for k, b in network.named_buffers() if k.endswith(".mean"))
+            )
             target.fill_(torch.nan)
         before.extend(weights(learner))
 

@@ -20,6 +20,7 @@ from policyskip import plots
 from policyskip.agents.base import Agent
 from policyskip.agents.static import Keep, SetScorer, StaticFront, find_front, known_front, tries_every_set
 from policyskip.backbones import Backbone
+from policyskip.collapse import block_warnings
 from policyskip.config import FrontSection, Setup
 from policyskip.deployment import describe
 from policyskip.errors import UserError
@@ -28,6 +29,7 @@ from policyskip.memory import give_back
 from policyskip.rewards import Utilization
 from policyskip.runs import Run
 from policyskip.tasks.environments import id_of
+from policyskip.tasks.margins import half_interval, verdict_on
 from policyskip.tracking import Examples, Tracker
 
 
@@ -114,7 +116,7 @@ def static_figures(
         "static_sets": ["".join("01"[kept] for kept in keep) for keep in sets],
         "static_blocks": sum(weight * sum(front.sets[place]) for place, weight in mix),
         "static_margin": difference_N.mean().item(),
-        "static_margin_ci95": 1.96 * difference_N.std().item() / len(difference_N) ** 0.5,
+        "static_margin_ci95": half_interval(difference_N),
         "static_search_finished": front.finished,
     }
     return figures, [(macs, c.mean().item()) for macs, c in zip(front.macs, correct, strict=True)]
@@ -123,7 +125,7 @@ def static_figures(
 class BlockTask:
     """An agent that decides which blocks run, judged beside the full network and the static front."""
 
-    choose_by = "reward"
+    choose_by, trains = "reward", None
 
     def __init__(self, setup: Setup, wanted: FrontSection) -> None:
         if not isinstance(setup.backbone, Backbone):
@@ -196,12 +198,14 @@ def report(
     static, curve = static_figures(setup, result, front)
     figures = {f"test/{key}": value for key, value in {**result.figures(), **more, **static}.items()}
     summary = {**names, "seed": seed, "steps": steps, "seconds": round(seconds, 1), **figures}
+    if steps:
+        summary["warnings"] = block_warnings(result.keep_NK)
     front.save(run.folder / "front.json")
     run.save_json("summary.json", summary)
-    run.save_json("policy.json", policy)
     pictures = plots.all_plots(
         run.folder / "plots", run.metrics(), result, data.test, data.classes, setup.backbone.stages, curve
     )
+    run.save_json("policy.json", policy | {"steps": steps})  # the last: with it, the run is finished
     written = ("best.safetensors", "network.safetensors", "policy.json", "summary.json", "config.yaml")
     files = [path for path in (run.folder / name for name in written) if path.is_file()]
     tracker.finish(summary, pictures, files, _examples(setup, result))
@@ -292,14 +296,15 @@ def show_table(summary: dict[str, Any]) -> None:
     console = Console(width=None if sys.stdout.isatty() else 110)
     console.print(table)
     if "test/static_accuracy" in summary:
-        margin, half = 100 * get("static_margin"), 100 * get("static_margin_ci95")
-        verdict = "pays" if margin > half else "does not pay" if margin < -half else "makes no clear difference"
+        verdict, margin = verdict_on(summary)
         told = f"Deciding per image {verdict}" if summary["steps"] else f"{summary['agent']}, which learns nothing"
         console.print(
-            f"{told}{', but sees the label' if oracle else ''}: {margin:+.2f} ± {half:.2f} points "
+            f"{told}{', but sees the label' if oracle else ''}: {margin} points "
             "against the best static choice of equal cost"
             + ("." if get("static_search_finished") else " (its search ran out of front.budget).")
         )
     if "test/kept_by_difficulty" in summary:
-        quarters = ", ".join(f"{kept:.1f}" for kept in get("kept_by_difficulty"))
+        quarters = ", ".join("–" if kept is None else f"{kept:.1f}" for kept in get("kept_by_difficulty"))
         console.print(f"Blocks kept, from the easiest quarter of the images to the hardest: {quarters}.")
+    for warning in summary.get("warnings", []):
+        console.print(f"warning: {warning}")

@@ -19,6 +19,7 @@ from policyskip.backbones import checkpoints
 from policyskip.backbones.checkpoints import RANDOM
 from policyskip.backbones.exits import ExitNetwork, costly_exits, count_exit_costs, in_millions
 from policyskip.backbones.resnet_exits import ResNetExits
+from policyskip.collapse import exit_warnings
 from policyskip.config import Setup, TargetSection, build, build_backbone, group_of
 from policyskip.data import Data, Feed
 from policyskip.deployment import ThresholdPredictor, as_text, load_exits_run
@@ -56,7 +57,7 @@ class ExitTask:
         check_target(**target.model_copy(update=self.target).model_dump())
         if setup.reward is not None:
             raise UserError("agents that leave early learn by their own loss and take no reward")
-        self.setup, self.network = setup, network
+        self.setup, self.network, self.trains = setup, network, network
         self.learner: EarlyExitAgent = build(
             "agent",
             group_of(setup.config, "agent"),
@@ -177,12 +178,14 @@ def settle(
     figures = exit_report.figures_of(exit_M, test)
     anytime, budgeted = curves(test, policy, curve)
     summary = {**head, **chosen(target, point), **{f"test/{key}": value for key, value in figures.items()}}
+    summary["warnings"] = exit_warnings(exit_M, test.num_exits)
     pictures = exit_plots.all_plots(
         run.folder / "plots", run.metrics(), test, exit_M.cpu(), anytime, budgeted, data.test, data.classes
     )
     save_curve(run, curve, budgeted)
     run.save_json("summary.json", summary)
-    run.save_json("policy.json", predictor.describe())  # the last, so that what is deployed has figures
+    # The last, so that what is deployed has figures; with it, the run is finished.
+    run.save_json("policy.json", predictor.describe() | {"steps": head.get("steps")})
     files = [run.folder / name for name in ("network.safetensors", "policy.json", "summary.json", "config.yaml")]
     tracker.finish(summary, pictures, files, None)
     return summary
