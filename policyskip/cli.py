@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import sys
 from collections.abc import Callable
 from typing import Any
@@ -23,10 +24,12 @@ groups, `policyskip train --cfg job` every key with its value, `--multirun seed=
 
 def train(config: Any) -> int:
     """An agent learns in an environment over a backbone, and is judged on the test split."""
+    from contextlib import nullcontext
     from functools import partial
 
     from policyskip import resuming, tasks, training
     from policyskip.config import Settings, find_device, plain, set_up, settings_of
+    from policyskip.files import damaged
     from policyskip.tracking import Tracker
 
     config, run, resume = _new_or_resumed(config)
@@ -38,8 +41,9 @@ def train(config: Any) -> int:
     if run is None:
         config = _with_proposed_exits(config, device, settings.seed)
     content = plain(config) if run is None else resuming.with_own_start(plain(config), run)
-    setup = set_up(content, device, trusted=run is None or settings.run.trust)
-    task = tasks.start(setup, settings)
+    with nullcontext() if run is None else damaged(run.folder):
+        setup = set_up(content, device, trusted=run is None or settings.run.trust)
+        task = tasks.start(setup, settings)
     print(task.greeting, flush=True)
     run = _begin(config, run, resume)
     if task.trains is not None and not resume:
@@ -73,14 +77,23 @@ def pretrain(config: Any) -> int:
     from policyskip import resuming, training
     from policyskip.backbones import checkpoints
     from policyskip.backbones.resnet import CifarResNet
-    from policyskip.config import Settings, build, build_backbone, build_data, find_device, group_of, plain, settings_of
+    from policyskip.config import (
+        PretrainSettings,
+        build,
+        build_backbone,
+        build_data,
+        find_device,
+        group_of,
+        plain,
+        settings_of,
+    )
     from policyskip.data import Feed
     from policyskip.errors import UserError
     from policyskip.pretraining import pixel_statistics
     from policyskip.tracking import Tracker
 
     config, run, resume = _new_or_resumed(config)
-    settings, content = settings_of(config, Settings), plain(config)
+    settings, content = settings_of(config, PretrainSettings), plain(config)
     device = find_device(settings.device)
     if run is not None and resuming.is_finished(run, settings.train.steps, "backbone.safetensors"):
         resuming.say_finished(run, settings.train.steps)
@@ -151,15 +164,14 @@ def evaluate(config: Any) -> int:
     """A run's best policy, judged again from its folder."""
     from policyskip import tasks
     from policyskip.config import EvaluateSettings, settings_of
+    from policyskip.files import damaged
     from policyskip.runs import open_run
 
     asked = settings_of(config, EvaluateSettings)
     run = open_run(asked.run)
     setup = _setup_of(run, asked.device, asked.trust)
-    try:
+    with damaged(run.folder):
         figures = tasks.judge_again(setup, run, asked.split)
-    except (KeyError, TypeError, AttributeError) as error:
-        raise _damaged(run, error) from error
     summary = {f"{asked.split}/{key}": value for key, value in figures.items()}
     for key, value in summary.items():
         print(f"{key}: {value}")
@@ -218,18 +230,13 @@ def _with_proposed_exits(config: Any, device: Any, seed: int) -> Any:
 def _setup_of(run: Any, device: str, trust: bool) -> Any:
     """What a run's own configuration names."""
     from policyskip import resuming
-    from policyskip.config import find_device, plain, set_up
+    from policyskip.config import Settings, find_device, plain, set_up, settings_of
+    from policyskip.files import damaged
 
-    try:
-        return set_up(resuming.with_own_start(plain(_saved(run)), run), find_device(device), trust)
-    except (KeyError, TypeError, AttributeError) as error:
-        raise _damaged(run, error) from error
-
-
-def _damaged(run: Any, error: Exception) -> Exception:
-    from policyskip.errors import UserError
-
-    return UserError(f"{run.folder / 'config.yaml'} is damaged or not that of a train run: {error!r}")
+    saved = _saved(run)
+    with damaged(run.folder / "config.yaml"):
+        settings_of(saved, Settings)
+        return set_up(resuming.with_own_start(plain(saved), run), find_device(device), trust)
 
 
 def front(config: Any) -> int:
@@ -294,8 +301,11 @@ def _run(command: str) -> int:
     composed = False
 
     def job(config: Any) -> None:
+        from policyskip import tasks  # noqa: F401 - what takes seconds to import
         from policyskip.runs import release_all
 
+        if signal.getsignal(signal.SIGINT) is signal.SIG_DFL:  # see policyskip/__init__.py
+            signal.signal(signal.SIGINT, signal.default_int_handler)
         nonlocal composed
         composed = True
         try:

@@ -18,11 +18,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file, save
 from torch import Tensor
 
 from policyskip.errors import UserError
 from policyskip.files import damaged, refusing, write
+from policyskip.sealed import sealed, unsealed
 
 try:
     import fcntl
@@ -94,17 +94,24 @@ class Run:
         write(self.folder / "checkpoint.pt", buffer.getvalue())
 
     def load_checkpoint(self) -> dict[str, Any]:
-        state: dict[str, Any] = _read(
-            self.folder / "checkpoint.pt", lambda path: torch.load(path, map_location="cpu", weights_only=True)
-        )
+        """Where the run stands: ``step``, ``seconds`` and the rest of what ``training.train`` saved.
+
+        Raises:
+            UserError: there is none, or it is damaged or something else. Nothing in it is executed.
+        """
+        path = self.folder / "checkpoint.pt"
+        state = _read(path, lambda path: torch.load(path, map_location="cpu", weights_only=True))
+        wanted: dict[str, Any] = {"step": int, "seconds": int | float, "cursor": int, "learner": dict}
+        for key, kind in wanted.items():
+            if not isinstance(state, dict) or not isinstance(state.get(key), kind) or isinstance(state[key], bool):
+                raise UserError(f"{path} is damaged or not ours: it holds no {key} of a run")
         return state
 
     def save_best(self, tensors: dict[str, Tensor]) -> None:
-        plain = {name: value.detach().cpu().contiguous() for name, value in tensors.items()}
-        write(self.folder / "best.safetensors", save(plain))
+        write(self.folder / "best.safetensors", sealed(tensors))
 
     def load_best(self) -> dict[str, Tensor]:
-        tensors: dict[str, Tensor] = _read(self.folder / "best.safetensors", load_file)
+        tensors: dict[str, Tensor] = _read(self.folder / "best.safetensors", unsealed)
         return tensors
 
     def append_metrics(self, record: dict[str, Any]) -> None:
@@ -112,17 +119,18 @@ class Run:
             file.write(json.dumps(in_json(record), allow_nan=False) + "\n")
 
     def metrics(self) -> list[dict[str, Any]]:
-        """The records of ``metrics.jsonl``; a last line that a kill cut short is left out."""
+        """The records of ``metrics.jsonl``; lines that are damaged, or that a kill cut short, are left out."""
         path = self.folder / "metrics.jsonl"
         records = []
         for line in path.read_bytes().splitlines() if path.exists() else []:
             try:
                 record = json.loads(line)
-            except ValueError:
-                break
-            if not isinstance(record, dict) or not isinstance(record.get("step"), int):
-                break
-            records.append(record)
+            except (ValueError, RecursionError):
+                continue
+            if isinstance(record, dict) and isinstance(record.get("step"), int):
+                records.append(
+                    {key: value for key, value in record.items() if isinstance(value, int | float | list | None)}
+                )
         return records
 
     def rewind_metrics(self, step: int) -> None:

@@ -10,12 +10,13 @@ import signal
 import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any, Protocol, TypeVar
 
 from torch import Tensor
 
 from policyskip.errors import UserError
+from policyskip.files import damaged
 from policyskip.finite import NotFiniteError, first_bad
 from policyskip.memory import give_back
 from policyskip.runs import Run
@@ -87,13 +88,11 @@ def train(
     step, best, elapsed, window = 0, float("-inf"), 0.0, []
     if resume:
         state = run.load_checkpoint()
-        try:
-            step, best, elapsed, window = state["step"], state["best"], state["seconds"], state["window"]
+        with damaged(run.folder / "checkpoint.pt"):
+            step, best, elapsed = int(state["step"]), float(state["best"]), float(state["seconds"])
+            window = [{str(key): float(value) for key, value in means.items()} for means in state["window"]]
             learner.load_state_dict(state["learner"])
             source.seek(state["cursor"])
-        except (KeyError, TypeError, ValueError, RuntimeError, AttributeError) as error:
-            reason = " ".join(str(error).split())[:200]
-            raise UserError(f"{run.folder / 'checkpoint.pt'} is damaged or not ours: {reason}") from error
         if step > steps:
             raise UserError(f"{run.folder} has done {step} updates already; train.steps={steps} is below that")
         run.rewind_metrics(step)
@@ -131,7 +130,8 @@ def train(
 
     with _told(last_good), _stop_requests() as stop_asked, _progress(steps, step) as show:
         while step < steps:
-            window.append(learner.update(source))
+            with damaged(run.folder / "checkpoint.pt") if resume and step == saved else nullcontext():
+                window.append(learner.update(source))  # the first: an optimizer's state is looked at only here
             step += 1
             show(step, window[-1])
             if step % log_every == 0 or step == steps:

@@ -22,9 +22,10 @@ from policyskip.agents.static import Keep, SetScorer, StaticFront, find_front, k
 from policyskip.backbones import Backbone
 from policyskip.collapse import block_warnings
 from policyskip.config import FrontSection, Setup
-from policyskip.deployment import describe
+from policyskip.deployment import describe, load_weights
 from policyskip.errors import UserError
 from policyskip.evaluation import Evaluation, evaluate
+from policyskip.files import damaged
 from policyskip.memory import give_back
 from policyskip.rewards import Utilization
 from policyskip.runs import Run
@@ -216,30 +217,30 @@ def again(setup: Setup, run: Run, split: str) -> dict[str, Any]:
     """A finished run's figures on a split, from its folder."""
     if setup.reward is None:
         raise UserError("the configuration has no reward, and this command needs one")
-    front = load_front(run)
+    if not isinstance(setup.backbone, Backbone):
+        raise UserError(f"{setup.backbone.name} has exits, not blocks to skip")
+    front = load_front(run, setup.backbone.num_blocks)
     agent = setup.agent(setup.env(setup.data.validation, "shuffled"), front)  # shuffled, which is what SB3 asks for
     load_best(agent, run)
     result = judge(setup, agent, split)
     return result.figures() | static_figures(setup, result, front, split)[0]
 
 
-def load_front(run: Run) -> StaticFront:
-    """The static front that the run was judged beside."""
+def load_front(run: Run, num_blocks: int) -> StaticFront:
+    """The static front that the run was judged beside, over a network of ``num_blocks`` blocks."""
     path = run.folder / "front.json"
-    try:
-        return StaticFront.load(path)
-    except OSError as error:
-        raise UserError(f"there is no {path}; the run did not get that far") from error
-    except (ValueError, TypeError, KeyError) as error:
-        raise UserError(f"{path} is damaged or not ours: {error}") from error
+    if not path.is_file():
+        raise UserError(f"there is no {path}; the run did not get that far")
+    with damaged(path):
+        front = StaticFront.load(path)
+        if len(front.sets[0]) != num_blocks:
+            raise ValueError(f"its sets are of {len(front.sets[0])} blocks, the network has {num_blocks}")
+    return front
 
 
 def load_best(agent: Agent, run: Run) -> None:
     """Put the run's best weights into the agent's policy."""
-    try:
-        agent.policy.load_state_dict(run.load_best())
-    except RuntimeError as error:
-        raise UserError(f"{run.folder / 'best.safetensors'} does not fit the run's config.yaml") from error
+    load_weights(agent.policy, run, "the run's config.yaml")
 
 
 def _examples(setup: Setup, result: Evaluation, count: int = 24) -> Examples:

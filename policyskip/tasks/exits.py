@@ -22,7 +22,7 @@ from policyskip.backbones.resnet_exits import ResNetExits
 from policyskip.collapse import exit_warnings
 from policyskip.config import Setup, TargetSection, build, build_backbone, group_of
 from policyskip.data import Data, Feed
-from policyskip.deployment import ThresholdPredictor, as_text, load_exits_run
+from policyskip.deployment import ThresholdPredictor, as_text, load_exits_run, load_weights
 from policyskip.errors import UserError
 from policyskip.exits import plots as exit_plots
 from policyskip.exits.baselines import static_exits
@@ -55,6 +55,13 @@ class ExitTask:
             )
         self.target = target.given or {"accuracy_drop": ACCURACY_DROP}
         check_target(**target.model_copy(update=self.target).model_dump())
+        idle = {"_target_": None, "cached": True}  # what every configuration has
+        for key, value in group_of(setup.config, "env").items():
+            if key not in idle or (idle[key] is not None and value != idle[key]):
+                raise UserError(
+                    f"env.{key} has no effect: agents that set thresholds learn from labelled images, and env says "
+                    "only where they are judged"
+                )
         if setup.reward is not None:
             raise UserError("agents that leave early learn by their own loss and take no reward")
         self.setup, self.network, self.trains = setup, network, network
@@ -103,10 +110,7 @@ class ExitTask:
 
     def finish(self, run: Run, tracker: Tracker, seconds: float) -> dict[str, Any]:
         """Choose thresholds for the best weights on validation images, judge them once on test, write everything."""
-        try:
-            self.network.load_state_dict(run.load_best())
-        except RuntimeError as error:
-            raise UserError(f"{run.folder / 'best.safetensors'} does not fit the run's config.yaml") from error
+        load_weights(self.network, run, "the run's config.yaml")
         network, data, learner = self._admitted(), self.setup.data, self.learner
         checkpoints.save(network, run.folder / "network.safetensors")
         nobody_leaves = ThresholdPolicy(learner.rule, [rule_named(learner.rule).extremes[0]] * (network.num_exits - 1))

@@ -15,6 +15,7 @@ from policyskip.agents.static import Keep
 from policyskip.backbones import Backbone, checkpoints
 from policyskip.config import FrontSection, Setup, build, group_of
 from policyskip.data import Feed, Images, sequential
+from policyskip.deployment import load_weights
 from policyskip.deployment_gates import describe_gates
 from policyskip.errors import UserError
 from policyskip.evaluation import evaluate_gates
@@ -114,13 +115,12 @@ def again(setup: Setup, run: Run, split: str) -> dict[str, Any]:
     images = setup.data.split(split).plain()
     result = evaluate_gates(agent, images, setup.batch_size)
     before = accuracy(setup.backbone, images, setup.batch_size)
-    static, _ = blocks.static_figures(with_network(setup, agent), result, blocks.load_front(run), split)
+    static, _ = blocks.static_figures(
+        with_network(setup, agent), result, blocks.load_front(run, setup.backbone.num_blocks), split
+    )
     return result.figures() | {"before_accuracy": before} | static
 
 
 def load_best(agent: SkipNet, run: Run) -> None:
     """Put the run's best weights into the agent's network."""
-    try:
-        agent.network.load_state_dict(run.load_best())
-    except RuntimeError as error:
-        raise UserError(f"{run.folder / 'best.safetensors'} does not fit the run's config.yaml") from error
+    load_weights(agent.network, run, "the run's config.yaml")
