@@ -18,6 +18,7 @@ from torch import Tensor
 
 from policyskip import plots
 from policyskip.agents.base import Agent
+from policyskip.agents.policies import KeepPolicy
 from policyskip.agents.static import Keep, SetScorer, StaticFront, find_front, known_front, tries_every_set
 from policyskip.backbones import Backbone
 from policyskip.collapse import block_warnings
@@ -29,7 +30,7 @@ from policyskip.files import damaged
 from policyskip.memory import give_back
 from policyskip.rewards import Utilization
 from policyskip.runs import Run
-from policyskip.tasks.environments import id_of
+from policyskip.tasks.environments import check_batch, id_of
 from policyskip.tasks.margins import half_interval, verdict_on
 from policyskip.tracking import Examples, Tracker
 
@@ -137,7 +138,9 @@ class BlockTask:
         self.source = env = setup.env(setup.data.train, "shuffled", setup.config["seed"])
         everything = torch.ones(len(env.observation), env.backbone.num_blocks, dtype=torch.bool, device=env.device)
         env.rewards(env.score(everything))  # a reward that fails is refused before there is a run folder
-        setup.agent(env)  # likewise, and before the front is searched
+        policy = setup.agent(env).policy  # likewise, and before the front is searched
+        if isinstance(policy, KeepPolicy):
+            check_batch(policy, env.feed.batch.images)
         self.front = static_front(setup, wanted)
         self.learner: Agent = setup.agent(env, self.front, best_set(setup, self.front))
         self.validation = setup.env(setup.data.validation)

@@ -30,8 +30,10 @@ from policyskip.exits.cache import CachedExits, cache_exits
 from policyskip.exits.calibration import Curve, Point, UnmetError, check_target, choose, curve_of
 from policyskip.exits.placement import probe_blocks, propose_exits
 from policyskip.exits.rules import exit_of, rule_named
+from policyskip.files import damaged
 from policyskip.runs import Run
 from policyskip.tasks import exit_report
+from policyskip.tasks.environments import check_batch
 from policyskip.tracking import Tracker
 
 ACCURACY_DROP = 0.002
@@ -73,6 +75,7 @@ class ExitTask:
             total_steps=setup.config["train"]["steps"],
         )
         self.source = Feed(setup.data.train, setup.batch_size, "shuffled", setup.config["seed"])
+        check_batch(network, self.source.batch.images)
         self.names = dict(agent=self.learner.name, env="EarlyExit-v0", backbone=network.name, data=setup.data.name)
         self.costs = count_exit_costs(network, setup.data.image_shape)
         least = float(self.costs.cumulative_N[0]) / self.costs.full
@@ -244,7 +247,8 @@ def recalibrate(setup: Setup, run: Run, target: TargetSection) -> dict[str, Any]
     point = choose(curve, **target.given)
     before = run.load_json("summary.json")
     names = ("agent", "env", "backbone", "data", "seed", "steps", "seconds")
-    head: dict[str, Any] = {name: before[name] for name in names if name in before}
+    with damaged(run.folder / "summary.json"):
+        head: dict[str, Any] = {name: before[name] for name in names}
     return settle(setup, predictor, curve, point, target.given, run, Tracker(run, "none", {}), head)
 
 

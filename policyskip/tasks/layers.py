@@ -21,6 +21,7 @@ from policyskip.errors import UserError
 from policyskip.evaluation import evaluate_gates
 from policyskip.runs import Run
 from policyskip.tasks import blocks
+from policyskip.tasks.environments import check_batch
 from policyskip.tracking import Tracker
 
 
@@ -37,6 +38,7 @@ class LayerTask:
         self.setup, self.wanted, self.trains = setup, wanted, setup.backbone
         self.learner = make_agent(setup)
         self.source = Feed(setup.data.train, setup.batch_size, "shuffled", setup.config["seed"])
+        check_batch(self.learner.network.backbone, self.source.batch.images)
         self.names = dict(
             agent=self.learner.name, env="LayerSkip-v0", backbone=setup.backbone.name, data=setup.data.name
         )
