@@ -93,7 +93,9 @@ def pretrain(config: Any) -> int:
     from policyskip.tracking import Tracker
 
     config, run, resume = _new_or_resumed(config)
-    settings, content = settings_of(config, PretrainSettings), plain(config)
+    content = plain(config)
+    group_of(content, "pretrain")  # which a run of another command has not
+    settings = settings_of(config, PretrainSettings)
     device = find_device(settings.device)
     if run is not None and resuming.is_finished(run, settings.train.steps, "backbone.safetensors"):
         resuming.say_finished(run, settings.train.steps)

@@ -159,9 +159,9 @@ def create(folder: str, command: str, config: str) -> Run:
         while True:
             run = Run(path)
             try:
-                path.mkdir(parents=True, exist_ok=path.is_dir() and not any(path.iterdir()))
+                path.mkdir(parents=True, exist_ok=path.is_dir() and _is_unused(path))
                 run.hold()
-                if not any(path.iterdir()):  # another run may have begun in it meanwhile
+                if _is_unused(path):  # another run may have begun in it meanwhile
                     break
             except (FileExistsError, UserError):
                 pass
@@ -170,6 +170,11 @@ def create(folder: str, command: str, config: str) -> Run:
             path = wanted.with_name(f"{wanted.name}-{number}")
         run.save_config(command, config)
     return run
+
+
+def _is_unused(folder: Path) -> bool:
+    """Whether there is nothing in a folder, but for what a kill leaves of a run that had only begun to begin."""
+    return all(entry.name == "config.yaml.tmp" for entry in folder.iterdir())
 
 
 def open_run(folder: str) -> Run:

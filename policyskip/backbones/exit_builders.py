@@ -255,8 +255,11 @@ def _rebuilt(kind: Callable[..., Built], architecture: dict[str, Any], source: s
     """A network as it was saved."""
     state, arguments = read_tensors(find(source)), {k: v for k, v in architecture.items() if k != "network"}
     with damaged(find(source)):
-        check_size(lambda: kind(**arguments), state, source)
-        network = kind(**arguments)
+        try:
+            check_size(lambda: kind(**arguments), state, source)
+            network = kind(**arguments)
+        except TypeError as error:
+            raise UserError(f"{source} is damaged or of another version: {error}") from error
     load_into(network, state, source)
     return network
 
