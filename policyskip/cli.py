@@ -284,6 +284,11 @@ def main() -> None:
     if arguments[0] not in COMMANDS:
         print(f"policyskip: there is no command {arguments[0]!r}; it is one of {', '.join(COMMANDS)}", file=sys.stderr)
         sys.exit(EXIT_BAD_INPUT)
+    if arguments[0] in ("train", "pretrain") and int(os.environ.get("WORLD_SIZE") or 1) > 1:
+        processes = os.environ["WORLD_SIZE"]  # what torchrun tells the processes that it starts
+        print(f"policyskip: a run is one process, and this is one of {processes}; start it without torchrun",
+              file=sys.stderr)  # fmt: skip
+        sys.exit(EXIT_BAD_INPUT)
     command = sys.argv.pop(1)
     sys.argv[0] = f"policyskip {command}"
     sys.path.insert(0, os.getcwd())  # so that reward._target_=my_rewards.Mine finds my_rewards.py here
@@ -328,7 +333,7 @@ def _run(command: str) -> int:
         return EXIT_INTERRUPTED
     except (HydraException, OmegaConfBaseException) as error:
         return _refuse(command, error)
-    except ValueError as error:  # Hydra's, for arguments such as agent=3
+    except Exception as error:  # Hydra's, for arguments such as agent=3 or +=+
         if composed:
             raise
         return _refuse(command, error)
@@ -366,7 +371,7 @@ def _in_one_line(error: Exception) -> str:
             return f"there is no key {cause.full_key}; {f'{parent} has' if parent else 'there are'} {', '.join(keys)}"
     text = str(error).partition("Config search path:")[0]
     lines = [line.strip() for line in text.splitlines() if line.strip()]
-    return " ".join(lines[:2]) or type(error).__name__
+    return " ".join(lines[:2]) or f"these arguments cannot be read ({type(error).__name__}); they are key=value"
 
 
 def _new_or_resumed(config: Any) -> tuple[Any, Any, bool]:

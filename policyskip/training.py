@@ -95,6 +95,8 @@ def train(
             source.seek(state["cursor"])
         if step > steps:
             raise UserError(f"{run.folder} has done {step} updates already; train.steps={steps} is below that")
+        if best > float("-inf"):
+            run.load_best()  # damaged, it would be missed only at the end
         run.rewind_metrics(step)
     if begun is not None:
         begun()

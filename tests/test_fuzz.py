@@ -132,7 +132,7 @@ def test_some_damage_to_a_run(runs, what):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", RUNS)
-@some(75)
+@some(110)
 @given(what=damages)
 def test_much_damage_to_runs(runs, name, what):
     try_damage(runs, name, *what)
