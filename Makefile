@@ -1,4 +1,4 @@
-.PHONY: help check format test slow
+.PHONY: help check format test slow kills fuzz
 help:    ## show this
 	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/ —/'
 check:   ## everything that must pass: format, lint, types, tests
@@ -9,3 +9,7 @@ test:    ## the default tests (minutes)
 	pytest
 slow:    ## the slow tests too
 	pytest -m 'not gpu'
+kills:   ## kill runs at 30 moments; each must go on to the same figures (minutes)
+	pytest -m slow -n 0 -s tests/test_kills.py
+fuzz:    ## hundreds of damaged files and senseless arguments (minutes)
+	pytest -m 'slow or not slow' -n 0 -s tests/test_fuzz.py

@@ -2,7 +2,17 @@
 
 from __future__ import annotations
 
+import signal
+import sys
+from contextlib import suppress
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+if sys.argv[:1] == ["-m"] or Path(*sys.argv[:1]).stem == "policyskip":
+    with suppress(ValueError):  # where Ctrl-C is somebody else's affair
+        # Libraries take seconds to import, and do not expect an exception there: a Ctrl-C ends the command as it ends
+        # any other. ``cli`` puts Python's own handler back.
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 import gymnasium
 

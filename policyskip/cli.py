@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import sys
 from collections.abc import Callable
 from typing import Any
@@ -24,33 +25,45 @@ groups, `policyskip train --cfg job` every key with its value, `--multirun seed=
 
 def train(config: Any) -> int:
     """An agent learns in an environment over a backbone, and is judged on the test split."""
-    from policyskip import tasks, training
+    from contextlib import nullcontext
+    from functools import partial
+
+    from policyskip import resuming, tasks, training
     from policyskip.config import Settings, find_device, plain, set_up, settings_of
+    from policyskip.files import damaged
     from policyskip.tracking import Tracker
 
     config, run, resume = _new_or_resumed(config)
     settings = settings_of(config, Settings)
     device = find_device(settings.device)
+    if run is not None and resuming.is_finished(run, settings.train.steps, "policy.json"):
+        resuming.say_finished(run, settings.train.steps)
+        return 0
     if run is None:
         config = _with_proposed_exits(config, device, settings.seed)
-    setup = set_up(plain(config), device, trusted=run is None or settings.run.trust)
-    task = tasks.start(setup, settings)
+    content = plain(config) if run is None else resuming.with_own_start(plain(config), run)
+    with nullcontext() if run is None else damaged(run.folder):
+        setup = set_up(content, device, trusted=run is None or settings.run.trust)
+        task = tasks.start(setup, settings)
     print(task.greeting, flush=True)
     run = _begin(config, run, resume)
+    if task.trains is not None and not resume:
+        resuming.keep_start(run, task.trains, content["backbone"])
     tracker = Tracker(run, settings.tracking.mode, plain(config), settings.tracking.project, settings.tracking.group)
     try:
         chain = (task.learner, task.source, task.validate, task.deployable, run, tracker)
         if settings.train.steps:
             schedule = settings.train.model_dump()
-            finished = training.train(*chain, choose_by=task.choose_by, resume=resume, **schedule)
+            begun = partial(_record_changes, config, run, resume)
+            finished = training.train(*chain, choose_by=task.choose_by, resume=resume, begun=begun, **schedule)
         else:
             finished = training.rest(*chain, resume=resume)
-        _record_changes(config, run, resume)
         if not finished:
             return _stopped("train", run)
         summary = task.finish(run, tracker, run.load_checkpoint()["seconds"])
     except KeyboardInterrupt:
-        return _stopped("train", run)
+        resuming.say_interrupted("train", run)
+        return EXIT_INTERRUPTED
     finally:
         tracker.close()
     task.show(summary)
@@ -60,19 +73,36 @@ def train(config: Any) -> int:
 
 def pretrain(config: Any) -> int:
     """A CIFAR ResNet learns to classify, with stochastic depth, and is written for ``backbone.checkpoint=``."""
-    from policyskip import training
+    from functools import partial
+
+    from policyskip import resuming, training
     from policyskip.backbones import checkpoints
     from policyskip.backbones.resnet import CifarResNet
-    from policyskip.config import Settings, build, build_backbone, build_data, find_device, group_of, plain, settings_of
+    from policyskip.config import (
+        PretrainSettings,
+        build,
+        build_backbone,
+        build_data,
+        find_device,
+        group_of,
+        plain,
+        settings_of,
+    )
     from policyskip.data import Feed
     from policyskip.errors import UserError
     from policyskip.pretraining import pixel_statistics
     from policyskip.tracking import Tracker
 
     config, run, resume = _new_or_resumed(config)
-    settings, content = settings_of(config, Settings), plain(config)
+    content = plain(config)
+    group_of(content, "pretrain")  # which a run of another command has not
+    settings = settings_of(config, PretrainSettings)
     device = find_device(settings.device)
+    if run is not None and resuming.is_finished(run, settings.train.steps, "backbone.safetensors"):
+        resuming.say_finished(run, settings.train.steps)
+        return 0
     trusted = run is None or settings.run.trust
+    content = content if run is None else resuming.with_own_start(content, run)
     data, batch_size = build_data(group_of(content, "data"), device, trusted)
     node = group_of(content, "backbone")
     if (
@@ -93,6 +123,8 @@ def pretrain(config: Any) -> int:
     )
     feed = Feed(data.train, batch_size, "shuffled", settings.seed)
     run = _begin(config, run, resume)
+    if not resume:
+        resuming.keep_start(run, backbone, node)
     tracker = Tracker(run, settings.tracking.mode, content, settings.tracking.project, settings.tracking.group)
     try:
         finished = training.train(
@@ -104,9 +136,9 @@ def pretrain(config: Any) -> int:
             tracker,
             choose_by="accuracy",
             resume=resume,
+            begun=partial(_record_changes, config, run, resume),
             **settings.train.model_dump(),
         )
-        _record_changes(config, run, resume)
         if not finished:
             return _stopped("pretrain", run)
         backbone.load_state_dict(run.load_best())
@@ -119,6 +151,9 @@ def pretrain(config: Any) -> int:
         summary |= {f"test/{key}": value for key, value in learner.accuracies(data.test).items()}
         run.save_json("summary.json", summary)
         tracker.finish(summary, [], [weights, run.folder / "summary.json"], None)
+    except KeyboardInterrupt:
+        resuming.say_interrupted("pretrain", run)
+        return EXIT_INTERRUPTED
     finally:
         tracker.close()
     full, half = summary["test/accuracy"], summary["test/accuracy_half_the_blocks"]
@@ -132,15 +167,14 @@ def evaluate(config: Any) -> int:
     """A run's best policy, judged again from its folder."""
     from policyskip import tasks
     from policyskip.config import EvaluateSettings, settings_of
+    from policyskip.files import damaged
     from policyskip.runs import open_run
 
     asked = settings_of(config, EvaluateSettings)
     run = open_run(asked.run)
     setup = _setup_of(run, asked.device, asked.trust)
-    try:
+    with damaged(run.folder):
         figures = tasks.judge_again(setup, run, asked.split)
-    except (KeyError, TypeError, AttributeError) as error:
-        raise _damaged(run, error) from error
     summary = {f"{asked.split}/{key}": value for key, value in figures.items()}
     for key, value in summary.items():
         print(f"{key}: {value}")
@@ -165,6 +199,8 @@ def calibrate(config: Any) -> int:
 
     asked = settings_of(config, CalibrateSettings)
     run = open_run(asked.run)
+    if asked.target.given:
+        run.hold()
     setup = _setup_of(run, asked.device, asked.trust)
     if asked.target.given:
         exits.show_table(exits.recalibrate(setup, run, asked.target))
@@ -196,18 +232,14 @@ def _with_proposed_exits(config: Any, device: Any, seed: int) -> Any:
 
 def _setup_of(run: Any, device: str, trust: bool) -> Any:
     """What a run's own configuration names."""
-    from policyskip.config import find_device, plain, set_up
+    from policyskip import resuming
+    from policyskip.config import Settings, find_device, plain, set_up, settings_of
+    from policyskip.files import damaged
 
-    try:
-        return set_up(plain(_saved(run)), find_device(device), trust)
-    except (KeyError, TypeError, AttributeError) as error:
-        raise _damaged(run, error) from error
-
-
-def _damaged(run: Any, error: Exception) -> Exception:
-    from policyskip.errors import UserError
-
-    return UserError(f"{run.folder / 'config.yaml'} is damaged or not that of a train run: {error!r}")
+    saved = _saved(run)
+    with damaged(run.folder / "config.yaml"):
+        settings_of(saved, Settings)
+        return set_up(resuming.with_own_start(plain(saved), run), find_device(device), trust)
 
 
 def front(config: Any) -> int:
@@ -279,6 +311,11 @@ def main() -> None:
     if arguments[0] not in COMMANDS:
         print(f"policyskip: there is no command {arguments[0]!r}; it is one of {', '.join(COMMANDS)}", file=sys.stderr)
         sys.exit(EXIT_BAD_INPUT)
+    if arguments[0] in ("train", "pretrain") and int(os.environ.get("WORLD_SIZE") or 1) > 1:
+        processes = os.environ["WORLD_SIZE"]  # what torchrun tells the processes that it starts
+        print(f"policyskip: a run is one process, and this is one of {processes}; start it without torchrun",
+              file=sys.stderr)  # fmt: skip
+        sys.exit(EXIT_BAD_INPUT)
     command = sys.argv.pop(1)
     sys.argv[0] = f"policyskip {command}"
     sys.path.insert(0, os.getcwd())  # so that reward._target_=my_rewards.Mine finds my_rewards.py here
@@ -298,12 +335,19 @@ def _run(command: str) -> int:
     composed = False
 
     def job(config: Any) -> None:
+        from policyskip import tasks  # noqa: F401 - what takes seconds to import
+        from policyskip.runs import release_all
+
+        if signal.getsignal(signal.SIGINT) is signal.SIG_DFL:  # see policyskip/__init__.py
+            signal.signal(signal.SIGINT, signal.default_int_handler)
         nonlocal composed
         composed = True
         try:
             status = COMMANDS[command](config)
         except (UserError, OmegaConfBaseException, OSError) as error:
             status = _refuse(command, error)
+        finally:
+            release_all()
         if status:
             sys.exit(status)  # rather than return it: a sweep ends with the run that failed or was stopped
 
@@ -316,7 +360,7 @@ def _run(command: str) -> int:
         return EXIT_INTERRUPTED
     except (HydraException, OmegaConfBaseException) as error:
         return _refuse(command, error)
-    except ValueError as error:  # Hydra's, for arguments such as agent=3
+    except Exception as error:  # Hydra's, for arguments such as agent=3 or +=+
         if composed:
             raise
         return _refuse(command, error)
@@ -354,7 +398,7 @@ def _in_one_line(error: Exception) -> str:
             return f"there is no key {cause.full_key}; {f'{parent} has' if parent else 'there are'} {', '.join(keys)}"
     text = str(error).partition("Config search path:")[0]
     lines = [line.strip() for line in text.splitlines() if line.strip()]
-    return " ".join(lines[:2]) or type(error).__name__
+    return " ".join(lines[:2]) or f"these arguments cannot be read ({type(error).__name__}); they are key=value"
 
 
 def _new_or_resumed(config: Any) -> tuple[Any, Any, bool]:
@@ -367,6 +411,7 @@ def _new_or_resumed(config: Any) -> tuple[Any, Any, bool]:
     if config.run.resume is None:
         return config, None, False
     run = open_run(config.run.resume)
+    run.hold()
     allowed = ("run.resume", "run.trust", "train.steps", "device", "tracking.mode")
     changes = _changes()
     for change in changes:
@@ -411,7 +456,7 @@ def _begin(config: Any, run: Any, resume: bool) -> Any:
 
 
 def _record_changes(config: Any, run: Any, resume: bool) -> None:
-    """Put what a resumed run changed into its folder, once its checkpoint has been read and written again."""
+    """Put what a resumed run changed into its folder, once its checkpoint has been read."""
     from omegaconf import OmegaConf
 
     if resume and _changes():

@@ -12,7 +12,7 @@ import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from importlib.metadata import entry_points
-from typing import Annotated, Any, Literal, TypeVar, get_type_hints
+from typing import Annotated, Any, ClassVar, Literal, TypeVar, get_type_hints
 
 import torch
 from omegaconf import DictConfig, OmegaConf
@@ -38,6 +38,8 @@ from policyskip.rewards import Reward
 
 class _Section(BaseModel):
     model_config = ConfigDict(extra="forbid", strict=True)
+    groups: ClassVar[tuple[str, ...]] = ()
+    """The groups that a command has beside its settings."""
 
 
 class TrainSection(_Section):
@@ -77,8 +79,9 @@ class TrackingSection(_Section):
 
 
 class Settings(_Section):
-    """The keys of ``train`` and ``pretrain`` that are no group, with their types."""
+    """The keys of ``train`` that are no group, with their types."""
 
+    groups: ClassVar[tuple[str, ...]] = ("data", "backbone", "reward", "env", "agent")
     seed: Annotated[int, Field(ge=0, lt=2**63)]
     device: str
     train: TrainSection
@@ -86,6 +89,12 @@ class Settings(_Section):
     tracking: TrackingSection
     front: FrontSection | None = None
     target: TargetSection | None = None
+
+
+class PretrainSettings(Settings):
+    """Those of ``pretrain``."""
+
+    groups = ("data", "backbone", "pretrain")
 
 
 class CalibrateSettings(_Section):
@@ -100,6 +109,7 @@ class CalibrateSettings(_Section):
 class FrontSettings(_Section):
     """Those of ``front``."""
 
+    groups = ("data", "backbone", "env")
     device: str
     front: FrontSection
     output: str | None
@@ -141,12 +151,12 @@ Checked = TypeVar("Checked", bound=_Section)
 
 
 def settings_of(config: DictConfig, section: type[Checked]) -> Checked:
-    """The checked settings of a configuration, groups aside.
+    """The checked settings of a configuration, its command's groups aside.
 
     Raises:
         UserError: the first key that is unknown or has a wrong value.
     """
-    content = {key: value for key, value in plain(config).items() if key not in GROUPS}
+    content = {key: value for key, value in plain(config).items() if key not in section.groups}
     try:
         return section.model_validate(content)
     except ValidationError as error:

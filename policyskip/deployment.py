@@ -5,14 +5,14 @@ Shapes: B images, K blocks, C classes, H W pixels.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from policyskip.agents.base import Policy
 from policyskip.agents.early_exit import ThresholdPolicy
@@ -35,6 +35,8 @@ from policyskip.backbones import (
 from policyskip.backbones.folding import folded
 from policyskip.errors import UserError
 from policyskip.exits.rules import check_thresholds, decisions_at
+from policyskip.files import damaged
+from policyskip.finite import first_bad
 from policyskip.memory import hold
 from policyskip.profiling import device_name
 from policyskip.runs import Run, open_run
@@ -52,6 +54,7 @@ BACKBONES = {
 }
 VERSION = 1
 PRECISIONS = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+Built = TypeVar("Built", bound=Policy)
 
 
 @dataclass(frozen=True)
@@ -286,15 +289,22 @@ def load(
     """
     if precision not in PRECISIONS:
         raise UserError(f"precision must be one of {', '.join(PRECISIONS)}, got {precision!r}")
-    predictor = _load(open_run(str(run)), backbone, device)
+    hold()
+    folder = open_run(str(run))
+    content = folder.load_json("policy.json")
+    if backbone is not None and not {"exits", "leaves", "gates"}.isdisjoint(content):
+        raise UserError(f"the run {run} brings its own network, network.safetensors; backbone={backbone} has no effect")
+    with damaged(folder.folder / "policy.json"):
+        predictor = _load(folder, content, backbone, device)
     network = predictor.backbone if isinstance(predictor, Predictor) else predictor.network
     network.to(PRECISIONS[precision])
     return predictor
 
 
-def _load(folder: Run, backbone: str | None, device: str) -> Predictor | ExitPredictor | GatedPredictor:
-    hold()
-    content = folder.load_json("policy.json")
+def _load(
+    folder: Run, content: dict[str, Any], backbone: str | None, device: str
+) -> Predictor | ExitPredictor | GatedPredictor:
+    """:func:`load` for the content of ``policy.json``."""
     if "exits" in content:
         return load_exits_run(folder, device)
     if "leaves" in content:
@@ -306,13 +316,15 @@ def _load(folder: Run, backbone: str | None, device: str) -> Predictor | ExitPre
 
         return load_gated_run(folder, device)
     try:
-        policy = POLICIES[content["policy"]["name"]](**content["policy"]["arguments"])
+        policy = policy_of(POLICIES[content["policy"]["name"]], content["policy"]["arguments"], folder)
         policy_macs, image_shape = float(content["policy"]["macs"]), tuple(content["image_shape"])
         config, expected = dict(content["backbone"]["config"]), content["backbone"]["hash"]
         classes = [str(name) for name in content["classes"]]
         build = BACKBONES[config.pop("_target_")]
         if content["version"] != VERSION:
             raise ValueError(f"version {content['version']}, not {VERSION}")
+    except UserError:
+        raise
     except (KeyError, TypeError, ValueError) as error:
         raise UserError(f"{folder.folder / 'policy.json'} is damaged or of another version: {error}") from error
     if isinstance(policy, OraclePolicy):
@@ -353,10 +365,28 @@ def _plan(run: Run, network_hash: str, network: Backbone) -> dict[int, list[floa
     return {size: shares for size, shares in plan.items() if len(shares) == network.num_blocks}
 
 
-def load_weights(policy: Policy, run: Run) -> None:
-    """Put a run's best weights into a policy that was built from its ``policy.json``."""
+def policy_of(kind: Callable[..., Built], arguments: dict[str, Any], run: Run) -> Built:
+    """A policy that is built again, its weights not yet those of the run.
+
+    Raises:
+        UserError: it would be larger than the run's weights, for which no memory is then taken.
+    """
+    with torch.device("meta"):
+        needed = sum(value.numel() for value in kind(**arguments).state_dict().values())
+    given = sum(value.numel() for value in run.load_best().values())
+    if needed != given:
+        raise UserError(
+            f"{run.folder / 'best.safetensors'} does not fit policy.json: it holds {given} numbers, not {needed}"
+        )
+    return kind(**arguments)
+
+
+def load_weights(policy: nn.Module, run: Run, described: str = "policy.json") -> None:
+    """Put a run's best weights into a policy that was built as ``described``."""
+    tensors, path = run.load_best(), run.folder / "best.safetensors"
+    if (place := first_bad(tensors)) is not None:
+        raise UserError(f"{path} cannot be used: {place} holds numbers that are not finite")
     try:
-        policy.load_state_dict(run.load_best())
+        policy.load_state_dict(tensors)
     except RuntimeError as error:
-        reason = " ".join(str(error).split())[:200]
-        raise UserError(f"{run.folder / 'best.safetensors'} does not fit policy.json: {reason}") from error
+        raise UserError(f"{path} does not fit {described}: {' '.join(str(error).split())[:200]}") from error

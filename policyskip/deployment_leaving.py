@@ -8,7 +8,7 @@ import torch
 
 from policyskip.agents.greedy import ExitPolicy
 from policyskip.backbones import load_exits
-from policyskip.deployment import VERSION, ExitPredictor, load_weights
+from policyskip.deployment import VERSION, ExitPredictor, load_weights, policy_of
 from policyskip.errors import UserError
 from policyskip.runs import Run
 
@@ -33,11 +33,14 @@ def load_leaving_run(run: Run, device: str | torch.device = "cpu") -> ExitPredic
     """
     content = run.load_json("policy.json")
     try:
-        policy, decision_macs = ExitPolicy(**content["leaves"]["arguments"]), float(content["leaves"]["macs"])
+        policy = policy_of(ExitPolicy, content["leaves"]["arguments"], run)
+        decision_macs = float(content["leaves"]["macs"])
         classes, image_shape = [str(name) for name in content["classes"]], tuple(map(int, content["image_shape"]))
         expected = content["network"]["hash"]
         if content["version"] != VERSION or len(image_shape) != 3:
             raise ValueError(f"version {content['version']}, image shape {image_shape}")
+    except UserError:
+        raise
     except (KeyError, TypeError, ValueError) as error:
         raise UserError(f"{run.folder / 'policy.json'} is damaged or of another version: {error}") from error
     load_weights(policy, run)

@@ -58,12 +58,14 @@ class Evaluation:
         return self.macs_N.mean().item() / self.full_macs
 
     @property
-    def kept_by_difficulty(self) -> list[float] | None:
-        """Mean number of kept blocks in each quarter of the images, easiest first; None without a difficulty."""
+    def kept_by_difficulty(self) -> list[float | None] | None:
+        """Mean number of kept blocks in each quarter of the images, easiest first; None for a quarter of no images, and
+        None without a difficulty."""
         if self.difficulty_N is None:
             return None
         kept_N = self.keep_NK.sum(1).double()
-        return [kept_N[quarter].mean().item() for quarter in self.difficulty_N.argsort().tensor_split(4)]
+        quarters = self.difficulty_N.argsort().tensor_split(4)
+        return [kept_N[quarter].mean().item() if len(quarter) else None for quarter in quarters]
 
     def block_use_CK(self, classes: int) -> Tensor:
         """Share of each class's images that kept each block, float64 (C, K); NaN for a class without images."""

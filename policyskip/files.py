@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from policyskip.errors import UserError
@@ -17,6 +17,18 @@ def refusing(path: Path) -> Iterator[None]:
         yield
     except OSError as error:
         raise UserError(f"cannot write {path}: {error.strerror}; what was saved before is intact") from error
+
+
+@contextmanager
+def damaged(path: Path) -> Iterator[None]:
+    """Turns whatever a reader stumbles over in a damaged file, or in somebody else's, into a line for the user."""
+    try:
+        yield
+    except UserError:
+        raise
+    except Exception as error:
+        reason = " ".join(str(error).split())[:200] or type(error).__name__
+        raise UserError(f"{path} is damaged or not ours: {reason}") from error
 
 
 def write(path: Path, content: bytes) -> None:
@@ -33,5 +45,17 @@ def write(path: Path, content: bytes) -> None:
                 file.flush()
                 os.fsync(file.fileno())
             temporary.replace(path)
+            _remember(path.parent)
         finally:
-            temporary.unlink(missing_ok=True)
+            with suppress(OSError):  # what went wrong before is what has to be said
+                temporary.unlink(missing_ok=True)
+
+
+def _remember(folder: Path) -> None:
+    """Have the system write down which files a folder holds; a new name is else lost when the power fails."""
+    with suppress(OSError):  # not every system can
+        descriptor = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)

@@ -15,6 +15,7 @@ from policyskip.backbones import sparse
 from policyskip.backbones.resnet import CifarResNet
 from policyskip.data import Feed, Images, sequential
 from policyskip.errors import UserError
+from policyskip.finite import check_finite, check_gradients
 from policyskip.schedules import one_cycle
 
 
@@ -64,8 +65,11 @@ class Pretrainer:
         self.backbone.train()
         logits_BC = sparse(self.backbone, batch.images, self._sample(len(batch)))
         loss = F.cross_entropy(logits_BC, batch.label_B)
+        update = self.schedule.last_epoch + 1
+        check_finite("pretrain", update, logits=logits_BC, loss=loss)
         self.optimizer.zero_grad(set_to_none=True)
         loss.backward()
+        check_gradients("pretrain", update, self.optimizer)
         self.optimizer.step()
         self.schedule.step()
         feed.advance()

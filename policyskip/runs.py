@@ -3,22 +3,31 @@
 ``config.yaml`` (resolved), ``metrics.jsonl`` (one line a record), ``checkpoint.pt`` (everything needed to go on),
 ``best.safetensors`` and ``policy.json`` (what deployment loads), ``summary.json``, ``plots/*.png``, ``wandb/``.
 What a run is loaded from is written beside its place and renamed into it, so a reader never sees half of a file.
+Whoever writes into a run folder holds it (:meth:`Run.hold`), and no other process can.
 """
 
 from __future__ import annotations
 
 import io
 import json
+import math
+import os
+import weakref
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file, save
 from torch import Tensor
 
 from policyskip.errors import UserError
-from policyskip.files import refusing, write
+from policyskip.files import damaged, refusing, write
+from policyskip.sealed import sealed, unsealed
+
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None  # type: ignore[assignment]
 
 
 class Run:
@@ -26,6 +35,32 @@ class Run:
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
+        self._let_go: Callable[[], object] | None = None
+
+    def hold(self) -> None:
+        """Keep other processes from writing into the folder, until it is released or this process ends.
+
+        The lock is the system's own, on the folder itself: a process that is killed leaves nothing behind. Where the
+        system or the file system has no such locks, nothing is held.
+
+        Raises:
+            UserError: another process holds it.
+        """
+        if self._let_go is None:
+            try:
+                descriptor = locked(self.folder)
+            except BlockingIOError as error:
+                raise UserError(f"another process is writing into {self.folder}; wait for it or stop it") from error
+            if descriptor is not None:
+                self._let_go = weakref.finalize(self, os.close, descriptor)
+                _HELD.add(self)
+
+    def release(self) -> None:
+        """Let others write into the folder."""
+        _HELD.discard(self)
+        if self._let_go is not None:
+            self._let_go()
+            self._let_go = None
 
     @property
     def name(self) -> str:
@@ -40,7 +75,8 @@ class Run:
         write(self.folder / "config.yaml", f"# {command}\n{config}".encode())
 
     def save_json(self, name: str, content: dict[str, Any]) -> None:
-        write(self.folder / name, (json.dumps(content, indent=2, ensure_ascii=False) + "\n").encode())
+        text = json.dumps(in_json(content), indent=2, ensure_ascii=False, allow_nan=False)
+        write(self.folder / name, f"{text}\n".encode())
 
     def load_json(self, name: str) -> dict[str, Any]:
         content = _read(self.folder / name, lambda path: json.loads(path.read_text()))
@@ -51,41 +87,65 @@ class Run:
     def save_checkpoint(self, state: dict[str, Any]) -> None:
         buffer = io.BytesIO()
         torch.save(state, buffer)
+        metrics = self.folder / "metrics.jsonl"
+        if metrics.exists():  # no checkpoint is safer than the records before it
+            with refusing(metrics), metrics.open("ab") as file:
+                os.fsync(file.fileno())
         write(self.folder / "checkpoint.pt", buffer.getvalue())
 
     def load_checkpoint(self) -> dict[str, Any]:
-        state: dict[str, Any] = _read(
-            self.folder / "checkpoint.pt", lambda path: torch.load(path, map_location="cpu", weights_only=True)
-        )
+        """Where the run stands: ``step``, ``seconds`` and the rest of what ``training.train`` saved.
+
+        Raises:
+            UserError: there is none, or it is damaged or something else. Nothing in it is executed.
+        """
+        path = self.folder / "checkpoint.pt"
+        state = _read(path, lambda path: torch.load(path, map_location="cpu", weights_only=True))
+        wanted: dict[str, Any] = {"step": int, "seconds": int | float, "cursor": int, "learner": dict}
+        for key, kind in wanted.items():
+            if not isinstance(state, dict) or not isinstance(state.get(key), kind) or isinstance(state[key], bool):
+                raise UserError(f"{path} is damaged or not ours: it holds no {key} of a run")
         return state
 
     def save_best(self, tensors: dict[str, Tensor]) -> None:
-        plain = {name: value.detach().cpu().contiguous() for name, value in tensors.items()}
-        write(self.folder / "best.safetensors", save(plain))
+        write(self.folder / "best.safetensors", sealed(tensors))
 
     def load_best(self) -> dict[str, Tensor]:
-        tensors: dict[str, Tensor] = _read(self.folder / "best.safetensors", load_file)
+        tensors: dict[str, Tensor] = _read(self.folder / "best.safetensors", unsealed)
         return tensors
 
     def append_metrics(self, record: dict[str, Any]) -> None:
         with refusing(self.folder / "metrics.jsonl"), (self.folder / "metrics.jsonl").open("a") as file:
-            file.write(json.dumps(record) + "\n")
+            file.write(json.dumps(in_json(record), allow_nan=False) + "\n")
 
     def metrics(self) -> list[dict[str, Any]]:
-        """The records of ``metrics.jsonl``; a last line that a kill cut short is left out."""
+        """The records of ``metrics.jsonl``; lines that are damaged, or that a kill cut short, are left out."""
         path = self.folder / "metrics.jsonl"
         records = []
-        for line in path.read_text().splitlines() if path.exists() else []:
+        for line in path.read_bytes().splitlines() if path.exists() else []:
             try:
-                records.append(json.loads(line))
-            except ValueError:
-                break
+                record = json.loads(line)
+            except (ValueError, RecursionError):
+                continue
+            if isinstance(record, dict) and isinstance(record.get("step"), int):
+                records.append(
+                    {key: value for key, value in record.items() if isinstance(value, int | float | list | None)}
+                )
         return records
 
     def rewind_metrics(self, step: int) -> None:
         """Forget the records after ``step``: a resumed run writes them again."""
         kept = [record for record in self.metrics() if record["step"] <= step]
         write(self.folder / "metrics.jsonl", "".join(json.dumps(record) + "\n" for record in kept).encode())
+
+
+_HELD: weakref.WeakSet[Run] = weakref.WeakSet()
+
+
+def release_all() -> None:
+    """Let others write into every folder that this process holds: a command has ended, well or not."""
+    for run in list(_HELD):
+        run.release()
 
 
 def create(folder: str, command: str, config: str) -> Run:
@@ -97,15 +157,24 @@ def create(folder: str, command: str, config: str) -> Run:
     number = 1
     with refusing(path):
         while True:
+            run = Run(path)
             try:
-                path.mkdir(parents=True, exist_ok=path.is_dir() and not any(path.iterdir()))
-                break
-            except FileExistsError:
-                number += 1
-                path = wanted.with_name(f"{wanted.name}-{number}")
-        run = Run(path)
+                path.mkdir(parents=True, exist_ok=path.is_dir() and _is_unused(path))
+                run.hold()
+                if _is_unused(path):  # another run may have begun in it meanwhile
+                    break
+            except (FileExistsError, UserError):
+                pass
+            run.release()
+            number += 1
+            path = wanted.with_name(f"{wanted.name}-{number}")
         run.save_config(command, config)
     return run
+
+
+def _is_unused(folder: Path) -> bool:
+    """Whether there is nothing in a folder, but for what a kill leaves of a run that had only begun to begin."""
+    return all(entry.name == "config.yaml.tmp" for entry in folder.iterdir())
 
 
 def open_run(folder: str) -> Run:
@@ -121,11 +190,37 @@ def open_run(folder: str) -> Run:
     return Run(path)
 
 
+def locked(folder: Path) -> int | None:
+    """A descriptor that locks a folder for as long as it is open; None where there are no such locks.
+
+    Raises:
+        BlockingIOError: it is locked already.
+    """
+    if fcntl is None:
+        return None
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        os.close(descriptor)
+        raise
+    except OSError:  # a file system without locks
+        os.close(descriptor)
+        return None
+    return descriptor
+
+
+def in_json(content: Any) -> Any:
+    """The same with None for every NaN and infinity, which JSON does not have."""
+    if isinstance(content, dict):
+        return {key: in_json(value) for key, value in content.items()}
+    if isinstance(content, list | tuple):
+        return [in_json(value) for value in content]
+    return None if isinstance(content, float) and not math.isfinite(content) else content
+
+
 def _read(path: Path, reader: Callable[[Path], Any]) -> Any:
     if not path.is_file():
         raise UserError(f"there is no {path}; the run did not get that far")
-    try:
+    with damaged(path):
         return reader(path)
-    except Exception as error:  # damaged files raise whatever the reader stumbles over
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
-        raise UserError(f"{path} is damaged or not ours: {reason}") from error

@@ -10,12 +10,14 @@ import signal
 import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any, Protocol, TypeVar
 
 from torch import Tensor
 
 from policyskip.errors import UserError
+from policyskip.files import damaged
+from policyskip.finite import NotFiniteError, first_bad
 from policyskip.memory import give_back
 from policyskip.rewards import Adaptive
 from policyskip.runs import Run
@@ -61,6 +63,7 @@ def train(
     choose_after: float = 0.0,
     choose_by: str = "reward",
     resume: bool = False,
+    begun: Callable[[], None] | None = None,
 ) -> bool:
     """Learn for ``steps`` updates; keep the best weights by validation, and enough to go on from anywhere.
 
@@ -70,8 +73,13 @@ def train(
             good by luck, and a fixed keep-set chosen on the same images looks better on them than it is.
         deployable: the tensors that are kept.
         resume: go on from the run's checkpoint.
+        begun: called once, when a checkpoint has been read and learning is about to start.
 
     Returns: whether it finished; False after Ctrl-C or SIGTERM, with a checkpoint of that very step.
+
+    Raises:
+        UserError: numbers went wrong, or the learner was given what it cannot learn from. It says at which update, and
+            which checkpoint was the last; nothing that came after that is kept.
     """
     if steps < 1 or validate_every < 1 or log_every < 1:
         raise UserError(
@@ -82,19 +90,31 @@ def train(
     reward = getattr(source, "reward", None)
     if resume:
         state = run.load_checkpoint()
-        try:
-            step, best, elapsed, window = state["step"], state["best"], state["seconds"], state["window"]
+        with damaged(run.folder / "checkpoint.pt"):
+            step, best, elapsed = int(state["step"]), float(state["best"]), float(state["seconds"])
+            window = [{str(key): float(value) for key, value in means.items()} for means in state["window"]]
             learner.load_state_dict(state["learner"])
             source.seek(state["cursor"])
             if isinstance(reward, Adaptive):
                 reward.load_state_dict(state["reward"])
-        except (KeyError, TypeError, ValueError, RuntimeError, AttributeError) as error:
-            reason = " ".join(str(error).split())[:200]
-            raise UserError(f"{run.folder / 'checkpoint.pt'} is damaged or not ours: {reason}") from error
+        if step > steps:
+            raise UserError(f"{run.folder} has done {step} updates already; train.steps={steps} is below that")
+        if best > float("-inf"):
+            run.load_best()  # damaged, it would be missed only at the end
         run.rewind_metrics(step)
+    if begun is not None:
+        begun()
+    saved = step if resume else None
     started = time.monotonic() - elapsed
 
+    def check() -> None:
+        place = first_bad(learner.state_dict())
+        if place is not None:
+            raise NotFiniteError(f"{name_of(learner)} has non-finite numbers after update {step}, in {place}")
+
     def save() -> None:
+        nonlocal saved
+        check()
         run.save_checkpoint(
             {
                 "step": step,
@@ -106,10 +126,19 @@ def train(
                 "reward": reward.state_dict() if isinstance(reward, Adaptive) else {},
             }
         )
+        saved = step
 
-    with _stop_requests() as stop_asked, _progress(steps, step) as show:
+    def last_good() -> str:
+        return (
+            "no checkpoint had been written"
+            if saved is None
+            else f"the last good checkpoint is {run.folder / 'checkpoint.pt'}, of update {saved}"
+        )
+
+    with _told(last_good), _stop_requests() as stop_asked, _progress(steps, step) as show:
         while step < steps:
-            window.append(learner.update(source))
+            with damaged(run.folder / "checkpoint.pt") if resume and step == saved else nullcontext():
+                window.append(learner.update(source))  # the first: an optimizer's state is looked at only here
             if isinstance(reward, Adaptive):
                 window[-1] |= reward.adapt(window[-1])
             step += 1
@@ -120,6 +149,7 @@ def train(
                 window = []
                 give_back()
             if step % validate_every == 0 or step == steps:
+                check()
                 figures = validate()
                 tracker.log(step, time.monotonic() - started, {f"val/{key}": value for key, value in figures.items()})
                 if figures[choose_by] > best and step >= min(choose_after, 1.0) * steps:
@@ -155,6 +185,30 @@ def rest(
         state = {"step": 0, "seconds": seconds, "cursor": source.cursor, "learner": learner.state_dict()}
         run.save_checkpoint(state)
     return True
+
+
+def name_of(learner: Any) -> str:
+    """What a learner is called."""
+    name = getattr(learner, "name", None)
+    return name if isinstance(name, str) else type(learner).__name__.lower()
+
+
+@contextmanager
+def _told(last_good: Callable[[], str]) -> Iterator[None]:
+    """What goes wrong while learning is said together with what there is to go on from."""
+    try:
+        yield
+    except UserError as error:
+        raise UserError(f"{error}; {last_good()}") from error
+    except RuntimeError as error:
+        if "without overflow" not in str(error):  # torch's, for a learning rate that float32 does not hold
+            raise
+        raise UserError(f"a number of the optimizer is too large; {last_good()}") from error
+    except ValueError as error:
+        if "more than 1 value per channel" not in str(error):
+            raise
+        reason = "batch normalisation of 1×1 features needs two images at least"
+        raise UserError(f"{reason}: give a larger data.batch_size or larger images") from error
 
 
 @contextmanager

@@ -416,7 +416,7 @@ def test_the_run_of_these_tests_is_good(copied, capsys):
 @pytest.mark.parametrize(("damage", "message"), CONFIG_DAMAGE.values(), ids=CONFIG_DAMAGE.keys())
 def test_a_damaged_configuration_is_refused_and_nothing_is_lost(refused, copied, damage, message):
     damage(copied)
-    for arguments in (("evaluate", "run=x", "device=cpu"), ("train", "run.resume=x")):
+    for arguments in (("evaluate", "run=x", "device=cpu"), ("train", "run.resume=x", "train.steps=3")):
         said = refused(*arguments)
         assert re.search(message, said), said
 
@@ -568,7 +568,7 @@ def test_nothing_that_a_run_folder_names_is_executed(refused, copied, empty_fold
     group = what.split(" ")[0]
     trusting = {"dir": "x", "resume": None, "trust": True}  # what the folder says of itself
     change_config(copied, run=trusting, **{group: node})
-    for arguments in (("evaluate", "run=x", "device=cpu"), ("train", "run.resume=x")):
+    for arguments in (("evaluate", "run=x", "device=cpu"), ("train", "run.resume=x", "train.steps=3")):
         said = refused(*arguments)
         assert f"the run's {group} {node['_target_']} is not one of policyskip's own; say trust=true" in said
     assert not (empty_folder / "marker").exists() and not (empty_folder / "imported").exists()
@@ -579,7 +579,7 @@ def test_nothing_that_a_pretrain_folder_names_is_executed(refused, empty_folder,
     assert run("pretrain", *SMALL, "backbone.width=4", "run.dir=x") == 0
     assert run("pretrain", "run.resume=x") == 0
     change_config(empty_folder / "x", **{group: {"_target_": "os.mkdir", "path": "marker"}})
-    said = refused("pretrain", "run.resume=x")
+    said = refused("pretrain", "run.resume=x", "train.steps=3")
     assert f"the run's {group} os.mkdir is not one of policyskip's own" in said
 
 
@@ -588,4 +588,4 @@ def test_a_trusted_run_folder_may_bring_its_own_reward(copied, empty_folder):
     change_config(copied, reward=FOREIGN["reward"])
     assert run("evaluate", "run=x", "device=cpu", "trust=true") == 0
     assert (empty_folder / "imported").exists()
-    assert run("train", "run.resume=x", "run.trust=true") == 0
+    assert run("train", "run.resume=x", "run.trust=true", "train.steps=3") == 0

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import signal
 import subprocess
 import sys
@@ -11,10 +12,12 @@ from pathlib import Path
 
 import pytest
 import torch
+import yaml
 
 import policyskip
 from policyskip.data import digits
 from policyskip.errors import UserError
+from policyskip.runs import Run
 from tests.conftest import typed
 
 SMALL_DATA = ["data.train=300", "data.validation=80", "data.test=90", "data.batch_size=32", "device=cpu"]
@@ -127,11 +130,25 @@ def test_front_prints_and_writes(workshop):
     assert result.stdout.count("validation accuracy") >= 10
 
 
-def test_resume_of_a_finished_run_does_no_harm(workshop):
-    before = (workshop / "runs" / "net" / "metrics.jsonl").read_text()
-    result = typed("pretrain", "run.resume=runs/net", cwd=workshop)
+@pytest.mark.parametrize(("command", "name"), [("pretrain", "net"), ("train", "policy")])
+def test_a_finished_run_says_so_and_nothing_is_done(workshop, command, name):
+    before = {path: path.read_bytes() for path in (workshop / "runs" / name).rglob("*") if path.is_file()}
+    for steps in ([], ["train.steps=6"]):
+        result = typed(command, f"run.resume=runs/{name}", *steps, cwd=workshop)
+        assert result.returncode == 0, result.stderr
+        assert result.stdout.startswith(f"runs/{name} has finished its 6 updates, and nothing is left to do")
+    assert {path: path.read_bytes() for path in (workshop / "runs" / name).rglob("*") if path.is_file()} == before
+
+
+def test_a_finished_run_can_go_on_for_more_steps(workshop):
+    shutil.copytree(workshop / "runs/policy", workshop / "runs/longer")
+    result = typed("train", "run.resume=runs/longer", "train.steps=8", "tracking.mode=none", cwd=workshop)
     assert result.returncode == 0, result.stderr
-    assert (workshop / "runs" / "net" / "metrics.jsonl").read_text() == before
+    assert json.loads((workshop / "runs/longer/summary.json").read_text())["steps"] == 8
+    assert yaml.safe_load((workshop / "runs/longer/config.yaml").read_text())["train"]["steps"] == 8
+    assert "has finished its 8 updates" in typed("train", "run.resume=runs/longer", cwd=workshop).stdout
+    fewer = typed("train", "run.resume=runs/longer", "train.steps=7", cwd=workshop)
+    assert fewer.returncode == 2 and "has done 8 updates already; train.steps=7 is below that" in fewer.stderr
 
 
 def test_ctrl_c_saves_and_says_how_to_go_on(workshop):
@@ -145,7 +162,10 @@ def test_ctrl_c_saves_and_says_how_to_go_on(workshop):
     printed, errors = process.communicate(timeout=60)
     assert process.returncode == 130 and errors == ""
     assert "Go on with:  policyskip pretrain run.resume=runs/stopped" in printed
-    resumed = typed("pretrain", "run.resume=runs/stopped", "train.steps=1", cwd=workshop)
+    done = Run(workshop / "runs/stopped").load_checkpoint()["step"]
+    fewer = typed("pretrain", "run.resume=runs/stopped", "train.steps=1", cwd=workshop)
+    assert fewer.returncode == 2 and f"has done {done} updates already; train.steps=1 is below" in fewer.stderr
+    resumed = typed("pretrain", "run.resume=runs/stopped", f"train.steps={done + 1}", cwd=workshop)
     assert resumed.returncode == 0, resumed.stderr
 
 

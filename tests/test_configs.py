@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 from hydra import compose, initialize_config_module
 
-from policyskip.config import FrontSettings, Settings, plain, settings_of
+from policyskip.config import FrontSettings, PretrainSettings, Settings, plain, settings_of
 
 CONFIGS = Path(__file__).parent.parent / "policyskip" / "configs"
 OPTIONS = [
@@ -51,10 +51,10 @@ def test_every_experiment_composes(experiment):
     assert composed("train", f"+experiment={experiment}")["agent"]["_target_"]
 
 
-@pytest.mark.parametrize("command", ["train", "pretrain"])
-def test_settings_are_typed(command):
+@pytest.mark.parametrize(("command", "section"), [("train", Settings), ("pretrain", PretrainSettings)])
+def test_settings_are_typed(command, section):
     with initialize_config_module("policyskip.configs", version_base="1.3"):
-        settings = settings_of(compose(command, OWN), Settings)
+        settings = settings_of(compose(command, OWN), section)
     assert settings.train.steps > 0 and settings.seed == 0
 
 

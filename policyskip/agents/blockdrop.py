@@ -30,6 +30,7 @@ from policyskip.agents.policies import ConstantPolicy, PolicyNetwork
 from policyskip.backbones.costs import count_macs
 from policyskip.envs.block_selection import BlockSelectionVectorEnv
 from policyskip.errors import UserError
+from policyskip.finite import check_finite, check_gradients
 from policyskip.schedules import one_cycle
 
 VALUE_LR = 10
@@ -202,10 +203,10 @@ class BlockDrop(Agent):
             advantage_SB = reward_SB
 
         loss = reinforce_loss(logits_BK, keep_SBK, advantage_SB, self.policy.free_K, self.alpha, self.beta)
-        if not torch.isfinite(loss):
-            raise UserError(f"the loss is {loss.item()} at update {self.step + 1}; the last checkpoint is intact")
+        check_finite(self.name, self.step + 1, logits=logits_BK, rewards=reward, loss=loss + fit)
         self.optimizer.zero_grad(set_to_none=True)
         (loss + fit).backward()
+        check_gradients(self.name, self.step + 1, self.optimizer)
         self.optimizer.step()
         self.schedule.step()
         self.step += 1

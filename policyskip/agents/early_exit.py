@@ -24,6 +24,7 @@ from policyskip.errors import UserError
 from policyskip.exits.cache import CachedExits
 from policyskip.exits.calibration import Curve, check_search, curve_of
 from policyskip.exits.rules import check_thresholds, rule_named
+from policyskip.finite import check_finite, check_gradients
 from policyskip.schedules import SCHEDULES
 
 OptimizerName = Literal["sgd", "adam"]
@@ -143,10 +144,10 @@ class EarlyExitAgent(ABC):
         self.network.train()
         logits_BNC = self.network(batch.images)
         loss = joint_loss(logits_BNC, batch.label_B, self.weights().to(logits_BNC))
-        if not torch.isfinite(loss):
-            raise UserError(f"the loss is {loss.item()} at update {self.step + 1}; the last checkpoint is intact")
+        check_finite(self.name, self.step + 1, logits=logits_BNC, loss=loss)
         self.optimizer.zero_grad(set_to_none=True)
         loss.backward()
+        check_gradients(self.name, self.step + 1, self.optimizer)
         self.optimizer.step()
         self.schedule.step()
         self.step += 1

@@ -31,6 +31,7 @@ from policyskip.agents.randomness import Randomness
 from policyskip.backbones.costs import count_macs
 from policyskip.envs.sb3 import LookUp, SB3VecEnv
 from policyskip.errors import UserError
+from policyskip.finite import NotFiniteError
 
 OURS = {"self", "policy", "env", "policy_kwargs", "seed", "device", "verbose", "tensorboard_log", "stats_window_size"}
 OURS |= {"use_sde", "sde_sample_freq", "rollout_buffer_class", "rollout_buffer_kwargs", "_init_setup_model"}
@@ -193,7 +194,7 @@ class SB3Agent(Agent):
         if "train/entropy_loss" in recorded:
             figures["entropy"] = -float(recorded["train/entropy_loss"])
         if not all(math.isfinite(value) for key, value in figures.items() if "loss" in key):
-            raise UserError(f"a loss is not finite at update {self.step}; the last checkpoint is intact")
+            raise NotFiniteError(f"{self.name} stops at update {self.step}: a loss is not finite")
         explained = figures.get("explained_variance", 0.0)
         if not math.isfinite(explained):  # all returns were the same, and there was nothing to explain
             figures["explained_variance"] = 0.0

@@ -23,6 +23,7 @@ from policyskip.backbones.costs import count_costs
 from policyskip.backbones.gated import GatedNetwork, GatedRun
 from policyskip.data import Feed
 from policyskip.errors import UserError
+from policyskip.finite import check_finite, check_gradients
 from policyskip.schedules import SCHEDULES
 
 
@@ -189,10 +190,10 @@ class SkipNet:
         else:
             log_probability_BG = log_probability(run.gate_BG, keep_BG)
             loss = hybrid_loss(ce_B, log_probability_BG, return_BG, baseline_BG, self.rl_weight)
-        if not torch.isfinite(loss):
-            raise UserError(f"the loss is {loss.item()} at update {self.step + 1}; the last checkpoint is intact")
+        check_finite(self.name, self.step + 1, logits=run.logits_BC, gates=run.gate_BG, loss=loss)
         self.optimizer.zero_grad(set_to_none=True)
         loss.backward()
+        check_gradients(self.name, self.step + 1, self.optimizer)
         self.optimizer.step()
         self.schedule.step()
         self.step += 1

@@ -137,9 +137,22 @@ class StaticFront:
 
     @staticmethod
     def load(path: Path) -> StaticFront:
+        """The front in a file.
+
+        Raises:
+            OSError, ValueError, TypeError, KeyError: it is not there, or is no front.
+        """
         content: dict[str, Any] = json.loads(path.read_text())
         content["sets"] = [tuple(mark == "1" for mark in keep) for keep in content["sets"]]
-        return StaticFront(**content)
+        for name in ("accuracy", "macs"):
+            content[name] = [float(value) for value in content[name]]
+        front = StaticFront(**content)
+        F = len(front.sets)
+        if not F or {len(front.accuracy), len(front.macs)} != {F} or len({len(keep) for keep in front.sets}) != 1:
+            raise ValueError("its sets, accuracies and costs do not belong together")
+        if not (isinstance(front.images, int) and isinstance(front.backbone, str) and isinstance(front.data, str)):
+            raise TypeError("it does not say what it was searched on")
+        return front
 
 
 def concave_hull(macs: Sequence[float], accuracy: Sequence[float]) -> list[int]:

@@ -7,24 +7,26 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file
 from safetensors.torch import save as save_tensors
 from torch import Tensor
 
 from policyskip.backbones.base import IMAGENET_MEAN, IMAGENET_STD, Backbone, Network
 from policyskip.backbones.resnet import CifarResNet, Shortcut, TorchvisionResNet
 from policyskip.errors import UserError
-from policyskip.files import write
+from policyskip.files import damaged, write
+from policyskip.sealed import SEAL, digest_of, unsealed
 
 WEIGHTS = Path(__file__).parent.parent / "weights"
 """Weights that ship with the package, each with the command and figures that made it beside it."""
+LARGEST_NUMBER = 10_000
+"""Of what an architecture may say in a file: blocks, channels, classes and the like."""
 RANDOM = "random"
 """The checkpoint that is none: random weights, for trying things out."""
 
@@ -67,6 +69,7 @@ def cifar_resnet(
             raise UserError(f"{checkpoint} holds a ResNet of {name} {found[name]}, not of {name} {given[name]}")
     if found["num_classes"] != num_classes:
         raise UserError(f"{checkpoint} has {found['num_classes']} classes, the data has {num_classes}")
+    check_size(lambda: CifarResNet(**{**found, **given}), state, checkpoint)
     backbone = CifarResNet(**{**found, **given})
     load_into(backbone, state, checkpoint)
     return backbone
@@ -123,7 +126,9 @@ def load(name: str) -> Backbone:
         state = read_tensors(find(name))
     else:
         state, architecture = read_checkpoint(name)
-        backbone = CifarResNet(**architecture)
+        with damaged(find(name)):
+            check_size(lambda: CifarResNet(**architecture), state, name)
+            backbone = CifarResNet(**architecture)
     load_into(backbone, state, name)
     return backbone.freeze()
 
@@ -131,7 +136,9 @@ def load(name: str) -> Backbone:
 def save(network: Network, path: Path) -> None:
     """Write a network that ``backbone.checkpoint=`` takes: its weights, and the arguments that build it again."""
     state = {name: value.detach().cpu().contiguous() for name, value in network.state_dict().items()}
-    write(path, save_tensors(state, metadata={"policyskip": json.dumps(network.architecture)}))
+    architecture = json.dumps(network.architecture)
+    about = {**network.architecture, SEAL: digest_of(state, architecture)}
+    write(path, save_tensors(state, metadata={"policyskip": json.dumps(about)}))
 
 
 def shipped() -> list[str]:
@@ -183,16 +190,41 @@ def read_architecture(checkpoint: str) -> dict[str, Any] | None:
     try:
         with safe_open(path, "pt") as file:
             text = (file.metadata() or {}).get("policyskip")
-        return None if text is None else dict(json.loads(text))
-    except (SafetensorError, OSError, ValueError) as error:
+        architecture = None if text is None else dict(json.loads(text))
+    except (SafetensorError, OSError, ValueError, TypeError, RecursionError) as error:
         raise UserError(f"cannot read {path} as weights: {error}") from error
+    if architecture is not None:
+        architecture.pop(SEAL, None)
+        _check_numbers(architecture, path)
+    return architecture
+
+
+def _check_numbers(architecture: Any, path: Path) -> None:
+    """UserError for numbers beyond any network's, of which building would not come to an end."""
+    inner = architecture.values() if isinstance(architecture, dict) else architecture
+    for value in inner if isinstance(architecture, dict | list) else ():
+        if isinstance(value, int) and abs(value) > LARGEST_NUMBER:
+            raise UserError(f"cannot read {path} as weights: no network has a {value} in its architecture")
+        _check_numbers(value, path)
+
+
+def check_size(make: Callable[[], Network], state: State, source: str) -> None:
+    """UserError if a network's tensors, which are not made yet, would be larger than those that a file has for it."""
+    try:
+        with torch.device("meta"):
+            needed = sum(value.numel() for value in make().state_dict().values())
+    except (NotImplementedError, RuntimeError):  # of networks that look at numbers while they are made
+        return
+    given = sum(value.numel() for value in state.values())
+    if needed > 2 * given + 10_000:
+        raise UserError(f"{source} is damaged: it holds {given} numbers, its network needs {needed}")
 
 
 def read_tensors(path: Path) -> State:
     """The tensors of a checkpoint file, ``module.`` prefixes removed; nothing in the file is executed."""
     try:
         if path.suffix == ".safetensors":
-            content: Any = load_file(path)
+            content: Any = _unsealed(path)
         else:
             content = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # damaged files raise whatever the reader stumbles over
@@ -204,6 +236,19 @@ def read_tensors(path: Path) -> State:
     if not isinstance(content, dict) or not any(isinstance(value, Tensor) for value in content.values()):
         raise UserError(f"{path} holds no weights: it must be a state dict, or a dictionary with one")
     tensors = {str(key).removeprefix("module."): value for key, value in content.items() if isinstance(value, Tensor)}
+    return tensors
+
+
+def _unsealed(path: Path) -> State:
+    """Tensors of a safetensors file; ValueError if one of ours has been changed since it was written."""
+    with safe_open(path, "pt") as file:
+        text = (file.metadata() or {}).get("policyskip")
+    about = json.loads(text) if text is not None else None
+    tensors = unsealed(path)
+    if isinstance(about, dict) and SEAL in about:
+        seal = about.pop(SEAL)
+        if seal != digest_of(tensors, json.dumps(about)):
+            raise ValueError("its content has been changed since it was written")
     return tensors
 
 
@@ -285,4 +330,9 @@ def load_into(network: Network, state: State, source: str) -> None:
         if value.shape != own[name].shape:
             shapes = f"{tuple(value.shape)}, not {tuple(own[name].shape)}"
             raise UserError(f"{source} does not fit {network.name}: {name} has shape {shapes}")
+        if value.is_floating_point() != own[name].is_floating_point() or value.is_complex():
+            kinds = f"{value.dtype}, not {own[name].dtype}".replace("torch.", "")
+            raise UserError(f"{source} does not fit {network.name}: {name} is of {kinds}")
+        if not torch.isfinite(value).all():
+            raise UserError(f"{source} cannot be used: {name} holds numbers that are not finite")
     network.load_state_dict({**own, **{k: v for k, v in state.items() if k not in normalisation}})

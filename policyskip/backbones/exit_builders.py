@@ -18,6 +18,7 @@ from policyskip.backbones.base import Backbone
 from policyskip.backbones.branchynet import BranchyAlexNet, BranchyLeNet, BranchyResNet
 from policyskip.backbones.checkpoints import (
     RANDOM,
+    check_size,
     cifar_resnet,
     find,
     load_into,
@@ -32,6 +33,7 @@ from policyskip.backbones.msdnet import MSDNet, Prune, Stem, StepMode
 from policyskip.backbones.resnet import CifarResNet, Shortcut, TorchvisionResNet
 from policyskip.backbones.resnet_exits import ResNetExits, find_blocks
 from policyskip.errors import UserError
+from policyskip.files import damaged
 
 Shape = tuple[int, int, int]
 Built = TypeVar("Built", bound=ExitNetwork)
@@ -228,6 +230,10 @@ def _exits_over(
         with seeded(seed):
             return ResNetExits(trunk, exits, heads, image_shape)
     given = {key: value for key, value in asked.items() if value is not None}
+    if not isinstance(found.get("backbone"), dict):
+        raise UserError(
+            f"{checkpoint} is damaged or of another version: it does not say which network its exits are on"
+        )
     _check_same(checkpoint, "ResNet", given, found["backbone"])
     network = _rebuilt(_resnet_exits, {**found, "backbone": {**found["backbone"], **given}}, checkpoint)
     places = find_blocks(network.backbone, exits)
@@ -247,11 +253,14 @@ def _architecture_if_file(checkpoint: str | None) -> dict[str, Any]:
 
 def _rebuilt(kind: Callable[..., Built], architecture: dict[str, Any], source: str) -> Built:
     """A network as it was saved."""
-    try:
-        network = kind(**{key: value for key, value in architecture.items() if key != "network"})
-    except TypeError as error:
-        raise UserError(f"{source} is damaged or of another version: {error}") from error
-    load_into(network, read_tensors(find(source)), source)
+    state, arguments = read_tensors(find(source)), {k: v for k, v in architecture.items() if k != "network"}
+    with damaged(find(source)):
+        try:
+            check_size(lambda: kind(**arguments), state, source)
+            network = kind(**arguments)
+        except TypeError as error:
+            raise UserError(f"{source} is damaged or of another version: {error}") from error
+    load_into(network, state, source)
     return network
 
 

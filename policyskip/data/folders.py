@@ -6,12 +6,15 @@ Shapes: N images in a set, B images in a batch, H W pixels.
 from __future__ import annotations
 
 import hashlib
+import warnings
 from collections.abc import Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from PIL import Image
 from torch import Tensor
 
 from policyskip.data.base import IN_MEMORY_BYTES, Batch, Data, crop_and_flip, hold_out, in_memory, mix
@@ -26,6 +29,7 @@ def imagefolder(
     augment: bool = True,
     workers: int = 2,
     name: str = "imagefolder",
+    skip_damaged: bool = False,
 ) -> Data:
     """Folders of images: ``root/train/<class>/*``, ``root/test/<class>/*`` (or ``root/val``, as ImageNet has it).
 
@@ -34,14 +38,17 @@ def imagefolder(
         validation: share of ``root/train`` that is held out.
         augment: random crops and mirror images in training.
         workers: processes that decode images when the set is too large for memory.
+        skip_damaged: leave out files that cannot be read, and say how many; every file is decoded once for that.
 
     Raises:
         UserError: a folder is missing or empty, classes differ between the splits or are too few, or an image is bad.
     """
+    # What is too large for memory is refused, not warned of.
+    warnings.filterwarnings("error", category=Image.DecompressionBombWarning)
     folder = Path(root).expanduser()
     test_folder = next((folder / split for split in ("test", "val") if (folder / split).is_dir()), folder / "test")
-    classes, train_files, train_labels = _list_images(folder / "train")
-    test_classes, test_files, test_labels = _list_images(test_folder)
+    classes, train_files, train_labels = _list_images(folder / "train", skip_damaged)
+    test_classes, test_files, test_labels = _list_images(test_folder, skip_damaged)
     if classes != test_classes:
         odd = sorted(set(classes) ^ set(test_classes))
         raise UserError(
@@ -77,10 +84,12 @@ def imagefolder(
     )
 
 
+LARGEST_IMAGE = 2**26
+"""Pixels: 8192×8192. A small file can claim to be a picture of any size."""
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".gif", ".tif", ".tiff", ".webp", ".ppm", ".pgm")
 
 
-def _list_images(folder: Path) -> tuple[tuple[str, ...], list[Path], Tensor]:
+def _list_images(folder: Path, skip_damaged: bool = False) -> tuple[tuple[str, ...], list[Path], Tensor]:
     """Class names, files and labels int64 (N,) of ``folder/<class>/*``, in order of name."""
     if not folder.is_dir():
         raise UserError(f"there is no folder {folder}; data.root must hold train/<class>/* and test/<class>/*")
@@ -92,15 +101,41 @@ def _list_images(folder: Path) -> tuple[tuple[str, ...], list[Path], Tensor]:
         found = sorted(file for file in (folder / name).rglob("*") if file.suffix.lower() in IMAGE_SUFFIXES)
         if not found:
             raise UserError(f"the class folder {folder / name} holds no images ({', '.join(IMAGE_SUFFIXES)})")
+        if skip_damaged:
+            found = _readable(found, folder / name)
         files += found
         labels += [label] * len(found)
     return classes, files, torch.tensor(labels)
 
 
+def _readable(files: list[Path], folder: Path) -> list[Path]:
+    """Those of a class folder's files that can be read; how many cannot is said.
+
+    Raises:
+        UserError: none can.
+    """
+
+    def problem(file: Path) -> UserError | None:
+        try:
+            read_image(file, None)
+        except UserError as error:
+            return error
+        return None
+
+    with ThreadPoolExecutor() as pool:
+        problems = list(pool.map(problem, files))
+    good = [file for file, error in zip(files, problems) if error is None]
+    first = next((error for error in problems if error is not None), None)
+    if not good:
+        raise UserError(f"the class folder {folder} holds no images that can be read ({first})")
+    if first is not None:
+        skipped = len(files) - len(good)
+        print(f"warning: {skipped} of {len(files)} images in {folder} are skipped; the first: {first}", flush=True)
+    return good
+
+
 def _decode(files: list[Path], size: int, scale_to: int | None) -> Tensor:
     """All files as uint8 (N, 3, size, size); those of another size are scaled, or refused when nobody asked for it."""
-    from concurrent.futures import ThreadPoolExecutor
-
     with ThreadPoolExecutor() as pool:
         pixels = list(pool.map(lambda file: read_image(file, scale_to), files))
     for file, image in zip(files, pixels):
@@ -162,6 +197,20 @@ class FileImages:
         return hashlib.sha256(names.encode()).hexdigest()[:16]
 
 
+def _in_rgb(image: Image.Image) -> Image.Image:
+    """An image of any mode in RGB, 8 bits a channel; of 16 bits, the upper 8 are kept.
+
+    Raises:
+        ValueError: its values have no range that is known.
+    """
+    if not image.mode.startswith(("I", "F")):
+        return image.convert("RGB")
+    values = np.asarray(image)  # Pillow's own conversion makes everything above 255 white
+    if image.mode.startswith("F") or values.min() < 0 or values.max() > 65535:
+        raise ValueError(f"its values are not of 8 or 16 bits (mode {image.mode})")
+    return Image.fromarray((values >> 8).astype(np.uint8)).convert("RGB")
+
+
 def read_image(file: Path, size: int | None, augment_seed: int | None = None) -> np.ndarray:
     """An image file as uint8 (H, W, 3).
 
@@ -172,14 +221,15 @@ def read_image(file: Path, size: int | None, augment_seed: int | None = None) ->
     Raises:
         UserError: the file is not a readable image.
     """
-    from PIL import Image
     from torchvision.transforms import v2
 
     try:
         with Image.open(file) as opened:
-            image = opened.convert("RGB")
+            if opened.width * opened.height > LARGEST_IMAGE:
+                raise ValueError(f"it is {opened.width}×{opened.height}, more than {LARGEST_IMAGE} pixels")
+            image = _in_rgb(opened)
     except Exception as error:
-        raise UserError(f"cannot read the image {file}: {error}") from error
+        raise UserError(f"cannot read the image {file}: {' '.join(str(error).split())}") from error
     if size is None or (image.size == (size, size) and augment_seed is None):
         return np.array(image)
 

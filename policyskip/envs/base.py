@@ -153,6 +153,19 @@ class ImageVectorEnv(VectorEnv[Tensor, Tensor, Tensor]):
         return self.rewards(outcome), over_B, info
 
 
+def decisions(actions: Tensor | np.ndarray, device: torch.device | None = None) -> Tensor:
+    """Actions of 0 and 1, of any type, as bool on the device.
+
+    Raises:
+        ValueError: other numbers are among them.
+    """
+    chosen = torch.as_tensor(actions, device=device)
+    if chosen.dtype != torch.bool and not ((chosen == 0) | (chosen == 1)).all():
+        other = chosen[(chosen != 0) & (chosen != 1)]
+        raise ValueError(f"actions must be 0 or 1, got {other[0].item()}")
+    return chosen.bool()
+
+
 class SingleView(gymnasium.Env[np.ndarray, np.int64]):
     """One image at a time, in numpy: a vector environment of B = 1 whose episodes have several steps.
 
@@ -186,7 +199,7 @@ class SingleView(gymnasium.Env[np.ndarray, np.int64]):
         return _numpy(self.vector.observation), {}
 
     def step(self, action: np.int64) -> tuple[np.ndarray, float, bool, bool, dict[str, Any]]:
-        observation, reward_B, terminated_B, _, info = self.vector.step(torch.tensor([int(action)]))
+        observation, reward_B, terminated_B, _, info = self.vector.step(torch.as_tensor(action).reshape(1))
         if not terminated_B:
             return _numpy(observation), 0.0, False, False, {}
         self._shown = False  # the next image is there already

@@ -13,7 +13,7 @@ import torch
 from gymnasium.vector.utils import batch_space
 from torch import Tensor
 
-from policyskip.envs.base import ImageVectorEnv
+from policyskip.envs.base import ImageVectorEnv, decisions
 
 
 class BlockSelectionVectorEnv(ImageVectorEnv):
@@ -34,7 +34,7 @@ class BlockSelectionVectorEnv(ImageVectorEnv):
     @torch.no_grad()
     def step(self, actions: Tensor | np.ndarray) -> tuple[Tensor, Tensor, Tensor, Tensor, dict[str, Any]]:
         """Score ``actions`` (B, K) on the images shown, and show the next ones."""
-        self.outcome = self.score(torch.as_tensor(actions, device=self.device).bool())
+        self.outcome = self.score(decisions(actions, self.device))
         reward_B, over_B, info = self._end(self.outcome)
         return self.advance(), reward_B, over_B, ~over_B, info
 
@@ -68,7 +68,7 @@ class BlockSelectionEnv(gymnasium.Env[np.ndarray, np.ndarray]):
         return self._observation(), {}
 
     def step(self, action: np.ndarray) -> tuple[np.ndarray, float, bool, bool, dict[str, Any]]:
-        outcome = self.vector.score(torch.as_tensor(action, device=self.vector.device).bool().view(1, -1))
+        outcome = self.vector.score(decisions(action, self.vector.device).view(1, -1))
         reward = float(self.vector.rewards(outcome))
         info = {"correct": bool(outcome.correct_B), "macs": float(outcome.macs_B), "kept": int(outcome.keep_BK.sum())}
         return self._observation(), reward, True, False, info

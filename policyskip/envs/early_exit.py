@@ -18,7 +18,7 @@ from torch import Tensor
 
 from policyskip.backbones import ExitNetwork, load_exits
 from policyskip.data import Feed, Images, Order, load_data
-from policyskip.envs.base import SingleView
+from policyskip.envs.base import SingleView, decisions
 from policyskip.envs.exit_sources import Live, Places, Queue, Replay, Source
 from policyskip.errors import UserError
 from policyskip.exits.cache import CachedExits, cache_exits
@@ -159,7 +159,7 @@ class EarlyExitVectorEnv(VectorEnv[Tensor, Tensor, Tensor]):
     @torch.no_grad()
     def step(self, actions: Tensor | np.ndarray) -> tuple[Tensor, Tensor, Tensor, Tensor, dict[str, Any]]:
         """Let images leave where ``actions`` (B,) is 1, show others in their place, and take the rest one exit on."""
-        leave_B = torch.as_tensor(actions, device=self.device).bool()
+        leave_B = decisions(actions, self.device)
         if leave_B.shape != self.exit_B.shape:
             raise ValueError(f"actions must be of shape {tuple(self.exit_B.shape)}, got {tuple(leave_B.shape)}")
         leave_B = leave_B | (self.exit_B == self.num_exits - 1)

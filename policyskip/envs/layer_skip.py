@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from policyskip.backbones import Backbone
 from policyskip.backbones.execution import run_block
-from policyskip.envs.base import ImageVectorEnv, SingleView
+from policyskip.envs.base import ImageVectorEnv, SingleView, decisions
 
 
 class LayerSkipVectorEnv(ImageVectorEnv):
@@ -85,7 +85,7 @@ class LayerSkipVectorEnv(ImageVectorEnv):
     def step(self, actions: Tensor | np.ndarray) -> tuple[Tensor, Tensor, Tensor, Tensor, dict[str, Any]]:
         """Run the block for the images where ``actions`` (B,) is 1, and take all to the next one or, at the end, score
         them and show the next images."""
-        keep_B = torch.as_tensor(actions).bool()
+        keep_B = decisions(actions)
         if keep_B.shape != self._kept_BK.shape[:1]:
             raise ValueError(f"actions must be of shape {tuple(self._kept_BK.shape[:1])}, got {tuple(keep_B.shape)}")
         # Found on the CPU, where SB3's actions are: finding rows on the device would stop it.

@@ -6,6 +6,7 @@ from typing import Any, Protocol
 
 from torch import Tensor
 
+from policyskip.backbones import Network
 from policyskip.config import Settings, Setup, group_of
 from policyskip.errors import UserError
 from policyskip.runs import Run
@@ -29,6 +30,11 @@ class Task(Protocol):
     choose_by: str
     names: dict[str, str]
     greeting: str
+
+    @property
+    def trains(self) -> Network | None:
+        """The network, as it is before training, of a run that trains it; None where it is frozen."""
+        ...
 
     def validate(self) -> dict[str, Any]:
         """Figures on the validation images."""

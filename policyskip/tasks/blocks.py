@@ -18,16 +18,20 @@ from torch import Tensor
 
 from policyskip import plots
 from policyskip.agents.base import Agent
+from policyskip.agents.policies import KeepPolicy
 from policyskip.agents.static import Keep, SetScorer, StaticFront, find_front, known_front, tries_every_set
 from policyskip.backbones import Backbone
+from policyskip.collapse import block_warnings
 from policyskip.config import FrontSection, Setup
-from policyskip.deployment import describe
+from policyskip.deployment import describe, load_weights
 from policyskip.errors import UserError
 from policyskip.evaluation import Evaluation, evaluate
+from policyskip.files import damaged
 from policyskip.memory import give_back
 from policyskip.rewards import Adaptive, Utilization
 from policyskip.runs import Run
-from policyskip.tasks.environments import id_of
+from policyskip.tasks.environments import check_batch, id_of
+from policyskip.tasks.margins import half_interval, verdict_on
 from policyskip.tracking import Examples, Tracker
 
 
@@ -117,7 +121,7 @@ def static_figures(
         "static_sets": ["".join("01"[kept] for kept in keep) for keep in sets],
         "static_blocks": sum(weight * sum(front.sets[place]) for place, weight in mix),
         "static_margin": difference_N.mean().item(),
-        "static_margin_ci95": 1.96 * difference_N.std().item() / len(difference_N) ** 0.5,
+        "static_margin_ci95": half_interval(difference_N),
         "static_search_finished": front.finished,
     }
     return figures, [(macs, c.mean().item()) for macs, c in zip(front.macs, correct, strict=True)]
@@ -126,7 +130,7 @@ def static_figures(
 class BlockTask:
     """An agent that decides which blocks run, judged beside the full network and the static front."""
 
-    choose_by = "reward"
+    choose_by, trains = "reward", None
 
     def __init__(self, setup: Setup, wanted: FrontSection) -> None:
         if not isinstance(setup.backbone, Backbone):
@@ -137,7 +141,9 @@ class BlockTask:
         self.source = env = setup.env(setup.data.train, "shuffled", setup.config["seed"])
         everything = torch.ones(len(env.observation), env.backbone.num_blocks, dtype=torch.bool, device=env.device)
         env.rewards(env.score(everything))  # a reward that fails is refused before there is a run folder
-        setup.agent(env)  # likewise, and before the front is searched
+        policy = setup.agent(env).policy  # likewise, and before the front is searched
+        if isinstance(policy, KeepPolicy):
+            check_batch(policy, env.feed.batch.images)
         self.front = static_front(setup, wanted)
         self.learner: Agent = setup.agent(env, self.front, best_set(setup, self.front))
         self.validation = setup.env(setup.data.validation)
@@ -202,12 +208,14 @@ def report(
     static, curve = static_figures(setup, result, front)
     figures = {f"test/{key}": value for key, value in {**result.figures(), **more, **static}.items()}
     summary = {**names, "seed": seed, "steps": steps, "seconds": round(seconds, 1), **figures}
+    if steps:
+        summary["warnings"] = block_warnings(result.keep_NK)
     front.save(run.folder / "front.json")
     run.save_json("summary.json", summary)
-    run.save_json("policy.json", policy)
     pictures = plots.all_plots(
         run.folder / "plots", run.metrics(), result, data.test, data.classes, setup.backbone.stages, curve
     )
+    run.save_json("policy.json", policy | {"steps": steps})  # the last: with it, the run is finished
     written = ("best.safetensors", "network.safetensors", "policy.json", "summary.json", "config.yaml")
     files = [path for path in (run.folder / name for name in written) if path.is_file()]
     tracker.finish(summary, pictures, files, _examples(setup, result))
@@ -218,30 +226,30 @@ def again(setup: Setup, run: Run, split: str) -> dict[str, Any]:
     """A finished run's figures on a split, from its folder."""
     if setup.reward is None:
         raise UserError("the configuration has no reward, and this command needs one")
-    front = load_front(run)
+    if not isinstance(setup.backbone, Backbone):
+        raise UserError(f"{setup.backbone.name} has exits, not blocks to skip")
+    front = load_front(run, setup.backbone.num_blocks)
     agent = setup.agent(setup.env(setup.data.validation, "shuffled"), front)  # shuffled, which is what SB3 asks for
     load_best(agent, run)
     result = judge(setup, agent, split)
     return result.figures() | static_figures(setup, result, front, split)[0]
 
 
-def load_front(run: Run) -> StaticFront:
-    """The static front that the run was judged beside."""
+def load_front(run: Run, num_blocks: int) -> StaticFront:
+    """The static front that the run was judged beside, over a network of ``num_blocks`` blocks."""
     path = run.folder / "front.json"
-    try:
-        return StaticFront.load(path)
-    except OSError as error:
-        raise UserError(f"there is no {path}; the run did not get that far") from error
-    except (ValueError, TypeError, KeyError) as error:
-        raise UserError(f"{path} is damaged or not ours: {error}") from error
+    if not path.is_file():
+        raise UserError(f"there is no {path}; the run did not get that far")
+    with damaged(path):
+        front = StaticFront.load(path)
+        if len(front.sets[0]) != num_blocks:
+            raise ValueError(f"its sets are of {len(front.sets[0])} blocks, the network has {num_blocks}")
+    return front
 
 
 def load_best(agent: Agent, run: Run) -> None:
     """Put the run's best weights into the agent's policy."""
-    try:
-        agent.policy.load_state_dict(run.load_best())
-    except RuntimeError as error:
-        raise UserError(f"{run.folder / 'best.safetensors'} does not fit the run's config.yaml") from error
+    load_weights(agent.policy, run, "the run's config.yaml")
 
 
 def _examples(setup: Setup, result: Evaluation, count: int = 24) -> Examples:
@@ -298,14 +306,15 @@ def show_table(summary: dict[str, Any]) -> None:
     console = Console(width=None if sys.stdout.isatty() else 110)
     console.print(table)
     if "test/static_accuracy" in summary:
-        margin, half = 100 * get("static_margin"), 100 * get("static_margin_ci95")
-        verdict = "pays" if margin > half else "does not pay" if margin < -half else "makes no clear difference"
+        verdict, margin = verdict_on(summary)
         told = f"Deciding per image {verdict}" if summary["steps"] else f"{summary['agent']}, which learns nothing"
         console.print(
-            f"{told}{', but sees the label' if oracle else ''}: {margin:+.2f} ± {half:.2f} points "
+            f"{told}{', but sees the label' if oracle else ''}: {margin} points "
             "against the best static choice of equal cost"
             + ("." if get("static_search_finished") else " (its search ran out of front.budget).")
         )
     if "test/kept_by_difficulty" in summary:
-        quarters = ", ".join(f"{kept:.1f}" for kept in get("kept_by_difficulty"))
+        quarters = ", ".join("–" if kept is None else f"{kept:.1f}" for kept in get("kept_by_difficulty"))
         console.print(f"Blocks kept, from the easiest quarter of the images to the hardest: {quarters}.")
+    for warning in summary.get("warnings", []):
+        console.print(f"warning: {warning}")

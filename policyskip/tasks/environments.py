@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import copy
 import inspect
+
+import torch
+from torch import Tensor, nn
 
 from policyskip.agents.base import Agent
 from policyskip.agents.early_exit import EarlyExitAgent
@@ -30,6 +34,21 @@ def environment_of(setup: Setup) -> str:
 def id_of(setup: Setup) -> str:
     """Its id, ``BlockSelection-v0``, for people to read."""
     return ENVIRONMENTS[environment_of(setup)][0]
+
+
+def check_batch(network: nn.Module, images: Tensor) -> None:
+    """UserError if a network that learns cannot do so from the images, uint8 (B, 3, H, W), of one batch."""
+    if len(images) > 1:
+        return
+    trial = copy.deepcopy(network).train()
+    try:
+        with torch.no_grad():
+            trial(images)
+    except ValueError as error:
+        raise UserError(f"{ONE_IMAGE}: give a larger data.batch_size or larger images") from error
+
+
+ONE_IMAGE = "batch normalisation of 1×1 features needs two images at least"
 
 
 def check_agent(setup: Setup) -> None:

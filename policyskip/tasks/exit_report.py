@@ -24,6 +24,7 @@ from policyskip.exits.baselines import (
 )
 from policyskip.exits.cache import CachedExits
 from policyskip.exits.rules import decisions_at
+from policyskip.tasks.margins import half_interval, verdict_on
 
 
 def figures_of(exit_M: Tensor, cache: CachedExits, decision_macs: float = 0.0) -> dict[str, Any]:
@@ -64,7 +65,7 @@ def figures_of(exit_M: Tensor, cache: CachedExits, decision_macs: float = 0.0) -
         "static_accuracy": static_M.mean().item(),
         "static_macs": static_macs,
         "static_margin": difference_M.mean().item(),
-        "static_margin_ci95": 1.96 * difference_M.std().item() / len(difference_M) ** 0.5,
+        "static_margin_ci95": half_interval(difference_M),
         "random_accuracy": random_accuracy,
         "random_macs": random_macs,
         "oracle_accuracy": oracle_accuracy.item(),
@@ -101,10 +102,9 @@ def show_table(summary: dict[str, Any]) -> None:
         row(name, get("label_oracle_accuracy"), get("label_oracle_macs"))
     out = console()
     out.print(table)
-    margin, half = 100 * get("static_margin"), 100 * get("static_margin_ci95")
-    verdict = "pays" if margin > half else "does not pay" if margin < -half else "makes no clear difference"
+    verdict, margin = verdict_on(summary)
     opponent = "the best fixed exits that cost no more"
-    out.print(f"Deciding per image {verdict}: {margin:+.2f} ± {half:.2f} points against {opponent}.")
+    out.print(f"Deciding per image {verdict}: {margin} points against {opponent}.")
     alone = get("exit_alone_macs")[-1]
     share = get("macs_mean") / alone
     out.print(f"Without early exits the network costs {alone / 1e6:.2f} M MACs; this is {share:.3f} of it.")
@@ -112,6 +112,8 @@ def show_table(summary: dict[str, Any]) -> None:
     leaving = ", ".join(f"{100 * share:.1f} %" for share, _ in places)
     right = ", ".join("–" if accuracy is None else f"{100 * accuracy:.1f} %" for _, accuracy in places)
     out.print(f"Images that left at each exit: {leaving}; of these, right: {right}.")
+    for warning in summary.get("warnings", []):
+        out.print(f"warning: {warning}")
 
 
 def console() -> Console:

@@ -19,9 +19,10 @@ from policyskip.backbones import checkpoints
 from policyskip.backbones.checkpoints import RANDOM
 from policyskip.backbones.exits import ExitNetwork, costly_exits, count_exit_costs, in_millions
 from policyskip.backbones.resnet_exits import ResNetExits
+from policyskip.collapse import exit_warnings
 from policyskip.config import Setup, TargetSection, build, build_backbone, group_of
 from policyskip.data import Data, Feed
-from policyskip.deployment import ThresholdPredictor, as_text, load_exits_run
+from policyskip.deployment import ThresholdPredictor, as_text, load_exits_run, load_weights
 from policyskip.errors import UserError
 from policyskip.exits import plots as exit_plots
 from policyskip.exits.baselines import static_exits
@@ -29,8 +30,10 @@ from policyskip.exits.cache import CachedExits, cache_exits
 from policyskip.exits.calibration import Curve, Point, UnmetError, check_target, choose, curve_of
 from policyskip.exits.placement import probe_blocks, propose_exits
 from policyskip.exits.rules import exit_of, rule_named
+from policyskip.files import damaged
 from policyskip.runs import Run
 from policyskip.tasks import exit_report
+from policyskip.tasks.environments import check_batch
 from policyskip.tracking import Tracker
 
 ACCURACY_DROP = 0.002
@@ -54,9 +57,16 @@ class ExitTask:
             )
         self.target = target.given or {"accuracy_drop": ACCURACY_DROP}
         check_target(**target.model_copy(update=self.target).model_dump())
+        idle = {"_target_": None, "cached": True}  # what every configuration has
+        for key, value in group_of(setup.config, "env").items():
+            if key not in idle or (idle[key] is not None and value != idle[key]):
+                raise UserError(
+                    f"env.{key} has no effect: agents that set thresholds learn from labelled images, and env says "
+                    "only where they are judged"
+                )
         if setup.reward is not None:
             raise UserError("agents that leave early learn by their own loss and take no reward")
-        self.setup, self.network = setup, network
+        self.setup, self.network, self.trains = setup, network, network
         self.learner: EarlyExitAgent = build(
             "agent",
             group_of(setup.config, "agent"),
@@ -65,6 +75,7 @@ class ExitTask:
             total_steps=setup.config["train"]["steps"],
         )
         self.source = Feed(setup.data.train, setup.batch_size, "shuffled", setup.config["seed"])
+        check_batch(network, self.source.batch.images)
         self.names = dict(agent=self.learner.name, env="EarlyExit-v0", backbone=network.name, data=setup.data.name)
         self.costs = count_exit_costs(network, setup.data.image_shape)
         least = float(self.costs.cumulative_N[0]) / self.costs.full
@@ -102,10 +113,7 @@ class ExitTask:
 
     def finish(self, run: Run, tracker: Tracker, seconds: float) -> dict[str, Any]:
         """Choose thresholds for the best weights on validation images, judge them once on test, write everything."""
-        try:
-            self.network.load_state_dict(run.load_best())
-        except RuntimeError as error:
-            raise UserError(f"{run.folder / 'best.safetensors'} does not fit the run's config.yaml") from error
+        load_weights(self.network, run, "the run's config.yaml")
         network, data, learner = self._admitted(), self.setup.data, self.learner
         checkpoints.save(network, run.folder / "network.safetensors")
         nobody_leaves = ThresholdPolicy(learner.rule, [rule_named(learner.rule).extremes[0]] * (network.num_exits - 1))
@@ -177,12 +185,14 @@ def settle(
     figures = exit_report.figures_of(exit_M, test)
     anytime, budgeted = curves(test, policy, curve)
     summary = {**head, **chosen(target, point), **{f"test/{key}": value for key, value in figures.items()}}
+    summary["warnings"] = exit_warnings(exit_M, test.num_exits)
     pictures = exit_plots.all_plots(
         run.folder / "plots", run.metrics(), test, exit_M.cpu(), anytime, budgeted, data.test, data.classes
     )
     save_curve(run, curve, budgeted)
     run.save_json("summary.json", summary)
-    run.save_json("policy.json", predictor.describe())  # the last, so that what is deployed has figures
+    # The last, so that what is deployed has figures; with it, the run is finished.
+    run.save_json("policy.json", predictor.describe() | {"steps": head.get("steps")})
     files = [run.folder / name for name in ("network.safetensors", "policy.json", "summary.json", "config.yaml")]
     tracker.finish(summary, pictures, files, None)
     return summary
@@ -237,7 +247,8 @@ def recalibrate(setup: Setup, run: Run, target: TargetSection) -> dict[str, Any]
     point = choose(curve, **target.given)
     before = run.load_json("summary.json")
     names = ("agent", "env", "backbone", "data", "seed", "steps", "seconds")
-    head: dict[str, Any] = {name: before[name] for name in names if name in before}
+    with damaged(run.folder / "summary.json"):
+        head: dict[str, Any] = {name: before[name] for name in names}
     return settle(setup, predictor, curve, point, target.given, run, Tracker(run, "none", {}), head)
 
 

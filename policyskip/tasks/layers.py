@@ -15,11 +15,13 @@ from policyskip.agents.static import Keep
 from policyskip.backbones import Backbone, checkpoints
 from policyskip.config import FrontSection, Setup, build, group_of
 from policyskip.data import Feed, Images, sequential
+from policyskip.deployment import load_weights
 from policyskip.deployment_gates import describe_gates
 from policyskip.errors import UserError
 from policyskip.evaluation import evaluate_gates
 from policyskip.runs import Run
 from policyskip.tasks import blocks
+from policyskip.tasks.environments import check_batch
 from policyskip.tracking import Tracker
 
 
@@ -33,9 +35,10 @@ class LayerTask:
             raise UserError("agent=skipnet learns by its own loss (agent.alpha, agent.cost) and takes no reward")
         if setup.config.get("env") is not None:
             raise UserError("agent=skipnet learns from labelled images and takes no env")
-        self.setup, self.wanted = setup, wanted
+        self.setup, self.wanted, self.trains = setup, wanted, setup.backbone
         self.learner = make_agent(setup)
         self.source = Feed(setup.data.train, setup.batch_size, "shuffled", setup.config["seed"])
+        check_batch(self.learner.network.backbone, self.source.batch.images)
         self.names = dict(
             agent=self.learner.name, env="LayerSkip-v0", backbone=setup.backbone.name, data=setup.data.name
         )
@@ -114,13 +117,12 @@ def again(setup: Setup, run: Run, split: str) -> dict[str, Any]:
     images = setup.data.split(split).plain()
     result = evaluate_gates(agent, images, setup.batch_size)
     before = accuracy(setup.backbone, images, setup.batch_size)
-    static, _ = blocks.static_figures(with_network(setup, agent), result, blocks.load_front(run), split)
+    static, _ = blocks.static_figures(
+        with_network(setup, agent), result, blocks.load_front(run, setup.backbone.num_blocks), split
+    )
     return result.figures() | {"before_accuracy": before} | static
 
 
 def load_best(agent: SkipNet, run: Run) -> None:
     """Put the run's best weights into the agent's network."""
-    try:
-        agent.network.load_state_dict(run.load_best())
-    except RuntimeError as error:
-        raise UserError(f"{run.folder / 'best.safetensors'} does not fit the run's config.yaml") from error
+    load_weights(agent.network, run, "the run's config.yaml")

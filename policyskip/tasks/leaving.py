@@ -14,6 +14,7 @@ from policyskip.agents.base import Agent
 from policyskip.agents.greedy import ExitPolicy
 from policyskip.backbones import ExitNetwork, checkpoints
 from policyskip.backbones.exits import in_millions
+from policyskip.collapse import exit_warnings
 from policyskip.config import Setup
 from policyskip.deployment import ExitPredictor
 from policyskip.deployment_leaving import describe_leaving, load_leaving_run
@@ -32,7 +33,7 @@ from policyskip.tracking import Tracker
 class LeavingTask:
     """An agent that decides at every exit of a frozen network, judged beside fixed and random exits and the oracle."""
 
-    choose_by = "reward"
+    choose_by, trains = "reward", None
 
     def __init__(self, setup: Setup) -> None:
         network = setup.backbone
@@ -89,6 +90,7 @@ class LeavingTask:
         figures = exit_report.figures_of(exit_M, test, agent.decision_macs)
         head = {"seed": setup.config["seed"], "steps": setup.config["train"]["steps"], "seconds": round(seconds, 1)}
         summary = {**self.names, **head, **{f"test/{key}": value for key, value in figures.items()}}
+        summary["warnings"] = exit_warnings(exit_M, self.network.num_exits)
         checkpoints.save(self.network, run.folder / "network.safetensors")
         run.save_json("summary.json", summary)
         accuracy_N, macs_N = static_exits(test)
@@ -97,7 +99,8 @@ class LeavingTask:
             *(run.folder / "plots", run.metrics(), test, exit_M.cpu(), anytime, [], data.test, data.classes),
             policy_macs=figures["policy_macs"],
         )
-        run.save_json("policy.json", describe_leaving(predictor))  # the last, so that what is deployed has figures
+        # The last, so that what is deployed has figures; with it, the run is finished.
+        run.save_json("policy.json", describe_leaving(predictor) | {"steps": head["steps"]})
         written = ("best.safetensors", "network.safetensors", "policy.json", "summary.json", "config.yaml")
         tracker.finish(summary, pictures, [run.folder / name for name in written], None)
         return summary

@@ -1,0 +1,114 @@
+"""Every agent that learns with its own loss, small, in the one training loop."""
+
+from __future__ import annotations
+
+import os
+import signal
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from policyskip.agents.blockdrop import BlockDrop
+from policyskip.agents.branchynet import BranchyNet
+from policyskip.agents.cdl import CDL
+from policyskip.agents.distiller import Distiller
+from policyskip.agents.msdnet import MSDNetAgent
+from policyskip.agents.skipnet import SkipNet
+from policyskip.backbones.msdnet import MSDNet
+from policyskip.backbones.resnet_exits import ResNetExits
+from policyskip.data import Feed, TensorImages, crop_and_flip
+from policyskip.envs.block_selection import BlockSelectionVectorEnv
+from policyskip.pretraining import Pretrainer
+from policyskip.runs import Run
+from policyskip.tracking import Tracker
+from policyskip.training import train
+from tests.conftest import small_backbone, small_images
+
+SHAPE = (3, 12, 12)
+Made = tuple[Any, Any, Callable[[], dict[str, torch.Tensor]]]
+
+
+def augmented() -> TensorImages:
+    images = small_images()
+    return TensorImages(images.images, images.label_N, augment=crop_and_flip)
+
+
+def feed() -> Feed:
+    return Feed(augmented(), 16, "shuffled", 0)
+
+
+def exits() -> ResNetExits:
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        return ResNetExits(small_backbone(), [1, 3], "linear", SHAPE)
+
+
+def msdnet_network() -> MSDNet:
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        return MSDNet(5, num_exits=2, base=1, step=1, step_mode="even", channels=8, growth_rate=4,
+                      growth_factors=[1, 2], bottleneck_factors=[1, 2])  # fmt: skip
+
+
+def blockdrop(steps: int, **options: Any) -> Made:
+    env = BlockSelectionVectorEnv(16, backbone=small_backbone(), images=augmented(), seed=0)
+    agent = BlockDrop(env, steps, width=4, samples=2, curriculum=0.5, schedule="onecycle", alpha_end=0.98, **options)
+    return agent, env, agent.policy.state_dict
+
+
+def skipnet(steps: int) -> Made:
+    agent = SkipNet(small_backbone(), SHAPE, steps, supervised=0.5, lr=0.01, hybrid_lr=0.01)
+    return agent, feed(), agent.network.state_dict
+
+
+def pretrain(steps: int) -> Made:
+    backbone = small_backbone()
+    return Pretrainer(backbone, steps), feed(), backbone.state_dict
+
+
+def exit_agent(kind: Any, network: Callable[[], Any], steps: int) -> Made:
+    net = network()
+    return kind(net, steps, lr=0.01), feed(), net.state_dict
+
+
+LEARNERS: dict[str, Callable[[int], Made]] = {
+    "blockdrop": blockdrop,
+    "blockdrop with a value baseline": lambda steps: blockdrop(steps, baseline="value"),
+    "skipnet": skipnet,
+    "msdnet": lambda steps: exit_agent(MSDNetAgent, msdnet_network, steps),
+    "branchynet": lambda steps: exit_agent(BranchyNet, exits, steps),
+    "cdl": lambda steps: exit_agent(CDL, exits, steps),
+    "distiller": lambda steps: exit_agent(Distiller, exits, steps),
+    "pretrain": pretrain,
+}
+
+
+def learn(
+    name: str,
+    run: Run,
+    steps: int = 8,
+    resume: bool = False,
+    stop_at: int | None = None,
+    spoil: Callable[[Any, Any, int], None] | None = None,
+) -> bool:
+    """Train a learner; ``stop_at`` sends this process a Ctrl-C during that update, and ``spoil`` is called with learner,
+    source and number before every one."""
+    learner, source, deployable = LEARNERS[name](steps)
+    update, count = learner.update, [run.load_checkpoint()["step"] if resume else 0]
+
+    def counted(source: Any) -> dict[str, float]:
+        count[0] += 1
+        if count[0] == stop_at:
+            os.kill(os.getpid(), signal.SIGINT)
+        if spoil is not None:
+            spoil(learner, source, count[0])
+        return update(source)
+
+    learner.update = counted
+
+    def validate() -> dict[str, float]:
+        return {"score": float(sum(value.double().sum() for value in deployable().values()))}
+
+    options = dict(steps=steps, validate_every=3, log_every=2, choose_by="score", resume=resume)
+    return train(learner, source, validate, deployable, run, Tracker(run, "none", {}), **options)
