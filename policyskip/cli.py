@@ -15,6 +15,7 @@ policyskip: decide for each image how much of a network to run.
   policyskip pretrain                 train a network whose blocks can be skipped
   policyskip evaluate run=runs/x      repeat a run's figures from its folder
   policyskip calibrate run=runs/x     other exit thresholds, for an accuracy or a budget
+  policyskip compare runs=runs        many runs side by side: tables with intervals, pictures, one HTML page
   policyskip front                    search the best fixed keep-sets of a network
 
 Arguments are key=value, as in `policyskip train reward.penalty=2 seed=1`. `policyskip train --help` shows the
@@ -228,11 +229,39 @@ def front(config: Any) -> int:
     return 0
 
 
+def compare(config: Any) -> int:
+    """Finished runs side by side: tables with intervals, pictures, and one HTML page."""
+    from pathlib import Path
+
+    from policyskip import comparison
+    from policyskip.comparison import sources
+    from policyskip.config import CompareSettings, plain, settings_of
+    from policyskip.tracking import log_comparison
+
+    asked = settings_of(config, CompareSettings)
+    patterns = [asked.runs] if isinstance(asked.runs, str) else asked.runs
+    made = comparison.compare(
+        patterns,
+        Path(asked.output),
+        asked.overwrite,
+        again=(lambda run: sources.decide_again(_setup_of(run, asked.device, asked.trust), run))
+        if asked.recompute
+        else None,
+        pictures=sources.Pictures(asked.trust) if asked.images else None,
+        command=" ".join([sys.argv[0], *_changes()]),
+    )
+    comparison.show(made)
+    where = log_comparison(made, asked.tracking.mode, plain(config), asked.tracking.project, asked.tracking.group)
+    print(f"Page:   {made.folder / 'index.html'}\nTables: {made.folder / 'comparison.csv'}\nW&B:    {where}")
+    return 0
+
+
 COMMANDS: dict[str, Callable[[Any], int]] = {
     "train": train,
     "pretrain": pretrain,
     "evaluate": evaluate,
     "calibrate": calibrate,
+    "compare": compare,
     "front": front,
 }
 EXIT_BAD_INPUT, EXIT_INTERRUPTED = 2, 130

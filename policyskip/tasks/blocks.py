@@ -16,11 +16,12 @@ from platformdirs import user_cache_path
 from rich.progress import Progress
 from torch import Tensor
 
-from policyskip import plots
+from policyskip import decisions, plots
 from policyskip.agents.base import Agent
 from policyskip.agents.static import Keep, SetScorer, StaticFront, find_front, known_front, tries_every_set
 from policyskip.backbones import Backbone
 from policyskip.config import FrontSection, Setup
+from policyskip.decisions import Decisions
 from policyskip.deployment import describe
 from policyskip.errors import UserError
 from policyskip.evaluation import Evaluation, evaluate
@@ -169,7 +170,8 @@ class BlockTask:
             setup.data.image_shape,
             result.policy_macs,
         )
-        return report(setup, self.names, result, self.front, policy, run, tracker, seconds)
+        frozen = setup.backbone.content_hash()
+        return report(setup, self.names, result, self.front, policy, run, tracker, seconds, frozen)
 
     def show(self, summary: dict[str, Any]) -> None:
         """Print the table."""
@@ -185,17 +187,21 @@ def report(
     run: Run,
     tracker: Tracker,
     seconds: float,
+    frozen: str = "",
     **more: float,
 ) -> dict[str, Any]:
-    """Write ``policy`` (the content of ``policy.json``), front, summary and pictures of a result on test, and close the
-    tracker. ``more`` are other figures on test.
+    """Write ``policy`` (the content of ``policy.json``), front, decisions, summary and pictures of a result on test,
+    and close the tracker. ``frozen`` is the network's content hash unless the run trained it; ``more`` are other
+    figures on test.
 
     Returns: the summary.
     """
     data, steps, seed = setup.data, setup.config["train"]["steps"], setup.config["seed"]
     static, curve = static_figures(setup, result, front)
     figures = {f"test/{key}": value for key, value in {**result.figures(), **more, **static}.items()}
-    summary = {**names, "seed": seed, "steps": steps, "seconds": round(seconds, 1), **figures}
+    judged = decisions.of_blocks(result, curve, data.test.fingerprint(), frozen, data.classes)
+    told = decisions.record(judged, run)
+    summary = {**names, "seed": seed, "steps": steps, "seconds": round(seconds, 1), **told, **figures}
     front.save(run.folder / "front.json")
     run.save_json("summary.json", summary)
     run.save_json("policy.json", policy)
@@ -210,13 +216,25 @@ def report(
 
 def again(setup: Setup, run: Run, split: str) -> dict[str, Any]:
     """A finished run's figures on a split, from its folder."""
+    result, front = _judged_again(setup, run, split)
+    return result.figures() | static_figures(setup, result, front, split)[0]
+
+
+def decide_again(setup: Setup, run: Run) -> Decisions:
+    """A finished run's decisions on test images, from its folder."""
+    result, front = _judged_again(setup, run, "test")
+    _, curve = static_figures(setup, result, front)
+    data, frozen = setup.data, setup.backbone.content_hash()
+    return decisions.of_blocks(result, curve, data.test.fingerprint(), frozen, data.classes)
+
+
+def _judged_again(setup: Setup, run: Run, split: str) -> tuple[Evaluation, StaticFront]:
     if setup.reward is None:
         raise UserError("the configuration has no reward, and this command needs one")
     front = load_front(run)
     agent = setup.agent(setup.env(setup.data.validation, "shuffled"), front)  # shuffled, which is what SB3 asks for
     load_best(agent, run)
-    result = judge(setup, agent, split)
-    return result.figures() | static_figures(setup, result, front, split)[0]
+    return judge(setup, agent, split), front
 
 
 def load_front(run: Run) -> StaticFront:

@@ -10,11 +10,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from policyskip import decisions
 from policyskip.agents.base import Agent
 from policyskip.agents.greedy import ExitPolicy
 from policyskip.backbones import ExitNetwork, checkpoints
 from policyskip.backbones.exits import in_millions
 from policyskip.config import Setup
+from policyskip.decisions import Decisions
 from policyskip.deployment import ExitPredictor
 from policyskip.deployment_leaving import describe_leaving, load_leaving_run
 from policyskip.errors import UserError
@@ -85,11 +87,11 @@ class LeavingTask:
         exit_M = exits_of(self.policy, test)
         figures = exit_report.figures_of(exit_M, test, agent.decision_macs)
         head = {"seed": setup.config["seed"], "steps": setup.config["train"]["steps"], "seconds": round(seconds, 1)}
-        summary = {**self.names, **head, **{f"test/{key}": value for key, value in figures.items()}}
+        told = decisions.record(decisions_of(setup, exit_M, test, agent.decision_macs), run)
+        summary = {**self.names, **head, **told, **{f"test/{key}": value for key, value in figures.items()}}
         checkpoints.save(self.network, run.folder / "network.safetensors")
         run.save_json("summary.json", summary)
-        accuracy_N, macs_N = static_exits(test)
-        anytime = [[macs, accuracy] for macs, accuracy in zip(macs_N.tolist(), accuracy_N.tolist())]
+        anytime = anytime_of(test)
         pictures = exit_plots.all_plots(
             *(run.folder / "plots", run.metrics(), test, exit_M.cpu(), anytime, [], data.test, data.classes),
             policy_macs=figures["policy_macs"],
@@ -124,6 +126,26 @@ def outcome_of(exit_M: Tensor, cache: CachedExits) -> Outcome:
         cache.macs_N[exit_M],
         cache.costs.full,
     )
+
+
+def anytime_of(cache: CachedExits) -> list[list[float]]:
+    """MACs and accuracy of each exit for all images."""
+    accuracy_N, macs_N = static_exits(cache)
+    return [[macs, accuracy] for macs, accuracy in zip(macs_N.tolist(), accuracy_N.tolist())]
+
+
+def decisions_of(setup: Setup, exit_M: Tensor, test: CachedExits, decision_macs: float) -> Decisions:
+    """What leaving at exits int64 (M,) did with each test image; the network was frozen."""
+    data, frozen = setup.data, setup.backbone.content_hash()
+    fingerprint = data.test.fingerprint()
+    return decisions.of_exits(exit_M, test, anytime_of(test), fingerprint, frozen, data.classes, decision_macs)
+
+
+def decide_again(setup: Setup, run: Run) -> Decisions:
+    """A finished run's decisions on test images, from its folder."""
+    predictor = load_leaving_run(run, setup.device)
+    cache = cache_exits(predictor.network, setup.data.test.plain())
+    return decisions_of(setup, exits_of(predictor.policy, cache), cache, predictor.decision_macs)
 
 
 def again(setup: Setup, run: Run, split: str) -> dict[str, Any]:
