@@ -293,6 +293,7 @@ def _run(command: str) -> int:
     from hydra.errors import HydraException
     from omegaconf.errors import OmegaConfBaseException
 
+    from policyskip import sweeps
     from policyskip.errors import UserError
     from policyskip.memory import hold
 
@@ -302,14 +303,18 @@ def _run(command: str) -> int:
     def job(config: Any) -> None:
         nonlocal composed
         composed = True
+        told = (UserError, OmegaConfBaseException, OSError)
         try:
-            status = COMMANDS[command](config)
-        except (UserError, OmegaConfBaseException, OSError) as error:
+            if sweeps.is_one_of_many():
+                status = sweeps.run_job(COMMANDS[command], config, lambda error: isinstance(error, told))
+            else:
+                status = COMMANDS[command](config)
+        except told as error:
             status = _refuse(command, error)
         if status:
-            sys.exit(status)  # rather than return it: a sweep ends with the run that failed or was stopped
+            sys.exit(status)  # rather than return it: a sweep ends with the run that was stopped
 
-    sys.argv[1:] = _with_own_reward(sys.argv[1:])
+    sys.argv[1:], sweep = sweeps.prepare(command, _with_own_reward(sys.argv[1:]))
     app = hydra.main(config_path="pkg://policyskip.configs", config_name=command, version_base="1.3")(job)
     try:
         app()
@@ -322,7 +327,10 @@ def _run(command: str) -> int:
         if composed:
             raise
         return _refuse(command, error)
-    return 0
+    finally:
+        if sweep and not composed:
+            sweeps.forget(sweep)
+    return sweeps.conclude(sweep) if sweep else 0
 
 
 def _with_own_reward(arguments: list[str]) -> list[str]:

@@ -136,7 +136,7 @@ def _write(folder: Path, sections: list[Section], collected: Collected, command:
         made += plots.all_plots(place, s.rows, s.cells, s.agreed, s.look, s.divisive, s.images)
     (folder / "comparison.md").write_text(markdown(sections, collected), encoding="utf-8")
     (folder / "index.html").write_text(page(sections, collected, command, __version__), encoding="utf-8")
-    mark = {"version": __version__, "command": command, "runs": [r.name for r in collected.results]}
+    mark: dict[str, Any] = {"version": __version__, "command": command, "runs": [r.name for r in collected.results]}
     mark |= {"left_out": [[str(f), why] for f, why in collected.left_out], "warnings": collected.warnings}
     (folder / MARK).write_text(json.dumps(mark, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
     return [path.relative_to(folder) for path in made]

@@ -14,8 +14,10 @@ Figure = dict[str, Any]
 """``title``, ``note``, ``data`` (traces), ``layout``; and perhaps ``choices``, values that a heat map can show."""
 DIVERGING = [[0, "#c2412f"], [0.5, "#88888820"], [1, "#1b6ca8"]]
 """Worse, alike, better; on white and on black."""
-DOWN = {"autorange": "reversed"}
+DOWN = {"autorange": "reversed", "showgrid": False}
 """The first row on top."""
+FEW = 14
+"""Rows up to which a heat map has its numbers written in."""
 
 
 def pareto_front(rows: Sequence[Row], cells: Cells, look: dict[str, Style]) -> Figure:
@@ -122,7 +124,12 @@ def learning_curves(rows: Sequence[Row], look: dict[str, Style]) -> Figure | Non
                 outline = {"x": [*curve.step_T, *curve.step_T[::-1]], "y": [*curve.high_T, *curve.low_T[::-1]]}
                 fill = {"fill": "toself", "fillcolor": f"{colour}28", "line": {"width": 0}, "mode": "lines"}
                 data.append({**common, **outline, **fill, "hoverinfo": "skip", "showlegend": False})
-            line = {"x": curve.step_T, "y": curve.mean_T, "mode": "lines", "line": {"color": colour, "width": 1.6}}
+            line = {
+                "x": curve.step_T,
+                "y": curve.mean_T,
+                "mode": "lines",
+                "line": {"color": colour, "width": 1.6, "dash": look[row.label].dash},
+            }
             told = f"<b>{row.label}</b><br>update %{{x}}: %{{y:.4g}}<extra></extra>"
             data.append({**common, **line, "hovertemplate": told, "showlegend": row.label not in shown})
             shown.add(row.label)
@@ -180,12 +187,13 @@ def agreement(rows: Sequence[Row], cells: Cells) -> Figure | None:
         return None
     labels = [row.label for row in known]
     choices = [{"name": meaning, "z": matrix(known, cells, key)} for key, meaning in MEASURES.items()]
-    heat = _heat(labels, labels, choices[1]["z"], "%{y}<br>%{x}<br>%{z:.3f}")
+    heat = _heat(labels, labels, choices[2]["z"], "%{y}<br>%{x}<br>%{z:.3f}")
     heat |= {"colorscale": "Viridis", "zmin": 0, "zmax": 1}
-    layout = {"height": 220 + 26 * len(known), "yaxis": DOWN, "xaxis": {"tickangle": 40}}
+    heat |= {"texttemplate": "%{z:.2f}"} if len(known) <= FEW else {}
+    layout = {"height": 220 + 26 * len(known), "yaxis": DOWN, "xaxis": {"tickangle": 40, "showgrid": False}}
     note = "Mean over pairs of runs; on the diagonal, seeds of one row. Empty where it cannot be said."
     figure = {"title": "Who decides alike", "note": note, "data": [heat], "layout": layout}
-    return figure | {"choices": choices, "chosen": 1}
+    return figure | {"choices": choices, "chosen": 2}
 
 
 def differences(rows: Sequence[Row], cells: Cells) -> Figure | None:
@@ -205,7 +213,8 @@ def differences(rows: Sequence[Row], cells: Cells) -> Figure | None:
     heat = _heat(labels, labels, z, "%{y}<br>less %{x}<br>%{text}")
     largest = max(1.0, max(abs(value) for line in z for value in line if value is not None))
     heat |= {"text": text, "colorscale": DIVERGING, "zmin": -largest, "zmax": largest}
-    layout = {"height": 220 + 26 * len(labels), "yaxis": DOWN, "xaxis": {"tickangle": 40}}
+    heat |= {"texttemplate": "%{z:+.2f}"} if len(labels) <= FEW else {}
+    layout = {"height": 220 + 26 * len(labels), "yaxis": DOWN, "xaxis": {"tickangle": 40, "showgrid": False}}
     note = (
         "Accuracy of the row less that of the column on the same images, in points; blue: the row is better. Costs "
         "differ too, so read it beside the first figure. Intervals are paired bootstrap intervals over images."

@@ -92,8 +92,8 @@ def _section(section: Section, name: str, drawn: Sequence[Figure], images: dict[
     parts.append(_table(section.cells))
     parts.append(
         '<p class="note">Means over seeds ± half the 95 % t interval over seeds; the change to the full network also '
-        "with its paired bootstrap interval over images. The fixed choice is the best one of equal cost over the run's own "
-        "network. In bold: the Pareto front. Click a heading to sort.</p>"
+        "with its paired bootstrap interval over images. The fixed choice is the best one of equal cost over the run's "
+        "own network. In bold: the Pareto front. Click a heading to sort.</p>"
     )
     for n, figure in enumerate(drawn):
         parts.append(f'<h3>{escape(figure["title"])}</h3><p class="note">{escape(figure["note"])}</p>')

@@ -24,15 +24,17 @@ MARKERS = (
     *(("P", "cross"), ("X", "x"), ("<", "triangle-left"), (">", "triangle-right"), ("p", "pentagon")),
 )
 """One for each row of an agent, as matplotlib and as Plotly call it."""
+DASHES = ("solid", "dash", "dot", "dashdot")
 
 
 @dataclass(frozen=True)
 class Style:
-    """A row's colour, and its marker in matplotlib and in Plotly."""
+    """A row's colour, its marker in matplotlib and in Plotly, and its line in Plotly."""
 
     colour: str
     marker: str
     symbol: str
+    dash: str
 
 
 def styles(rows: Sequence[Row]) -> dict[str, Style]:
@@ -42,9 +44,10 @@ def styles(rows: Sequence[Row]) -> dict[str, Style]:
     found = {}
     for row in rows:
         colour = COLOURS[agents.setdefault(row.agent, len(agents)) % len(COLOURS)]
-        marker, symbol = MARKERS[members[row.agent] % len(MARKERS)]
+        number = members[row.agent]
+        marker, symbol = MARKERS[number % len(MARKERS)]
         members[row.agent] += 1
-        found[row.label] = Style(colour, marker, symbol)
+        found[row.label] = Style(colour, marker, symbol, DASHES[number % len(DASHES)])
     return found
 
 
