@@ -37,7 +37,9 @@ def train(config: Any) -> int:
     task = tasks.start(setup, settings)
     print(task.greeting, flush=True)
     run = _begin(config, run, resume)
-    tracker = Tracker(run, settings.tracking.mode, plain(config), settings.tracking.project, settings.tracking.group)
+    group = settings.tracking.group or f"{task.names['agent']}-{task.names['data']}"
+    tags = [*task.names.values(), f"seed {settings.seed}"]
+    tracker = Tracker(run, settings.tracking.mode, plain(config), settings.tracking.project, group, "train", tags)
     try:
         chain = (task.learner, task.source, task.validate, task.deployable, run, tracker)
         if settings.train.steps:
@@ -93,7 +95,9 @@ def pretrain(config: Any) -> int:
     )
     feed = Feed(data.train, batch_size, "shuffled", settings.seed)
     run = _begin(config, run, resume)
-    tracker = Tracker(run, settings.tracking.mode, content, settings.tracking.project, settings.tracking.group)
+    group = settings.tracking.group or f"pretrain-{data.name}"
+    tags = [backbone.name, data.name, f"seed {settings.seed}"]
+    tracker = Tracker(run, settings.tracking.mode, content, settings.tracking.project, group, "pretrain", tags)
     try:
         finished = training.train(
             learner,
@@ -251,7 +255,9 @@ def compare(config: Any) -> int:
         command=" ".join([sys.argv[0], *_changes()]),
     )
     comparison.show(made)
-    where = log_comparison(made, asked.tracking.mode, plain(config), asked.tracking.project, asked.tracking.group)
+    tracking = asked.tracking
+    logged = (made.folder, made.tables, made.pictures, tracking.mode, plain(config), tracking.project, tracking.group)
+    where = log_comparison(*logged)
     print(f"Page:   {made.folder / 'index.html'}\nTables: {made.folder / 'comparison.csv'}\nW&B:    {where}")
     return 0
 

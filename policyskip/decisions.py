@@ -14,12 +14,14 @@ from safetensors import safe_open
 from safetensors.torch import save
 from torch import Tensor
 
+from policyskip.data import Images
 from policyskip.errors import UserError
 from policyskip.evaluation import Evaluation
 from policyskip.exits.cache import CachedExits
 from policyskip.exits.rules import decisions_at
 from policyskip.files import write
 from policyskip.runs import Run
+from policyskip.tracking import Examples
 
 FILE = "decisions.safetensors"
 BLOCKS, EXITS = "blocks", "exits"
@@ -113,6 +115,21 @@ def record(decisions: Decisions, run: Run) -> dict[str, Any]:
     }
     write(run.folder / FILE, save(tensors, metadata=told))
     return {"version": __version__, "test_images": decisions.images, "frozen_network": decisions.network or None}
+
+
+def examples(decisions: Decisions, images: Images, count: int = 24) -> Examples:
+    """Test images from the least computed to the most, with what ran."""
+    order = decisions.macs_N.argsort(stable=True)
+    chosen = order[torch.linspace(0, len(order) - 1, min(count, len(order))).long()]
+    shown = next(iter(images.stream([(chosen, 0)]))).images.permute(0, 2, 3, 1).cpu().numpy()
+    rows = []
+    for index, image in zip(chosen.tolist(), shown, strict=True):
+        ran = decisions.ran_NK[index].tolist()
+        names = [decisions.classes[int(t[index])] for t in (decisions.label_N, decisions.prediction_N)]
+        what = "".join("·█"[kept] for kept in ran)
+        rows.append([image, *names, sum(ran) - (decisions.kind == EXITS), what, decisions.macs_N[index].item()])
+    what_ran = ["kept", "blocks that ran"] if decisions.kind == BLOCKS else ["exit", "parts that ran"]
+    return Examples(["label", "prediction", *what_ran, "macs"], rows)
 
 
 def load(run: Run) -> Decisions | None:

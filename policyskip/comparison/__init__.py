@@ -42,6 +42,11 @@ class Comparison:
     sections: list[Section]
     pictures: list[Path]
 
+    @property
+    def tables(self) -> dict[str, tables.Cells]:
+        """Every table by the name of its file, for all groups together."""
+        return _tables(self.sections)
+
 
 def compare(
     patterns: Iterable[str],
@@ -119,17 +124,8 @@ def _section(group: Group, pictures: Pictures | None) -> Section:
 
 def _write(folder: Path, sections: list[Section], collected: Collected, command: str) -> list[Path]:
     """All files of a comparison; the pictures' paths in it."""
-    written: dict[str, tables.Cells] = {
-        "comparison.csv": [cell for s in sections for cell in s.cells],
-        "runs.csv": [cell for s in sections for cell in tables.run_table(s.rows, s.group.title)],
-        "differences.csv": [cell for s in sections for cell in s.differing],
-        "agreement.csv": [cell for s in sections for cell in s.agreed],
-        "disagreements.csv": [
-            cell for s in sections for cell in tables.disagreement_table(s.rows, s.divisive, s.group.title)
-        ],
-    }
-    for name, cells in written.items():
-        (folder / name).write_text(tables.as_csv(cells), encoding="utf-8")
+    for name, cells in _tables(sections).items():
+        (folder / f"{name}.csv").write_text(tables.as_csv(cells), encoding="utf-8")
     made = []
     for number, s in enumerate(sections):
         place = folder / "plots" if number == 0 else folder / "plots" / f"group{number + 1}"
@@ -140,6 +136,18 @@ def _write(folder: Path, sections: list[Section], collected: Collected, command:
     mark |= {"left_out": [[str(f), why] for f, why in collected.left_out], "warnings": collected.warnings}
     (folder / MARK).write_text(json.dumps(mark, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
     return [path.relative_to(folder) for path in made]
+
+
+def _tables(sections: list[Section]) -> dict[str, tables.Cells]:
+    return {
+        "comparison": [cell for s in sections for cell in s.cells],
+        "runs": [cell for s in sections for cell in tables.run_table(s.rows, s.group.title)],
+        "differences": [cell for s in sections for cell in s.differing],
+        "agreement": [cell for s in sections for cell in s.agreed],
+        "disagreements": [
+            cell for s in sections for cell in tables.disagreement_table(s.rows, s.divisive, s.group.title)
+        ],
+    }
 
 
 def markdown(sections: list[Section], collected: Collected) -> str:

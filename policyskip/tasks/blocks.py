@@ -29,7 +29,7 @@ from policyskip.memory import give_back
 from policyskip.rewards import Utilization
 from policyskip.runs import Run
 from policyskip.tasks.environments import id_of
-from policyskip.tracking import Examples, Tracker
+from policyskip.tracking import Tracker
 
 
 def static_front(setup: Setup, wanted: FrontSection, in_use: Sequence[Keep] = ()) -> StaticFront:
@@ -210,7 +210,7 @@ def report(
     )
     written = ("best.safetensors", "network.safetensors", "policy.json", "summary.json", "config.yaml")
     files = [path for path in (run.folder / name for name in written) if path.is_file()]
-    tracker.finish(summary, pictures, files, _examples(setup, result))
+    tracker.finish(summary, pictures, files, decisions.examples(judged, data.test))
     return summary
 
 
@@ -254,20 +254,6 @@ def load_best(agent: Agent, run: Run) -> None:
         agent.policy.load_state_dict(run.load_best())
     except RuntimeError as error:
         raise UserError(f"{run.folder / 'best.safetensors'} does not fit the run's config.yaml") from error
-
-
-def _examples(setup: Setup, result: Evaluation, count: int = 24) -> Examples:
-    """Test images from the fewest blocks to the most, with what ran."""
-    order = result.keep_NK.sum(1).argsort(stable=True)
-    chosen = order[torch.linspace(0, len(order) - 1, min(count, len(order))).long()]
-    shown = next(iter(setup.data.test.stream([(chosen, 0)]))).images.permute(0, 2, 3, 1).cpu().numpy()
-    classes = setup.data.classes
-    rows = []
-    for index, image in zip(chosen.tolist(), shown, strict=True):
-        keep = result.keep_NK[index].tolist()
-        names = [classes[int(t[index])] for t in (result.label_N, result.prediction_N)]
-        rows.append([image, *names, sum(keep), "".join("·█"[kept] for kept in keep), result.macs_N[index].item()])
-    return Examples(["label", "prediction", "kept", "blocks that ran", "macs"], rows)
 
 
 def show_table(summary: dict[str, Any]) -> None:

@@ -189,7 +189,7 @@ def settle(
     run.save_json("summary.json", summary)
     run.save_json("policy.json", predictor.describe())  # the last, so that what is deployed has figures
     files = [run.folder / name for name in ("network.safetensors", "policy.json", "summary.json", "config.yaml")]
-    tracker.finish(summary, pictures, files, None)
+    tracker.finish(summary, pictures, files, decisions.examples(judged, data.test))
     return summary
 
 

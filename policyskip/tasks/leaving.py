@@ -87,7 +87,8 @@ class LeavingTask:
         exit_M = exits_of(self.policy, test)
         figures = exit_report.figures_of(exit_M, test, agent.decision_macs)
         head = {"seed": setup.config["seed"], "steps": setup.config["train"]["steps"], "seconds": round(seconds, 1)}
-        told = decisions.record(decisions_of(setup, exit_M, test, agent.decision_macs), run)
+        judged = decisions_of(setup, exit_M, test, agent.decision_macs)
+        told = decisions.record(judged, run)
         summary = {**self.names, **head, **told, **{f"test/{key}": value for key, value in figures.items()}}
         checkpoints.save(self.network, run.folder / "network.safetensors")
         run.save_json("summary.json", summary)
@@ -98,7 +99,8 @@ class LeavingTask:
         )
         run.save_json("policy.json", describe_leaving(predictor))  # the last, so that what is deployed has figures
         written = ("best.safetensors", "network.safetensors", "policy.json", "summary.json", "config.yaml")
-        tracker.finish(summary, pictures, [run.folder / name for name in written], None)
+        files = [run.folder / name for name in written]
+        tracker.finish(summary, pictures, files, decisions.examples(judged, data.test))
         return summary
 
     def show(self, summary: dict[str, Any]) -> None:
