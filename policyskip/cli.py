@@ -17,6 +17,7 @@ policyskip: decide for each image how much of a network to run.
   policyskip evaluate run=runs/x      repeat a run's figures from its folder
   policyskip calibrate run=runs/x     other exit thresholds, for an accuracy or a budget
   policyskip profile                  measure where a network's time goes, and what a run really saves
+  policyskip compare runs=runs        many runs side by side: tables with intervals, pictures, one HTML page
   policyskip front                    search the best fixed keep-sets of a network
 
 Arguments are key=value, as in `policyskip train reward.penalty=2 seed=1`. `policyskip train --help` shows the
@@ -49,7 +50,9 @@ def train(config: Any) -> int:
     run = _begin(config, run, resume)
     if task.trains is not None and not resume:
         resuming.keep_start(run, task.trains, content["backbone"])
-    tracker = Tracker(run, settings.tracking.mode, plain(config), settings.tracking.project, settings.tracking.group)
+    group = settings.tracking.group or f"{task.names['agent']}-{task.names['data']}"
+    tags = [*task.names.values(), f"seed {settings.seed}"]
+    tracker = Tracker(run, settings.tracking.mode, plain(config), settings.tracking.project, group, "train", tags)
     try:
         chain = (task.learner, task.source, task.validate, task.deployable, run, tracker)
         if settings.train.steps:
@@ -125,7 +128,9 @@ def pretrain(config: Any) -> int:
     run = _begin(config, run, resume)
     if not resume:
         resuming.keep_start(run, backbone, node)
-    tracker = Tracker(run, settings.tracking.mode, content, settings.tracking.project, settings.tracking.group)
+    group = settings.tracking.group or f"pretrain-{data.name}"
+    tags = [backbone.name, data.name, f"seed {settings.seed}"]
+    tracker = Tracker(run, settings.tracking.mode, content, settings.tracking.project, group, "pretrain", tags)
     try:
         finished = training.train(
             learner,
@@ -286,12 +291,42 @@ def profile(config: Any) -> int:
     return speed.of_run(setup, run, asked.batch_sizes, asked.repeats, asked.images, path)
 
 
+def compare(config: Any) -> int:
+    """Finished runs side by side: tables with intervals, pictures, and one HTML page."""
+    from pathlib import Path
+
+    from policyskip import comparison
+    from policyskip.comparison import sources
+    from policyskip.config import CompareSettings, plain, settings_of
+    from policyskip.tracking import log_comparison
+
+    asked = settings_of(config, CompareSettings)
+    patterns = [asked.runs] if isinstance(asked.runs, str) else asked.runs
+    made = comparison.compare(
+        patterns,
+        Path(asked.output),
+        asked.overwrite,
+        again=(lambda run: sources.decide_again(_setup_of(run, asked.device, asked.trust), run))
+        if asked.recompute
+        else None,
+        pictures=sources.Pictures(asked.trust) if asked.images else None,
+        command=" ".join([sys.argv[0], *_changes()]),
+    )
+    comparison.show(made)
+    tracking = asked.tracking
+    logged = (made.folder, made.tables, made.pictures, tracking.mode, plain(config), tracking.project, tracking.group)
+    where = log_comparison(*logged)
+    print(f"Page:   {made.folder / 'index.html'}\nTables: {made.folder / 'comparison.csv'}\nW&B:    {where}")
+    return 0
+
+
 COMMANDS: dict[str, Callable[[Any], int]] = {
     "train": train,
     "pretrain": pretrain,
     "evaluate": evaluate,
     "calibrate": calibrate,
     "profile": profile,
+    "compare": compare,
     "front": front,
 }
 EXIT_BAD_INPUT, EXIT_INTERRUPTED = 2, 130
@@ -328,6 +363,7 @@ def _run(command: str) -> int:
     from hydra.errors import HydraException
     from omegaconf.errors import OmegaConfBaseException
 
+    from policyskip import sweeps
     from policyskip.errors import UserError
     from policyskip.memory import hold
 
@@ -342,16 +378,20 @@ def _run(command: str) -> int:
             signal.signal(signal.SIGINT, signal.default_int_handler)
         nonlocal composed
         composed = True
+        told = (UserError, OmegaConfBaseException, OSError)
         try:
-            status = COMMANDS[command](config)
-        except (UserError, OmegaConfBaseException, OSError) as error:
+            if sweeps.is_one_of_many():
+                status = sweeps.run_job(COMMANDS[command], config, lambda error: isinstance(error, told))
+            else:
+                status = COMMANDS[command](config)
+        except told as error:
             status = _refuse(command, error)
         finally:
             release_all()
         if status:
-            sys.exit(status)  # rather than return it: a sweep ends with the run that failed or was stopped
+            sys.exit(status)  # rather than return it: a sweep ends with the run that was stopped
 
-    sys.argv[1:] = _with_own_reward(sys.argv[1:])
+    sys.argv[1:], sweep = sweeps.prepare(command, _with_own_reward(sys.argv[1:]))
     app = hydra.main(config_path="pkg://policyskip.configs", config_name=command, version_base="1.3")(job)
     try:
         app()
@@ -364,7 +404,10 @@ def _run(command: str) -> int:
         if composed:
             raise
         return _refuse(command, error)
-    return 0
+    finally:
+        if sweep and not composed:
+            sweeps.forget(sweep)
+    return sweeps.conclude(sweep) if sweep else 0
 
 
 def _with_own_reward(arguments: list[str]) -> list[str]:

@@ -115,6 +115,19 @@ class FrontSettings(_Section):
     output: str | None
 
 
+class CompareSettings(_Section):
+    """Those of ``compare``."""
+
+    runs: str | list[str]
+    output: str
+    overwrite: bool
+    recompute: bool
+    images: bool
+    device: str
+    trust: bool
+    tracking: TrackingSection
+
+
 class EvaluateSettings(_Section):
     """Those of ``evaluate``."""
 

@@ -174,5 +174,5 @@ def test_a_sweep_makes_a_folder_for_each_job(tmp_path):
     arguments += ["front.budget=1e4", "front.images=20", "front.learner_steps=0", "train.steps=1"]
     result = typed("train", "--multirun", "seed=0,1", *arguments, cwd=tmp_path)
     assert result.returncode == 0, result.stderr
-    seeds = [json.loads(path.read_text())["seed"] for path in sorted(tmp_path.glob("runs/*/summary.json"))]
+    seeds = [json.loads(path.read_text())["seed"] for path in sorted(tmp_path.glob("runs/sweep-*/*/summary.json"))]
     assert sorted(seeds) == [0, 1]

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from policyskip.backbones import Network
 from policyskip.config import Settings, Setup, group_of
+from policyskip.decisions import Decisions
 from policyskip.errors import UserError
 from policyskip.runs import Run
 from policyskip.tasks import blocks, exits, layers, leaving
@@ -91,8 +92,17 @@ def start(setup: Setup, settings: Settings) -> Task:
 
 def judge_again(setup: Setup, run: Run, split: str) -> dict[str, Any]:
     """A finished run's figures on a split, from its folder."""
+    return _module_of(setup).again(setup, run, split)
+
+
+def decide_again(setup: Setup, run: Run) -> Decisions:
+    """A finished run's decisions on test images, from its folder."""
+    return _module_of(setup).decide_again(setup, run)
+
+
+def _module_of(setup: Setup) -> Any:
     if has_gates(setup.config):
-        return layers.again(setup, run, split)
+        return layers
     if sets_thresholds(setup):
-        return exits.again(setup, run, split)
-    return (leaving if environment_of(setup) == "early_exit" else blocks).again(setup, run, split)
+        return exits
+    return leaving if environment_of(setup) == "early_exit" else blocks

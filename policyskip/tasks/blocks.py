@@ -16,13 +16,14 @@ from platformdirs import user_cache_path
 from rich.progress import Progress
 from torch import Tensor
 
-from policyskip import plots
+from policyskip import decisions, plots
 from policyskip.agents.base import Agent
 from policyskip.agents.policies import KeepPolicy
 from policyskip.agents.static import Keep, SetScorer, StaticFront, find_front, known_front, tries_every_set
 from policyskip.backbones import Backbone
 from policyskip.collapse import block_warnings
 from policyskip.config import FrontSection, Setup
+from policyskip.decisions import Decisions
 from policyskip.deployment import describe, load_weights
 from policyskip.errors import UserError
 from policyskip.evaluation import Evaluation, evaluate
@@ -32,7 +33,7 @@ from policyskip.rewards import Adaptive, Utilization
 from policyskip.runs import Run
 from policyskip.tasks.environments import check_batch, id_of
 from policyskip.tasks.margins import half_interval, verdict_on
-from policyskip.tracking import Examples, Tracker
+from policyskip.tracking import Tracker
 
 
 def static_front(setup: Setup, wanted: FrontSection, in_use: Sequence[Keep] = ()) -> StaticFront:
@@ -181,7 +182,8 @@ class BlockTask:
             setup.data.image_shape,
             result.policy_macs,
         )
-        return report(setup, self.names, result, self.front, policy, run, tracker, seconds)
+        frozen = setup.backbone.content_hash()
+        return report(setup, self.names, result, self.front, policy, run, tracker, seconds, frozen)
 
     def show(self, summary: dict[str, Any]) -> None:
         """Print the table."""
@@ -197,17 +199,21 @@ def report(
     run: Run,
     tracker: Tracker,
     seconds: float,
+    frozen: str = "",
     **more: float,
 ) -> dict[str, Any]:
-    """Write ``policy`` (the content of ``policy.json``), front, summary and pictures of a result on test, and close the
-    tracker. ``more`` are other figures on test.
+    """Write ``policy`` (the content of ``policy.json``), front, decisions, summary and pictures of a result on test,
+    and close the tracker. ``frozen`` is the network's content hash unless the run trained it; ``more`` are other
+    figures on test.
 
     Returns: the summary.
     """
     data, steps, seed = setup.data, setup.config["train"]["steps"], setup.config["seed"]
     static, curve = static_figures(setup, result, front)
     figures = {f"test/{key}": value for key, value in {**result.figures(), **more, **static}.items()}
-    summary = {**names, "seed": seed, "steps": steps, "seconds": round(seconds, 1), **figures}
+    judged = decisions.of_blocks(result, curve, data.test.fingerprint(), frozen, data.classes)
+    told = decisions.record(judged, run)
+    summary = {**names, "seed": seed, "steps": steps, "seconds": round(seconds, 1), **told, **figures}
     if steps:
         summary["warnings"] = block_warnings(result.keep_NK)
     front.save(run.folder / "front.json")
@@ -218,12 +224,25 @@ def report(
     run.save_json("policy.json", policy | {"steps": steps})  # the last: with it, the run is finished
     written = ("best.safetensors", "network.safetensors", "policy.json", "summary.json", "config.yaml")
     files = [path for path in (run.folder / name for name in written) if path.is_file()]
-    tracker.finish(summary, pictures, files, _examples(setup, result))
+    tracker.finish(summary, pictures, files, decisions.examples(judged, data.test))
     return summary
 
 
 def again(setup: Setup, run: Run, split: str) -> dict[str, Any]:
     """A finished run's figures on a split, from its folder."""
+    result, front = _judged_again(setup, run, split)
+    return result.figures() | static_figures(setup, result, front, split)[0]
+
+
+def decide_again(setup: Setup, run: Run) -> Decisions:
+    """A finished run's decisions on test images, from its folder."""
+    result, front = _judged_again(setup, run, "test")
+    _, curve = static_figures(setup, result, front)
+    data, frozen = setup.data, setup.backbone.content_hash()
+    return decisions.of_blocks(result, curve, data.test.fingerprint(), frozen, data.classes)
+
+
+def _judged_again(setup: Setup, run: Run, split: str) -> tuple[Evaluation, StaticFront]:
     if setup.reward is None:
         raise UserError("the configuration has no reward, and this command needs one")
     if not isinstance(setup.backbone, Backbone):
@@ -231,8 +250,7 @@ def again(setup: Setup, run: Run, split: str) -> dict[str, Any]:
     front = load_front(run, setup.backbone.num_blocks)
     agent = setup.agent(setup.env(setup.data.validation, "shuffled"), front)  # shuffled, which is what SB3 asks for
     load_best(agent, run)
-    result = judge(setup, agent, split)
-    return result.figures() | static_figures(setup, result, front, split)[0]
+    return judge(setup, agent, split), front
 
 
 def load_front(run: Run, num_blocks: int) -> StaticFront:
@@ -250,20 +268,6 @@ def load_front(run: Run, num_blocks: int) -> StaticFront:
 def load_best(agent: Agent, run: Run) -> None:
     """Put the run's best weights into the agent's policy."""
     load_weights(agent.policy, run, "the run's config.yaml")
-
-
-def _examples(setup: Setup, result: Evaluation, count: int = 24) -> Examples:
-    """Test images from the fewest blocks to the most, with what ran."""
-    order = result.keep_NK.sum(1).argsort(stable=True)
-    chosen = order[torch.linspace(0, len(order) - 1, min(count, len(order))).long()]
-    shown = next(iter(setup.data.test.stream([(chosen, 0)]))).images.permute(0, 2, 3, 1).cpu().numpy()
-    classes = setup.data.classes
-    rows = []
-    for index, image in zip(chosen.tolist(), shown, strict=True):
-        keep = result.keep_NK[index].tolist()
-        names = [classes[int(t[index])] for t in (result.label_N, result.prediction_N)]
-        rows.append([image, *names, sum(keep), "".join("·█"[kept] for kept in keep), result.macs_N[index].item()])
-    return Examples(["label", "prediction", "kept", "blocks that ran", "macs"], rows)
 
 
 def show_table(summary: dict[str, Any]) -> None:

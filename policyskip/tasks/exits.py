@@ -13,6 +13,7 @@ import torch
 from rich.table import Table
 from torch import Tensor
 
+from policyskip import decisions
 from policyskip.agents.cdl import CDL
 from policyskip.agents.early_exit import EarlyExitAgent, ThresholdPolicy
 from policyskip.backbones import checkpoints
@@ -22,6 +23,7 @@ from policyskip.backbones.resnet_exits import ResNetExits
 from policyskip.collapse import exit_warnings
 from policyskip.config import Setup, TargetSection, build, build_backbone, group_of
 from policyskip.data import Data, Feed
+from policyskip.decisions import Decisions
 from policyskip.deployment import ThresholdPredictor, as_text, load_exits_run, load_weights
 from policyskip.errors import UserError
 from policyskip.exits import plots as exit_plots
@@ -103,9 +105,10 @@ class ExitTask:
         return doubts
 
     def validate(self) -> dict[str, float]:
-        """Accuracy of every exit on validation images, and their mean, by which the best weights are kept."""
+        """Accuracy of every exit on validation images, and their mean, by which the best weights are kept. Thresholds
+        come later, so ``accuracy`` is the last exit's, at all of its cost."""
         accuracy_N = cache_exits(self.network, self.setup.data.validation.plain()).correct_MN.double().mean(0)
-        figures = {"mean_accuracy": accuracy_N.mean().item(), "accuracy": accuracy_N[-1].item()}
+        figures = {"mean_accuracy": accuracy_N.mean().item(), "accuracy": accuracy_N[-1].item(), "macs_fraction": 1.0}
         return figures | {f"accuracy_exit{n}": accuracy for n, accuracy in enumerate(accuracy_N.tolist())}
 
     def deployable(self) -> dict[str, Tensor]:
@@ -184,7 +187,9 @@ def settle(
     exit_M = exit_of(policy.rule, test.probability_MNC, policy.threshold_E)
     figures = exit_report.figures_of(exit_M, test)
     anytime, budgeted = curves(test, policy, curve)
-    summary = {**head, **chosen(target, point), **{f"test/{key}": value for key, value in figures.items()}}
+    judged = decisions.of_exits(exit_M, test, anytime, data.test.fingerprint(), "", data.classes)
+    told = decisions.record(judged, run)
+    summary = {**head, **told, **chosen(target, point), **{f"test/{key}": value for key, value in figures.items()}}
     summary["warnings"] = exit_warnings(exit_M, test.num_exits)
     pictures = exit_plots.all_plots(
         run.folder / "plots", run.metrics(), test, exit_M.cpu(), anytime, budgeted, data.test, data.classes
@@ -194,7 +199,7 @@ def settle(
     # The last, so that what is deployed has figures; with it, the run is finished.
     run.save_json("policy.json", predictor.describe() | {"steps": head.get("steps")})
     files = [run.folder / name for name in ("network.safetensors", "policy.json", "summary.json", "config.yaml")]
-    tracker.finish(summary, pictures, files, None)
+    tracker.finish(summary, pictures, files, decisions.examples(judged, data.test))
     return summary
 
 
@@ -238,6 +243,16 @@ def again(setup: Setup, run: Run, split: str) -> dict[str, Any]:
     cache = cache_exits(predictor.network, setup.data.split(split).plain())
     exit_M = exit_of(predictor.policy.rule, cache.probability_MNC, predictor.policy.threshold_E)
     return exit_report.figures_of(exit_M, cache)
+
+
+def decide_again(setup: Setup, run: Run) -> Decisions:
+    """A finished run's decisions on test images, from its folder."""
+    predictor, data = load_exits_run(run, setup.device), setup.data
+    cache = cache_exits(predictor.network, data.test.plain())
+    exit_M = exit_of(predictor.policy.rule, cache.probability_MNC, predictor.policy.threshold_E)
+    accuracy_N, macs_N = static_exits(cache)
+    anytime = [[macs, accuracy] for macs, accuracy in zip(macs_N.tolist(), accuracy_N.tolist())]
+    return decisions.of_exits(exit_M, cache, anytime, data.test.fingerprint(), "", data.classes)
 
 
 def recalibrate(setup: Setup, run: Run, target: TargetSection) -> dict[str, Any]:

@@ -10,11 +10,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from policyskip import decisions
 from policyskip.agents.skipnet import SkipNet
 from policyskip.agents.static import Keep
 from policyskip.backbones import Backbone, checkpoints
 from policyskip.config import FrontSection, Setup, build, group_of
 from policyskip.data import Feed, Images, sequential
+from policyskip.decisions import Decisions
 from policyskip.deployment import load_weights
 from policyskip.deployment_gates import describe_gates
 from policyskip.errors import UserError
@@ -66,7 +68,9 @@ class LayerTask:
         test = data.test.plain()
         result = evaluate_gates(agent, test, self.setup.batch_size)
         before = accuracy(self.setup.backbone, test, self.setup.batch_size)
-        return blocks.report(trained, self.names, result, front, policy, run, tracker, seconds, before_accuracy=before)
+        frozen = frozen_network(self.setup)
+        told = (policy, run, tracker, seconds, frozen)
+        return blocks.report(trained, self.names, result, front, *told, before_accuracy=before)
 
     def _sets_in_use(self, count: int = 16) -> list[Keep]:
         """The keep-sets that the gates decide for most often on validation images."""
@@ -121,6 +125,23 @@ def again(setup: Setup, run: Run, split: str) -> dict[str, Any]:
         with_network(setup, agent), result, blocks.load_front(run, setup.backbone.num_blocks), split
     )
     return result.figures() | {"before_accuracy": before} | static
+
+
+def frozen_network(setup: Setup) -> str:
+    """Content hash of a network that the gates leave as it is; "" where it learns with them."""
+    network: Backbone = setup.backbone
+    return network.content_hash() if group_of(setup.config, "agent").get("frozen") else ""
+
+
+def decide_again(setup: Setup, run: Run) -> Decisions:
+    """A finished run's decisions on test images, from its folder."""
+    frozen, agent, data = frozen_network(setup), make_agent(setup), setup.data
+    load_best(agent, run)
+    result = evaluate_gates(agent, data.test.plain(), setup.batch_size)
+    _, curve = blocks.static_figures(
+        with_network(setup, agent), result, blocks.load_front(run, setup.backbone.num_blocks)
+    )
+    return decisions.of_blocks(result, curve, data.test.fingerprint(), frozen, data.classes)
 
 
 def load_best(agent: SkipNet, run: Run) -> None:

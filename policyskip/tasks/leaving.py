@@ -10,12 +10,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from policyskip import decisions
 from policyskip.agents.base import Agent
 from policyskip.agents.greedy import ExitPolicy
 from policyskip.backbones import ExitNetwork, checkpoints
 from policyskip.backbones.exits import in_millions
 from policyskip.collapse import exit_warnings
 from policyskip.config import Setup
+from policyskip.decisions import Decisions
 from policyskip.deployment import ExitPredictor
 from policyskip.deployment_leaving import describe_leaving, load_leaving_run
 from policyskip.errors import UserError
@@ -89,12 +91,13 @@ class LeavingTask:
         exit_M = exits_of(self.policy, test)
         figures = exit_report.figures_of(exit_M, test, agent.decision_macs)
         head = {"seed": setup.config["seed"], "steps": setup.config["train"]["steps"], "seconds": round(seconds, 1)}
-        summary = {**self.names, **head, **{f"test/{key}": value for key, value in figures.items()}}
+        judged = decisions_of(setup, exit_M, test, agent.decision_macs)
+        told = decisions.record(judged, run)
+        summary = {**self.names, **head, **told, **{f"test/{key}": value for key, value in figures.items()}}
         summary["warnings"] = exit_warnings(exit_M, self.network.num_exits)
         checkpoints.save(self.network, run.folder / "network.safetensors")
         run.save_json("summary.json", summary)
-        accuracy_N, macs_N = static_exits(test)
-        anytime = [[macs, accuracy] for macs, accuracy in zip(macs_N.tolist(), accuracy_N.tolist())]
+        anytime = anytime_of(test)
         pictures = exit_plots.all_plots(
             *(run.folder / "plots", run.metrics(), test, exit_M.cpu(), anytime, [], data.test, data.classes),
             policy_macs=figures["policy_macs"],
@@ -102,7 +105,8 @@ class LeavingTask:
         # The last, so that what is deployed has figures; with it, the run is finished.
         run.save_json("policy.json", describe_leaving(predictor) | {"steps": head["steps"]})
         written = ("best.safetensors", "network.safetensors", "policy.json", "summary.json", "config.yaml")
-        tracker.finish(summary, pictures, [run.folder / name for name in written], None)
+        files = [run.folder / name for name in written]
+        tracker.finish(summary, pictures, files, decisions.examples(judged, data.test))
         return summary
 
     def show(self, summary: dict[str, Any]) -> None:
@@ -130,6 +134,26 @@ def outcome_of(exit_M: Tensor, cache: CachedExits) -> Outcome:
         cache.macs_N[exit_M],
         cache.costs.full,
     )
+
+
+def anytime_of(cache: CachedExits) -> list[list[float]]:
+    """MACs and accuracy of each exit for all images."""
+    accuracy_N, macs_N = static_exits(cache)
+    return [[macs, accuracy] for macs, accuracy in zip(macs_N.tolist(), accuracy_N.tolist())]
+
+
+def decisions_of(setup: Setup, exit_M: Tensor, test: CachedExits, decision_macs: float) -> Decisions:
+    """What leaving at exits int64 (M,) did with each test image; the network was frozen."""
+    data, frozen = setup.data, setup.backbone.content_hash()
+    fingerprint = data.test.fingerprint()
+    return decisions.of_exits(exit_M, test, anytime_of(test), fingerprint, frozen, data.classes, decision_macs)
+
+
+def decide_again(setup: Setup, run: Run) -> Decisions:
+    """A finished run's decisions on test images, from its folder."""
+    predictor = load_leaving_run(run, setup.device)
+    cache = cache_exits(predictor.network, setup.data.test.plain())
+    return decisions_of(setup, exits_of(predictor.policy, cache), cache, predictor.decision_macs)
 
 
 def again(setup: Setup, run: Run, split: str) -> dict[str, Any]:

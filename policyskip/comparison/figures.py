@@ -1,0 +1,237 @@
+"""The interactive figures of the page, as Plotly's plain data: lists of traces and a layout. Colours of text and grid
+are the page's, which knows whether it is light or dark."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from policyskip.comparison.series import CURVES, Style, band, front_of, matrix, oracles, static_front, use
+from policyskip.comparison.tables import MEASURES, Cells, Row
+from policyskip.plots import STATIC
+
+Figure = dict[str, Any]
+"""``title``, ``note``, ``data`` (traces), ``layout``; and perhaps ``choices``, values that a heat map can show."""
+DIVERGING = [[0, "#c2412f"], [0.5, "#88888820"], [1, "#1b6ca8"]]
+"""Worse, alike, better; on white and on black."""
+DOWN = {"autorange": "reversed", "showgrid": False}
+"""The first row on top."""
+FEW = 14
+"""Rows up to which a heat map has its numbers written in."""
+
+
+def pareto_front(rows: Sequence[Row], cells: Cells, look: dict[str, Style]) -> Figure:
+    """Accuracy against MACs; a point's ``customdata`` is the run whose gallery it opens."""
+    data: list[dict[str, Any]] = []
+    static = static_front(rows)
+    if static:
+        data.append(
+            _trace("best fixed choices, any network", static, STATIC, "lines+markers", {"symbol": "square", "size": 5})
+        )
+    front = [(cells[n]["macs"], cells[n]["accuracy"], cells[n]["row"]) for n in front_of(cells)]
+    line = _trace("Pareto front of the agents", front, "#888888", "lines", {})
+    data.append(line | {"line": {"dash": "dash", "shape": "hv", "width": 1, "color": "#888888"}, "hoverinfo": "skip"})
+    for row, cell in zip(rows, cells, strict=True):
+        style = look[row.label]
+        name = f"{row.label} (sees the label)" if row.oracle else row.label
+        if len(row.results) > 1:
+            data.append(_runs(row, style))
+        names = [result.name for result in row.results]
+        told = f"<b>{name}</b><br>%{{y:.2f}} % at %{{x:.2f}} M MACs ({cell['macs_share']:.3f} of full)<br>"
+        listed = ", ".join(names[:5]) + (", …" if len(names) > 5 else "")
+        kind = f"mean of {len(names)} runs: {listed}" if len(names) > 1 else f"run {names[0]}"
+        mean: dict[str, Any] = {"type": "scatter", "mode": "markers", "name": name, "legendgroup": row.label}
+        mean |= {"x": [cell["macs"] / 1e6], "y": [100 * cell["accuracy"]], "customdata": [names[0]]}
+        mean["marker"] = {"color": style.colour, "symbol": "star" if row.oracle else style.symbol, "size": 12}
+        for axis, half, scale in (("x", cell["macs_t95"], 1e-6), ("y", cell["accuracy_t95"], 100)):
+            if half is not None:
+                mean[f"error_{axis}"] = {"array": [half * scale], "color": style.colour, "thickness": 1, "width": 3}
+        data.append(mean | {"hovertemplate": f"{told}{kind}<extra></extra>"})
+    seen = oracles(rows)
+    if seen:
+        marker = {"symbol": "star-open", "size": 12}
+        data.append(_trace("oracles, which see the label", seen, "#888888", "markers", marker))
+    accuracies = [100 * cell["accuracy"] for cell in cells]
+    low = min(accuracies) - 0.15 * (max(accuracies) - min(accuracies)) - 1
+    layout = {
+        "xaxis": {"title": {"text": "MACs an image, millions, own cost included"}, "rangemode": "tozero"},
+        "yaxis": {"title": {"text": "test accuracy, %"}, "range": [max(0, low), 100.5]},
+        "height": 520,
+        "hovermode": "closest",
+    }
+    note = (
+        "Large points are means over seeds with 95 % intervals over seeds, small points are runs. Hover for the run; "
+        "click for example images. To the left and above is better; above the squares, deciding per image pays."
+    )
+    return {"title": "Accuracy against cost", "note": note, "data": data, "layout": layout}
+
+
+def _runs(row: Row, style: Style) -> dict[str, Any]:
+    x, y = row.values("macs_mean"), row.values("accuracy")
+    names = [result.name for result in row.results]
+    seeds = [str(result.summary["seed"]) for result in row.results]
+    return {
+        "type": "scatter",
+        "mode": "markers",
+        "name": f"{row.label}, runs",
+        "legendgroup": row.label,
+        "showlegend": False,
+        "x": [m / 1e6 for m in x],
+        "y": [100 * a for a in y],
+        "customdata": names,
+        "text": seeds,
+        "marker": {"color": style.colour, "size": 6, "opacity": 0.55},
+        "hovertemplate": "<b>%{customdata}</b>, seed %{text}<br>%{y:.2f} % at %{x:.2f} M MACs<extra></extra>",
+    }
+
+
+def _trace(
+    name: str, points: Sequence[tuple[float, float, str]], colour: str, mode: str, marker: dict[str, Any]
+) -> dict[str, Any]:
+    return {
+        "type": "scatter",
+        "mode": mode,
+        "name": name,
+        "text": [told for _, _, told in points],
+        "x": [macs / 1e6 for macs, _, _ in points],
+        "y": [100 * accuracy for _, accuracy, _ in points],
+        "marker": {"color": colour, **marker},
+        "line": {"color": colour, "width": 1},
+        "hovertemplate": f"{name}<br>%{{text}}: %{{y:.2f}} % at %{{x:.2f}} M MACs<extra></extra>",
+    }
+
+
+def learning_curves(rows: Sequence[Row], look: dict[str, Style]) -> Figure | None:
+    """Validation accuracy and MACs against updates, with bands from the lowest to the highest seed."""
+    panels = [(key, [(row, curve) for row in rows if (curve := band(row, key))]) for key in CURVES]
+    panels = [(key, curves) for key, curves in panels if curves]
+    if not panels:
+        return None
+    data: list[dict[str, Any]] = []
+    layout: dict[str, Any] = {"height": 380, "hovermode": "closest", "annotations": []}
+    shown: set[str] = set()
+    for n, (key, curves) in enumerate(panels):
+        suffix = "" if n == 0 else str(n + 1)
+        left, right = n / len(panels) + (0.03 if n else 0), (n + 1) / len(panels) - 0.02
+        layout[f"xaxis{suffix}"] = {"domain": [left, right], "title": {"text": "update"}, "anchor": f"y{suffix}"}
+        layout[f"yaxis{suffix}"] = {"anchor": f"x{suffix}"}
+        centre = {"x": (left + right) / 2, "y": 1.07, "xref": "paper", "yref": "paper", "showarrow": False}
+        layout["annotations"].append({"text": CURVES[key], **centre})
+        for row, curve in curves:
+            colour, axes = look[row.label].colour, {"xaxis": f"x{suffix}", "yaxis": f"y{suffix}"}
+            common = {"type": "scatter", "legendgroup": row.label, "name": row.label, **axes}
+            if len(row.results) > 1:
+                outline = {"x": [*curve.step_T, *curve.step_T[::-1]], "y": [*curve.high_T, *curve.low_T[::-1]]}
+                fill = {"fill": "toself", "fillcolor": f"{colour}28", "line": {"width": 0}, "mode": "lines"}
+                data.append({**common, **outline, **fill, "hoverinfo": "skip", "showlegend": False})
+            line = {
+                "x": curve.step_T,
+                "y": curve.mean_T,
+                "mode": "lines",
+                "line": {"color": colour, "width": 1.6, "dash": look[row.label].dash},
+            }
+            told = f"<b>{row.label}</b><br>update %{{x}}: %{{y:.4g}}<extra></extra>"
+            data.append({**common, **line, "hovertemplate": told, "showlegend": row.label not in shown})
+            shown.add(row.label)
+    note = (
+        "Mean over seeds; bands go from the lowest seed to the highest. Agents that set thresholds do so after "
+        "training: until then accuracy and cost are those of the last exit."
+    )
+    return {"title": "Learning", "note": note, "data": data, "layout": layout}
+
+
+def block_use(rows: Sequence[Row]) -> Figure | None:
+    """Share of the images that keep each block."""
+    shown = [(row.label, found[1]) for row in rows if (found := use(row)) and found[0] == "blocks"]
+    if not shown:
+        return None
+    width = max(len(share) for _, share in shown)
+    z = [[*share, *[None] * (width - len(share))] for _, share in shown]
+    heat = _heat([label for label, _ in shown], list(range(width)), z, "%{y}<br>block %{x}: %{z:.3f} of the images")
+    heat |= {"colorscale": [[0, "#1b6ca80c"], [1, "#1b6ca8"]], "zmin": 0, "zmax": 1}
+    layout = {
+        "height": 130 + 30 * len(shown),
+        "yaxis": DOWN,
+        "xaxis": {"title": {"text": "block"}, "dtick": 1 if width <= 20 else 5},
+    }
+    note = "How often each block runs on test images, mean over seeds."
+    return {"title": "Which blocks run", "note": note, "data": [heat], "layout": layout}
+
+
+def exit_use(rows: Sequence[Row], look: dict[str, Style]) -> Figure | None:
+    """Share of the images that leave at each exit."""
+    shown = [(row, found[1]) for row in rows if (found := use(row)) and found[0] == "exits"]
+    if not shown:
+        return None
+    data = [
+        {
+            "type": "bar",
+            "name": row.label,
+            "x": list(range(len(share))),
+            "y": share,
+            "marker": {"color": look[row.label].colour},
+            "hovertemplate": f"<b>{row.label}</b><br>exit %{{x}}: %{{y:.3f}} of the images<extra></extra>",
+        }
+        for row, share in shown
+    ]
+    layout = {"height": 340, "xaxis": {"title": {"text": "exit"}, "dtick": 1}}
+    layout["yaxis"] = {"title": {"text": "share of images"}, "rangemode": "tozero"}
+    note = "Share of the test images that leave at each exit, mean over seeds."
+    return {"title": "Where images leave", "note": note, "data": data, "layout": layout}
+
+
+def agreement(rows: Sequence[Row], cells: Cells) -> Figure | None:
+    """How alike two rows decide on the same images, by a measure that the page lets one choose."""
+    known = [row for row in rows if row.decided]
+    if len(known) < 2:
+        return None
+    labels = [row.label for row in known]
+    choices = [{"name": meaning, "z": matrix(known, cells, key)} for key, meaning in MEASURES.items()]
+    heat = _heat(labels, labels, choices[2]["z"], "%{y}<br>%{x}<br>%{z:.3f}")
+    heat |= {"colorscale": "Viridis", "zmin": 0, "zmax": 1}
+    heat |= {"texttemplate": "%{z:.2f}"} if len(known) <= FEW else {}
+    layout = {"height": 220 + 26 * len(known), "yaxis": DOWN, "xaxis": {"tickangle": 40, "showgrid": False}}
+    note = "Mean over pairs of runs; on the diagonal, seeds of one row. Empty where it cannot be said."
+    figure = {"title": "Who decides alike", "note": note, "data": [heat], "layout": layout}
+    return figure | {"choices": choices, "chosen": 2}
+
+
+def differences(rows: Sequence[Row], cells: Cells) -> Figure | None:
+    """Accuracy of each row less that of each other on the same images, with paired bootstrap intervals."""
+    if not cells:
+        return None
+    labels = [row.label for row in rows if row.decided]
+    z: list[list[float | None]] = [[None] * len(labels) for _ in labels]
+    text = [[""] * len(labels) for _ in labels]
+    for cell in cells:
+        i, j = labels.index(cell["row"]), labels.index(cell["less"])
+        low, high = 100 * cell["images_low"], 100 * cell["images_high"]
+        for a, b, sign, ends in ((i, j, 1, (low, high)), (j, i, -1, (-high, -low))):
+            z[a][b] = sign * 100 * cell["accuracy"]
+            clear = "" if ends[0] <= 0 <= ends[1] else ", a clear difference"
+            text[a][b] = f"{z[a][b]:+.2f} points (95 % over images: {ends[0]:+.2f} to {ends[1]:+.2f}){clear}"
+    heat = _heat(labels, labels, z, "%{y}<br>less %{x}<br>%{text}")
+    largest = max(1.0, max(abs(value) for line in z for value in line if value is not None))
+    heat |= {"text": text, "colorscale": DIVERGING, "zmin": -largest, "zmax": largest}
+    heat |= {"texttemplate": "%{z:+.2f}"} if len(labels) <= FEW else {}
+    layout = {"height": 220 + 26 * len(labels), "yaxis": DOWN, "xaxis": {"tickangle": 40, "showgrid": False}}
+    note = (
+        "Accuracy of the row less that of the column on the same images, in points; blue: the row is better. Costs "
+        "differ too, so read it beside the first figure. Intervals are paired bootstrap intervals over images."
+    )
+    return {"title": "Who is better, image by image", "note": note, "data": [heat], "layout": layout}
+
+
+def _heat(y: list[str], x: list[Any], z: Any, told: str) -> dict[str, Any]:
+    bar = {"thickness": 10, "outlinewidth": 0}
+    return {
+        "type": "heatmap",
+        "x": x,
+        "y": y,
+        "z": z,
+        "xgap": 1,
+        "ygap": 1,
+        "colorbar": bar,
+        "hoverongaps": False,
+        "hovertemplate": f"{told}<extra></extra>",
+    }

@@ -1,0 +1,156 @@
+"""What a run did with each test image: the file that comparisons over the same images are made from.
+
+Shapes: N images, K blocks (or exits), F fixed choices.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import save
+from torch import Tensor
+
+from policyskip.data import Images
+from policyskip.errors import UserError
+from policyskip.evaluation import Evaluation
+from policyskip.exits.cache import CachedExits
+from policyskip.exits.rules import decisions_at
+from policyskip.files import write
+from policyskip.runs import Run
+from policyskip.tracking import Examples
+
+FILE = "decisions.safetensors"
+BLOCKS, EXITS = "blocks", "exits"
+
+
+@dataclass(frozen=True)
+class Decisions:
+    """One row for each test image, in the order of the set, on the CPU.
+
+    Attributes:
+        label_N, prediction_N: int64 (N,).
+        full_correct_N: bool (N,), whether the whole network (the last exit) is right.
+        ran_NK: bool (N, K), which blocks were kept; of a network with exits, which segments ran.
+        macs_N: float64 (N,), what each image cost, the policy's own cost included.
+        full_macs: MACs of the whole network for one image.
+        static_F2: float64 (F, 2), MACs and test accuracy of fixed choices: the static front, or each exit for all.
+        kind: what is decided on, "blocks" or "exits".
+        images: fingerprint of the set.
+        network: content hash of the network, if the run left it as it was; "" if the run trained it.
+        classes: their names.
+    """
+
+    label_N: Tensor
+    prediction_N: Tensor
+    full_correct_N: Tensor
+    ran_NK: Tensor
+    macs_N: Tensor
+    full_macs: float
+    static_F2: Tensor
+    kind: str
+    images: str
+    network: str
+    classes: tuple[str, ...]
+
+    def __len__(self) -> int:
+        return len(self.label_N)
+
+    @property
+    def correct_N(self) -> Tensor:
+        return self.prediction_N == self.label_N
+
+    @property
+    def exit_N(self) -> Tensor:
+        """Where each image left, int64 (N,), counted from 0."""
+        return self.ran_NK.sum(1) - 1
+
+
+def of_blocks(
+    result: Evaluation, static: list[tuple[float, float]], images: str, network: str, classes: tuple[str, ...]
+) -> Decisions:
+    """From an evaluation of kept blocks on test that asked the full network too."""
+    assert result.full_correct_N is not None
+    columns = (result.label_N, result.prediction_N, result.full_correct_N, result.keep_NK, result.macs_N)
+    static_F2 = torch.tensor(static, dtype=torch.float64).reshape(-1, 2)
+    return Decisions(*columns, result.full_macs, static_F2, BLOCKS, images, network, classes)
+
+
+def of_exits(
+    exit_N: Tensor,
+    cache: CachedExits,
+    static: list[list[float]],
+    images: str,
+    network: str,
+    classes: tuple[str, ...],
+    decision_macs: float = 0.0,
+) -> Decisions:
+    """From where each image left, int64 (N,); ``decision_macs`` is what a policy costs at each exit it is asked at."""
+    rows = torch.arange(len(cache), device=exit_N.device)
+    count = cache.num_exits
+    prediction_N = cache.logits_MNC[rows, exit_N].argmax(-1)
+    ran_NK = torch.arange(count, device=exit_N.device) <= exit_N.unsqueeze(1)
+    macs_N = cache.macs_N[exit_N] + decision_macs * decisions_at(exit_N, count)
+    full_correct_N = cache.correct_MN[:, -1]
+    columns = (cache.label_M.cpu(), prediction_N.cpu(), full_correct_N.cpu(), ran_NK.cpu(), macs_N.double().cpu())
+    static_F2 = torch.tensor(static, dtype=torch.float64).reshape(-1, 2)
+    return Decisions(*columns, cache.costs.full, static_F2, EXITS, images, network, classes)
+
+
+def record(decisions: Decisions, run: Run) -> dict[str, Any]:
+    """Write the decisions into the run's folder.
+
+    Returns: what the summary says of them: the package's version, the images and the network they go with.
+    """
+    from policyskip import __version__
+
+    tensors = {name: value.contiguous() for name, value in vars(decisions).items() if isinstance(value, Tensor)}
+    told = {
+        name: json.dumps(value, ensure_ascii=False)
+        for name, value in vars(decisions).items()
+        if not isinstance(value, Tensor)
+    }
+    write(run.folder / FILE, save(tensors, metadata=told))
+    return {"version": __version__, "test_images": decisions.images, "frozen_network": decisions.network or None}
+
+
+def examples(decisions: Decisions, images: Images, count: int = 24) -> Examples:
+    """Test images from the least computed to the most, with what ran."""
+    order = decisions.macs_N.argsort(stable=True)
+    chosen = order[torch.linspace(0, len(order) - 1, min(count, len(order))).long()]
+    shown = next(iter(images.stream([(chosen, 0)]))).images.permute(0, 2, 3, 1).cpu().numpy()
+    rows = []
+    for index, image in zip(chosen.tolist(), shown, strict=True):
+        ran = decisions.ran_NK[index].tolist()
+        names = [decisions.classes[int(t[index])] for t in (decisions.label_N, decisions.prediction_N)]
+        what = "".join("·█"[kept] for kept in ran)
+        rows.append([image, *names, sum(ran) - (decisions.kind == EXITS), what, decisions.macs_N[index].item()])
+    what_ran = ["kept", "blocks that ran"] if decisions.kind == BLOCKS else ["exit", "parts that ran"]
+    return Examples(["label", "prediction", *what_ran, "macs"], rows)
+
+
+def load(run: Run) -> Decisions | None:
+    """The decisions in a run's folder; None if there are none (the run is older than the file).
+
+    Raises:
+        UserError: the file is damaged.
+    """
+    path = run.folder / FILE
+    if not path.is_file():
+        return None
+    try:
+        with safe_open(path, framework="pt") as file:
+            told = {name: json.loads(value) for name, value in file.metadata().items()}
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a mapping
+        told["classes"] = tuple(told["classes"])
+        decisions = Decisions(**tensors, **told)
+        rows = {len(decisions.label_N), len(decisions.prediction_N), len(decisions.ran_NK), len(decisions.macs_N)}
+        if len(rows) != 1 or decisions.ran_NK.dim() != 2 or decisions.kind not in (BLOCKS, EXITS):
+            raise ValueError("its tables do not fit together")
+    except Exception as error:  # damaged files raise whatever the reader stumbles over
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise UserError(f"{path} is damaged or not ours: {reason}") from error
+    return decisions

@@ -1,0 +1,227 @@
+"""``policyskip compare``: what is compared with what, the figures by hand, and what a user can get wrong."""
+
+from __future__ import annotations
+
+import csv
+import json
+import os
+import shutil
+from pathlib import Path
+
+import pytest
+
+from policyskip.comparison import compare
+from policyskip.comparison.collect import collect, groups_of
+from policyskip.comparison.series import band, static_front, use
+from policyskip.comparison.tables import differences, disagreements, rows_of, shown, table
+from policyskip.data import digits
+from policyskip.errors import UserError
+from tests.conftest import typed
+from tests.made_up import drawn, made_up_decisions, made_up_run
+
+
+@pytest.fixture(scope="module")
+def workshop(tmp_path_factory) -> Path:
+    """A folder with runs of three agents, and a comparison of them in out."""
+    import torch
+
+    folder = tmp_path_factory.mktemp("compared")
+    images = digits(torch.device("cpu"), 1, 1, 60).test.fingerprint()
+    for seed in range(3):
+        made_up_run(folder / f"runs/blockdrop-{seed}", drawn(seed, images=images), seed=seed)
+        other = drawn(seed, "ppo", images=images)
+        made_up_run(folder / f"runs/ppo-{seed}", other, "ppo", seed, learning_rate=0.01 if seed < 2 else 0.02)
+    exits = drawn(0, "msdnet", kind="exits", network="", images=images)
+    made_up_run(folder / "runs/msdnet-0", exits, "msdnet", summary={"backbone": "msdnet"})
+    (folder / "runs/stopped").mkdir()
+    (folder / "runs/stopped/config.yaml").write_text("seed: 0")
+    result = typed("compare", "runs=runs", "output=out", "tracking=none", cwd=folder)
+    assert result.returncode == 0, result.stderr
+    (folder / "stdout.txt").write_text(result.stdout)
+    return folder
+
+
+def lines(path: Path) -> list[dict[str, str]]:
+    with path.open() as file:
+        return list(csv.DictReader(file))
+
+
+def test_everything_is_written(workshop):
+    names = {path.name for path in (workshop / "out").iterdir()}
+    assert names == {
+        *("comparison.csv", "runs.csv", "differences.csv", "agreement.csv", "disagreements.csv"),
+        *("comparison.md", "comparison.json", "index.html", "plots"),
+    }
+    assert {path.name for path in (workshop / "out/plots").iterdir()} == {
+        *("pareto_front.png", "learning_curves.png", "block_use.png", "exit_use.png"),
+        *("agreement.png", "disagreement.png"),
+    }
+    assert [path.name for path in workshop.iterdir() if path.name.startswith(".")] == []
+    assert (workshop / "out/index.html").stat().st_size < 10e6
+    assert len(lines(workshop / "out/runs.csv")) == 7
+
+
+def test_rows_are_settings_and_say_how_they_differ(workshop):
+    rows = lines(workshop / "out/comparison.csv")
+    assert {row["row"]: row["seeds"] for row in rows} == {
+        "blockdrop": "0 1 2",
+        "msdnet": "0",
+        "ppo learning_rate=0.01": "0 1",
+        "ppo learning_rate=0.02": "2",
+    }
+    printed = (workshop / "stdout.txt").read_text()
+    assert "ppo learning_rate=0.01" in printed and "left out: runs/stopped is not finished" in printed
+
+
+def test_figures_are_those_of_the_runs(workshop):
+    summaries = [json.loads((workshop / f"runs/blockdrop-{n}/summary.json").read_text()) for n in range(3)]
+    row = next(row for row in lines(workshop / "out/comparison.csv") if row["row"] == "blockdrop")
+    accuracy = [summary["test/accuracy"] for summary in summaries]
+    assert float(row["accuracy"]) == pytest.approx(sum(accuracy) / 3)
+    changes = [summary["test/accuracy"] - summary["test/full_accuracy"] for summary in summaries]
+    assert float(row["change"]) == pytest.approx(sum(changes) / 3)
+    assert float(row["change_images_low"]) < float(row["change"]) < float(row["change_images_high"])
+    assert float(row["seconds"]) == pytest.approx(11)
+    assert (row["of"], row["choice"]) == ("6", "blocks")
+
+
+def two_agents(folder: Path) -> Path:
+    """Four images: a is right on three, b on one of those; the full network on all. Two seeds of a, one of b."""
+    keep = [[1, 0], [1, 1], [0, 0], [1, 1]]
+    made_up_run(folder / "a0", made_up_decisions(keep, [0, 0, 0, 1]), "a", 0)
+    made_up_run(folder / "a1", made_up_decisions(keep, [0, 0, 0, 0]), "a", 1)
+    made_up_run(folder / "b0", made_up_decisions([[1, 1]] * 4, [0, 1, 1, 1]), "b", 0)
+    return folder
+
+
+def test_rows_differ_by_what_their_images_say(tmp_path):
+    rows = rows_of(collect([str(two_agents(tmp_path))]).results)
+    a, b = table(rows, "g")
+    assert (a["row"], a["runs"], a["accuracy"], b["accuracy"]) == ("a", 2, 0.875, 0.25)
+    assert a["accuracy_t95"] == pytest.approx(12.7062 * 0.125, rel=1e-4)  # t(0.975, 1) · sd/√2, sd = 0.125·√2
+    assert b["accuracy_t95"] is None and a["kept"] == pytest.approx(5 / 4)
+    (difference,) = differences(rows, "g")
+    assert difference["accuracy"] == 0.625 and difference["macs"] == pytest.approx(1.25 - 2)
+    assert 0 <= difference["images_low"] < 0.625 < difference["images_high"] <= 1
+    assert rows[0].correct_N.tolist() == [1, 1, 1, 0.5]
+    assert disagreements(rows)[0] in (1, 2) and 0 not in disagreements(rows)
+    assert use(rows[0]) == ("blocks", [0.75, 0.5])
+    curve = band(rows[0], "val/accuracy")
+    assert curve is not None and curve.step_T == [10, 20, 30]
+    assert curve.low_T[0] == pytest.approx(0.6) and curve.mean_T[0] == pytest.approx(0.605)
+    assert static_front(rows) == [(0.0, 0.1, "net"), (2.0, 0.9, "net")]
+    header, (first, *_) = shown(table(rows, "g"))
+    assert first[header.index("accuracy, %")] == "87.50 ± 158.83" and "latency, ms" not in header
+
+
+def test_runs_on_other_images_or_over_other_weights_stand_apart(tmp_path):
+    two_agents(tmp_path)
+    keep = [[1, 0]] * 4
+    made_up_run(tmp_path / "c", made_up_decisions(keep, images="others"), "c")
+    made_up_run(tmp_path / "d", made_up_decisions(keep, network="0123456789"), "d")
+    made_up_run(tmp_path / "e", made_up_decisions(keep, network=""), "e")  # it trained its network
+    groups = groups_of(collect([str(tmp_path)]).results)
+    assert [[r.summary["agent"] for r in group.results] for group in groups] == [["a", "a", "b", "e"], ["d"], ["c"]]
+    assert "over net with other weights (01234567, not frozen)" in groups[1].reason
+    assert "test images others" in groups[2].reason
+
+
+def test_the_same_run_counts_once_and_names_are_told_apart(tmp_path):
+    two_agents(tmp_path / "x")
+    made_up_run(tmp_path / "y/a0", made_up_decisions([[1, 1]] * 4), "a", seed=7)
+    shutil.copytree(tmp_path / "x/a1", tmp_path / "y/copy")
+    found = collect([str(tmp_path / "*/*"), str(tmp_path / "x")])
+    assert sorted(result.name for result in found.results) == ["a1", "b0", "x/a0", "y/a0"]
+    assert "they are called x/a0, y/a0" in " ".join(found.warnings)
+    ((folder, reason),) = found.left_out
+    assert folder.name == "copy" and "the configuration and the seed of a1" in reason
+
+
+def test_versions_and_missing_decisions_are_warned_of(tmp_path):
+    two_agents(tmp_path)
+    made_up_run(tmp_path / "old", made_up_decisions([[1, 0]] * 4), "old", summary={"version": "0.0.9"}, recorded=False)
+    found = collect([str(tmp_path)])
+    told = " ".join(found.warnings)
+    assert "different versions" in told and "0.0.9 (1 run)" in told
+    assert "1 of 4 runs have no decisions.safetensors (old)" in told
+    again = collect([str(tmp_path)], lambda run: made_up_decisions([[1, 0]] * 4))
+    assert all(result.decisions is not None for result in again.results)
+
+
+def test_runs_without_decisions_are_compared_by_their_summaries(tmp_path):
+    for seed in range(2):
+        folder = tmp_path / f"runs/{seed}"
+        made_up_run(folder, drawn(seed), seed=seed, recorded=False)
+        made_up_run(tmp_path / f"runs/m{seed}", drawn(seed, kind="exits"), "msdnet", seed=seed, recorded=False)
+    made = compare([str(tmp_path / "runs")], tmp_path / "out")
+    assert len(made.sections) == 1 and not (tmp_path / "out/differences.csv").read_text().strip()
+    assert (tmp_path / "out/index.html").is_file()
+
+
+def test_what_is_refused(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    two_agents(tmp_path / "runs")
+    (tmp_path / "nothing").mkdir()
+    shutil.copytree("runs", "damaged")
+    (tmp_path / "damaged/a0/summary.json").write_text('{"agent": ')
+    shutil.copytree("runs", "lacking")
+    (tmp_path / "lacking/a0/summary.json").write_text('{"agent": "a"}')
+    shutil.copytree("runs", "torn")
+    (tmp_path / "torn/a0/decisions.safetensors").write_bytes(b"\x00" * 40)
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine/thesis.txt").write_text("years of work")
+    (tmp_path / "file").write_text("")
+    before = sorted(str(path) for path in tmp_path.rglob("*"))
+    for arguments, message in (
+        (["runs=nowhere"], "no run folder matches nowhere"),
+        (["runs=nothing"], "no finished run in runs=nothing"),
+        (["runs=[damaged,runs]"], "damaged/a0/summary.json is damaged or not ours"),
+        (["runs=lacking"], "lacking/a0/summary.json is damaged or not ours: it has no env"),
+        (["runs=torn"], "torn/a0/decisions.safetensors is damaged or not ours"),
+        (["runs=runs", "output=mine"], "mine is there already; say overwrite=true"),
+        (["runs=runs", "output=mine", "overwrite=true"], "mine holds no comparison, so it is not overwritten"),
+        (["runs=runs", "output=file/out"], "cannot write file/out"),
+        (["runs=3"], "runs"),
+        ([], "runs is not set"),
+    ):
+        output = [] if any(a.startswith("output") for a in arguments) else ["output=out"]
+        result = typed("compare", *arguments, *output, "tracking=none", cwd=tmp_path)
+        assert result.returncode == 2, arguments
+        told = [line for line in result.stderr.splitlines() if line.strip()]
+        assert len(told) in (1, 2) and message in told[0], (arguments, told)
+        assert sorted(str(path) for path in tmp_path.rglob("*")) == before
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may write anywhere")
+def test_a_folder_that_cannot_be_written_is_refused(tmp_path):
+    two_agents(tmp_path / "runs")
+    (tmp_path / "locked").mkdir(mode=0o500)
+    result = typed("compare", "runs=runs", "output=locked/out", "tracking=none", cwd=tmp_path)
+    assert result.returncode == 2 and "cannot write locked/out" in result.stderr
+
+
+def test_a_comparison_is_overwritten_when_asked_and_whole_when_interrupted(tmp_path, monkeypatch):
+    runs = two_agents(tmp_path / "runs")
+    compare([str(runs)], tmp_path / "out")
+    with pytest.raises(UserError, match="overwrite=true"):
+        compare([str(runs)], tmp_path / "out")
+    (tmp_path / "out/plots/stale.png").write_text("")
+    compare([str(runs / "a*")], tmp_path / "out", overwrite=True)
+    assert len(lines(tmp_path / "out/comparison.csv")) == 1 and not (tmp_path / "out/plots/stale.png").exists()
+    before = (tmp_path / "out/index.html").read_bytes()
+
+    def fail(*_args: object) -> str:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("policyskip.comparison.page", fail)
+    with pytest.raises(KeyboardInterrupt):
+        compare([str(runs)], tmp_path / "out", overwrite=True)
+    assert (tmp_path / "out/index.html").read_bytes() == before
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["out", "runs"]
+
+
+def test_images_that_the_runs_did_not_see_are_not_shown(tmp_path):
+    two_agents(tmp_path / "runs")
+    result = typed("compare", "runs=runs", "output=out", "tracking=none", cwd=tmp_path)
+    assert result.returncode == 0, result.stderr
+    assert "are not those that the runs saw" in (tmp_path / "out/index.html").read_text()

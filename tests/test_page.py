@@ -1,0 +1,93 @@
+"""The page of a comparison: one file, nothing fetched, and in a real browser it hovers and clicks as promised."""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+
+from policyskip.comparison import compare
+from policyskip.comparison.sources import Pictures
+from policyskip.data import digits
+from tests.made_up import drawn, made_up_run
+
+CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+
+
+@pytest.fixture(scope="module")
+def page(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("page")
+    images = digits(torch.device("cpu"), 1, 1, 60).test.fingerprint()
+    for seed in range(2):
+        made_up_run(folder / f"runs/blockdrop-{seed}", drawn(seed, images=images), seed=seed)
+    made_up_run(folder / "runs/evil", drawn(5, images=images), "</script><b>evil", summary={"backbone": "<i>net"})
+    exits = drawn(0, "msdnet", kind="exits", network="", images=images)
+    made_up_run(folder / "runs/msdnet-0", exits, "msdnet", summary={"backbone": "msdnet"})
+    made = compare([str(folder / "runs")], folder / "out", pictures=Pictures(), command="policyskip compare a<b")
+    return made.folder / "index.html"
+
+
+def test_the_page_is_one_file_that_asks_for_nothing(page):
+    text = page.read_text()
+    assert 3e6 < len(text) < 10e6
+    assert "default-src 'none'" in text
+    ours = text.replace(re.findall(r"<script>(.*?)</script>", text, re.S)[0], "")  # Plotly's own code names hosts
+    assert not re.findall(r"""(?:src|href)\s*=\s*["'](?!data:)""", ours)
+    assert "<b>evil" not in ours and "<i>net" not in ours and "a&lt;b" in ours
+
+
+def test_its_content_can_be_read(page):
+    text = page.read_text()
+    (content,) = re.findall(r'<script type="application/json" id="content">(.*?)</script>', text, re.S)
+    (group,) = json.loads(content)["groups"]
+    assert set(group["galleries"]) == {"blockdrop-0", "blockdrop-1", "evil", "msdnet-0"}
+    (parts, *_) = [gallery for gallery in group["galleries"].values()]
+    assert [part["title"] for part in parts] == ["least computed", "most computed", "wrong"]
+    used = {item["image"] for g in group["galleries"].values() for part in g for item in part["items"]}
+    assert {str(place) for place in used} <= set(json.loads(content)["images"]["g0"])
+
+
+@pytest.mark.skipif(CHROMIUM is None, reason="there is no chromium")
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_a_browser_draws_it_hovers_and_clicks(page, scheme):
+    playwright = pytest.importorskip("playwright.sync_api")
+    with playwright.sync_playwright() as started:
+        browser = started.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
+        tab = browser.new_context(color_scheme=scheme, viewport={"width": 1200, "height": 900}).new_page()
+        asked: list[str] = []
+        said: list[str] = []
+        tab.on("request", lambda request: asked.append(request.url))
+        tab.on("console", lambda message: said.append(message.text))
+        tab.on("pageerror", lambda error: said.append(str(error)))
+        tab.goto(page.as_uri())
+        tab.wait_for_function("document.body.dataset.drawn === 'yes'")
+        assert tab.locator("h1").inner_text() == "4 runs compared"
+        assert tab.locator(".plot .main-svg").count() >= 6
+        dark = sum(
+            int(x) for x in re.findall(r"\d+", tab.evaluate("getComputedStyle(document.body).backgroundColor"))[:3]
+        )
+        assert (dark < 150) == (scheme == "dark")
+        ink = tab.evaluate("getComputedStyle(document.querySelector('.plot .xtick text')).fill")
+        assert (sum(int(x) for x in re.findall(r"\d+", ink)[:3]) > 400) == (scheme == "dark")
+
+        place = tab.evaluate(
+            """() => { const plot = document.getElementById('g0-0');
+            const trace = plot.data.findIndex((t) => t.name === 'blockdrop, runs'), box = plot.getBoundingClientRect();
+            const layout = plot._fullLayout, x = plot.data[trace].x[1], y = plot.data[trace].y[1];
+            return [box.left + layout._size.l + layout.xaxis.l2p(x), box.top + layout._size.t + layout.yaxis.l2p(y)]; }"""
+        )
+        tab.mouse.move(*place)
+        tab.wait_for_selector(".hoverlayer .hovertext")
+        assert "blockdrop-1" in tab.locator("#g0-0 .hoverlayer").text_content()
+        assert tab.locator("#g0-gallery").get_attribute("data-run") != "blockdrop-1"
+        tab.mouse.click(*place)
+        tab.wait_for_selector("#g0-gallery[data-run='blockdrop-1']")
+        shown = tab.locator("#g0-gallery img")
+        assert shown.count() >= 12 and shown.first.evaluate("image => image.naturalWidth") == 20
+        browser.close()
+    assert [url for url in asked if not url.startswith(("data:", "blob:"))] == [page.as_uri()]
+    assert said == []

@@ -1,0 +1,84 @@
+"""Intervals, fronts and agreement against numbers worked out by hand, and the bootstrap against what it promises."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import numpy as np
+import pytest
+import torch
+
+from policyskip.comparison.statistics import (
+    bootstrap,
+    cost_ranks,
+    mean_and_half,
+    mean_over_pairs,
+    pareto,
+    same_answers,
+    same_choices,
+)
+from tests.made_up import made_up_decisions
+
+
+def test_the_t_interval_is_that_of_the_tables():
+    mean, half = mean_and_half([1.0, 2.0, 3.0])
+    assert mean == 2.0 and half == pytest.approx(4.302653 / 3**0.5, rel=1e-6)  # t(0.975, 2) = 4.302653
+    mean, half = mean_and_half([0.5, 0.7, 0.6, 0.8])
+    assert half == pytest.approx(3.182446 * np.std([0.5, 0.7, 0.6, 0.8], ddof=1) / 2, rel=1e-6)
+    assert mean_and_half([0.25]) == (0.25, None)
+
+
+def test_the_bootstrap_is_that_of_resampled_images():
+    generator = np.random.default_rng(1)
+    value_N = generator.choice([-1.0, 0.0, 1.0], size=300, p=[0.1, 0.7, 0.2])
+    means = value_N[generator.integers(0, 300, size=(20_000, 300))].mean(1)
+    assert bootstrap(value_N) == pytest.approx(np.quantile(means, [0.025, 0.975]).tolist(), abs=0.004)
+    assert bootstrap(np.full(50, 0.5)) == (0.5, 0.5)
+    assert bootstrap(value_N) == bootstrap(value_N)
+
+
+def test_pairing_narrows_the_interval_of_a_difference():
+    generator = np.random.default_rng(2)
+    hard_N = generator.random(1000) < 0.3  # both fail on the same images
+    a_N, b_N = (np.where(hard_N, 0.0, 1.0 * (generator.random(1000) < p)) for p in (0.99, 0.97))
+    low, high = bootstrap(a_N - b_N)
+    unpaired = np.hypot(*(np.diff(bootstrap(x)) for x in (a_N, b_N)))
+    assert high - low < 0.5 * unpaired
+
+
+@pytest.mark.slow
+def test_the_bootstrap_covers_the_truth_as_often_as_it_says():
+    """Two agents whose answers are drawn with a known difference: of 1,000 intervals, 93 to 97 % hold it."""
+    generator, truth, hits = np.random.default_rng(0), 0.06 - 0.04, 0
+    for redraw in range(1000):
+        difference_N = generator.choice([1.0, 0.0, -1.0], size=1000, p=[0.06, 0.90, 0.04])
+        low, high = bootstrap(difference_N, draws=2000, seed=redraw)
+        hits += low <= truth <= high
+    assert 930 <= hits <= 970
+
+
+def test_the_front_holds_what_nothing_beats():
+    macs, accuracy = [3.0, 1.0, 2.0, 2.0, 4.0, 1.0], [0.9, 0.5, 0.8, 0.7, 0.9, 0.4]
+    assert pareto(macs, accuracy) == [1, 2, 0]
+    assert pareto([], []) == []
+
+
+def test_agreement_is_counted_image_by_image():
+    a = made_up_decisions(keep=[[1, 0], [1, 1], [0, 0], [1, 1]], prediction=[0, 1, 2, 0])
+    b = made_up_decisions(keep=[[1, 0], [0, 1], [0, 1], [1, 1]], prediction=[0, 1, 1, 1])
+    assert same_answers(a, b) == 0.5
+    assert same_choices(a, b) == 6 / 8
+    exits_a, exits_b = (dataclasses.replace(x, kind="exits") for x in (a, b))
+    assert same_choices(exits_a, exits_b) == 2 / 4  # image 1 leaves later in a, image 2 earlier
+    assert same_choices(a, exits_b) is None
+    wide = dataclasses.replace(b, ran_NK=torch.ones(4, 3, dtype=torch.bool))
+    assert same_choices(a, wide) is None
+
+
+def test_spending_is_compared_by_rank():
+    a = made_up_decisions(keep=[[1, 0], [1, 1], [0, 0], [1, 1]])
+    rank_N = cost_ranks(a)
+    assert rank_N is not None and float(np.mean(rank_N * rank_N)) == pytest.approx(1)
+    assert np.argsort(rank_N)[0] == 2
+    assert cost_ranks(dataclasses.replace(a, macs_N=torch.ones(4).double())) is None
+    assert mean_over_pairs([0.5, None]) is None and mean_over_pairs([]) is None and mean_over_pairs([0.5, 1.0]) == 0.75
