@@ -140,6 +140,7 @@ class EvaluateSettings(_Section):
 class ProfileSettings(_Section):
     """Those of ``profile``."""
 
+    groups = ("data", "backbone")
     run: str | None
     trust: bool
     batch_sizes: Annotated[list[PositiveInt], Field(min_length=1)]
