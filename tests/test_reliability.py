@@ -242,7 +242,7 @@ def test_weights_that_were_changed_are_noticed(tmp_path):
     content = bytearray((run.folder / "best.safetensors").read_bytes())
     content[-3] ^= 4
     (run.folder / "best.safetensors").write_bytes(content)
-    with pytest.raises(UserError, match="best.safetensors is damaged or not ours: its tensors have been changed"):
+    with pytest.raises(UserError, match="best.safetensors is damaged or not ours: its content has been changed"):
         run.load_best()
     save(exits(), tmp_path / "net.safetensors")
     content = bytearray((tmp_path / "net.safetensors").read_bytes())
