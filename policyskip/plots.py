@@ -45,17 +45,23 @@ def learning_curves(records: list[dict[str, Any]], blocks: int | None, path: Pat
             (f"train/{key}", "training images", dict(color=KEPT, alpha=0.45, linewidth=1)),
             (val_key, "validation images", dict(color=FULL, marker="o", markersize=3, linewidth=1.5)),
         ):
-            points = [(r["step"], r[name]) for r in records if name in r]
+            points = points_of(records, name)
             if points:
                 axes.plot(*zip(*points, strict=True), label=label, **style)
         axes.set(title=title, xlabel="update")
         axes.grid(alpha=0.25)
         if key == last[0]:
             axes.set_ylim(0, 1.04 * (blocks or 1))
-    axes.legend(fontsize=8)
+    if axes.lines:  # records that were damaged are left out
+        axes.legend(fontsize=8)
     cost = "MACs" if blocks is None else "number of kept blocks"
     caption = f"Reward, accuracy and {cost} while the policy learned; on validation images, when it is greedy."
     return save(figure, caption, path)
+
+
+def points_of(records: list[dict[str, Any]], name: str) -> list[tuple[int, float]]:
+    """Steps and values of a figure in the records that have it."""
+    return [(r["step"], r[name]) for r in records if isinstance(r.get(name), int | float)]
 
 
 def accuracy_against_macs(result: Evaluation, front: list[tuple[float, float]], path: Path) -> Path:

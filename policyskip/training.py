@@ -99,8 +99,10 @@ def train(
                 reward.load_state_dict(state["reward"])
         if step > steps:
             raise UserError(f"{run.folder} has done {step} updates already; train.steps={steps} is below that")
-        if best > float("-inf"):
-            run.load_best()  # damaged, it would be missed only at the end
+        if best > float("-inf"):  # damaged weights would be missed only at the end
+            kept, own = run.load_best(), deployable()
+            if {name: t.shape for name, t in kept.items()} != {name: t.shape for name, t in own.items()}:
+                raise UserError(f"{run.folder / 'best.safetensors'} is not of what this run learns")
         run.rewind_metrics(step)
     if begun is not None:
         begun()

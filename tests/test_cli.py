@@ -141,7 +141,7 @@ def test_a_finished_run_says_so_and_nothing_is_done(workshop, command, name):
 
 
 def test_a_finished_run_can_go_on_for_more_steps(workshop):
-    shutil.copytree(workshop / "runs/policy", workshop / "runs/longer")
+    shutil.copytree(workshop / "runs/policy", workshop / "runs/longer", ignore=shutil.ignore_patterns("wandb"))
     result = typed("train", "run.resume=runs/longer", "train.steps=8", "tracking.mode=none", cwd=workshop)
     assert result.returncode == 0, result.stderr
     assert json.loads((workshop / "runs/longer/summary.json").read_text())["steps"] == 8

@@ -23,6 +23,7 @@ from tests.learners import exits, learn
 from tests.test_cli import SMALL
 
 EXITS = ["agent=cdl", "backbone.exits=[5,9,12]", "agent.delta=0.3", "target.macs_fraction=0.95", "tracking=none"]
+DATA = ["data.train=64", "data.validation=40", "data.test=40"]
 COMMAND = [sys.executable, "-m", "policyskip"]
 
 
@@ -43,7 +44,14 @@ def test_collapsed_policies_are_named():
 
 def test_a_collapsed_policy_is_a_warning_in_the_summary_on_screen_and_in_wandb(tmp_path):
     """The constant policy sees no image, so it decides the same for all."""
-    arguments = [*SMALL, "agent.policy=constant", "front.budget=1e4", "front.images=20", "front.learner_steps=0"]
+    arguments = [
+        *SMALL,
+        "train.steps=1",
+        "agent.policy=constant",
+        "front.budget=1e4",
+        "front.images=20",
+        "front.learner_steps=0",
+    ]
     arguments += ["backbone=resnet20", "backbone.checkpoint=random", "tracking.mode=offline", "run.dir=x"]
     result = typed("train", *arguments, cwd=tmp_path)
     assert result.returncode == 0, result.stderr
@@ -103,8 +111,8 @@ def test_a_backbone_for_a_run_that_brings_its_own_is_refused(moved):
         (["calibrate", "run=x", "+agent.rule=entropy"], "there is no key agent"),
         (["evaluate", "run=x", "+data.test=3"], "there is no key data"),
         (["pretrain", "+agent.width=3"], "there is no key agent"),
-        (["train", "agent=msdnet", "+env.speed=3"], "env.speed has no effect"),
-        (["train", "agent=branchynet", "env.cached=false"], "env.cached has no effect"),
+        (["train", "agent=msdnet", *DATA, "+env.speed=3"], "env.speed has no effect"),
+        (["train", "agent=branchynet", *DATA, "env.cached=false"], "env.cached has no effect"),
         (["train", "+experiment=debug", "agent.policy=imagenet", "data.batch_size=1"], "needs two images at least"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",
@@ -181,7 +189,7 @@ def test_ctrl_c_while_libraries_are_imported_leaves_no_trace(tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
-@pytest.mark.parametrize("saved", [True, False])
+@pytest.mark.parametrize("saved", [True, pytest.param(False, marks=pytest.mark.slow)])
 def test_an_interruption_that_waits_for_nothing_claims_nothing(saved, tmp_path, monkeypatch):
     """A second Ctrl-C arrives while the first is waiting for the update to end."""
     from policyskip.agents.blockdrop import BlockDrop
@@ -221,6 +229,7 @@ def test_sigterm_saves_first(tmp_path):
 # Damaged metadata
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["config.yaml", "policy.json", "summary.json"])
 @pytest.mark.parametrize("content", ["null", "[[[", '{"steps": {}}'])
 def test_metadata_of_wrong_types_is_refused_in_one_line(moved, tmp_path, name, content):
@@ -242,7 +251,7 @@ def test_weights_that_were_changed_are_noticed(tmp_path):
     content = bytearray((run.folder / "best.safetensors").read_bytes())
     content[-3] ^= 4
     (run.folder / "best.safetensors").write_bytes(content)
-    with pytest.raises(UserError, match="best.safetensors is damaged or not ours: its tensors have been changed"):
+    with pytest.raises(UserError, match="best.safetensors is damaged or not ours: its content has been changed"):
         run.load_best()
     save(exits(), tmp_path / "net.safetensors")
     content = bytearray((tmp_path / "net.safetensors").read_bytes())

@@ -13,15 +13,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save as save_tensors
+from safetensors import SafetensorError
 from torch import Tensor
 
 from policyskip.backbones.base import IMAGENET_MEAN, IMAGENET_STD, Backbone, Network
 from policyskip.backbones.resnet import CifarResNet, Shortcut, TorchvisionResNet
 from policyskip.errors import UserError
 from policyskip.files import damaged, write
-from policyskip.sealed import SEAL, digest_of, unsealed
+from policyskip.sealed import about, largest_number, sealed, unsealed
 
 WEIGHTS = Path(__file__).parent.parent / "weights"
 """Weights that ship with the package, each with the command and figures that made it beside it."""
@@ -135,10 +134,7 @@ def load(name: str) -> Backbone:
 
 def save(network: Network, path: Path) -> None:
     """Write a network that ``backbone.checkpoint=`` takes: its weights, and the arguments that build it again."""
-    state = {name: value.detach().cpu().contiguous() for name, value in network.state_dict().items()}
-    architecture = json.dumps(network.architecture)
-    about = {**network.architecture, SEAL: digest_of(state, architecture)}
-    write(path, save_tensors(state, metadata={"policyskip": json.dumps(about)}))
+    write(path, sealed(network.state_dict(), network.architecture))
 
 
 def shipped() -> list[str]:
@@ -188,24 +184,12 @@ def read_architecture(checkpoint: str) -> dict[str, Any] | None:
     if path.suffix != ".safetensors":
         return None
     try:
-        with safe_open(path, "pt") as file:
-            text = (file.metadata() or {}).get("policyskip")
-        architecture = None if text is None else dict(json.loads(text))
+        architecture = about(path)
     except (SafetensorError, OSError, ValueError, TypeError, RecursionError) as error:
         raise UserError(f"cannot read {path} as weights: {error}") from error
-    if architecture is not None:
-        architecture.pop(SEAL, None)
-        _check_numbers(architecture, path)
+    if architecture is not None and (number := largest_number(architecture)) > LARGEST_NUMBER:
+        raise UserError(f"cannot read {path} as weights: no network has a {number} in its architecture")
     return architecture
-
-
-def _check_numbers(architecture: Any, path: Path) -> None:
-    """UserError for numbers beyond any network's, of which building would not come to an end."""
-    inner = architecture.values() if isinstance(architecture, dict) else architecture
-    for value in inner if isinstance(architecture, dict | list) else ():
-        if isinstance(value, int) and abs(value) > LARGEST_NUMBER:
-            raise UserError(f"cannot read {path} as weights: no network has a {value} in its architecture")
-        _check_numbers(value, path)
 
 
 def check_size(make: Callable[[], Network], state: State, source: str) -> None:
@@ -224,7 +208,7 @@ def read_tensors(path: Path) -> State:
     """The tensors of a checkpoint file, ``module.`` prefixes removed; nothing in the file is executed."""
     try:
         if path.suffix == ".safetensors":
-            content: Any = _unsealed(path)
+            content: Any = unsealed(path)
         else:
             content = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # damaged files raise whatever the reader stumbles over
@@ -236,19 +220,6 @@ def read_tensors(path: Path) -> State:
     if not isinstance(content, dict) or not any(isinstance(value, Tensor) for value in content.values()):
         raise UserError(f"{path} holds no weights: it must be a state dict, or a dictionary with one")
     tensors = {str(key).removeprefix("module."): value for key, value in content.items() if isinstance(value, Tensor)}
-    return tensors
-
-
-def _unsealed(path: Path) -> State:
-    """Tensors of a safetensors file; ValueError if one of ours has been changed since it was written."""
-    with safe_open(path, "pt") as file:
-        text = (file.metadata() or {}).get("policyskip")
-    about = json.loads(text) if text is not None else None
-    tensors = unsealed(path)
-    if isinstance(about, dict) and SEAL in about:
-        seal = about.pop(SEAL)
-        if seal != digest_of(tensors, json.dumps(about)):
-            raise ValueError("its content has been changed since it was written")
     return tensors
 
 

@@ -15,7 +15,7 @@ from policyskip import plots
 from policyskip.data import Images
 from policyskip.exits.baselines import accuracy_by_exit, exit_histogram, oracle_curve
 from policyskip.exits.cache import CachedExits
-from policyskip.plots import DROPPED, FULL, KEPT, STATIC, figure_of, save
+from policyskip.plots import DROPPED, FULL, KEPT, STATIC, figure_of, points_of, save
 
 Pairs = list[list[float]]
 """Points of a curve: MACs and accuracy."""
@@ -25,17 +25,18 @@ def learning_curves(records: list[dict[str, Any]], num_exits: int, path: Path) -
     """The loss, and every exit's accuracy on validation images, against updates."""
     figure = figure_of(9, 3.6)
     left, right = figure.subplots(1, 2)
-    loss = [(r["step"], r["train/loss"]) for r in records if "train/loss" in r]
+    loss = points_of(records, "train/loss")
     if loss:
         left.plot(*zip(*loss, strict=True), ".-", color=KEPT, linewidth=1, markersize=2)
     left.set(title="training loss", xlabel="update", yscale="log")
     for n in range(num_exits):
-        points = [(r["step"], r[f"val/accuracy_exit{n}"]) for r in records if f"val/accuracy_exit{n}" in r]
+        points = points_of(records, f"val/accuracy_exit{n}")
         if points:
             shade = 0.25 + 0.75 * n / max(1, num_exits - 1)
             right.plot(*zip(*points, strict=True), "o-", color=KEPT, alpha=shade, markersize=3, label=f"exit {n}")
     right.set(title="validation accuracy", xlabel="update")
-    right.legend(fontsize=8)
+    if right.lines:  # records that were damaged are left out
+        right.legend(fontsize=8)
     for axes in (left, right):
         axes.grid(alpha=0.25)
     return save(figure, "The joint loss, and how well each exit alone answers, while the network learned.", path)
