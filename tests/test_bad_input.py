@@ -79,7 +79,7 @@ def contents(folder: Path) -> dict[str, bytes | None]:
 
 def test_the_installed_command_refuses_without_a_trace(tmp_path):
     for arguments, message in (
-        (["fly"], "there is no command 'fly'; it is one of train, pretrain, evaluate, calibrate, front"),
+        (["fly"], "there is no command 'fly'; it is one of train, pretrain, evaluate, calibrate, compare, front"),
         (["train", "agent=blockdrup"], "there is no agent/blockdrup; agent is one of a2c, best_static, blockdrop"),
     ):
         command = [sys.executable, "-m", "policyskip", *arguments]
@@ -98,7 +98,7 @@ def test_the_settings_of_these_tests_are_good(empty_folder, capsys):
 
 WRONG = {
     # the command, groups and keys
-    "fly": "there is no command 'fly'; it is one of train, pretrain, evaluate, calibrate, front",
+    "fly": "there is no command 'fly'; it is one of train, pretrain, evaluate, calibrate, compare, front",
     "train agent=blockdrup": "there is no agent/blockdrup; agent is one of a2c, best_static, blockdrop",
     "train backbone=resnet21": r"there is no backbone/resnet21; backbone is one of .*resnet20",
     "train data=cifar11": "there is no data/cifar11; data is one of .*cifar10,",
