@@ -46,12 +46,13 @@ def prepare(command: str, arguments: list[str]) -> tuple[list[str], Path | None]
     except HydraException:
         return arguments, None  # Hydra says what is wrong with them
     number, stamp = 1, time.strftime("%Y%m%d-%H%M%S")
-    folder = Path("runs") / f"sweep-{stamp}"
+    given = {o.key_or_group for o in typed}
+    runs = Path("runs").absolute() if "hydra/launcher" in given else Path("runs")  # workers start in other folders
+    folder = runs / f"sweep-{stamp}"
     while folder.exists():
         number += 1
-        folder = Path("runs") / f"sweep-{stamp}-{number}"
+        folder = runs / f"sweep-{stamp}-{number}"
     keys = [o.key_or_group for o in sweeps]
-    given = {o.key_or_group for o in typed}
     added = [f"hydra.sweep.dir={folder}", f"+hydra.job.env_set.{TOLD}='{' '.join([str(jobs), *keys])}'"]
     if "run.dir" not in given:
         added.append(f"run.dir='{folder}/{_name(command, keys)}'")

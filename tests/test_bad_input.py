@@ -79,7 +79,10 @@ def contents(folder: Path) -> dict[str, bytes | None]:
 
 def test_the_installed_command_refuses_without_a_trace(tmp_path):
     for arguments, message in (
-        (["fly"], "there is no command 'fly'; it is one of train, pretrain, evaluate, calibrate, profile, compare, front"),
+        (
+            ["fly"],
+            "there is no command 'fly'; it is one of train, pretrain, evaluate, calibrate, profile, compare, front",
+        ),
         (["train", "agent=blockdrup"], "there is no agent/blockdrup; agent is one of a2c, best_static, blockdrop"),
     ):
         command = [sys.executable, "-m", "policyskip", *arguments]

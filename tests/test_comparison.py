@@ -85,6 +85,14 @@ def test_figures_are_those_of_the_runs(workshop):
     assert (row["of"], row["choice"]) == ("6", "blocks")
 
 
+def test_labels_tell_as_much_as_is_needed(tmp_path):
+    keep = [[1, 0]] * 4
+    for name, settings in (("p", dict(a=1, b=1)), ("q", dict(a=1, b=2)), ("r", dict(a=2, b=2, c=3))):
+        made_up_run(tmp_path / name, made_up_decisions(keep), "x", **settings)
+    rows = rows_of(collect([str(tmp_path)]).results)
+    assert {row.results[0].name: row.label for row in rows} == {"p": "x a=1 b=1", "q": "x a=1 b=2", "r": "x a=2"}
+
+
 def two_agents(folder: Path) -> Path:
     """Four images: a is right on three, b on one of those; the full network on all. Two seeds of a, one of b."""
     keep = [[1, 0], [1, 1], [0, 0], [1, 1]]

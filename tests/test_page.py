@@ -76,6 +76,7 @@ def test_a_browser_draws_it_hovers_and_clicks(page, scheme):
 
         place = tab.evaluate(
             """() => { const plot = document.getElementById('g0-0');
+            plot.scrollIntoView({ block: 'center' });
             const trace = plot.data.findIndex((t) => t.name === 'blockdrop, runs'), box = plot.getBoundingClientRect();
             const layout = plot._fullLayout, x = plot.data[trace].x[1], y = plot.data[trace].y[1];
             return [box.left + layout._size.l + layout.xaxis.l2p(x), box.top + layout._size.t + layout.yaxis.l2p(y)]; }"""

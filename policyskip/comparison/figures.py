@@ -6,7 +6,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from policyskip.comparison.series import CURVES, Style, band, front_of, matrix, oracles, static_front, use
+from policyskip.comparison.series import CURVES, Style, band, front_of, lowest_shown, matrix, oracles, static_front, use
 from policyskip.comparison.tables import MEASURES, Cells, Row
 from policyskip.plots import STATIC
 
@@ -51,17 +51,16 @@ def pareto_front(rows: Sequence[Row], cells: Cells, look: dict[str, Style]) -> F
     if seen:
         marker = {"symbol": "star-open", "size": 12}
         data.append(_trace("oracles, which see the label", seen, "#888888", "markers", marker))
-    accuracies = [100 * cell["accuracy"] for cell in cells]
-    low = min(accuracies) - 0.15 * (max(accuracies) - min(accuracies)) - 1
     layout = {
         "xaxis": {"title": {"text": "MACs an image, millions, own cost included"}, "rangemode": "tozero"},
-        "yaxis": {"title": {"text": "test accuracy, %"}, "range": [max(0, low), 100.5]},
+        "yaxis": {"title": {"text": "test accuracy, %"}, "range": [lowest_shown(cells), 100.5]},
         "height": 520,
         "hovermode": "closest",
     }
     note = (
         "Large points are means over seeds with 95 % intervals over seeds, small points are runs. Hover for the run; "
-        "click for example images. To the left and above is better; above the squares, deciding per image pays."
+        "click for example images; double-click to see all. To the left and above is better; above the squares, "
+        "deciding per image pays."
     )
     return {"title": "Accuracy against cost", "note": note, "data": data, "layout": layout}
 

@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from policyskip.comparison.series import CURVES, Style, band, front_of, matrix, oracles, static_front, use
+from policyskip.comparison.series import CURVES, Style, band, front_of, lowest_shown, matrix, oracles, static_front, use
 from policyskip.comparison.tables import MEASURES, Cells, Row
 from policyskip.plots import FULL, STATIC, figure_of, save
 
@@ -55,16 +55,16 @@ def pareto_front(rows: Sequence[Row], cells: Cells, look: dict[str, Style], path
     if seen:
         x, y = [macs / 1e6 for macs, _ in seen], [100 * accuracy for _, accuracy in seen]
         axes.plot(x, y, "*", color="none", markeredgecolor=FULL, markersize=11, label="oracles, which see the label")
-    accuracies = [100 * line["accuracy"] for line in cells]
-    low = min(accuracies) - 0.15 * (max(accuracies) - min(accuracies)) - 1
+    highest = max(100 * line["accuracy"] for line in cells)
+    low = lowest_shown(cells)
     axes.set(xlabel="MACs an image, millions, own cost included", ylabel="test accuracy, %")
-    axes.set_ylim(max(0, low), min(100.3, max(*accuracies, *(100 * a for _, a in seen), low + 2) + 1))
+    axes.set_ylim(low, min(100.3, max(highest, *(100 * a for _, a in seen), low + 2) + 1))
     axes.set_xlim(left=0)
     axes.grid(alpha=0.25)
     figure.legend(fontsize=8, loc="outside right upper")
     caption = (
         "Each marker is the mean over seeds, small dots are the runs, bars the 95 % intervals over seeds. Above the "
-        "squares, deciding per image pays; to the left and above is better. Choices far below the agents are cut off."
+        "squares, deciding per image pays; to the left and above is better. What is far below the rest is cut off."
     )
     return save(figure, caption, path)
 

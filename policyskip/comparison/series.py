@@ -75,6 +75,13 @@ def static_front(rows: Sequence[Row]) -> list[tuple[float, float, str]]:
     return [ordered[n] for n in pareto([p[0] for p in ordered], [p[1] for p in ordered])]
 
 
+def lowest_shown(cells: Cells) -> float:
+    """The accuracy, in percent, from which on a figure shows the agents: what is far below the rest is cut off."""
+    accuracies = [100 * float(cell["accuracy"]) for cell in cells]
+    low = min(accuracy for accuracy in accuracies if accuracy >= float(np.median(accuracies)) - 8)
+    return max(0.0, low - 0.15 * (max(accuracies) - low) - 1)
+
+
 def oracles(rows: Sequence[Row]) -> list[tuple[float, float, str]]:
     """What seeing the label would reach over the rows' networks: MACs, accuracy, and of which."""
     found = []

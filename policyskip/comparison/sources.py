@@ -22,6 +22,7 @@ def decide_again(setup: Setup, run: Run) -> Decisions:
     Raises:
         UserError: its folder is damaged.
     """
+    print(f"deciding again: {run.folder}", flush=True)
     try:
         return tasks.decide_again(setup, run)
     except (KeyError, TypeError, AttributeError) as error:

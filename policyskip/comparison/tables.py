@@ -99,7 +99,7 @@ def rows_of(results: Sequence[Result]) -> list[Row]:
 
 
 def _labels(firsts: list[Result]) -> list[str]:
-    """The agent, and the keys of the configuration in which settings of that agent differ, three at most."""
+    """The agent, and as many keys in which settings of that agent differ as tell them apart, three at most."""
     by_agent: dict[str, list[Result]] = defaultdict(list)
     for result in firsts:
         by_agent[str(result.summary["agent"])].append(result)
@@ -110,7 +110,13 @@ def _labels(firsts: list[Result]) -> list[str]:
         keys = {key for setting in settings for key in setting}
         differ = sorted(key for key in keys if len({setting.get(key) for setting in settings}) > 1)
         own = _told(result)
-        told = [f"{key.rpartition('.')[2]}={own.get(key, 'none')}" for key in differ[:3]]
+        others = [setting for setting in settings if setting != own]
+        keys_told: list[str] = []
+        for key in differ[:3]:
+            if any(other.get(key) != own.get(key) for other in others):
+                keys_told.append(key)
+                others = [other for other in others if other.get(key) == own.get(key)]
+        told = [f"{key.rpartition('.')[2]}={own.get(key, 'none')}" for key in keys_told]
         labels.append(" ".join([str(result.summary["agent"]), *told]))
     count: dict[str, int] = defaultdict(int)
     distinct = []
