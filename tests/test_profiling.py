@@ -183,6 +183,8 @@ def test_profile_is_typed_and_read(tmp_path):
     assert result.returncode == 0 and "measured" in result.stdout, result.stderr
     times = json.loads((tmp_path / "run" / "profile.json").read_text())["batches"]["4"]
     assert times["run"]["time_ratio"] > 0 and 0 < times["run"]["macs_ratio"] <= 1.2
+    summary = json.loads((tmp_path / "run" / "summary.json").read_text())
+    assert summary["test/latency_ms"] == times["run"]["predict_ms"] > 0 and summary["latency_batch"] == 4
     assert policyskip.load(tmp_path / "run").plan == {4: times["break_even"]}
     (tmp_path / "run" / "profile.json").write_text("{}")
     with pytest.raises(UserError, match=r"profile\.json is damaged"):

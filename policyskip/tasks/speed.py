@@ -59,7 +59,11 @@ def of_run(setup: Setup, run: Run, batch_sizes: Sequence[int], repeats: int, cou
             "macs_ratio": float(prediction.macs_B.mean()) / predictor.costs.full,
             "expected_ratio": _expected(table, prediction),
             "time_ratio": times["predict"] / times["whole"],
+            "predict_ms": times["predict"] / len(images),
         }
+    largest = max(content["batches"], key=int)
+    latency = {"test/latency_ms": content["batches"][largest]["run"]["predict_ms"], "latency_batch": int(largest)}
+    run.save_json("summary.json", run.load_json("summary.json") | latency)  # which `policyskip compare` shows
     return _finish(content, path)
 
 
