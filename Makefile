@@ -1,4 +1,4 @@
-.PHONY: help check format test slow kills fuzz
+.PHONY: help check format test slow kills fuzz results
 help:    ## show this
 	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/ —/'
 check:   ## everything that must pass: format, lint, types, tests
@@ -13,3 +13,5 @@ kills:   ## kill runs at 30 moments; each must go on to the same figures (minute
 	pytest -m slow -n 0 -s tests/test_kills.py
 fuzz:    ## hundreds of damaged files and senseless arguments (minutes)
 	pytest -m 'slow or not slow' -n 0 -s tests/test_fuzz.py
+results: ## docs/results.md: all agents on digits, three seeds (an hour)
+	python benchmarks/agents.py
