@@ -253,6 +253,11 @@ def test_weights_that_were_changed_are_noticed(tmp_path):
     (run.folder / "best.safetensors").write_bytes(content)
     with pytest.raises(UserError, match="best.safetensors is damaged or not ours: its content has been changed"):
         run.load_best()
+    content = bytearray((run.folder / "checkpoint.pt").read_bytes())
+    content[len(content) // 2] ^= 4  # torch.load would take it
+    (run.folder / "checkpoint.pt").write_bytes(content)
+    with pytest.raises(UserError, match=r"checkpoint.pt is damaged or not ours: its part .* has been changed"):
+        run.load_checkpoint()
     save(exits(), tmp_path / "net.safetensors")
     content = bytearray((tmp_path / "net.safetensors").read_bytes())
     content[-3] ^= 4
