@@ -36,6 +36,7 @@ def check_finite(learner: str, update: int, **found: Tensor) -> None:
 def check_gradients(learner: str, update: int, optimizer: torch.optim.Optimizer) -> None:
     """The same for the gradients that an optimizer is about to follow."""
     gradients = [p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
+    gradients = [gradient for gradient in gradients if gradient.numel()]
     # The largest magnitude of each: one number that is non-finite if any of its numbers is, and cannot overflow.
     norms = torch.stack([norm.float() for norm in torch._foreach_norm(gradients, torch.inf)]) if gradients else None
     if norms is not None:

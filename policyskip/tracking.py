@@ -70,7 +70,8 @@ class Tracker:
         import wandb
 
         plain = (str, int, float, type(None))
-        self.wandb_run.summary.update({key: value for key, value in summary.items() if isinstance(value, plain)})
+        scalars = {key: value for key, value in summary.items() if isinstance(value, plain)}
+        self.wandb_run.summary.update(scalars | {"warnings": "; ".join(summary.get("warnings", []))})
         self.wandb_run.log({f"plots/{name}": wandb.Image(str(path)) for name, path in _named(pictures).items()})
         if examples is not None:
             rows = [[wandb.Image(image), *cells] for image, *cells in examples.rows]

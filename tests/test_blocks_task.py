@@ -79,6 +79,6 @@ def test_the_best_set_is_sought_over_all_classes():
             100, backbone=small_backbone(), images=images, reward=reward, order=order, seed=seed
         )
 
-    setup = SimpleNamespace(env=env, data=SimpleNamespace(validation=images))
+    setup = SimpleNamespace(env=env, reward=None, data=SimpleNamespace(validation=images))
     front = StaticFront([(False,) * 6, (True,) * 6], [0.2, 1.0], [1.0, 2.0], 10, True, "", "")
     assert report.best_set(setup, front, count=200) == (True,) * 6

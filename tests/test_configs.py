@@ -25,6 +25,7 @@ NEEDED = {
     "imagenet": ["data.root=somewhere"],
     "cifar_resnet": ["backbone.depth=26"],
     "torchvision_resnet": ["backbone.depth=34"],
+    "latency": ["reward.table=somewhere.json"],
     "custom": ["reward._target_=policyskip.rewards.Macs"],
 }
 OWN = ["run.dir=runs/x"]  # the default asks Hydra's runtime, which compose does not have
