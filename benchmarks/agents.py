@@ -54,7 +54,7 @@ FIGURES = (
 def run(name: str, seed: int) -> dict[str, str]:
     """Train once, unless it was done before; the run's row."""
     folder = Path("runs") / f"benchmark-{name}-{seed}"
-    if not (folder / "summary.json").exists():
+    if not (folder / "policy.json").exists():
         arguments = [*AGENTS[name].split(), f"seed={seed}", f"run.dir={folder}", "tracking=none"]
         subprocess.run([sys.executable, "-m", "policyskip", "train", *arguments], check=True)
     summary = json.loads((folder / "summary.json").read_text())

@@ -2,12 +2,12 @@
 
     python benchmarks/execution.py [--device cpu|cuda] [--run runs/x] [--depth 110] [--repeats 9]      (minutes)
 
-Everything is a ratio of medians, measured interleaved in one process (ResNet-110, 32×32, fresh random keep matrices
+Everything is a median of ratios, measured interleaved in one process (ResNet-110, 32×32, random keep matrices
 with 31 % of the blocks kept):
 
 - rollouts_vs_masked: images a second, against the originals' way: every block for the whole batch, then blended;
 - rollouts_vs_ideal, rollouts_vs_ideal_batch1: against the whole network's fastest forward over the share of MACs kept;
-- step_vs_masked: a BlockDrop update, against the same with masked rollouts in two passes;
+- step_vs_masked: a BlockDrop update (one sample, alpha 0.95), against the same with masked rollouts in two passes;
 - predict_time_over_macs_batch1, …256: ``predict`` of a run (the policy's time in it) against its whole network, time
   ratio over MAC ratio;
 - env_overhead: time of a vector step beyond that of the forward it asks for;
@@ -99,8 +99,20 @@ class MaskedEnv(BlockSelectionVectorEnv):
     def score(self, keep: Tensor) -> Outcome:
         images, label_B = self.feed.batch.images, self.feed.batch.label_B
         keep_SBK = keep if keep.dim() == 3 else keep.unsqueeze(0)
-        logits_BC = torch.cat([dense(self.backbone, images, keep_BK) for keep_BK in keep_SBK])
+        logits_BC = torch.cat([dense(self.masked, images, keep_BK) for keep_BK in keep_SBK])
         return self._outcome(logits_BC, label_B.repeat(len(keep_SBK)), keep_SBK.flatten(0, 1))
+
+    @property
+    def masked(self) -> Backbone:
+        return self.backbone
+
+
+class MaskedFoldedEnv(MaskedEnv):
+    """The same with the folded network."""
+
+    @property
+    def masked(self) -> Backbone:
+        return self.executed
 
 
 def training_step(network: Backbone, batch: int, repeats: int) -> tuple[dict[str, list[float]], dict[str, float]]:
@@ -111,7 +123,8 @@ def training_step(network: Backbone, batch: int, repeats: int) -> tuple[dict[str
     start = [k in chosen for k in range(K)]
     calls: dict[str, Callable[[], object]] = {}
     kept: dict[str, float] = {}
-    for name, kind in (("sparse", BlockSelectionVectorEnv), ("masked", MaskedEnv)):
+    kinds = {"sparse": BlockSelectionVectorEnv, "masked": MaskedEnv, "masked_folded": MaskedFoldedEnv}
+    for name, kind in kinds.items():
         env = kind(batch, backbone=network, images=images)
         agent = BlockDrop(env, 10**6, start=start, initial_keep=0.98, alpha=0.95, lr=1e-9, curriculum=0.0)
         kept[name] = agent.act(env.observation).float().mean().item()
@@ -207,6 +220,7 @@ def main() -> None:
     )
     raw["step"], raw["step_kept"] = training_step(network, asked.batch, asked.repeats)
     figures["step_vs_masked"] = median_ratio(raw["step"]["masked"], raw["step"]["sparse"])
+    figures["step_vs_masked_folded"] = median_ratio(raw["step"]["masked_folded"], raw["step"]["sparse"])
     if (Path(asked.run) / "policy.json").is_file():
         for batch, count in ((1, 300), (256, 2048)):
             raw[f"predict_batch{batch}"], macs = predict(Path(asked.run), batch, count, asked.repeats, device)

@@ -298,6 +298,8 @@ def load(
         predictor = _load(folder, content, backbone, device)
     network = predictor.backbone if isinstance(predictor, Predictor) else predictor.network
     network.to(PRECISIONS[precision])
+    if isinstance(predictor, Predictor) and precision != "float32":
+        predictor.plan = {}  # it was measured in float32
     return predictor
 
 
@@ -355,7 +357,8 @@ def _plan(run: Run, network_hash: str, network: Backbone) -> dict[int, list[floa
         return {}
     content = run.load_json("profile.json")
     try:
-        if (content["hash"], content["device"]) != (network_hash, device_name(network.mean.device)):
+        here = (network_hash, device_name(network.mean.device), torch.get_num_threads())
+        if (content["hash"], content["device"], content["threads"]) != here:
             return {}
         plan = {
             int(size): [float(share) for share in times["break_even"]] for size, times in content["batches"].items()

@@ -102,8 +102,8 @@ def _measure_blocks(network: Backbone, images: Tensor, repeats: int) -> dict[str
         times = milliseconds(_ways(block, x), repeats, device)
         kept.append(times["kept"] / B)
         dropped.append(times["dropped"] / B)
-        gathered = [(share, times[str(share)]) for share in SHARES]
-        even.append(break_even(times["most"], gathered) if B > 1 else 1.0)
+        gathered = [(count / B, times[str(count)]) for count in _counts(B)]
+        even.append(break_even(times["most"], gathered) if len(gathered) > 1 else 1.0)
         x = block(x)
     ends = {"stem": lambda: network.features(images), "head": lambda: network.head(x), "whole": lambda: network(images)}
     times = milliseconds(ends, repeats, device)
@@ -119,8 +119,8 @@ def _measure_blocks(network: Backbone, images: Tensor, repeats: int) -> dict[str
 def _ways(block: Block, x: Tensor) -> dict[str, Callable[[], object]]:
     """One block over a batch, in every way that it can be run; x is written over, which takes no other time."""
     B = len(x)
-    some = {str(share): torch.arange(max(1, round(share * B)), device=x.device) for share in SHARES}
-    rest = torch.arange(B - B // 10, B, device=x.device)
+    some = {str(count): torch.randperm(B, device=x.device)[:count].sort().values for count in _counts(B)}
+    rest = torch.arange(B - max(1, B // 10), B, device=x.device)
     mine = x.clone()
     return {
         "kept": lambda: block(x),
@@ -128,6 +128,11 @@ def _ways(block: Block, x: Tensor) -> dict[str, Callable[[], object]]:
         "most": lambda: run_most(block, x, rest),
         **{name: lambda rows=rows: run_block(block, mine, rows) for name, rows in some.items()},  # type: ignore[misc]
     }
+
+
+def _counts(B: int) -> list[int]:
+    """How many images keep a block where gathering is timed: some, and not all."""
+    return sorted({round(share * B) for share in SHARES} - {0, B})
 
 
 def _measure_exits(network: ExitNetwork, images: Tensor, repeats: int) -> dict[str, Any]:

@@ -181,7 +181,8 @@ class Budget:
 
     def adapt(self, figures: dict[str, float]) -> dict[str, float]:
         """Move the multiplier; ``figures`` may be silent about the cost, where no episode has ended yet."""
-        self.multiplier *= math.exp(self.rate * (figures.get("macs_fraction", self.target) - self.target))
+        moved = self.multiplier * math.exp(self.rate * (figures.get("macs_fraction", self.target) - self.target))
+        self.multiplier = min(max(moved, 1e-3), 1e3)  # a target out of reach must not wind it up
         return {"multiplier": self.multiplier}
 
     def standing(self, figures: dict[str, float]) -> float:

@@ -88,6 +88,24 @@ def test_what_decisions_have_in_common_is_computed_once(backbone, images):
     torch.testing.assert_close(together, apart, **TOLERANCE)
 
 
+@pytest.mark.parametrize("fold", [False, True])
+def test_many_decisions_are_dense_with_their_gradients(fold, images):
+    """Some begin alike and part later; channels last, where the network is folded."""
+    backbone = small_backbone(shortcut="B")
+    backbone = folded(backbone) if fold else backbone
+    keep_SBK = torch.stack([random_keep(len(images), backbone.num_blocks)] * 3)
+    keep_SBK[1, :4, 3:] ^= True
+    keep_SBK[2, 2:, 1] ^= True
+    x = (images.float() / 255).requires_grad_()
+    logits, gradients = [], []
+    for run in (sparse_many, lambda b, i, keep: torch.stack([dense(b, i, keep_BK) for keep_BK in keep])):
+        logits_SBC = run(backbone, x, keep_SBK)
+        logits.append(logits_SBC.detach())
+        gradients.append(torch.autograd.grad(logits_SBC.square().sum(), x)[0])
+    torch.testing.assert_close(*logits, **TOLERANCE)
+    torch.testing.assert_close(*gradients, rtol=1e-3, atol=1e-4)
+
+
 def test_leaders_by_hand():
     keep_SBK = torch.tensor([[[1, 1, 0]], [[1, 0, 0]], [[0, 1, 0]], [[1, 0, 1]]], dtype=torch.bool)  # one image
     leader_SB, found = torch.zeros(4, 1, dtype=torch.int64), []

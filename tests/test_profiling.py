@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -15,8 +16,9 @@ from policyskip.backbones.execution import run_block, run_most
 from policyskip.backbones.resnet_exits import ResNetExits
 from policyskip.deployment import Predictor
 from policyskip.errors import UserError
-from policyskip.profiling import break_even, profile
+from policyskip.profiling import break_even, device_name, profile
 from policyskip.rewards import Adaptive, Budget, Latency, Outcome
+from policyskip.tasks import speed
 from tests.conftest import small_backbone, typed
 
 
@@ -184,7 +186,7 @@ def test_profile_is_typed_and_read(tmp_path):
     times = json.loads((tmp_path / "run" / "profile.json").read_text())["batches"]["4"]
     assert times["run"]["time_ratio"] > 0 and 0 < times["run"]["macs_ratio"] <= 1.2
     summary = json.loads((tmp_path / "run" / "summary.json").read_text())
-    assert summary["test/latency_ms"] == times["run"]["predict_ms"] > 0 and summary["latency_batch"] == 4
+    assert summary["latency_ms"] == times["run"]["predict_ms"] > 0 and summary["latency_batch"] == 4
     assert policyskip.load(tmp_path / "run").plan == {4: times["break_even"]}
     (tmp_path / "run" / "profile.json").write_text("{}")
     with pytest.raises(UserError, match=r"profile\.json is damaged"):
@@ -224,3 +226,76 @@ def test_reduced_precision_changes_little(tmp_path, agent):
         assert (rough.label_B == exact.label_B).float().mean() > 0.9
     with pytest.raises(UserError, match="precision must be one of float32, bfloat16, float16, got 'int8'"):
         policyskip.load(tmp_path / "run", precision="int8")
+
+
+def test_a_profile_s_numbers_by_hand(monkeypatch):
+    """Eight milliseconds for a batch of four are two an image; gathered, two blocks of three cost half."""
+    times = {"kept": 8.0, "dropped": 4.0, "most": 6.0, "2": 4.0, "3": 6.0, "stem": 4.0, "head": 8.0, "whole": 40.0}
+    monkeypatch.setattr(
+        "policyskip.profiling.milliseconds", lambda calls, *others: {name: times[name] for name in calls}
+    )
+    backbone = small_backbone()
+    found = profile(backbone, (3, 12, 12), [4], repeats=1)["batches"]["4"]
+    K = backbone.num_blocks
+    assert found["kept_ms"] == [2.0] * K and found["dropped_ms"] == [1.0] * K
+    assert found["always_ms"] == 3.0 and found["whole_ms"] == 10.0
+    assert found["break_even"] == pytest.approx([0.75] * K)  # 2 of 4 take 4 ms, 3 of 4 take 6: 6 ms at 3 of 4
+
+
+def test_what_a_run_s_blocks_should_take_by_hand():
+    times = {"always_ms": 1.0, "kept_ms": [2.0, 4.0, 3.0], "dropped_ms": [0.0, 1.0, 0.0]}
+    keep_BK = torch.tensor([[1, 0, 1], [1, 1, 1]], dtype=torch.bool)
+    assert speed._expected(times, SimpleNamespace(keep_BK=keep_BK)) == pytest.approx((7 + 10) / 2 / 10)
+    exits = SimpleNamespace(exit_B=torch.tensor([0, 2]))
+    assert speed._expected({**times, "dropped_ms": [0.0] * 3}, exits) == pytest.approx((3 + 10) / 2 / 10)
+
+
+@pytest.mark.parametrize("change", [{"hash": "another"}, {"device": "another"}, {"threads": 99}])
+def test_a_plan_of_another_machine_or_network_is_not_gone_by(tmp_path, change):
+    result = typed("train", "+experiment=debug", "run.dir=run", "device=cpu", cwd=tmp_path)
+    assert result.returncode == 0, result.stderr
+    network = json.loads((tmp_path / "run" / "policy.json").read_text())["backbone"]["hash"]
+    share = {"break_even": [0.5] * 15}
+    content = {"hash": network, "device": device_name(torch.device("cpu")), "threads": torch.get_num_threads()}
+    for extra, expected in (({}, {4: share["break_even"]}), (change, {})):
+        (tmp_path / "run" / "profile.json").write_text(json.dumps({**content, "batches": {"4": share}, **extra}))
+        assert policyskip.load(tmp_path / "run").plan == expected
+    assert policyskip.load(tmp_path / "run", precision="bfloat16").plan == {}
+
+
+def test_a_target_out_of_reach_does_not_wind_the_multiplier_up():
+    for target, share, end in ((0.05, 0.9, 1e3), (0.95, 0.1, 1e-3)):
+        reward = Budget(target)
+        for _ in range(1000):
+            reward.adapt({"macs_fraction": share})
+        assert reward.multiplier == end
+
+
+def test_a_budget_moves_while_an_agent_learns_and_goes_on_where_it_was(tmp_path):
+    """Two and two more updates are four; weights are chosen by where the figures stand."""
+    words = ["train", "+experiment=debug", "reward=budget", "reward.target=0.3", "train.validate_every=2", "device=cpu"]
+    words += ["train.log_every=1"]
+    for name, steps in (("whole", 4), ("parts", 2)):
+        result = typed(*words, f"train.steps={steps}", f"run.dir={name}", "agent.schedule=constant", cwd=tmp_path)
+        assert result.returncode == 0, result.stderr
+    result = typed("train", "run.resume=parts", "train.steps=4", "device=cpu", cwd=tmp_path)
+    assert result.returncode == 0, result.stderr
+    read = {}
+    for name in ("whole", "parts"):
+        lines = [json.loads(line) for line in (tmp_path / name / "metrics.jsonl").read_text().splitlines()]
+        read[name] = [line["train/multiplier"] for line in lines if "train/multiplier" in line]
+        shares = [line["train/macs_fraction"] for line in lines if "train/macs_fraction" in line]
+        moved = 0.2
+        for share, multiplier in zip(shares, read[name], strict=True):
+            moved *= math.exp(0.3 * (share - 0.3))
+            assert multiplier == pytest.approx(moved)
+        for line in lines:
+            if "val/reward" in line:
+                figures = {"accuracy": line["val/accuracy"], "macs_fraction": line["val/macs_fraction"]}
+                assert line["val/reward"] == pytest.approx(Budget(0.3).standing(figures))
+    assert len(read["whole"]) == 4 and len(read["parts"]) == 4
+
+
+def test_a_picture_is_no_place_for_a_table(tmp_path):
+    result = typed("profile", *SMALL, "output=t.png", cwd=tmp_path)
+    assert result.returncode == 2 and "its picture goes beside it" in result.stderr and not list(tmp_path.iterdir())

@@ -21,6 +21,8 @@ from policyskip.envs import exit_sources, layer_skip
 from policyskip.envs.early_exit import EarlyExitVectorEnv
 from policyskip.envs.layer_skip import LayerSkipVectorEnv
 from policyskip.errors import UserError
+from policyskip.exits.rules import decisions_at
+from policyskip.rewards import Outcome
 
 
 def convolutions(channels: Sequence[int]) -> nn.Sequential:
@@ -106,7 +108,8 @@ class BlockPolicy(GreedyPolicy):
     def run(
         self, backbone: Backbone, images: Tensor, break_even_K: Sequence[float] | None = None
     ) -> tuple[Tensor, Tensor]:
-        """Decide block after block; a block is computed for the images that run it, and for no others."""
+        """Decide block after block; a block is computed for the images that run it, and for no others: always gathered,
+        whatever ``break_even_K`` says."""
         x, keep = backbone.features(images), []
         for block, block_K in zip(backbone.blocks, self.block_KK, strict=True):
             keep.append(self.decide(layer_skip.observe(x, block_K, self.arguments["width"])))
@@ -133,6 +136,13 @@ def longest_episode(env: Any) -> int:
     if isinstance(env, EarlyExitVectorEnv):
         return env.num_exits
     return env.num_blocks if isinstance(env, LayerSkipVectorEnv) else 1
+
+
+def decisions_of(env: Any, outcome: Outcome) -> Tensor | int:
+    """How often a policy was asked about each image whose episode ended with ``outcome``: (B,), or one for all."""
+    if isinstance(env, EarlyExitVectorEnv):
+        return decisions_at(outcome.keep_BK.sum(1) - 1, env.num_exits)
+    return longest_episode(env)
 
 
 def policy_for(env: Any, net_arch: Sequence[int], channels: Sequence[int]) -> GreedyPolicy:

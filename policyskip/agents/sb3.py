@@ -26,7 +26,15 @@ from stable_baselines3.common.torch_layers import BaseFeaturesExtractor
 from torch import Tensor, nn
 
 from policyskip.agents.base import Agent
-from policyskip.agents.greedy import ExitPolicy, GreedyPolicy, LookPolicy, convolutions, longest_episode, policy_for
+from policyskip.agents.greedy import (
+    ExitPolicy,
+    GreedyPolicy,
+    LookPolicy,
+    convolutions,
+    decisions_of,
+    longest_episode,
+    policy_for,
+)
 from policyskip.agents.randomness import Randomness
 from policyskip.backbones.costs import count_macs
 from policyskip.envs.sb3 import LookUp, SB3VecEnv
@@ -55,6 +63,9 @@ NAMES = {
 class Tally(SB3VecEnv):
     """The adapter, which also adds up what came of the episodes that ended since it was last asked."""
 
+    decision_macs = 0.0
+    """What one decision of the policy costs."""
+
     def __init__(self, env: Any, remember: int) -> None:
         super().__init__(env, remember)
         self._ended: list[Tensor] = []
@@ -63,7 +74,8 @@ class Tally(SB3VecEnv):
         shown, rewards, over, infos = super().step_wait()
         if over.any():
             out, reward_B = self.env.outcome, torch.from_numpy(rewards[over])
-            kept_B, share_B = out.keep_BK.sum(1).float(), out.macs_fraction_B
+            kept_B = out.keep_BK.sum(1).float()
+            share_B = out.macs_fraction_B + self.decision_macs * decisions_of(self.env, out) / out.full_macs
             self._ended.append(torch.stack([reward_B, out.correct_B.float().cpu(), kept_B.cpu(), share_B.cpu()], 1))
         return shown, rewards, over, infos
 
@@ -138,7 +150,7 @@ class SB3Agent(Agent):
             self.adapter = Tally(env, remember=self.steps_collected + env.num_envs)
             self.model = self._build(seed, net_arch, channels, hyperparameters)
             self._share_layers()
-        self.decision_macs = count_macs(self.policy, env.observation[:1])
+        self.decision_macs = self.adapter.decision_macs = count_macs(self.policy, env.observation[:1])
         self._means: dict[str, float] = {}
 
     @classmethod

@@ -58,7 +58,8 @@ def sparse(backbone: Backbone, images: Tensor, keep_BK: Tensor, break_even_K: Se
     x = backbone.features(images)
     most_K = break_even_K or [1.0] * len(rows_K)
     for block, rows, rest, most in zip(backbone.blocks, rows_K, rest_K, most_K, strict=True):
-        x = run_block(block, x, rows) if len(rows) <= most * len(x) else run_most(block, x, rest)
+        gather = len(rows) <= most * len(x) or len(rest) == 0
+        x = run_block(block, x, rows) if gather else run_most(block, x, rest)
     return backbone.head(x)
 
 
@@ -115,7 +116,7 @@ def append(x: Tensor, rows: Tensor, room: Tensor | None, capacity: int) -> tuple
     if torch.is_grad_enabled():
         return torch.cat([x, take(x, rows)]), None
     if room is None or room.data_ptr() != x.data_ptr():
-        room = torch.empty((capacity, *x.shape[1:]), dtype=x.dtype, device=x.device).to(memory_format=_format(x))
+        room = torch.empty((capacity, *x.shape[1:]), dtype=x.dtype, device=x.device, memory_format=_format(x))
         room[: len(x)] = x
     room[len(x) : len(x) + len(rows)] = take(x, rows)
     return room[: len(x) + len(rows)], room

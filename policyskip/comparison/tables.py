@@ -157,11 +157,20 @@ def table(rows: list[Row], group: str) -> Cells:
         low, high = bootstrap(row.correct_N - row.full_correct_N) if row.decided else (None, None)
         line |= {"change_images_low": low, "change_images_high": high}
         line |= _ran(row)
-        line |= {"decisions": row.mean("unique_decisions"), "latency_ms": row.mean("latency_ms")}
+        line |= {"decisions": row.mean("unique_decisions"), "latency_ms": _latency(row)}
         line["seconds"] = float(np.mean([float(result.summary["seconds"]) for result in row.results]))
         line["sees_the_label"] = row.oracle
         cells.append(line)
     return cells
+
+
+def _latency(row: Row) -> float | None:
+    """Milliseconds an image, if every run was measured, and on the same processor in the same way."""
+    keys = ("latency_device", "latency_threads", "latency_batch")
+    found = [result.summary for result in row.results if "latency_ms" in result.summary]
+    if len(found) < len(row.results) or len({tuple(summary.get(key) for key in keys) for summary in found}) > 1:
+        return None
+    return float(np.mean([float(summary["latency_ms"]) for summary in found]))
 
 
 def _ran(row: Row) -> dict[str, Any]:

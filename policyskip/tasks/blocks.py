@@ -71,7 +71,8 @@ def all_at_once(setup: Setup) -> Setup:
 
 
 def best_set(setup: Setup, front: StaticFront, count: int = 2000) -> Keep:
-    """The set of the front that earns the highest reward on ``count`` validation images, at most."""
+    """The set of the front that earns the highest reward on ``count`` validation images, at most; under a reward that
+    moves, the one that stands best by the front's own figures."""
     env = setup.env(setup.data.validation, "shuffled")  # folders are sorted by class
     if isinstance(setup.reward, Adaptive):
         figures = ({"accuracy": a, "macs_fraction": m / env.costs.full} for a, m in zip(front.accuracy, front.macs))

@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -37,24 +38,28 @@ def of_network(
     return _finish(content, path)
 
 
+@torch.no_grad()
 def of_run(setup: Setup, run: Run, batch_sizes: Sequence[int], repeats: int, count: int, path: Path) -> int:
     """The same for the network of a run, and what its predictions save: expected from the table, and measured."""
     _check(path)
     predictor = deployment.load(run.folder, device=str(setup.device), backbone=_moved(setup, run))
     network = _network(predictor)
     content = profiling.profile(network, setup.data.image_shape, batch_sizes, repeats)
-    content["hash"] = run.load_json("policy.json").get("backbone", {}).get("hash", content["hash"])
+    described = run.load_json("policy.json")
+    content["hash"] = described.get("backbone", described.get("network", {})).get("hash", content["hash"])
+    if isinstance(predictor, Predictor):  # what it will go by from now on
+        predictor.plan = {int(batch): times["break_even"] for batch, times in content["batches"].items()}
     validation = setup.data.validation.plain()
     index_N = torch.linspace(0, len(validation) - 1, min(count, len(validation))).round().long()
     images = next(iter(validation.stream([(index_N, 0)]))).images
     prediction = predictor.predict(images)
     for batch, table in content["batches"].items():
-        parts = images.split(int(batch))
-        calls = {
-            "predict": lambda parts=parts: [predictor.predict(part) for part in parts],
-            "whole": lambda parts=parts: [network(part) for part in parts],
+        size = int(batch)
+        calls: dict[str, Callable[[], object]] = {
+            "predict": partial(predictor.predict, images, size),
+            "whole": partial(_whole, network, images.split(size)),
         }
-        times = profiling.milliseconds(calls, min(repeats, 5), setup.device)  # type: ignore[arg-type]
+        times = profiling.milliseconds(calls, min(repeats, 5), setup.device)
         table["run"] = {
             "macs_ratio": float(prediction.macs_B.mean()) / predictor.costs.full,
             "expected_ratio": _expected(table, prediction),
@@ -62,9 +67,15 @@ def of_run(setup: Setup, run: Run, batch_sizes: Sequence[int], repeats: int, cou
             "predict_ms": times["predict"] / len(images),
         }
     largest = max(content["batches"], key=int)
-    latency = {"test/latency_ms": content["batches"][largest]["run"]["predict_ms"], "latency_batch": int(largest)}
+    latency = {"latency_ms": content["batches"][largest]["run"]["predict_ms"], "latency_batch": int(largest)}
+    latency |= {"latency_device": content["device"], "latency_threads": content["threads"]}
     run.save_json("summary.json", run.load_json("summary.json") | latency)  # which `policyskip compare` shows
     return _finish(content, path)
+
+
+def _whole(network: Backbone | ExitNetwork, parts: Sequence[Tensor]) -> None:
+    for part in parts:
+        network(part)
 
 
 def _moved(setup: Setup, run: Run) -> str | None:
@@ -98,6 +109,8 @@ def _ran(prediction: Any, K: int) -> Tensor:
 
 def _check(path: Path) -> None:
     """Refuse a place that cannot be written before minutes are spent."""
+    if path.suffix == ".png":
+        raise UserError(f"output={path} is where the table goes, as JSON; its picture goes beside it")
     with refusing(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         if not os.access(path.parent, os.W_OK):
