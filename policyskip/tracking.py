@@ -105,7 +105,8 @@ class Tracker:
         settings = wandb.Settings(
             silent=True, console="off", init_timeout=20, finish_timeout=60, disable_git=True, save_code=False
         )
-        start = dict(name=self.run.name, dir=str(self.run.folder), config=config, settings=settings, **names)
+        # Absolute: W&B writes from a process of its own, which stays where the first run of this one was.
+        start = dict(name=self.run.name, dir=str(self.run.folder.resolve()), config=config, settings=settings, **names)
         try:
             self.wandb_run = wandb.init(mode=mode, **start)  # type: ignore[arg-type]
         except wandb.errors.Error as error:
