@@ -26,7 +26,6 @@ AGENTS = {
     "a2c": "agent=a2c",
     "skipnet": "agent=skipnet",
     "ppo-layer_skip": "agent=ppo env=layer_skip",
-    "a2c-layer_skip": "agent=a2c env=layer_skip",
     "dqn-layer_skip": "agent=dqn env=layer_skip",
     "ppo-early_exit": "agent=ppo env=early_exit",
     "a2c-early_exit": "agent=a2c env=early_exit",
@@ -86,7 +85,10 @@ def table(rows: list[dict[str, str]]) -> str:
             cells = [name.split("-")[0] + (" (sees the label)" if name == "oracle" else ""), mine[0]["env"]]
             cells += [cell(mine, "full_accuracy", 100), cell(mine, "accuracy", 100), cell(mine, "macs_fraction")]
             cells += [cell(mine, "static_accuracy", 100), cell(mine, "static_margin", 100, sign="+")]
-            cells += [", ".join(row["unique_decisions"] for row in mine), cell(mine, "seconds", digits=0)]
+            cells += [
+                ", ".join(row["unique_decisions"] for row in mine),
+                cell(mine, "seconds", digits=0).split(" ±")[0],
+            ]
             lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines)
 
