@@ -10,13 +10,12 @@ from __future__ import annotations
 
 import csv
 import json
-import statistics
 import subprocess
 import sys
 from pathlib import Path
 from typing import Any
 
-from scipy.stats import t as student
+from policyskip.comparison.statistics import mean_and_half
 
 RESULTS = Path(__file__).parent / "results" / "agents.csv"
 SEEDS = (0, 1, 2)
@@ -64,12 +63,8 @@ def run(name: str, seed: int) -> dict[str, str]:
 
 def cell(rows: list[dict[str, str]], figure: str, scale: float = 1, digits: int = 2, sign: str = "") -> str:
     """Mean over seeds, and half the 95 % interval of it (Student's t) where there are several."""
-    values = [scale * float(row[figure]) for row in rows]
-    mean = f"{statistics.mean(values):{sign}.{digits}f}"
-    if len(values) < 2:
-        return mean
-    half = student.ppf(0.975, len(values) - 1) * statistics.stdev(values) / len(values) ** 0.5
-    return f"{mean} ± {half:.{digits}f}"
+    mean, half = mean_and_half([scale * float(row[figure]) for row in rows])
+    return f"{mean:{sign}.{digits}f}" if half is None else f"{mean:{sign}.{digits}f} ± {half:.{digits}f}"
 
 
 def table(rows: list[dict[str, str]]) -> str:

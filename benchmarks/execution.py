@@ -20,11 +20,9 @@ from __future__ import annotations
 
 import argparse
 import json
-import platform
 import statistics
 import subprocess
 import sys
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -41,25 +39,12 @@ from policyskip.config import build_data
 from policyskip.data.base import TensorImages
 from policyskip.envs.block_selection import BlockSelectionVectorEnv
 from policyskip.memory import hold
+from policyskip.profiling import device_name, side_by_side
 from policyskip.rewards import Outcome
 
 RESULTS = Path(__file__).parent / "results"
 KEPT = 0.31
 """Share of the blocks that run."""
-
-
-def interleave(calls: dict[str, Callable[[], object]], repeats: int, device: torch.device) -> dict[str, list[float]]:
-    """Seconds of each call, one after the other, ``repeats`` times after one round that warms up."""
-    seconds: dict[str, list[float]] = {name: [] for name in calls}
-    for repeat in range(repeats + 1):
-        for name, call in calls.items():
-            started = time.perf_counter()
-            call()
-            if device.type == "cuda":
-                torch.cuda.synchronize()
-            if repeat:
-                seconds[name].append(time.perf_counter() - started)
-    return seconds
 
 
 def median_ratio(over: list[float], under: list[float]) -> float:
@@ -89,7 +74,7 @@ def rollouts(network: Backbone, batch: int, rounds: int, repeats: int) -> tuple[
         "whole": lambda: [fast(images) for _ in keep],
     }
     share = float(costs.of(torch.cat(keep).cpu()).mean()) / costs.full
-    return interleave(calls, repeats, device), share
+    return side_by_side(calls, repeats, device), share
 
 
 class MaskedEnv(BlockSelectionVectorEnv):
@@ -129,7 +114,7 @@ def training_step(network: Backbone, batch: int, repeats: int) -> tuple[dict[str
         agent = BlockDrop(env, 10**6, start=start, initial_keep=0.98, alpha=0.95, lr=1e-9, curriculum=0.0)
         kept[name] = agent.act(env.observation).float().mean().item()
         calls[name] = lambda agent=agent, env=env: agent.update(env)  # type: ignore[misc]
-    return interleave(calls, repeats, device), kept
+    return side_by_side(calls, repeats, device), kept
 
 
 @torch.no_grad()
@@ -145,7 +130,7 @@ def predict(run: Path, batch: int, count: int, repeats: int, device: torch.devic
         "whole": lambda: [predictor.backbone(part) for part in parts],
     }
     macs = float(predictor.predict(images).macs_B.mean()) / predictor.costs.full
-    return interleave(calls, repeats, device), macs
+    return side_by_side(calls, repeats, device), macs
 
 
 @torch.no_grad()
@@ -159,7 +144,7 @@ def stepping(network: Backbone, batch: int, repeats: int) -> dict[str, list[floa
         "step": lambda: env.step(keep_BK),
         "forward": lambda: sparse(env.executed, env.observation, keep_BK),
     }
-    return interleave(calls, repeats, device)
+    return side_by_side(calls, repeats, device)
 
 
 @torch.no_grad()
@@ -240,7 +225,7 @@ def main() -> None:
     raw["peak_bytes"] = needed
     figures["peak_memory_vs_dense"] = needed["sparse"] / needed["masked"]
 
-    name = torch.cuda.get_device_name().replace(" ", "-") if device.type == "cuda" else platform.machine()
+    name = device_name(device).replace(" ", "-")
     about = {"machine": name, "threads": torch.get_num_threads(), "torch": torch.__version__, "depth": asked.depth}
     content = {**figures, **about, "batch": asked.batch, "kept": KEPT, "raw": raw}
     RESULTS.mkdir(exist_ok=True)

@@ -209,6 +209,18 @@ def as_text(thresholds: Sequence[float]) -> list[str]:
     return [repr(threshold) for threshold in thresholds]
 
 
+def of_data(content: dict[str, Any]) -> tuple[list[str], tuple[int, int, int]]:
+    """Classes and image shape of what ``policy.json`` holds.
+
+    Raises:
+        KeyError, TypeError, ValueError: it is of another version, or damaged.
+    """
+    classes, image_shape = [str(name) for name in content["classes"]], tuple(map(int, content["image_shape"]))
+    if content["version"] != VERSION or len(image_shape) != 3:
+        raise ValueError(f"version {content['version']}, image shape {image_shape}")
+    return classes, image_shape
+
+
 def load_exits_run(folder: Run, device: str | torch.device = "cpu") -> ThresholdPredictor:
     """What a run that leaves early by thresholds has learned.
 
@@ -223,10 +235,8 @@ def load_exits_run(folder: Run, device: str | torch.device = "cpu") -> Threshold
     try:
         rule, search = str(content["exits"]["rule"]), str(content["exits"]["search"])
         thresholds = [float(t) for t in content["exits"]["thresholds"]]
-        classes, image_shape = [str(name) for name in content["classes"]], tuple(content["image_shape"])
+        classes, image_shape = of_data(content)
         expected = content["network"]["hash"]
-        if content["version"] != VERSION:
-            raise ValueError(f"version {content['version']}, not {VERSION}")
     except (KeyError, TypeError, ValueError) as error:
         raise UserError(f"{folder.folder / 'policy.json'} is damaged or of another version: {error}") from error
     network = load_exits(str(folder.folder / "network.safetensors"))
@@ -235,7 +245,7 @@ def load_exits_run(folder: Run, device: str | torch.device = "cpu") -> Threshold
         raise UserError(
             f"the thresholds of {folder.folder} were chosen for another network than its network.safetensors"
         )
-    network = network.to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
+    network = network.to(device)
     return ThresholdPredictor(ThresholdPolicy(rule, thresholds).to(device), search, network, classes, image_shape)
 
 
@@ -319,12 +329,9 @@ def _load(
         return load_gated_run(folder, device)
     try:
         policy = policy_of(POLICIES[content["policy"]["name"]], content["policy"]["arguments"], folder)
-        policy_macs, image_shape = float(content["policy"]["macs"]), tuple(content["image_shape"])
+        policy_macs, (classes, image_shape) = float(content["policy"]["macs"]), of_data(content)
         config, expected = dict(content["backbone"]["config"]), content["backbone"]["hash"]
-        classes = [str(name) for name in content["classes"]]
         build = BACKBONES[config.pop("_target_")]
-        if content["version"] != VERSION:
-            raise ValueError(f"version {content['version']}, not {VERSION}")
     except UserError:
         raise
     except (KeyError, TypeError, ValueError) as error:
@@ -345,7 +352,7 @@ def _load(
             f"the policy of {folder.folder} was trained with the network {expected}, "
             f"but {config['checkpoint']} is {network.content_hash()}"
         )
-    network = network.to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
+    network = network.to(device)
     predictor = Predictor(policy.to(device), network, classes, image_shape, policy_macs)
     predictor.plan = _plan(folder, expected, network)
     return predictor

@@ -14,7 +14,7 @@ from torch import Tensor
 from policyskip.backbones import checkpoints, count_costs
 from policyskip.backbones.folding import folded
 from policyskip.backbones.gated import GatedNetwork
-from policyskip.deployment import VERSION, Prediction, checked
+from policyskip.deployment import VERSION, Prediction, checked, of_data
 from policyskip.errors import UserError
 from policyskip.runs import Run
 
@@ -72,9 +72,7 @@ def load_gated_run(run: Run, device: str | torch.device = "cpu") -> GatedPredict
     content = run.load_json("policy.json")
     try:
         kind, expected = str(content["gates"]["kind"]), content["network"]["hash"]
-        classes, image_shape = [str(name) for name in content["classes"]], tuple(map(int, content["image_shape"]))
-        if content["version"] != VERSION or len(image_shape) != 3:
-            raise ValueError(f"version {content['version']}, image shape {image_shape}")
+        classes, image_shape = of_data(content)
     except (KeyError, TypeError, ValueError) as error:
         raise UserError(f"{run.folder / 'policy.json'} is damaged or of another version: {error}") from error
     try:
@@ -89,5 +87,5 @@ def load_gated_run(run: Run, device: str | torch.device = "cpu") -> GatedPredict
         raise UserError(f"{run.folder / 'best.safetensors'} does not fit policy.json: {reason}") from error
     if network.content_hash() != expected:
         raise UserError(f"the gates of {run.folder} were trained with another network than its network.safetensors")
-    network = network.to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
+    network = network.to(device)
     return GatedPredictor(network, classes, image_shape)

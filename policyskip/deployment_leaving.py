@@ -8,7 +8,7 @@ import torch
 
 from policyskip.agents.greedy import ExitPolicy
 from policyskip.backbones import load_exits
-from policyskip.deployment import VERSION, ExitPredictor, load_weights, policy_of
+from policyskip.deployment import VERSION, ExitPredictor, load_weights, of_data, policy_of
 from policyskip.errors import UserError
 from policyskip.runs import Run
 
@@ -35,10 +35,8 @@ def load_leaving_run(run: Run, device: str | torch.device = "cpu") -> ExitPredic
     try:
         policy = policy_of(ExitPolicy, content["leaves"]["arguments"], run)
         decision_macs = float(content["leaves"]["macs"])
-        classes, image_shape = [str(name) for name in content["classes"]], tuple(map(int, content["image_shape"]))
+        classes, image_shape = of_data(content)
         expected = content["network"]["hash"]
-        if content["version"] != VERSION or len(image_shape) != 3:
-            raise ValueError(f"version {content['version']}, image shape {image_shape}")
     except UserError:
         raise
     except (KeyError, TypeError, ValueError) as error:
@@ -47,5 +45,5 @@ def load_leaving_run(run: Run, device: str | torch.device = "cpu") -> ExitPredic
     network = load_exits(str(run.folder / "network.safetensors"))
     if network.content_hash() != expected:
         raise UserError(f"the policy of {run.folder} was trained with another network than its network.safetensors")
-    network = network.to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
+    network = network.to(device)
     return ExitPredictor(policy.to(device), network, classes, image_shape, decision_macs)

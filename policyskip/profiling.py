@@ -64,8 +64,8 @@ def device_name(device: torch.device) -> str:
     return torch.cuda.get_device_name(device) if device.type == "cuda" else platform.machine()
 
 
-def milliseconds(calls: dict[str, Callable[[], object]], repeats: int, device: torch.device) -> dict[str, float]:
-    """Medians of what each call takes; the calls take turns, so that what disturbs one disturbs all."""
+def side_by_side(calls: dict[str, Callable[[], object]], repeats: int, device: torch.device) -> dict[str, list[float]]:
+    """Seconds of each call, ``repeats`` times; the calls take turns, so that what disturbs one disturbs all."""
     seconds: dict[str, list[float]] = {name: [] for name in calls}
     for repeat in range(repeats + 1):
         for name, call in calls.items():
@@ -75,7 +75,12 @@ def milliseconds(calls: dict[str, Callable[[], object]], repeats: int, device: t
                 torch.cuda.synchronize(device)
             if repeat:  # the first warms up
                 seconds[name].append(time.perf_counter() - started)
-    return {name: 1000 * statistics.median(values) for name, values in seconds.items()}
+    return seconds
+
+
+def milliseconds(calls: dict[str, Callable[[], object]], repeats: int, device: torch.device) -> dict[str, float]:
+    """Medians of what each call takes, measured :func:`side_by_side`."""
+    return {name: 1000 * statistics.median(values) for name, values in side_by_side(calls, repeats, device).items()}
 
 
 def break_even(whole_ms: float, share_ms: Sequence[tuple[float, float]]) -> float:

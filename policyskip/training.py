@@ -152,7 +152,7 @@ def train(
                 give_back()
             if step % validate_every == 0 or step == steps:
                 check()
-                figures = validate()
+                figures = _judged(validate(), reward)
                 tracker.log(step, time.monotonic() - started, {f"val/{key}": value for key, value in figures.items()})
                 if figures[choose_by] > best and step >= min(choose_after, 1.0) * steps:
                     best = figures[choose_by]
@@ -178,9 +178,10 @@ def rest(
 
     Returns: True.
     """
+    reward = getattr(source, "reward", None)
     if not resume:
         started = time.monotonic()
-        figures = validate()
+        figures = _judged(validate(), reward)
         seconds = time.monotonic() - started
         tracker.log(0, seconds, {f"val/{key}": value for key, value in figures.items()})
         run.save_best(deployable())
@@ -211,6 +212,11 @@ def _told(last_good: Callable[[], str]) -> Iterator[None]:
             raise
         reason = "batch normalisation of 1×1 features needs two images at least"
         raise UserError(f"{reason}: give a larger data.batch_size or larger images") from error
+
+
+def _judged(figures: dict[str, Any], reward: Any) -> dict[str, Any]:
+    """Figures on validation images, with where they stand in the place of a reward that moves."""
+    return {**figures, "reward": reward.standing(figures)} if isinstance(reward, Adaptive) else figures
 
 
 @contextmanager

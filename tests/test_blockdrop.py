@@ -220,9 +220,11 @@ def test_the_backbone_is_bit_identical_after_training():
     assert all(torch.equal(before[name], after[name]) for name in before)
 
 
-def test_state_goes_on_where_it_stopped():
+@pytest.mark.parametrize("options", [{}, {"baseline": "value", "samples": 3}])
+def test_state_goes_on_where_it_stopped(options):
+    """The value head is part of the state."""
     env, twin_env = make_env(), make_env()
-    agent, twin = make_agent(env), make_agent(twin_env, seed=5)
+    agent, twin = make_agent(env, **options), make_agent(twin_env, seed=5, **options)
     for _ in range(3):
         agent.update(env)
     file = io.BytesIO()

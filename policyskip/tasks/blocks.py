@@ -162,10 +162,7 @@ class BlockTask:
 
     def validate(self) -> dict[str, Any]:
         """Figures of the greedy decisions on validation images."""
-        figures = evaluate(self.learner, self.validation, full=False).figures()
-        if isinstance(self.setup.reward, Adaptive):
-            figures["reward"] = self.setup.reward.standing(figures)
-        return figures
+        return evaluate(self.learner, self.validation, full=False).figures()
 
     def deployable(self) -> dict[str, Tensor]:
         return self.learner.policy.state_dict()

@@ -25,7 +25,7 @@ from policyskip.exits import plots as exit_plots
 from policyskip.exits.baselines import static_exits
 from policyskip.exits.cache import CachedExits, cache_exits
 from policyskip.exits.rules import decisions_at, first_exit
-from policyskip.rewards import Adaptive, Outcome, reward_of
+from policyskip.rewards import Outcome, reward_of
 from policyskip.runs import Run
 from policyskip.tasks import blocks, exit_report
 from policyskip.tasks.environments import id_of
@@ -69,15 +69,12 @@ class LeavingTask:
         outcome = outcome_of(exit_M, self.validation)
         macs_M = outcome.macs_B + self.learner.decision_macs * decisions_at(exit_M, self.network.num_exits)
         reward_M = reward_of(self.setup.reward, outcome)  # type: ignore[arg-type]
-        figures = {
+        return {
             "reward": reward_M.double().mean().item(),
             "accuracy": outcome.correct_B.double().mean().item(),
             "macs_fraction": macs_M.mean().item() / outcome.full_macs,
             "exit_mean": exit_M.double().mean().item(),
         }
-        if isinstance(self.setup.reward, Adaptive):
-            figures["reward"] = self.setup.reward.standing(figures)
-        return figures
 
     def deployable(self) -> dict[str, Tensor]:
         return self.policy.state_dict()
