@@ -7,12 +7,13 @@ import json
 import os
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
 from policyskip.comparison import compare
 from policyskip.comparison.collect import collect, groups_of
-from policyskip.comparison.series import band, static_front, use
+from policyskip.comparison.series import band, static_front, styles, use
 from policyskip.comparison.tables import differences, disagreements, rows_of, shown, table
 from policyskip.data import digits
 from policyskip.errors import UserError
@@ -233,3 +234,11 @@ def test_images_that_the_runs_did_not_see_are_not_shown(tmp_path):
     result = typed("compare", "runs=runs", "output=out", "tracking=none", cwd=tmp_path)
     assert result.returncode == 0, result.stderr
     assert "are not those that the runs saw" in (tmp_path / "out/index.html").read_text()
+
+
+def test_no_two_rows_look_alike_however_many_agents():
+    """Eleven colours there are not: the eleventh agent has the first one's, and another marker."""
+    rows = [SimpleNamespace(agent=f"agent{n // 2}", label=f"row {n}") for n in range(40)]
+    found = styles(rows)
+    assert len(found) == 40 == len({(style.colour, style.marker) for style in found.values()})
+    assert found["row 0"].colour == found["row 1"].colour == found["row 20"].colour != found["row 2"].colour

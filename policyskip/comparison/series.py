@@ -23,7 +23,7 @@ MARKERS = (
     *(("o", "circle"), ("s", "square"), ("^", "triangle-up"), ("D", "diamond"), ("v", "triangle-down")),
     *(("P", "cross"), ("X", "x"), ("<", "triangle-left"), (">", "triangle-right"), ("p", "pentagon")),
 )
-"""One for each row of an agent, as matplotlib and as Plotly call it."""
+"""One for each row of a colour, as matplotlib and as Plotly call it."""
 DASHES = ("solid", "dash", "dot", "dashdot")
 
 
@@ -38,15 +38,15 @@ class Style:
 
 
 def styles(rows: Sequence[Row]) -> dict[str, Style]:
-    """By label: rows of one agent share a colour and differ in marker."""
+    """By label: rows of one agent share a colour, and rows of one colour differ in marker."""
     agents: dict[str, int] = {}
     members: dict[str, int] = defaultdict(int)
     found = {}
     for row in rows:
         colour = COLOURS[agents.setdefault(row.agent, len(agents)) % len(COLOURS)]
-        number = members[row.agent]
+        number = members[colour]
         marker, symbol = MARKERS[number % len(MARKERS)]
-        members[row.agent] += 1
+        members[colour] += 1
         found[row.label] = Style(colour, marker, symbol, DASHES[number % len(DASHES)])
     return found
 
