@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from policyskip.backbones import dense, sparse, sparse_many
+from policyskip.backbones import count_costs, dense, folding, sparse, sparse_many
 from policyskip.backbones.base import Backbone
 from policyskip.backbones.execution import append, leaders
 from policyskip.backbones.folding import folded
@@ -209,6 +209,23 @@ def test_a_folded_copy_gives_the_same_and_leaves_the_network_alone(shortcut, ima
             expected = execute(backbone, images, keep_BK)
             torch.testing.assert_close(execute(copy, images, keep_BK), expected, rtol=1e-4, atol=1e-4)
     assert backbone.content_hash() == before and backbone.blocks[0].residual.relu.inplace is False
+
+
+def test_what_follows_a_convolution_in_one_pass_is_the_same_and_costs_the_same(monkeypatch, images):
+    """Where torch has no such operation, it is done in several; the counter of MACs sees either."""
+    for kind in ("A", "B"):
+        backbone = with_statistics(small_backbone(shortcut=kind))
+        copy, keep_BK = folded(backbone), random_keep(len(images), backbone.num_blocks)
+        ways, costs = [], []
+        for has in (True, False):
+            monkeypatch.setattr(folding, "_has_one_pass", lambda dtype, has=has: has)
+            with torch.no_grad():
+                ways.append([copy(images), sparse(copy, images, keep_BK), sparse(copy, images[:1], keep_BK[:1])])
+            costs.append(count_costs(copy, (3, *images.shape[2:])))
+        torch.testing.assert_close(*ways, rtol=1e-5, atol=1e-5)
+        expected = count_costs(backbone, (3, *images.shape[2:]))
+        for cost in costs:
+            assert cost.always == expected.always and torch.equal(cost.block_K, expected.block_K)
 
 
 def test_features_that_grow_keep_what_they_were(backbone, images):

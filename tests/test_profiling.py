@@ -75,7 +75,7 @@ def test_the_plan_decides_which_way_a_block_is_run(images):
     predictor.policy.decide = lambda part: keep_BK
     rows: list[list[int]] = [[] for _ in range(K)]
     for block, seen in zip(predictor.backbone.blocks, rows, strict=True):
-        block.residual.register_forward_hook(lambda module, args, output, seen=seen: seen.append(len(output)))
+        block.residual[0].register_forward_hook(lambda module, args, output, seen=seen: seen.append(len(output)))
     without = predictor.predict(images)
     predictor.plan = {1: [1.0] * K, 8: [0.5] * K}
     planned = predictor.predict(images)

@@ -87,8 +87,12 @@ class Block(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         if torch.is_grad_enabled():
             return torch.relu_(self.shortcut(x) + self.residual(x))
-        added: Tensor = self.residual(x).add_(self.shortcut(x)).relu_()
-        return added
+        return self.join(self.shortcut(x), x)
+
+    def join(self, shortcut: Tensor, x: Tensor) -> Tensor:
+        """``relu(shortcut + residual(x))`` of a shortcut that is at hand, without gradients."""
+        joined: Tensor = self.residual(x).add_(shortcut).relu_()
+        return joined
 
 
 class Backbone(Network):

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from policyskip.backbones.base import Backbone
+from policyskip.backbones.folding import one_pass_flops
 
 
 @dataclass(frozen=True)
@@ -36,7 +37,7 @@ class Costs:
 def counted(call: Callable[..., Any], *inputs: Any) -> tuple[float, Any]:
     """MACs of one call without gradients, by torch's flop counter (which counts two operations for each), and its
     result."""
-    with torch.no_grad(), FlopCounterMode(display=False) as counter:
+    with torch.no_grad(), FlopCounterMode(display=False, custom_mapping=one_pass_flops()) as counter:
         result = call(*inputs)
     return counter.get_total_flops() / 2, result
 

@@ -138,7 +138,7 @@ def run_block(block: Block, x: Tensor, rows: Tensor) -> Tensor:
     own = taken if shortcut is x else take(shortcut, rows)
     if torch.is_grad_enabled():
         return shortcut.index_copy(0, rows, torch.relu(own + block.residual(taken)))
-    return shortcut.index_copy_(0, rows, block.residual(taken).add_(own).relu_())
+    return shortcut.index_copy_(0, rows, block.join(own, taken))
 
 
 def run_most(block: Block, x: Tensor, rest: Tensor) -> Tensor:
