@@ -31,7 +31,7 @@ class Costs:
 
     def of(self, keep: Tensor) -> Tensor:
         """MACs, float64 (…), of keep decisions (…, K)."""
-        return self.always + keep.to(torch.float64) @ self.block_K.to(keep.device)
+        return self.always + (keep * self.block_K.to(keep.device)).sum(-1)  # for one image much faster than a product
 
 
 def counted(call: Callable[..., Any], *inputs: Any) -> tuple[float, Any]:

@@ -19,6 +19,9 @@ from torch.utils.flop_counter import conv_flop_count
 from policyskip.backbones.base import Block
 
 AnyModule = TypeVar("AnyModule", bound=nn.Module)
+LARGE = 2**19
+"""Numbers in features that leave a processor's cache: from there on one pass over them is faster than two, while
+for smaller ones the single operation takes longer to call than it saves."""
 
 
 def folded(network: AnyModule) -> AnyModule:
@@ -88,9 +91,10 @@ def _arguments(conv: nn.Conv2d) -> tuple[object, ...]:
 
 
 def in_one_pass(conv: nn.Conv2d, x: Tensor) -> bool:
-    """Whether a convolution and what follows it can be one operation here: on a CPU, and where no gradient is asked."""
+    """Whether a convolution and what follows it are one operation: large ones on a CPU, where no gradient is asked."""
     plain = conv.padding_mode == "zeros" and not isinstance(conv.padding, str)
-    return plain and x.device.type == "cpu" and not torch.is_grad_enabled() and _has_one_pass(x.dtype)
+    here = x.numel() >= LARGE and x.device.type == "cpu" and not torch.is_grad_enabled()
+    return plain and here and _has_one_pass(x.dtype)
 
 
 @cache
