@@ -13,5 +13,5 @@ kills:   ## kill runs at 30 moments; each must go on to the same figures (minute
 	pytest -m slow -n 0 -s tests/test_kills.py
 fuzz:    ## hundreds of damaged files and senseless arguments (minutes)
 	pytest -m 'slow or not slow' -n 0 -s tests/test_fuzz.py
-results: ## docs/results.md: all agents on digits, three seeds (an hour)
+results: ## docs/results.md: all agents on digits, five seeds (two hours)
 	python benchmarks/agents.py

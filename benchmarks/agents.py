@@ -1,6 +1,6 @@
-"""All agents on digits in one table: three seeds each, test split, the best fixed choice of equal cost beside them.
+"""All agents on digits in one table: five seeds each, test split, the best fixed choice of equal cost beside them.
 
-    python benchmarks/agents.py [name …]      (default: all of them; an hour on two cores)
+    python benchmarks/agents.py [name …]      (default: all of them; two hours on two cores)
 
 Runs go into runs/benchmark-<name>-<seed>; one that is there and finished is not trained again. Writes a row for each to
 benchmarks/results/agents.csv (rows of others stay), and prints the table.
@@ -18,29 +18,13 @@ from typing import Any
 from policyskip.comparison.statistics import mean_and_half
 
 RESULTS = Path(__file__).parent / "results" / "agents.csv"
-SEEDS = (0, 1, 2)
-AGENTS = {
-    "blockdrop": "agent=blockdrop",
-    "ppo": "agent=ppo",
-    "a2c": "agent=a2c",
-    "skipnet": "agent=skipnet",
-    "ppo-layer_skip": "agent=ppo env=layer_skip",
-    "dqn-layer_skip": "agent=dqn env=layer_skip",
-    "ppo-early_exit": "agent=ppo env=early_exit",
-    "a2c-early_exit": "agent=a2c env=early_exit",
-    "dqn-early_exit": "agent=dqn env=early_exit",
-    "branchynet": "agent=branchynet",
-    "msdnet": "agent=msdnet",
-    "cdl": "agent=cdl",
-    "distiller": "agent=distiller",
-    "random": "agent=random",
-    "full": "agent=full",
-    "first": "agent=first",
-    "distributed": "agent=distributed",
-    "best_static": "agent=best_static",
-    "oracle": "agent=oracle",
-}
-"""By the name of its row: how it is trained."""
+SEEDS = (0, 1, 2, 3, 4)
+AGENTS = (
+    *("blockdrop", "ppo", "a2c", "skipnet", "ppo_layer_skip", "dqn_layer_skip", "ppo_early_exit", "a2c_early_exit"),
+    *("dqn_early_exit", "branchynet", "msdnet", "cdl", "distiller"),
+    *("random", "full", "first", "distributed", "best_static", "oracle"),
+)
+"""Rows of the table; each is what ``policyskip train +experiment=digits_<name>`` trains."""
 NO_CHANCE = ("full", "first", "distributed", "best_static", "oracle")
 """Nothing is drawn: one run says all."""
 FIGURES = (
@@ -53,7 +37,7 @@ def run(name: str, seed: int) -> dict[str, str]:
     """Train once, unless it was done before; the run's row."""
     folder = Path("runs") / f"benchmark-{name}-{seed}"
     if not (folder / "policy.json").exists():
-        arguments = [*AGENTS[name].split(), f"seed={seed}", f"run.dir={folder}", "tracking=none"]
+        arguments = [f"+experiment=digits_{name}", f"seed={seed}", f"run.dir={folder}", "tracking=none"]
         subprocess.run([sys.executable, "-m", "policyskip", "train", *arguments], check=True)
     summary = json.loads((folder / "summary.json").read_text())
     row = {"name": name, "env": summary["env"], "seed": str(seed), "steps": str(summary["steps"])}
@@ -77,7 +61,8 @@ def table(rows: list[dict[str, str]]) -> str:
     for name in AGENTS:
         mine: list[dict[str, Any]] = [row for row in rows if row["name"] == name]
         if mine:
-            cells = [name.split("-")[0] + (" (sees the label)" if name == "oracle" else ""), mine[0]["env"]]
+            agent = name.removesuffix("_layer_skip").removesuffix("_early_exit")
+            cells = [agent + (" (sees the label)" if name == "oracle" else ""), mine[0]["env"]]
             cells += [cell(mine, "full_accuracy", 100), cell(mine, "accuracy", 100), cell(mine, "macs_fraction")]
             cells += [cell(mine, "static_accuracy", 100), cell(mine, "static_margin", 100, sign="+")]
             cells += [

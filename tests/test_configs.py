@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import csv
 import importlib
 import inspect
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -14,6 +16,7 @@ from hydra import compose, initialize_config_module
 from policyskip.config import FrontSettings, PretrainSettings, Settings, plain, settings_of
 
 CONFIGS = Path(__file__).parent.parent / "policyskip" / "configs"
+RESULTS = Path(__file__).parent.parent / "benchmarks" / "results"
 OPTIONS = [
     (path.parent.name, path.stem)
     for path in sorted(CONFIGS.glob("*/*.yaml"))
@@ -50,6 +53,18 @@ def test_every_option_composes_and_its_keys_are_arguments_of_its_target(group, o
 @pytest.mark.parametrize("experiment", EXPERIMENTS)
 def test_every_experiment_composes(experiment):
     assert composed("train", f"+experiment={experiment}")["agent"]["_target_"]
+
+
+def test_every_published_row_has_its_experiment():
+    """Of ``make results`` and of README's table: what the row's name says, all else as by default."""
+    rows = {row["name"]: [] for row in csv.DictReader((RESULTS / "agents.csv").open())}
+    penalties = {row["penalty"] for row in csv.DictReader((RESULTS / "digits.csv").open())} - {"12"}
+    rows |= {f"blockdrop_{penalty}": [f"reward.penalty={penalty}"] for penalty in penalties}
+    assert {f"digits_{name}" for name in rows} == {name for name in EXPERIMENTS if name.startswith("digits_")}
+    for name, said in rows.items():
+        agent, *_ = re.split("_(?=layer|early|[0-9])", name)
+        said += [f"env={env}" for env in ("layer_skip", "early_exit") if name.endswith(env)]
+        assert composed("train", f"+experiment=digits_{name}") == composed("train", f"agent={agent}", *said)
 
 
 @pytest.mark.parametrize(("command", "section"), [("train", Settings), ("pretrain", PretrainSettings)])
