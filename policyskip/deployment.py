@@ -38,6 +38,7 @@ from policyskip.exits.rules import check_thresholds, decisions_at
 from policyskip.files import damaged
 from policyskip.finite import first_bad
 from policyskip.memory import hold
+from policyskip.parts import Parts
 from policyskip.profiling import device_name
 from policyskip.runs import Run, open_run
 
@@ -94,6 +95,7 @@ class Predictor:
         self.policy_macs = policy_macs
         self.costs: Costs = count_costs(self.backbone, image_shape)
         self.plan: dict[int, list[float]] = {}
+        self.parts = Parts()
 
     @torch.no_grad()
     def predict(self, images: Tensor | np.ndarray, batch_size: int = 256) -> Prediction:
@@ -107,10 +109,13 @@ class Predictor:
             UserError: another shape or dtype.
         """
         images = checked(images, self.image_shape)
-        parts = images.to(self.backbone.mean.device).split(batch_size)
-        runs = [self.policy.run(self.backbone, part, self.plan_for(len(part))) for part in parts]
+        images = images.to(self.backbone.mean.device)
+        runs = self.parts(lambda of: self._run(images[of]), len(images), batch_size)
         logits_BC, keep_BK = (torch.cat(column) for column in zip(*runs, strict=True))
         return Prediction(logits_BC.argmax(1), logits_BC.float(), keep_BK, self.costs.of(keep_BK) + self.policy_macs)
+
+    def _run(self, images: Tensor) -> tuple[Tensor, Tensor]:
+        return self.policy.run(self.backbone, images, self.plan_for(len(images)))
 
     def plan_for(self, batch: int) -> list[float] | None:
         """The plan of the nearest batch size that was measured; None without a plan."""
@@ -156,6 +161,7 @@ class ExitPredictor:
         self.network = folded(network).freeze()
         self.classes, self.image_shape = list(classes), image_shape
         self.costs: ExitCosts = count_exit_costs(self.network, image_shape)
+        self.parts = Parts()
         N = self.network.num_exits
         decisions_N = decisions_at(torch.arange(N), N)
         self.macs_N = (self.costs.cumulative_N + decision_macs * decisions_N).to(self.network.mean.device)
@@ -172,10 +178,8 @@ class ExitPredictor:
             UserError: another shape or dtype.
         """
         images = checked(images, self.image_shape)
-        parts = [
-            run_until(self.network, part, self.policy.leave)
-            for part in images.to(self.network.mean.device).split(batch_size)
-        ]
+        images = images.to(self.network.mean.device)
+        parts = self.parts(lambda of: run_until(self.network, images[of], self.policy.leave), len(images), batch_size)
         logits_BC, exit_B = (torch.cat(column) for column in zip(*parts, strict=True))
         return ExitPrediction(logits_BC.argmax(1), logits_BC.float(), exit_B, self.macs_N[exit_B])
 

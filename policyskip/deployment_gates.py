@@ -16,6 +16,7 @@ from policyskip.backbones.folding import folded
 from policyskip.backbones.gated import GatedNetwork
 from policyskip.deployment import VERSION, Prediction, checked, of_data
 from policyskip.errors import UserError
+from policyskip.parts import Parts
 from policyskip.runs import Run
 
 
@@ -32,6 +33,7 @@ class GatedPredictor:
         self.network = folded(network).freeze()
         self.classes, self.image_shape = classes, image_shape
         self.costs = count_costs(self.network.backbone, image_shape)
+        self.parts = Parts()
 
     @torch.no_grad()
     def predict(self, images: Tensor | np.ndarray, batch_size: int = 256) -> Prediction:
@@ -45,7 +47,8 @@ class GatedPredictor:
             UserError: another shape or dtype.
         """
         images = checked(images, self.image_shape)
-        runs = [self.network.greedy(part) for part in images.to(self.network.mean.device).split(batch_size)]
+        images = images.to(self.network.mean.device)
+        runs = self.parts(lambda of: self.network.greedy(images[of]), len(images), batch_size)
         logits_BC, keep_BK = (torch.cat(column) for column in zip(*((r.logits_BC, r.keep_BK) for r in runs)))
         macs_B = self.costs.of(keep_BK) + self.network.gate_macs
         return Prediction(logits_BC.argmax(1), logits_BC.float(), keep_BK, macs_B)

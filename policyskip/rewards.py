@@ -9,7 +9,6 @@ Shapes: B decisions (one for each image, or S for each image laid end to end), K
 from __future__ import annotations
 
 import json
-import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -154,46 +153,56 @@ class Latency:
 
 
 class Budget:
-    """1 if right, minus a multiplier times the share of MACs: the multiplier moves until the mean share is ``target``.
+    """1 if right, minus a price times the share of MACs: the price moves until the mean share is ``target``.
 
     A constrained problem, the highest accuracy at a mean cost, by its Lagrangian: after each update the training loop
-    calls :meth:`adapt`, and ``multiplier ← multiplier · exp(rate · (share − target))``.
+    calls :meth:`adapt`. The price is a multiplier, ``multiplier ← multiplier + rate · (share − target)``, plus
+    ``gain · (share − target)``, and at least 0. The second part answers at once, so that a policy that follows slowly
+    is not driven far past the target (Stooke, Achiam, Abbeel, ICML 2020, the P and I of their PID).
 
     Args:
         target: mean share of the whole network's MACs, the policy's own included, in (0, 1).
         rate: how fast the multiplier moves.
+        gain: how strongly the price answers to the last update's share.
         multiplier: where it starts.
 
     Raises:
-        UserError: ``target`` is not between 0 and 1, or the others are not positive.
+        UserError: ``target`` is not between 0 and 1, or another is negative, or ``rate`` 0.
     """
 
-    def __init__(self, target: float, rate: float = 0.3, multiplier: float = 0.2) -> None:
-        if not 0 < target < 1 or rate <= 0 or multiplier <= 0:
+    def __init__(self, target: float, rate: float = 0.02, gain: float = 2.0, multiplier: float = 0.2) -> None:
+        if not 0 < target < 1 or rate <= 0 or gain < 0 or multiplier < 0:
             raise UserError(
-                f"reward.target must be between 0 and 1, reward.rate and reward.multiplier positive; "
-                f"got {target}, {rate} and {multiplier}"
+                f"reward.target must be between 0 and 1, reward.rate positive, reward.gain and reward.multiplier not "
+                f"negative; got {target}, {rate}, {gain} and {multiplier}"
             )
-        self.target, self.rate, self.multiplier = target, rate, multiplier
+        self.target, self.rate, self.gain, self.multiplier = target, rate, gain, multiplier
+        self.excess = 0.0
+
+    @property
+    def price(self) -> float:
+        """What the whole network's MACs cost an image."""
+        return max(0.0, self.multiplier + self.gain * self.excess)
 
     def __call__(self, outcome: Outcome) -> Tensor:
-        return outcome.correct_B.float() - self.multiplier * outcome.macs_fraction_B
+        return outcome.correct_B.float() - self.price * outcome.macs_fraction_B
 
     def adapt(self, figures: dict[str, float]) -> dict[str, float]:
-        """Move the multiplier; ``figures`` may be silent about the cost, where no episode has ended yet."""
-        moved = self.multiplier * math.exp(self.rate * (figures.get("macs_fraction", self.target) - self.target))
-        self.multiplier = min(max(moved, 1e-3), 1e3)  # a target out of reach must not wind it up
-        return {"multiplier": self.multiplier}
+        """Move the price; ``figures`` may be silent about the cost, where no episode has ended yet."""
+        self.excess = figures.get("macs_fraction", self.target) - self.target
+        moved = self.multiplier + self.rate * self.excess
+        self.multiplier = min(max(moved, 0.0), 10.0)  # a target out of reach must not wind it up
+        return {"multiplier": self.multiplier, "price": self.price}
 
     def standing(self, figures: dict[str, float]) -> float:
         """Accuracy, less 10 for each whole share that the cost is off the target by, beyond half a hundredth."""
         return figures["accuracy"] - 10 * max(0.0, abs(figures["macs_fraction"] - self.target) - 0.005)
 
     def state_dict(self) -> dict[str, float]:
-        return {"multiplier": self.multiplier}
+        return {"multiplier": self.multiplier, "excess": self.excess}
 
     def load_state_dict(self, state: dict[str, float]) -> None:
-        self.multiplier = state["multiplier"]
+        self.multiplier, self.excess = state["multiplier"], state["excess"]
 
 
 def reward_of(reward: Reward, outcome: Outcome) -> Tensor:

@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from typing import Any, Protocol, TypeVar
 
+import torch
 from torch import Tensor
 
 from policyskip.errors import UserError
@@ -203,6 +204,8 @@ def _told(last_good: Callable[[], str]) -> Iterator[None]:
         yield
     except UserError as error:
         raise UserError(f"{error}; {last_good()}") from error
+    except torch.OutOfMemoryError as error:
+        raise UserError(f"the device ran out of memory; a smaller data.batch_size needs less; {last_good()}") from error
     except RuntimeError as error:
         if "without overflow" not in str(error):  # torch's, for a learning rate that float32 does not hold
             raise

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 from types import SimpleNamespace
 
 import pytest
@@ -148,22 +147,29 @@ def test_a_table_of_another_network_or_batch_is_refused(tmp_path):
 
 
 def test_budget_by_hand():
-    reward = Budget(target=0.5, rate=0.3, multiplier=0.2)
+    reward = Budget(target=0.5, rate=0.1, gain=2.0, multiplier=0.2)
     assert isinstance(reward, Adaptive)
-    reward_B = reward(outcome([[1], [0], [0]], [True, True, False], [1.0, 0.25, 0.25]))
-    assert reward_B.tolist() == pytest.approx([0.8, 0.95, -0.05])
-    assert reward.adapt({"macs_fraction": 0.7})["multiplier"] == pytest.approx(0.2 * math.exp(0.06))
-    assert reward.adapt({"macs_fraction": 0.3})["multiplier"] == pytest.approx(0.2)  # as far below as it was above
-    assert reward.adapt({})["multiplier"] == pytest.approx(0.2)  # nothing has ended yet
+    batch = outcome([[1], [0], [0]], [True, True, False], [1.0, 0.25, 0.25])
+    assert reward(batch).tolist() == pytest.approx([0.8, 0.95, -0.05])
+    assert reward.adapt({"macs_fraction": 0.7}) == pytest.approx({"multiplier": 0.22, "price": 0.62})
+    assert reward(batch).tolist() == pytest.approx([0.38, 0.845, -0.155])
+    assert reward.adapt({"macs_fraction": 0.4}) == pytest.approx({"multiplier": 0.21, "price": 0.01})
+    again = Budget(0.5, rate=0.1, gain=2.0)
+    again.load_state_dict(reward.state_dict())
+    assert again.price == reward.price and again.multiplier == reward.multiplier
+    assert reward.adapt({"macs_fraction": 0.2}) == pytest.approx({"multiplier": 0.18, "price": 0.0})  # never below
+    assert reward.adapt({}) == pytest.approx({"multiplier": 0.18, "price": 0.18})  # nothing has ended yet
     assert reward.standing({"accuracy": 0.9, "macs_fraction": 0.504}) == pytest.approx(0.9)
     assert reward.standing({"accuracy": 0.9, "macs_fraction": 0.525}) == pytest.approx(0.7)
-    again = Budget(0.5)
-    again.load_state_dict(reward.state_dict())
-    assert again.multiplier == reward.multiplier
 
 
 @pytest.mark.parametrize(
-    "arguments", [dict(target=0), dict(target=1.5), dict(target=0.5, rate=0), dict(target=0.5, multiplier=-1)]
+    "arguments",
+    [
+        dict(target=0),
+        dict(target=1.5),
+        *(dict(target=0.5, **{k: v}) for k, v in (("rate", 0), ("gain", -1), ("multiplier", -1))),
+    ],
 )
 def test_a_budget_that_makes_no_sense_is_refused(arguments):
     with pytest.raises(UserError, match=r"reward\.target must be between 0 and 1"):
@@ -264,7 +270,7 @@ def test_a_plan_of_another_machine_or_network_is_not_gone_by(tmp_path, change):
 
 
 def test_a_target_out_of_reach_does_not_wind_the_multiplier_up():
-    for target, share, end in ((0.05, 0.9, 1e3), (0.95, 0.1, 1e-3)):
+    for target, share, end in ((0.05, 0.9, 10.0), (0.95, 0.1, 0.0)):
         reward = Budget(target)
         for _ in range(1000):
             reward.adapt({"macs_fraction": share})
@@ -287,7 +293,7 @@ def test_a_budget_moves_while_an_agent_learns_and_goes_on_where_it_was(tmp_path)
         shares = [line["train/macs_fraction"] for line in lines if "train/macs_fraction" in line]
         moved = 0.2
         for share, multiplier in zip(shares, read[name], strict=True):
-            moved *= math.exp(0.3 * (share - 0.3))
+            moved += 0.02 * (share - 0.3)
             assert multiplier == pytest.approx(moved)
         for line in lines:
             if "val/reward" in line:

@@ -29,7 +29,8 @@ def folded(network: AnyModule) -> AnyModule:
 
     In an ``nn.Sequential`` a batch normalisation behind a convolution disappears into its weights, and a ReLU behind
     those becomes part of it; a block adds its shortcut in its last convolution. Convolutions want their channels last.
-    The copy is for executing, not for saving: its names and its hash are others.
+    The copy is for executing, not for saving: its names and its hash are others. oneDNN's ReLU gives 0 for NaN, so that
+    weights must be known to be finite, as those that are loaded are.
     """
     network = copy.deepcopy(network).eval().requires_grad_(False).to(memory_format=torch.channels_last)
     for module in [m for m in network.modules() if isinstance(m, nn.Sequential)]:

@@ -1,0 +1,45 @@
+"""A batch that does not fit into the memory of its device is worked on in parts."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from typing import TypeVar
+
+import torch
+
+Result = TypeVar("Result")
+
+
+class Parts:
+    """Calls something for parts of a batch: as large as asked for, until the device runs out of memory, then half as
+    large, which is said once."""
+
+    def __init__(self) -> None:
+        self.most: int | None = None
+
+    def __call__(self, call: Callable[[slice], Result], count: int, part: int) -> list[Result]:
+        """Results of ``call`` for each part of ``count`` images, at most ``part`` at a time; one of none, if there are
+        none.
+
+        Raises:
+            torch.OutOfMemoryError: one image alone is too much.
+        """
+        results: list[Result] = []
+        start = 0
+        while start < count or not results:
+            size = min(part, self.most or part)
+            try:
+                results.append(call(slice(start, start + size)))
+                start += size
+                continue
+            except torch.OutOfMemoryError:
+                if min(size, count - start) <= 1:
+                    raise
+            torch.cuda.empty_cache()  # what the failed call held is free only out here
+            if self.most is None:
+                print(
+                    "warning: the device ran out of memory; batches are split from now on", file=sys.stderr, flush=True
+                )
+            self.most = min(size, count - start) // 2
+        return results
