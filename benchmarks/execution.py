@@ -1,6 +1,6 @@
 """Is skipping really faster? Sparse execution beside the masked one of earlier systems, and beside what is ideal.
 
-    python benchmarks/execution.py [--device cpu|cuda] [--run runs/x] [--depth 110] [--repeats 9]      (minutes)
+    python benchmarks/execution.py [--device cpu|cuda] [--run runs/x …] [--depth 110] [--repeats 9]      (minutes)
 
 Everything is a median of ratios, measured interleaved in one process (ResNet-110, 32×32, random keep matrices
 with 31 % of the blocks kept):
@@ -9,7 +9,7 @@ with 31 % of the blocks kept):
 - rollouts_vs_ideal, rollouts_vs_ideal_batch1: against the whole network's fastest forward over the share of MACs kept;
 - step_vs_masked: a BlockDrop update (one sample, alpha 0.95), against the same with masked rollouts in two passes;
 - predict_time_over_macs_batch1, …256: ``predict`` of a run (the policy's time in it) against its whole network, time
-  ratio over MAC ratio;
+  ratio over MAC ratio; of more runs after the first, the same keys with their folders' names;
 - env_overhead: time of a vector step beyond that of the forward it asks for;
 - peak_memory_vs_dense: of a sparse forward, against the masked one.
 
@@ -178,7 +178,7 @@ def resident(what: str) -> float:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--run", default="runs/benchmark-blockdrop-0")
+    parser.add_argument("--run", nargs="+", default=["runs/benchmark-blockdrop-0"])
     parser.add_argument("--depth", type=int, default=110)
     parser.add_argument("--batch", type=int, default=256)
     parser.add_argument("--repeats", type=int, default=9)
@@ -206,14 +206,16 @@ def main() -> None:
     raw["step"], raw["step_kept"] = training_step(network, asked.batch, asked.repeats)
     figures["step_vs_masked"] = median_ratio(raw["step"]["masked"], raw["step"]["sparse"])
     figures["step_vs_masked_folded"] = median_ratio(raw["step"]["masked_folded"], raw["step"]["sparse"])
-    if (Path(asked.run) / "policy.json").is_file():
+    for n, run in enumerate(map(Path, asked.run)):
+        if not (run / "policy.json").is_file():
+            print(f"no run {run}, so its predict is not measured; make it with `policyskip train run.dir={run}`")
+            continue
         for batch, count in ((1, 300), (256, 2048)):
-            raw[f"predict_batch{batch}"], macs = predict(Path(asked.run), batch, count, asked.repeats, device)
-            ratio = median_ratio(*(raw[f"predict_batch{batch}"][name] for name in ("predict", "whole")))
-            raw[f"predict_batch{batch}"]["macs"] = macs
-            figures[f"predict_time_over_macs_batch{batch}"] = ratio / macs
-    else:
-        print(f"no run {asked.run}, so predict is not measured; make it with `policyskip train run.dir={asked.run}`")
+            name = f"batch{batch}" + (f"_{run.name}" if n else "")
+            raw[f"predict_{name}"], macs = predict(run, batch, count, asked.repeats, device)
+            ratio = median_ratio(*(raw[f"predict_{name}"][way] for way in ("predict", "whole")))
+            raw[f"predict_{name}"]["macs"] = macs
+            figures[f"predict_time_over_macs_{name}"] = ratio / macs
     raw["stepping"] = stepping(network, asked.batch, 3 * asked.repeats)
     figures["env_overhead"] = median_ratio(raw["stepping"]["step"], raw["stepping"]["forward"]) - 1
     same = ["--device", asked.device, "--depth", str(asked.depth), "--batch", str(asked.batch)]
