@@ -170,7 +170,7 @@ class Budget:
         UserError: ``target`` is not between 0 and 1, or another is negative, or ``rate`` 0.
     """
 
-    def __init__(self, target: float, rate: float = 0.02, gain: float = 2.0, multiplier: float = 0.2) -> None:
+    def __init__(self, target: float, rate: float = 0.05, gain: float = 2.0, multiplier: float = 0.2) -> None:
         if not 0 < target < 1 or rate <= 0 or gain < 0 or multiplier < 0:
             raise UserError(
                 f"reward.target must be between 0 and 1, reward.rate positive, reward.gain and reward.multiplier not "

@@ -293,7 +293,7 @@ def test_a_budget_moves_while_an_agent_learns_and_goes_on_where_it_was(tmp_path)
         shares = [line["train/macs_fraction"] for line in lines if "train/macs_fraction" in line]
         moved = 0.2
         for share, multiplier in zip(shares, read[name], strict=True):
-            moved += 0.02 * (share - 0.3)
+            moved += 0.05 * (share - 0.3)
             assert multiplier == pytest.approx(moved)
         for line in lines:
             if "val/reward" in line:
