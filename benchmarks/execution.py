@@ -20,6 +20,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import platform
 import statistics
 import subprocess
 import sys
@@ -227,8 +228,13 @@ def main() -> None:
     raw["peak_bytes"] = needed
     figures["peak_memory_vs_dense"] = needed["sparse"] / needed["masked"]
 
-    name = device_name(device).replace(" ", "-")
-    about = {"machine": name, "threads": torch.get_num_threads(), "torch": torch.__version__, "depth": asked.depth}
+    name = platform.machine() if device.type == "cpu" else device_name(device).replace(" ", "-")
+    about = {
+        "machine": device_name(device),
+        "threads": torch.get_num_threads(),
+        "torch": torch.__version__,
+        "depth": asked.depth,
+    }
     content = {**figures, **about, "batch": asked.batch, "kept": KEPT, "raw": raw}
     RESULTS.mkdir(exist_ok=True)
     (RESULTS / f"execution-{name}.json").write_text(json.dumps(content, indent=1) + "\n")

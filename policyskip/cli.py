@@ -395,6 +395,10 @@ def _run(command: str) -> int:
     app = hydra.main(config_path="pkg://policyskip.configs", config_name=command, version_base="1.3")(job)
     try:
         app()
+    except SystemExit:
+        if sweep and composed:
+            sweeps.conclude(sweep)
+        raise
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return EXIT_INTERRUPTED

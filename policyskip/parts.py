@@ -8,6 +8,8 @@ from typing import TypeVar
 
 import torch
 
+from policyskip.errors import UserError
+
 Result = TypeVar("Result")
 
 
@@ -23,8 +25,10 @@ class Parts:
         none.
 
         Raises:
-            torch.OutOfMemoryError: one image alone is too much.
+            UserError: ``part`` is not positive. torch.OutOfMemoryError: one image alone is too much.
         """
+        if part < 1:
+            raise UserError(f"batch_size must be at least 1, got {part}")
         results: list[Result] = []
         start = 0
         while start < count or not results:

@@ -12,6 +12,8 @@ import platform
 import statistics
 import time
 from collections.abc import Callable, Sequence
+from contextlib import suppress
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -22,7 +24,7 @@ from policyskip.backbones.base import Block, Network
 from policyskip.backbones.execution import run_block, run_most
 from policyskip.backbones.folding import folded
 
-SHARES = (0.5, 0.75, 0.9)
+SHARES = (0.1, 0.5, 0.75, 0.9)
 """Shares of the batch that keep a block, at which gathering them is timed."""
 
 
@@ -60,8 +62,14 @@ def profile(
 
 
 def device_name(device: torch.device) -> str:
-    """The processor, for a person to read."""
-    return torch.cuda.get_device_name(device) if device.type == "cuda" else platform.machine()
+    """The processor's model."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    with suppress(OSError):
+        for line in Path("/proc/cpuinfo").read_text().splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    return platform.processor() or platform.machine()
 
 
 def side_by_side(calls: dict[str, Callable[[], object]], repeats: int, device: torch.device) -> dict[str, list[float]]:
@@ -90,12 +98,13 @@ def break_even(whole_ms: float, share_ms: Sequence[tuple[float, float]]) -> floa
         whole_ms: of the block for the whole batch.
         share_ms: shares, and what gathering took at each.
 
-    Returns: where the line through them (least squares) meets ``whole_ms``, in [0, 1]; 1: gathering always wins.
+    Returns: where the line through them (least squares) meets ``whole_ms``, in [0, 1]; 1: gathering always wins. Where
+    the share makes no difference, 1, or the lowest share where that is slower than for all.
     """
     shares, times = [s for s, _ in share_ms], [ms for _, ms in share_ms]
     slope, level = statistics.linear_regression(shares, times)
     if slope <= 0:
-        return 1.0 if max(times) <= whole_ms else 0.0
+        return 1.0 if statistics.mean(times) <= whole_ms else min(shares)
     return min(1.0, max(0.0, (whole_ms - level) / slope))
 
 

@@ -34,13 +34,14 @@ def prepare(command: str, arguments: list[str]) -> tuple[list[str], Path | None]
 
     Returns: the arguments, and the sweep's folder; None where nothing is swept or the command makes no runs.
     """
+    from hydra._internal.utils import get_args_parser
     from hydra.core.override_parser.overrides_parser import OverridesParser
     from hydra.errors import HydraException
 
     if command not in NAMES or not {"-m", "--multirun"} & set(arguments):
         return arguments, None
     try:
-        typed = OverridesParser.create().parse_overrides([a for a in arguments if not a.startswith("-")])
+        typed = OverridesParser.create().parse_overrides(get_args_parser().parse_args(arguments).overrides)
         sweeps = [o for o in typed if o.is_sweep_override()]
         jobs = prod(len(list(o.sweep_string_iterator())) for o in sweeps)
     except HydraException:
@@ -113,6 +114,8 @@ def run_job(command: Callable[[Any], int], config: Any, refused: Callable[[Excep
         print(f"{label}: failed: {problem}", flush=True)
     elif status == 0:
         print(f"{label}: {_figures(Path(str(config.run.dir)))}{time.monotonic() - started:.0f} s", flush=True)
+    else:
+        print(f"{label}: stopped. {log} says how to go on with it", flush=True)
     return 0 if problem else status
 
 
@@ -152,6 +155,6 @@ def conclude(folder: Path) -> int:
         )
         for job in failed:
             print(f"  [{job['job']}] {job['name']}: {job['problem']}", file=sys.stderr)
-    if any(folder.glob("*/summary.json")):
+    if any(folder.rglob("summary.json")):
         print(f"Compare them:  policyskip compare runs={folder}")
     return 2 if failed else 0

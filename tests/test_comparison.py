@@ -222,9 +222,15 @@ def test_a_comparison_is_overwritten_when_asked_and_whole_when_interrupted(tmp_p
     def fail(*_args: object) -> str:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("policyskip.comparison.page", fail)
-    with pytest.raises(KeyboardInterrupt):
-        compare([str(runs)], tmp_path / "out", overwrite=True)
+    rename = Path.rename
+
+    def fail_in_place(path: Path, target: Path) -> Path:
+        return fail() if target == tmp_path / "out" and not path.name.endswith("-before") else rename(path, target)
+
+    for place, failing in (("policyskip.comparison.page", fail), ("pathlib.Path.rename", fail_in_place)):
+        with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
+            patched.setattr(place, failing)
+            compare([str(runs)], tmp_path / "out", overwrite=True)
     assert (tmp_path / "out/index.html").read_bytes() == before
     assert sorted(path.name for path in tmp_path.iterdir()) == ["out", "runs"]
 

@@ -229,6 +229,27 @@ def test_what_follows_a_convolution_in_one_pass_is_the_same_and_costs_the_same(m
             assert cost.always == expected.always and torch.equal(cost.block_K, expected.block_K)
 
 
+def test_one_image_that_drops_blocks_keeps_their_shortcuts_as_they_are():
+    """A projection, with no ReLU behind it."""
+    backbone = small_backbone(depth=8, shortcut="B")
+    image = torch.randint(0, 256, (1, 3, 8, 8), dtype=torch.uint8)
+    nothing = torch.zeros(1, backbone.num_blocks, dtype=torch.bool)
+    with torch.no_grad():
+        torch.testing.assert_close(sparse(backbone, image, nothing), dense(backbone, image, nothing))
+
+
+def test_gradients_and_unusual_padding_take_the_long_way(monkeypatch, images):
+    monkeypatch.setattr(folding, "LARGE", 0)
+    copy = folded(with_statistics(small_backbone(shortcut="B")))
+    x = (images.float() / 255).requires_grad_()
+    assert torch.autograd.grad(copy(x).sum(), x)[0].abs().sum() > 0
+    for padding in ({"padding": 1, "padding_mode": "reflect"}, {"padding": "same"}):
+        layers = nn.Sequential(nn.Conv2d(3, 4, 3, **padding), nn.BatchNorm2d(4), nn.ReLU()).eval()
+        with torch.no_grad():
+            expected = layers(x)
+            torch.testing.assert_close(folded(layers)(x), expected, rtol=1e-5, atol=1e-5)
+
+
 def test_features_that_grow_keep_what_they_were(backbone, images):
     """Rows are copied behind; with room for them they are not copied anew."""
     with torch.no_grad():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from functools import partial
 from types import SimpleNamespace
 
 import pytest
@@ -15,7 +16,7 @@ from policyskip.backbones.execution import run_block, run_most
 from policyskip.backbones.resnet_exits import ResNetExits
 from policyskip.deployment import Predictor
 from policyskip.errors import UserError
-from policyskip.profiling import break_even, device_name, profile
+from policyskip.profiling import break_even, device_name, profile, side_by_side
 from policyskip.rewards import Adaptive, Budget, Latency, Outcome
 from policyskip.tasks import speed
 from tests.conftest import small_backbone, typed
@@ -47,7 +48,8 @@ def test_break_even_by_hand():
     assert break_even(1.0, gathered) == 0.0  # for all it is always faster
     assert break_even(20.0, gathered) == 1.0  # and never
     assert break_even(5.0, [(0.5, 4.0), (0.9, 4.0)]) == 1.0  # the share makes no difference
-    assert break_even(3.0, [(0.5, 4.0), (0.9, 4.0)]) == 0.0
+    assert break_even(3.0, [(0.5, 4.0), (0.9, 4.0)]) == 0.5
+    assert break_even(1.005, [(0.1, 1.01), (0.5, 1.0), (0.9, 1.0)]) == 1.0  # noise
 
 
 @pytest.mark.parametrize("grad", [False, True])
@@ -179,7 +181,7 @@ def test_a_budget_that_makes_no_sense_is_refused(arguments):
 SMALL = ("data.train=200", "data.validation=60", "data.test=60", "device=cpu")
 
 
-def test_profile_is_typed_and_read(tmp_path):
+def test_profile_is_typed_and_read(tmp_path, monkeypatch):
     """A network's table is written, a reward reads it, and a run's own table becomes its plan."""
     result = typed("profile", "repeats=1", "batch_sizes=[1,4]", *SMALL, "output=t.json", cwd=tmp_path)
     assert result.returncode == 0, result.stderr
@@ -194,6 +196,18 @@ def test_profile_is_typed_and_read(tmp_path):
     summary = json.loads((tmp_path / "run" / "summary.json").read_text())
     assert summary["latency_ms"] == times["run"]["predict_ms"] > 0 and summary["latency_batch"] == 4
     assert policyskip.load(tmp_path / "run").plan == {4: times["break_even"]}
+    monkeypatch.setattr(
+        "policyskip.profiling.milliseconds",
+        lambda calls, *_: {name: {"predict": 8.0}.get(name, 16.0) for name in calls},
+    )
+    result = typed("profile", "run=run", "repeats=1", "batch_sizes=[1,4]", "images=8", cwd=tmp_path)
+    assert result.returncode == 0, result.stderr
+    times = json.loads((tmp_path / "run" / "profile.json").read_text())["batches"]["4"]["run"]
+    assert (times["time_ratio"], times["predict_ms"]) == (0.5, 1.0)  # eight images take 8 ms instead of 16
+    summary = json.loads((tmp_path / "run" / "summary.json").read_text())
+    assert summary["latency_ms"] == 1.0 and summary["latency_batch"] == 4
+    result = typed("profile", "run=run", "batch_sizes=[4]", "images=3", cwd=tmp_path)
+    assert result.returncode == 2 and "cannot be measured on 3 images; say images=" in result.stderr
     (tmp_path / "run" / "profile.json").write_text("{}")
     with pytest.raises(UserError, match=r"profile\.json is damaged"):
         policyskip.load(tmp_path / "run")
@@ -246,6 +260,12 @@ def test_a_profile_s_numbers_by_hand(monkeypatch):
     assert found["kept_ms"] == [2.0] * K and found["dropped_ms"] == [1.0] * K
     assert found["always_ms"] == 3.0 and found["whole_ms"] == 10.0
     assert found["break_even"] == pytest.approx([0.75] * K)  # 2 of 4 take 4 ms, 3 of 4 take 6: 6 ms at 3 of 4
+
+
+def test_calls_take_turns_after_one_round_to_warm_up():
+    calls: list[str] = []
+    seconds = side_by_side({name: partial(calls.append, name) for name in "ab"}, 3, torch.device("cpu"))
+    assert "".join(calls) == "abababab" and all(len(numbers) == 3 for numbers in seconds.values())
 
 
 def test_what_a_run_s_blocks_should_take_by_hand():

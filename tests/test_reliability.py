@@ -132,7 +132,11 @@ def test_a_folder_that_another_process_writes_into_is_refused(moved):
     holder = subprocess.Popen([sys.executable, "-c", code], cwd=moved, stdout=subprocess.PIPE, text=True)
     try:
         assert holder.stdout is not None and holder.stdout.readline() == "held\n"
-        for words in (["train", "run.resume=x", "train.steps=9"], ["calibrate", "run=x", "target.knee=true"]):
+        for words in (
+            ["train", "run.resume=x", "train.steps=9"],
+            ["calibrate", "run=x", "target.knee=true"],
+            ["profile", "run=x"],
+        ):
             result = typed(*words, cwd=moved)
             assert result.returncode == 2 and "another process is writing into x" in result.stderr
         assert typed("evaluate", "run=x", "device=cpu", cwd=moved).returncode == 0  # which only reads

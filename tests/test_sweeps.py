@@ -6,6 +6,7 @@ import csv
 import json
 import re
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -104,9 +105,21 @@ def test_what_hydra_is_given(tmp_path, monkeypatch):
     folder.mkdir(parents=True)
     again, other = sweeps.prepare("train", ["-m", "seed=1,2", "run.dir=mine", "tracking.group=mine"])
     assert other != folder and not any(a.startswith(("run.dir='", "tracking.group=sweep")) for a in again)
+    assert sweeps.prepare("train", ["-m", "--config-dir", "conf", "seed=1,2"])[1] is not None
+    assert sweeps.prepare("train", ["-m", "hydra/launcher=ray", "seed=0,1"])[1].is_absolute()
     for untouched in (["agent=a"], ["-m", "agent=[a"]):
         assert sweeps.prepare("train", untouched) == (untouched, None)
     assert sweeps.prepare("evaluate", ["-m", "run=a,b"])[1] is None
+
+
+def test_a_job_that_is_stopped_ends_the_sweep_and_says_where_to_go_on(tmp_path, monkeypatch, capsys):
+    job = SimpleNamespace(num=1, env_set={sweeps.TOLD: "4 seed"})
+    hydra = SimpleNamespace(job=job, overrides=SimpleNamespace(task=["seed=1"]), sweep=SimpleNamespace(dir=tmp_path))
+    monkeypatch.setattr("hydra.core.hydra_config.HydraConfig.get", lambda: hydra)
+    assert sweeps.run_job(lambda config: print("go on with …") or 130, None, lambda error: True) == 130
+    said = capsys.readouterr().out
+    assert "[2/4] seed=1: stopped" in said and "002.txt says how to go on" in said
+    assert "go on with …" in (tmp_path / "logs/002.txt").read_text()
 
 
 def test_a_wrong_key_is_refused_before_the_first_job(tmp_path):

@@ -10,6 +10,7 @@ import sys
 import threading
 from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -17,7 +18,7 @@ from PIL import Image
 
 from policyskip.comparison import compare
 from policyskip.runs import Run
-from policyskip.tracking import Examples, Tracker, _answers, log_comparison
+from policyskip.tracking import Examples, Tracker, _answers, _named, log_comparison
 from tests.made_up import drawn, made_up_run
 
 
@@ -81,6 +82,20 @@ def test_a_comparison_is_a_run_of_its_own(tmp_path):
     for name in ("comparison", "runs", "differences", "agreement", "plots/pareto_front", "plots/agreement"):
         assert any(key.startswith(name) for key in told), name
     assert ("comparison", "out") in {(artifact["type"], artifact["name"]) for artifact in of(records, "artifact")}
+
+
+def test_pictures_in_a_folder_of_their_own_have_its_name(tmp_path):
+    found = _named([tmp_path / "plots/x.png", tmp_path / "plots/group2/x.png"])
+    assert list(found) == ["x", "group2/x"]
+
+
+def test_a_run_that_was_stopped_ends_as_failed(tmp_path):
+    codes: list[int] = []
+    tracker = Tracker(Run(tmp_path), "none", {})
+    tracker.close()
+    tracker.wandb_run = SimpleNamespace(finish=lambda exit_code: codes.append(exit_code))
+    tracker.close()
+    assert codes == [1]
 
 
 def test_a_server_that_does_not_answer_is_noticed():

@@ -76,12 +76,24 @@ def compare(
         with refusing(output):
             made = _write(beside, sections, collected, command)
             beside.chmod(0o755)
-            if output.exists():
-                shutil.rmtree(output)
-            beside.rename(output)
+            _put(beside, output)
     finally:
         shutil.rmtree(beside, ignore_errors=True)
     return Comparison(output, collected, sections, [output / path for path in made])
+
+
+def _put(made: Path, output: Path) -> None:
+    """Move a folder to its place; what was there is given up only when it is."""
+    before = made.with_name(f"{made.name}-before")
+    if output.exists():
+        output.rename(before)
+    try:
+        made.rename(output)
+    except BaseException:
+        if before.exists():
+            before.rename(output)
+        raise
+    shutil.rmtree(before, ignore_errors=True)
 
 
 def check_output(output: Path, overwrite: bool) -> None:

@@ -26,7 +26,13 @@ def pareto_front(rows: Sequence[Row], cells: Cells, look: dict[str, Style]) -> F
     static = static_front(rows)
     if static:
         data.append(
-            _trace("best fixed choices, any network", static, STATIC, "lines+markers", {"symbol": "square", "size": 5})
+            _trace(
+                "best fixed choices, mixed, any network",
+                static,
+                STATIC,
+                "lines+markers",
+                {"symbol": "square", "size": 5},
+            )
         )
     front = [(cells[n]["macs"], cells[n]["accuracy"], cells[n]["row"]) for n in front_of(cells)]
     line = _trace("Pareto front of the agents", front, "#888888", "lines", {})
@@ -59,8 +65,8 @@ def pareto_front(rows: Sequence[Row], cells: Cells, look: dict[str, Style]) -> F
     }
     note = (
         "Large points are means over seeds with 95 % intervals over seeds, small points are runs. Hover for the run; "
-        "click for example images; double-click to see all. To the left and above is better; above the squares, "
-        "deciding per image pays."
+        "click for example images; double-click to see all. To the left and above is better; above the line "
+        "of squares, deciding per image pays: no fixed choice over any of these networks reaches that, nor a mixture."
     )
     return {"title": "Accuracy against cost", "note": note, "data": data, "layout": layout}
 

@@ -26,7 +26,7 @@ def pareto_front(rows: Sequence[Row], cells: Cells, look: dict[str, Style], path
     static, front = static_front(rows), front_of(cells)
     if static:
         x, y = [macs / 1e6 for macs, _, _ in static], [100 * accuracy for _, accuracy, _ in static]
-        axes.plot(x, y, "s-", color=STATIC, markersize=3, linewidth=1, label="best fixed choices, any network")
+        axes.plot(x, y, "s-", color=STATIC, markersize=3, linewidth=1, label="best fixed choices, mixed, any network")
     axes.step(
         *([cells[n]["macs"] / 1e6 for n in front], [100 * cells[n]["accuracy"] for n in front]),
         *("--",),
@@ -64,7 +64,7 @@ def pareto_front(rows: Sequence[Row], cells: Cells, look: dict[str, Style], path
     figure.legend(fontsize=8, loc="outside right upper")
     caption = (
         "Each marker is the mean over seeds, small dots are the runs, bars the 95 % intervals over seeds. Above the "
-        "squares, deciding per image pays; to the left and above is better. What is far below the rest is cut off."
+        "line of squares, deciding per image pays; to the left and above is better. What is far below is cut off."
     )
     return save(figure, caption, path)
 

@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 
+from policyskip.agents.static import concave_hull
 from policyskip.comparison.collect import Result
 from policyskip.comparison.statistics import pareto
 from policyskip.comparison.tables import Cells, Row
@@ -58,7 +59,8 @@ def front_of(cells: Cells) -> list[int]:
 
 
 def static_front(rows: Sequence[Row]) -> list[tuple[float, float, str]]:
-    """The best of all fixed choices over any of the rows' networks: MACs, test accuracy, and of which network.
+    """The corners of what fixed choices, and mixtures of two, reach over any of the rows' networks, the luckiest seed's
+    where there are several: MACs, test accuracy, and of which network.
 
     Of rows without decisions, the exits alone, as their summaries have them.
     """
@@ -72,7 +74,7 @@ def static_front(rows: Sequence[Row]) -> list[tuple[float, float, str]]:
                 alone = zip(result.figure("exit_alone_macs"), result.figure("exit_alone_accuracy"), strict=True)
                 points |= {(macs, accuracy, name) for macs, accuracy in alone}
     ordered = sorted(points)
-    return [ordered[n] for n in pareto([p[0] for p in ordered], [p[1] for p in ordered])]
+    return [ordered[n] for n in concave_hull([p[0] for p in ordered], [p[1] for p in ordered])]
 
 
 def lowest_shown(cells: Cells) -> float:

@@ -42,6 +42,7 @@ def of_network(
 def of_run(setup: Setup, run: Run, batch_sizes: Sequence[int], repeats: int, count: int, path: Path) -> int:
     """The same for the network of a run, and what its predictions save: expected from the table, and measured."""
     _check(path)
+    run.hold()
     predictor = deployment.load(run.folder, device=str(setup.device), backbone=_moved(setup, run))
     network = _network(predictor)
     content = profiling.profile(network, setup.data.image_shape, batch_sizes, repeats)
@@ -52,6 +53,8 @@ def of_run(setup: Setup, run: Run, batch_sizes: Sequence[int], repeats: int, cou
     validation = setup.data.validation.plain()
     index_N = torch.linspace(0, len(validation) - 1, min(count, len(validation))).round().long()
     images = next(iter(validation.stream([(index_N, 0)]))).images
+    if len(images) < max(batch_sizes):
+        raise UserError(f"batches of {max(batch_sizes)} cannot be measured on {len(images)} images; say images=")
     prediction = predictor.predict(images)
     for batch, table in content["batches"].items():
         size = int(batch)

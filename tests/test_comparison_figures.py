@@ -1,0 +1,113 @@
+"""The figures of a comparison, each against a case small enough to do by hand."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+
+import pytest
+import torch
+
+from policyskip.comparison import figures
+from policyskip.comparison.collect import collect
+from policyskip.comparison.series import front_of, gallery, static_front, use
+from policyskip.comparison.statistics import pareto
+from policyskip.comparison.tables import (
+    Row,
+    agreement,
+    differences,
+    disagreement_table,
+    disagreements,
+    rows_of,
+    table,
+)
+from tests.made_up import made_up_decisions, made_up_run
+from tests.test_comparison import two_agents
+
+
+def rows_in(folder: Path) -> list[Row]:
+    return rows_of(collect([str(folder)]).results)
+
+
+@pytest.fixture
+def hundred(tmp_path) -> list[Row]:
+    """a is right on ninety of 100 images, b on one more; the full network is right where a is."""
+    keep, full = [[1, 0]] * 100, [True] * 90 + [False] * 10
+    for name, right in (("a", 90), ("b", 91)):
+        made_up_run(tmp_path / name, made_up_decisions(keep, [0] * right + [1] * (100 - right), full=full), name)
+    return rows_in(tmp_path)
+
+
+def test_intervals_pair_images(hundred):
+    a, _ = table(hundred, "g")
+    assert (a["change_images_low"], a["change_images_high"]) == (0, 0)
+    (found,) = differences(hundred, "g")
+    assert found["accuracy"] == pytest.approx(-0.01)
+    assert -0.031 <= found["images_low"] <= -0.02 and found["images_high"] == 0
+
+
+def test_images_are_paired_by_place(tmp_path):
+    """Both are right on ninety of a hundred, but not on the same ninety."""
+    for name, wrong in (("a", range(10)), ("b", range(90, 100))):
+        made_up_run(tmp_path / name, made_up_decisions([[1, 0]] * 100, [int(n in wrong) for n in range(100)]), name)
+    (found,) = differences(rows_in(tmp_path), "g")
+    assert found["accuracy"] == 0 and found["images_low"] <= -0.07 and found["images_high"] >= 0.07
+
+
+def test_a_difference_is_written_both_ways_round(hundred):
+    text = figures.differences(hundred, differences(hundred, "g"))["data"][0]["text"]
+    assert text[0][1].startswith("-1.00 points (95 % over images: -3.00 to +0.00)")
+    assert text[1][0].startswith("+1.00 points (95 % over images: -0.00 to +3.00)")
+
+
+def test_agreement_by_hand(tmp_path):
+    """a has two seeds, b one; what b spends is the same on all images, so it has no rank."""
+    rows = rows_in(two_agents(tmp_path))
+    found = {(cell["row"], cell["with"]): cell for cell in agreement(rows, "g")}
+    same_seeds = {"same_choices": 1, "same_answers": 0.75, "same_spending": pytest.approx(1)}
+    assert found["a", "a"] == {"group": "g", "row": "a", "with": "a", **same_seeds}
+    assert found["a", "b"]["same_choices"] == 5 / 8 and found["a", "b"]["same_answers"] == (2 / 4 + 1 / 4) / 2
+    assert found["a", "b"]["same_spending"] is None and found["b", "b"]["same_answers"] is None
+
+
+def test_opposite_spending_over_other_networks(tmp_path):
+    made_up_run(tmp_path / "a", made_up_decisions([[0, 0], [1, 0], [1, 1]]), "a")
+    made_up_run(tmp_path / "b", made_up_decisions([[1, 1], [1, 0], [0, 0]]), "b", summary={"backbone": "other"})
+    _, found, _ = agreement(rows_in(tmp_path), "g")
+    assert found["same_spending"] == pytest.approx(-1) and found["same_choices"] is None
+
+
+def test_disagreements_by_hand(tmp_path):
+    """Image 2 comes before 1, as divided in answers but more in what is spent: nothing by a, all by b."""
+    rows = rows_in(two_agents(tmp_path))
+    assert rows[0].share_N.tolist() == [0.5, 1, 0, 1] and disagreements(rows) == [2, 1, 3]
+    first, second, *_ = disagreement_table(rows, [2, 1, 3], "g")
+    place = {"group": "g", "image": 2, "label": "0"}
+    assert first == place | {"row": "a", "answer": "0", "right_share_of_seeds": 1.0, "macs_share": 0.0}
+    assert second["answer"] == "1"
+
+
+def test_fronts_by_hand(tmp_path):
+    oracle, agent = ({"macs": macs, "accuracy": 0.9 + macs / 100, "sees_the_label": macs == 1.0} for macs in (1.0, 2.0))
+    assert front_of([oracle, agent]) == [1] and pareto([1.0, 1.0], [0.4, 0.5]) == [1]
+    fixed_F2 = torch.tensor([[1.0, 0.5], [1.5, 0.6], [1.8, 0.4], [2.0, 0.9]], dtype=torch.float64)
+    made_up_run(tmp_path / "a", dataclasses.replace(made_up_decisions([[1, 0]]), static_F2=fixed_F2), "a")
+    assert [point[:2] for point in static_front(rows_in(tmp_path))] == [(1.0, 0.5), (2.0, 0.9)]  # below a mixture: out
+
+
+def test_examples_and_exits_by_hand(tmp_path):
+    exits = made_up_decisions([[1, 1], [1, 0], [1, 1], [1, 0]], [0, 0, 1, 0], kind="exits")
+    made_up_run(tmp_path / "a", exits, "a")
+    (row,) = rows_in(tmp_path)
+    assert use(row) == ("exits", [0.5, 0.5])
+    parts = {part["title"]: [item["image"] for item in part["items"]] for part in gallery(row.results[0], range(4), 1)}
+    assert parts == {"least computed": [1], "most computed": [2], "wrong": [2]}
+
+
+@pytest.mark.parametrize(("devices", "expected"), [(("A", "A"), 1.5), (("A", "B"), None)])
+def test_latencies_of_two_machines_are_not_averaged(devices, expected, tmp_path):
+    for seed, device in enumerate(devices):
+        measured = {"latency_ms": 1.0 + seed, "latency_device": device, "latency_threads": 2, "latency_batch": 256}
+        made_up_run(tmp_path / f"a{seed}", made_up_decisions([[1, 0]]), "a", seed, summary=measured)
+    (line,) = table(rows_in(tmp_path), "g")
+    assert line["latency_ms"] == expected
