@@ -42,7 +42,7 @@ FIGURES = (
 def run(agent: str, seed: int) -> dict[str, str]:
     """Train once, unless it was done before; the run's row."""
     folder = Path("runs") / f"benchmark-{agent}-{seed}"
-    if not (folder / "summary.json").exists():
+    if not (folder / "policy.json").exists():
         arguments = [f"agent={agent}", f"seed={seed}", f"run.dir={folder}", "tracking=none"]
         subprocess.run([sys.executable, "-m", "policyskip", "train", *arguments], check=True)
     summary = json.loads((folder / "summary.json").read_text())

@@ -188,7 +188,7 @@ def gradient_table(rows: list[dict[str, str]]) -> str:
 
 
 def learning_table(rows: list[dict[str, str]]) -> str:
-    """Validation reward at a quarter, half and the end of the updates, mean ± standard deviation over seeds."""
+    """Validation reward at three tenths, half and the end of the updates, mean ± standard deviation over seeds."""
     looks = [UPDATES * 3 // 10, UPDATES // 2, UPDATES]
     lines = [
         "| baseline | " + " | ".join(f"reward after {look}" for look in looks) + " |",

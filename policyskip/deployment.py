@@ -225,30 +225,28 @@ def of_data(content: dict[str, Any]) -> tuple[list[str], tuple[int, int, int]]:
     return classes, image_shape
 
 
-def load_exits_run(folder: Run, device: str | torch.device = "cpu") -> ThresholdPredictor:
+def load_exits_run(run: Run, device: str | torch.device = "cpu") -> ThresholdPredictor:
     """What a run that leaves early by thresholds has learned.
 
     Raises:
         UserError: a damaged file, or weights other than those that the thresholds were chosen for.
     """
-    content = folder.load_json("policy.json")
+    content = run.load_json("policy.json")
     if "leaves" in content:
-        raise UserError(f"the run {folder.folder} leaves early by a learned policy; it has no thresholds")
+        raise UserError(f"the run {run.folder} leaves early by a learned policy; it has no thresholds")
     if "policy" in content or "gates" in content:
-        raise UserError(f"the run {folder.folder} skips blocks; it has no exits")
+        raise UserError(f"the run {run.folder} skips blocks; it has no exits")
     try:
         rule, search = str(content["exits"]["rule"]), str(content["exits"]["search"])
         thresholds = [float(t) for t in content["exits"]["thresholds"]]
         classes, image_shape = of_data(content)
         expected = content["network"]["hash"]
     except (KeyError, TypeError, ValueError) as error:
-        raise UserError(f"{folder.folder / 'policy.json'} is damaged or of another version: {error}") from error
-    network = load_exits(str(folder.folder / "network.safetensors"))
+        raise UserError(f"{run.folder / 'policy.json'} is damaged or of another version: {error}") from error
+    network = load_exits(str(run.folder / "network.safetensors"))
     check_thresholds(thresholds, network.num_exits)
     if network.content_hash() != expected:
-        raise UserError(
-            f"the thresholds of {folder.folder} were chosen for another network than its network.safetensors"
-        )
+        raise UserError(f"the thresholds of {run.folder} were chosen for another network than its network.safetensors")
     network = network.to(device)
     return ThresholdPredictor(ThresholdPolicy(rule, thresholds).to(device), search, network, classes, image_shape)
 
@@ -304,12 +302,12 @@ def load(
     if precision not in PRECISIONS:
         raise UserError(f"precision must be one of {', '.join(PRECISIONS)}, got {precision!r}")
     hold()
-    folder = open_run(str(run))
-    content = folder.load_json("policy.json")
+    opened = open_run(str(run))
+    content = opened.load_json("policy.json")
     if backbone is not None and not {"exits", "leaves", "gates"}.isdisjoint(content):
         raise UserError(f"the run {run} brings its own network, network.safetensors; backbone={backbone} has no effect")
-    with damaged(folder.folder / "policy.json"):
-        predictor = _load(folder, content, backbone, device)
+    with damaged(opened.folder / "policy.json"):
+        predictor = _load(opened, content, backbone, device)
     network = predictor.backbone if isinstance(predictor, Predictor) else predictor.network
     network.to(PRECISIONS[precision])
     if isinstance(predictor, Predictor) and precision != "float32":
@@ -318,47 +316,47 @@ def load(
 
 
 def _load(
-    folder: Run, content: dict[str, Any], backbone: str | None, device: str
+    run: Run, content: dict[str, Any], backbone: str | None, device: str
 ) -> Predictor | ExitPredictor | GatedPredictor:
     """:func:`load` for the content of ``policy.json``."""
     if "exits" in content:
-        return load_exits_run(folder, device)
+        return load_exits_run(run, device)
     if "leaves" in content:
         from policyskip.deployment_leaving import load_leaving_run
 
-        return load_leaving_run(folder, device)
+        return load_leaving_run(run, device)
     if "gates" in content:
         from policyskip.deployment_gates import load_gated_run
 
-        return load_gated_run(folder, device)
+        return load_gated_run(run, device)
     try:
-        policy = policy_of(POLICIES[content["policy"]["name"]], content["policy"]["arguments"], folder)
+        policy = policy_of(POLICIES[content["policy"]["name"]], content["policy"]["arguments"], run)
         policy_macs, (classes, image_shape) = float(content["policy"]["macs"]), of_data(content)
         config, expected = dict(content["backbone"]["config"]), content["backbone"]["hash"]
         build = BACKBONES[config.pop("_target_")]
     except UserError:
         raise
     except (KeyError, TypeError, ValueError) as error:
-        raise UserError(f"{folder.folder / 'policy.json'} is damaged or of another version: {error}") from error
+        raise UserError(f"{run.folder / 'policy.json'} is damaged or of another version: {error}") from error
     if isinstance(policy, OraclePolicy):
         raise UserError(
-            f"the run {folder.folder} is an oracle's, which sees the label: there is nothing to load for other images"
+            f"the run {run.folder} is an oracle's, which sees the label: there is nothing to load for other images"
         )
-    load_weights(policy, folder)
+    load_weights(policy, run)
     if backbone is not None:
         config["checkpoint"] = backbone
     try:
         network: Backbone = build(num_classes=len(classes), **config)  # type: ignore[operator]
     except TypeError as error:
-        raise UserError(f"{folder.folder / 'policy.json'} is damaged or of another version: {error}") from error
+        raise UserError(f"{run.folder / 'policy.json'} is damaged or of another version: {error}") from error
     if network.content_hash() != expected:
         raise UserError(
-            f"the policy of {folder.folder} was trained with the network {expected}, "
+            f"the policy of {run.folder} was trained with the network {expected}, "
             f"but {config['checkpoint']} is {network.content_hash()}"
         )
     network = network.to(device)
     predictor = Predictor(policy.to(device), network, classes, image_shape, policy_macs)
-    predictor.plan = _plan(folder, expected, network)
+    predictor.plan = _plan(run, expected, network)
     return predictor
 
 

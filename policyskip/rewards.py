@@ -72,6 +72,11 @@ class Adaptive(Protocol):
     def load_state_dict(self, state: dict[str, float]) -> None: ...
 
 
+def unless_wrong(used_B: Tensor, outcome: Outcome, penalty: float) -> Tensor:
+    """``1 - used²`` where the answer is right and ``-penalty`` where it is wrong; float (B,)."""
+    return torch.where(outcome.correct_B, 1 - used_B**2, torch.full_like(used_B, -penalty))
+
+
 @dataclass(frozen=True)
 class Utilization:
     """BlockDrop's reward (Wu et al. 2018): ``1 - (|u|/K)²`` when correct, ``-penalty`` when not."""
@@ -79,8 +84,7 @@ class Utilization:
     penalty: float = 1.0
 
     def __call__(self, outcome: Outcome) -> Tensor:
-        used = outcome.kept_fraction_B
-        return torch.where(outcome.correct_B, 1 - used**2, torch.full_like(used, -self.penalty))
+        return unless_wrong(outcome.kept_fraction_B, outcome, self.penalty)
 
 
 @dataclass(frozen=True)
@@ -90,8 +94,7 @@ class Macs:
     penalty: float = 1.0
 
     def __call__(self, outcome: Outcome) -> Tensor:
-        used = outcome.macs_fraction_B
-        return torch.where(outcome.correct_B, 1 - used**2, torch.full_like(used, -self.penalty))
+        return unless_wrong(outcome.macs_fraction_B, outcome, self.penalty)
 
 
 @dataclass(frozen=True)
@@ -149,16 +152,16 @@ class Latency:
     def __call__(self, outcome: Outcome) -> Tensor:
         whole = self.milliseconds(torch.ones_like(outcome.keep_BK[:1]))
         used = (self.milliseconds(outcome.keep_BK) / whole).float()
-        return torch.where(outcome.correct_B, 1 - used**2, torch.full_like(used, -self.penalty))
+        return unless_wrong(used, outcome, self.penalty)
 
 
 class Budget:
     """1 if right, minus a price times the share of MACs: the price moves until the mean share is ``target``.
 
     A constrained problem, the highest accuracy at a mean cost, by its Lagrangian: after each update the training loop
-    calls :meth:`adapt`. The price is a multiplier, ``multiplier ← multiplier + rate · (share − target)``, plus
-    ``gain · (share − target)``, and at least 0. The second part answers at once, so that a policy that follows slowly
-    is not driven far past the target (Stooke, Achiam, Abbeel, ICML 2020, the P and I of their PID).
+    calls :meth:`adapt`. The price is a multiplier in [0, 10], ``multiplier ← multiplier + rate · (share − target)``,
+    plus ``gain · (share − target)``, and at least 0. The second part answers at once, so that a policy that follows
+    slowly is not driven far past the target (Stooke, Achiam, Abbeel, ICML 2020, the P and I of their PID).
 
     Args:
         target: mean share of the whole network's MACs, the policy's own included, in (0, 1).

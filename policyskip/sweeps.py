@@ -20,7 +20,7 @@ from typing import Any
 from policyskip.files import refusing
 
 FAILED = "failed.jsonl"
-TOLD = "POLICYSKIP_SWEEP"
+SWEEP = "POLICYSKIP_SWEEP"
 """What a job is told in its environment: the number of jobs and the swept keys, such as "6 agent seed"."""
 NAMES = {
     "train": "${hydra:runtime.choices.agent}-${hydra:runtime.choices.data}",
@@ -54,7 +54,7 @@ def prepare(command: str, arguments: list[str]) -> tuple[list[str], Path | None]
         number += 1
         folder = runs / f"sweep-{stamp}-{number}"
     keys = [o.key_or_group for o in sweeps]
-    added = [f"hydra.sweep.dir={folder}", f"+hydra.job.env_set.{TOLD}='{' '.join([str(jobs), *keys])}'"]
+    added = [f"hydra.sweep.dir={folder}", f"+hydra.job.env_set.{SWEEP}='{' '.join([str(jobs), *keys])}'"]
     if "run.dir" not in given:
         added.append(f"run.dir='{folder}/{_name(command, keys)}'")
     if "tracking.group" not in given:
@@ -75,7 +75,7 @@ def is_one_of_many() -> bool:
     from hydra.core.hydra_config import HydraConfig
 
     hydra = HydraConfig.get()
-    return hydra.mode is not None and hydra.mode.name == "MULTIRUN" and TOLD in (hydra.job.env_set or {})
+    return hydra.mode is not None and hydra.mode.name == "MULTIRUN" and SWEEP in (hydra.job.env_set or {})
 
 
 def run_job(command: Callable[[Any], int], config: Any, refused: Callable[[Exception], bool]) -> int:
@@ -89,7 +89,7 @@ def run_job(command: Callable[[Any], int], config: Any, refused: Callable[[Excep
     from hydra.core.hydra_config import HydraConfig
 
     hydra = HydraConfig.get()
-    jobs, *keys = str(hydra.job.env_set[TOLD]).split()
+    jobs, *keys = str(hydra.job.env_set[SWEEP]).split()
     name = " ".join(typed for typed in hydra.overrides.task if typed.partition("=")[0].lstrip("+~") in keys)
     number, folder = hydra.job.num + 1, Path(hydra.sweep.dir)
     label = f"[{number}/{jobs}] {name}"

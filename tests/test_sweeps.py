@@ -113,7 +113,7 @@ def test_what_hydra_is_given(tmp_path, monkeypatch):
 
 
 def test_a_job_that_is_stopped_ends_the_sweep_and_says_where_to_go_on(tmp_path, monkeypatch, capsys):
-    job = SimpleNamespace(num=1, env_set={sweeps.TOLD: "4 seed"})
+    job = SimpleNamespace(num=1, env_set={sweeps.SWEEP: "4 seed"})
     hydra = SimpleNamespace(job=job, overrides=SimpleNamespace(task=["seed=1"]), sweep=SimpleNamespace(dir=tmp_path))
     monkeypatch.setattr("hydra.core.hydra_config.HydraConfig.get", lambda: hydra)
     assert sweeps.run_job(lambda config: print("go on with …") or 130, None, lambda error: True) == 130

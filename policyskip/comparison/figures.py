@@ -39,7 +39,7 @@ def pareto_front(rows: Sequence[Row], cells: Cells, look: dict[str, Style]) -> F
     data.append(line | {"line": {"dash": "dash", "shape": "hv", "width": 1, "color": "#888888"}, "hoverinfo": "skip"})
     for row, cell in zip(rows, cells, strict=True):
         style = look[row.label]
-        name = f"{row.label} (sees the label)" if row.oracle else row.label
+        name = row.title
         if len(row.results) > 1:
             data.append(_runs(row, style))
         names = [result.name for result in row.results]

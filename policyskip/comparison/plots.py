@@ -49,7 +49,7 @@ def pareto_front(rows: Sequence[Row], cells: Cells, look: dict[str, Style], path
             color=style.colour,
             elinewidth=0.8,
             markersize=10 if row.oracle else 7,
-            label=f"{row.label} (sees the label)" if row.oracle else row.label,
+            label=row.title,
         )
     seen = [(macs, accuracy) for macs, accuracy, _ in oracles(rows)]
     if seen:
@@ -171,12 +171,10 @@ def disagreement(
     height = 0.2 * len(known)
     figure = figure_of(1.05 * len(shown) + 2.4, 2.4 + height)
     top, bottom = figure.subplots(2, len(shown), squeeze=False, height_ratios=[1.0, max(height, 0.4)])
-    names = next(row.results[0].decisions.classes for row in known if row.results[0].decisions)
+    decided = known[0].decisions[0]
     for n, (above, below, place) in enumerate(zip(top, bottom, shown, strict=True)):
         above.imshow(images[place])
-        decided = known[0].results[0].decisions
-        assert decided is not None
-        above.set_title(names[int(decided.label_N[place])][:12], fontsize=9)
+        above.set_title(decided.classes[int(decided.label_N[place])][:12], fontsize=9)
         right = np.array([[row.correct_N[place]] for row in known])
         below.imshow(right, cmap="RdYlGn", vmin=-0.15, vmax=1.15, aspect="auto")
         below.set(xticks=[], yticks=range(len(known)) if n == 0 else [])

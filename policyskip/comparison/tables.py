@@ -26,6 +26,7 @@ from policyskip.comparison.statistics import (
     same_answers,
     same_choices,
 )
+from policyskip.decisions import Decisions
 
 Cells = list[dict[str, Any]]
 """A table: one dictionary a row, with the same keys in all."""
@@ -63,24 +64,35 @@ class Row:
         return float(np.mean(values)) if values else None
 
     @property
+    def title(self) -> str:
+        """The label, and whether it sees the label of an image."""
+        return f"{self.label} (sees the label)" if self.oracle else self.label
+
+    @cached_property
+    def decisions(self) -> list[Decisions]:
+        """What every run did with each image, by seed; empty unless all of them say."""
+        found = [result.decisions for result in self.results if result.decisions is not None]
+        return found if len(found) == len(self.results) else []
+
+    @property
     def decided(self) -> bool:
         """Whether every run says what it did with each image."""
-        return all(result.decisions is not None for result in self.results)
+        return bool(self.decisions)
 
     @cached_property
     def correct_N(self) -> NDArray[np.float64]:
         """Share of the seeds that are right, image by image."""
-        return self._mean_N([r.decisions.correct_N.double().numpy() for r in self.results if r.decisions])
+        return self._mean_N([d.correct_N.double().numpy() for d in self.decisions])
 
     @cached_property
     def full_correct_N(self) -> NDArray[np.float64]:
         """The same for the full network of each run."""
-        return self._mean_N([r.decisions.full_correct_N.double().numpy() for r in self.results if r.decisions])
+        return self._mean_N([d.full_correct_N.double().numpy() for d in self.decisions])
 
     @cached_property
     def share_N(self) -> NDArray[np.float64]:
         """MACs of each image as a share of the full network's, mean over seeds."""
-        return self._mean_N([(r.decisions.macs_N / r.decisions.full_macs).numpy() for r in self.results if r.decisions])
+        return self._mean_N([(d.macs_N / d.full_macs).numpy() for d in self.decisions])
 
     @staticmethod
     def _mean_N(columns: list[NDArray[np.float64]]) -> NDArray[np.float64]:
@@ -106,10 +118,10 @@ def _labels(firsts: list[Result]) -> list[str]:
     labels = []
     for result in firsts:
         family = by_agent[str(result.summary["agent"])]
-        settings = [_told(member) for member in family]
+        settings = [_label_keys(member) for member in family]
         keys = {key for setting in settings for key in setting}
         differ = sorted(key for key in keys if len({setting.get(key) for setting in settings}) > 1)
-        own = _told(result)
+        own = _label_keys(result)
         others = [setting for setting in settings if setting != own]
         keys_told: list[str] = []
         for key in differ[:3]:
@@ -126,7 +138,7 @@ def _labels(firsts: list[Result]) -> list[str]:
     return distinct
 
 
-def _told(result: Result) -> dict[str, str]:
+def _label_keys(result: Result) -> dict[str, str]:
     """A setting as its label tells it: the environment by its id, classes by their last name."""
     told = {key: value for key, value in result.setting.items() if not key.startswith("env.")}
     told = {
@@ -253,9 +265,9 @@ def disagreement_table(rows: list[Row], places: list[int], group: str) -> Cells:
     cells = []
     for place in places:
         for row in rows:
-            decided = row.results[0].decisions
-            if decided is None or not row.decided:
+            if not row.decided:
                 continue
+            decided = row.decisions[0]
             names, answer = decided.classes, int(decided.prediction_N[place])
             line = {"group": group, "image": place, "label": names[int(decided.label_N[place])], "row": row.label}
             right, share = float(row.correct_N[place]), float(row.share_N[place])
