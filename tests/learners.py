@@ -18,6 +18,7 @@ from policyskip.agents.skipnet import SkipNet
 from policyskip.backbones.msdnet import MSDNet
 from policyskip.backbones.resnet_exits import ResNetExits
 from policyskip.data import Feed, TensorImages, crop_and_flip
+from policyskip.dividing import divide
 from policyskip.envs.block_selection import BlockSelectionVectorEnv
 from policyskip.pretraining import Pretrainer
 from policyskip.runs import Run
@@ -67,9 +68,9 @@ def pretrain(steps: int) -> Made:
     return Pretrainer(backbone, steps), feed(), backbone.state_dict
 
 
-def exit_agent(kind: Any, network: Callable[[], Any], steps: int) -> Made:
+def exit_agent(kind: Any, network: Callable[[], Any], steps: int, **options: Any) -> Made:
     net = network()
-    return kind(net, steps, lr=0.01), feed(), net.state_dict
+    return kind(net, steps, lr=0.01, **options), feed(), net.state_dict
 
 
 LEARNERS: dict[str, Callable[[int], Made]] = {
@@ -78,6 +79,7 @@ LEARNERS: dict[str, Callable[[int], Made]] = {
     "skipnet": skipnet,
     "msdnet": lambda steps: exit_agent(MSDNetAgent, msdnet_network, steps),
     "branchynet": lambda steps: exit_agent(BranchyNet, exits, steps),
+    "branchynet by SGD": lambda steps: exit_agent(BranchyNet, exits, steps, optimizer="sgd"),
     "cdl": lambda steps: exit_agent(CDL, exits, steps),
     "distiller": lambda steps: exit_agent(Distiller, exits, steps),
     "pretrain": pretrain,
@@ -95,6 +97,7 @@ def learn(
     """Train a learner; ``stop_at`` sends this process a Ctrl-C during that update, and ``spoil`` is called with learner,
     source and number before every one."""
     learner, source, deployable = LEARNERS[name](steps)
+    divide(learner, source)
     update, count = learner.update, [run.load_checkpoint()["step"] if resume else 0]
 
     def counted(source: Any) -> dict[str, float]:
