@@ -231,7 +231,7 @@ def _stop_requests() -> Iterator[Callable[[], bool]]:
 
     def ask(number: int, frame: object) -> None:
         nonlocal asked
-        if asked:
+        if asked and distributed.world() == 1:  # torchrun, and Slurm around it, may say the same thing twice
             raise KeyboardInterrupt
         asked = True
 

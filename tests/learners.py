@@ -63,9 +63,9 @@ def skipnet(steps: int) -> Made:
     return agent, feed(), agent.network.state_dict
 
 
-def pretrain(steps: int) -> Made:
+def pretrain(steps: int, **options: Any) -> Made:
     backbone = small_backbone()
-    return Pretrainer(backbone, steps), feed(), backbone.state_dict
+    return Pretrainer(backbone, steps, **options), feed(), backbone.state_dict
 
 
 def exit_agent(kind: Any, network: Callable[[], Any], steps: int, **options: Any) -> Made:
@@ -83,6 +83,7 @@ LEARNERS: dict[str, Callable[[int], Made]] = {
     "cdl": lambda steps: exit_agent(CDL, exits, steps),
     "distiller": lambda steps: exit_agent(Distiller, exits, steps),
     "pretrain": pretrain,
+    "pretrain with blocks that hardly run": lambda steps: pretrain(steps, stochastic_depth="linear", survival=0.02),
 }
 
 
