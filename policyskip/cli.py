@@ -97,6 +97,7 @@ def pretrain(config: Any) -> int:
     from policyskip.data import Feed
     from policyskip.dividing import divide
     from policyskip.errors import UserError
+    from policyskip.files import typed
     from policyskip.pretraining import pixel_statistics
     from policyskip.tracking import Tracker
 
@@ -176,8 +177,8 @@ def pretrain(config: Any) -> int:
         tracker.close()
     full, half = summary["test/accuracy"], summary["test/accuracy_half_the_blocks"]
     print(f"Test accuracy {100 * full:.2f} % with all blocks, {100 * half:.2f} % with a random half of them.")
-    chosen = f"backbone=cifar_resnet backbone.depth={backbone.architecture['depth']} backbone.checkpoint={weights}"
-    print(f"Use it:  policyskip train {chosen}")
+    chosen = f"backbone=cifar_resnet backbone.depth={backbone.architecture['depth']}"
+    print(f"Use it:  policyskip train {chosen} {typed('backbone.checkpoint', weights)}")
     return 0
 
 
@@ -347,6 +348,8 @@ EXIT_BAD_INPUT, EXIT_INTERRUPTED = 2, 130
 
 def main() -> None:
     """Entry point of ``policyskip`` and ``python -m policyskip``."""
+    if sys.getfilesystemencoding() == "ascii":  # LC_ALL=C PYTHONUTF8=0: paths with other letters could not be named
+        os.execv(sys.executable, [sys.executable, "-X", "utf8", *sys.orig_argv[1:]])
     arguments = sys.argv[1:]
     if not arguments or arguments[0] in ("-h", "--help", "help"):
         print(USAGE)
@@ -548,5 +551,7 @@ def _changes() -> list[str]:
 
 
 def _stopped(command: str, run: Any) -> int:
-    print(f"Stopped and saved. Go on with:  policyskip {command} run.resume={run.folder}")
+    from policyskip.files import typed
+
+    print(f"Stopped and saved. Go on with:  policyskip {command} {typed('run.resume', run.folder)}")
     return EXIT_INTERRUPTED

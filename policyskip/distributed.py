@@ -1,7 +1,7 @@
 """Several processes that make one run, started by torchrun or Slurm: who is who, and what they have to agree on.
 
 All communication is torch.distributed's: gloo between CPUs, NCCL between GPUs. Without such a start there is one
-process, and every function here says so without importing anything or waiting for anyone. How a learner and its batch
+process, and every function here says so without waiting for anyone. How a learner and its batch
 are divided among the processes: ``dividing.py``.
 """
 
@@ -53,7 +53,7 @@ def joined() -> Iterator[None]:
         reason = " ".join(str(error).split())[:200]
         raise UserError(f"the other processes cannot be met ({reason}); torchrun starts them") from error
     if not is_first():
-        sys.stdout = open(os.devnull, "w")  # noqa: SIM115 - for as long as the process lives
+        sys.stdout = open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115 - for as long as the process lives
     try:
         yield
     finally:
@@ -168,10 +168,13 @@ def lost() -> Iterator[None]:
     except RuntimeError as error:
         if not is_loss(error):
             raise
-        raise UserError(LOSS) from error
+        raise UserError(loss(error)) from error
 
 
-LOSS = "another process of this run has ended, and with it the run"
+def loss(error: RuntimeError) -> str:
+    """What is said of it."""
+    reason = str(error).partition("\n")[0].rpartition("] ")[2][:200]  # without the place in torch's sources
+    return f"another process of this run has ended, and with it the run ({reason})"
 
 
 def is_loss(error: RuntimeError) -> bool:

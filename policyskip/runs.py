@@ -73,7 +73,7 @@ class Run:
     @property
     def command(self) -> str:
         """The command that made the run."""
-        return (self.folder / "config.yaml").read_text().partition("\n")[0].removeprefix("# ")
+        return (self.folder / "config.yaml").read_text("utf-8").partition("\n")[0].removeprefix("# ")
 
     def save_config(self, command: str, config: str) -> None:
         write(self.folder / "config.yaml", f"# {command}\n{config}".encode())
@@ -83,7 +83,7 @@ class Run:
         write(self.folder / name, f"{text}\n".encode())
 
     def load_json(self, name: str) -> dict[str, Any]:
-        content = _read(self.folder / name, lambda path: json.loads(path.read_text()))
+        content = _read(self.folder / name, lambda path: json.loads(path.read_bytes()))
         if not isinstance(content, dict):
             raise UserError(f"{self.folder / name} is damaged: it holds no JSON object")
         return content

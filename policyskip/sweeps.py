@@ -17,7 +17,7 @@ from math import prod
 from pathlib import Path
 from typing import Any
 
-from policyskip.files import refusing
+from policyskip.files import refusing, typed
 
 FAILED = "failed.jsonl"
 TOLD = "POLICYSKIP_SWEEP"
@@ -40,13 +40,13 @@ def prepare(command: str, arguments: list[str]) -> tuple[list[str], Path | None]
     if command not in NAMES or not {"-m", "--multirun"} & set(arguments):
         return arguments, None
     try:
-        typed = OverridesParser.create().parse_overrides([a for a in arguments if not a.startswith("-")])
-        sweeps = [o for o in typed if o.is_sweep_override()]
+        overrides = OverridesParser.create().parse_overrides([a for a in arguments if not a.startswith("-")])
+        sweeps = [o for o in overrides if o.is_sweep_override()]
         jobs = prod(len(list(o.sweep_string_iterator())) for o in sweeps)
     except HydraException:
         return arguments, None  # Hydra says what is wrong with them
     number, stamp = 1, time.strftime("%Y%m%d-%H%M%S")
-    given = {o.key_or_group for o in typed}
+    given = {o.key_or_group for o in overrides}
     runs = Path("runs").absolute() if "hydra/launcher" in given else Path("runs")  # workers start in other folders
     folder = runs / f"sweep-{stamp}"
     while folder.exists():
@@ -98,7 +98,7 @@ def run_job(command: Callable[[Any], int], config: Any, refused: Callable[[Excep
     print(f"{label}: started, {log}", flush=True)
     started = time.monotonic()
     problem, status = "", 0
-    with log.open("w") as file, contextlib.redirect_stdout(file):
+    with log.open("w", encoding="utf-8") as file, contextlib.redirect_stdout(file):
         try:
             status = command(config)
         except Exception as error:
@@ -119,7 +119,7 @@ def run_job(command: Callable[[Any], int], config: Any, refused: Callable[[Excep
 def _figures(folder: Path) -> str:
     """A run's figures in a few words."""
     try:
-        summary = json.loads((folder / "summary.json").read_text())
+        summary = json.loads((folder / "summary.json").read_bytes())
         share = summary.get("test/macs_fraction")
         cost = f" at {share:.3f} of the MACs" if share is not None else ""
         return f"test accuracy {100 * summary['test/accuracy']:.2f} %{cost}, "
@@ -153,5 +153,5 @@ def conclude(folder: Path) -> int:
         for job in failed:
             print(f"  [{job['job']}] {job['name']}: {job['problem']}", file=sys.stderr)
     if any(folder.glob("*/summary.json")):
-        print(f"Compare them:  policyskip compare runs={folder}")
+        print(f"Compare them:  policyskip compare {typed('runs', folder)}")
     return 2 if failed else 0

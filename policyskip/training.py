@@ -162,7 +162,7 @@ def train(
                     run.save_best(deployable())
                 save()
             if distributed.anyone(stop_asked()):
-                save()
+                distributed.first(save)  # nobody ends before it is done
                 return step == steps
     return True
 
@@ -208,7 +208,7 @@ def _told(last_good: Callable[[], str]) -> Iterator[None]:
         raise UserError(f"{error}; {last_good()}") from error
     except RuntimeError as error:
         if distributed.is_loss(error):
-            raise UserError(f"{distributed.LOSS}; {last_good()}") from error
+            raise UserError(f"{distributed.loss(error)}; {last_good()}") from error
         if "without overflow" not in str(error):  # torch's, for a learning rate that float32 does not hold
             raise
         raise UserError(f"a number of the optimizer is too large; {last_good()}") from error

@@ -21,6 +21,7 @@ from policyskip.data import Feed, TensorImages, crop_and_flip
 from policyskip.dividing import divide
 from policyskip.envs.block_selection import BlockSelectionVectorEnv
 from policyskip.pretraining import Pretrainer
+from policyskip.rewards import Budget, Reward
 from policyskip.runs import Run
 from policyskip.tracking import Tracker
 from policyskip.training import train
@@ -52,8 +53,8 @@ def msdnet_network() -> MSDNet:
                       growth_factors=[1, 2], bottleneck_factors=[1, 2])  # fmt: skip
 
 
-def blockdrop(steps: int, **options: Any) -> Made:
-    env = BlockSelectionVectorEnv(16, backbone=small_backbone(), images=augmented(), seed=0)
+def blockdrop(steps: int, reward: Reward | None = None, **options: Any) -> Made:
+    env = BlockSelectionVectorEnv(16, backbone=small_backbone(), images=augmented(), seed=0, reward=reward)
     agent = BlockDrop(env, steps, width=4, samples=2, curriculum=0.5, schedule="onecycle", alpha_end=0.98, **options)
     return agent, env, agent.policy.state_dict
 
@@ -76,6 +77,7 @@ def exit_agent(kind: Any, network: Callable[[], Any], steps: int, **options: Any
 LEARNERS: dict[str, Callable[[int], Made]] = {
     "blockdrop": blockdrop,
     "blockdrop with a value baseline": lambda steps: blockdrop(steps, baseline="value"),
+    "blockdrop on a budget": lambda steps: blockdrop(steps, Budget(0.5)),
     "skipnet": skipnet,
     "msdnet": lambda steps: exit_agent(MSDNetAgent, msdnet_network, steps),
     "branchynet": lambda steps: exit_agent(BranchyNet, exits, steps),

@@ -270,8 +270,12 @@ def test_a_killed_process_ends_the_run_and_the_folder_goes_on(rank, whole, folde
     assert same_run(Run(folder / "x"), Run(whole / "x"))
 
 
-def test_sigterm_saves_first_and_all_stop_at_one_update(folder):
-    result = stopped(folder, lambda process: process.send_signal(signal.SIGTERM))
+@pytest.mark.parametrize("told", ["one process", pytest.param("torchrun", marks=pytest.mark.slow)])
+def test_sigterm_saves_first_and_all_stop_at_one_update(told, folder):
+    def stop(process: subprocess.Popen[str]) -> None:
+        os.kill(process.pid if told == "torchrun" else worker(process, 1), signal.SIGTERM)
+
+    result = stopped(folder, stop)
     assert result.returncode != 0 and ours(result.stderr) == []
     assert result.stdout.count("Stopped and saved. Go on with:  policyskip train run.resume=x") == 1
     last = Run(folder / "x").metrics()[-1]["step"]
