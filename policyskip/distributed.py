@@ -173,7 +173,7 @@ def lost() -> Iterator[None]:
 
 def loss(error: RuntimeError) -> str:
     """What is said of it."""
-    reason = str(error).partition("\n")[0].rpartition("] ")[2][:200]  # without the place in torch's sources
+    reason = str(error).partition("\n")[0].partition(". ")[0].rpartition("] ")[2][:200]  # not where in torch it was
     return f"another process of this run has ended, and with it the run ({reason})"
 
 

@@ -114,7 +114,8 @@ def learn(
     learner.update = counted
 
     def validate() -> dict[str, float]:
-        return {"score": float(sum(value.double().sum() for value in deployable().values()))}
+        score = float(sum(value.double().sum() for value in deployable().values()))
+        return {"score": score, "accuracy": 0.5, "macs_fraction": 0.6}  # these are what a budget looks at
 
     options = dict(steps=steps, validate_every=3, log_every=2, choose_by="score", resume=resume)
     return train(learner, source, validate, deployable, run, Tracker(run, "none", {}), **options)
