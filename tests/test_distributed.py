@@ -190,9 +190,7 @@ def same_run(one: Run, two: Run) -> bool:
     return close(learned(one), learned(two)) and close(records(one), records(two)) and close(*figures)
 
 
-@pytest.mark.parametrize(
-    "command", [DEBUG, pytest.param(["pretrain", *DEBUG[1:]], marks=pytest.mark.slow)], ids=["train", "pretrain"]
-)
+@pytest.mark.parametrize("command", [DEBUG], ids=["train"])
 def test_a_command_comes_to_the_figures_of_one_process_and_one_process_writes(command, folder, tmp_path):
     """Ten updates: after more, a sampled decision that is within rounding of its probability may fall otherwise."""
     words = [*command, "train.steps=10", "train.validate_every=5"]
