@@ -29,30 +29,33 @@ def train(config: Any) -> int:
     from contextlib import nullcontext
     from functools import partial
 
-    from policyskip import resuming, tasks, training
+    from policyskip import distributed, resuming, tasks, training
     from policyskip.config import Settings, find_device, plain, set_up, settings_of
+    from policyskip.dividing import divide
     from policyskip.files import damaged
     from policyskip.tracking import Tracker
 
-    config, run, resume = _new_or_resumed(config)
+    config, run, resume = distributed.first(lambda: _new_or_resumed(config))
     settings = settings_of(config, Settings)
     device = find_device(settings.device)
-    if run is not None and resuming.is_finished(run, settings.train.steps, "policy.json"):
+    if run is not None and distributed.first(lambda: resuming.is_finished(run, settings.train.steps, "policy.json")):
         resuming.say_finished(run, settings.train.steps)
         return 0
     if run is None:
-        config = _with_proposed_exits(config, device, settings.seed)
+        config = distributed.first(lambda: _with_proposed_exits(config, device, settings.seed))
     content = plain(config) if run is None else resuming.with_own_start(plain(config), run)
     with nullcontext() if run is None else damaged(run.folder):
         setup = set_up(content, device, trusted=run is None or settings.run.trust)
         task = tasks.start(setup, settings)
+    divide(task.learner, task.source)
     print(task.greeting, flush=True)
-    run = _begin(config, run, resume)
-    if task.trains is not None and not resume:
+    run = distributed.first(lambda: _begin(config, run, resume))
+    if task.trains is not None and not resume and distributed.is_first():
         resuming.keep_start(run, task.trains, content["backbone"])
     group = settings.tracking.group or f"{task.names['agent']}-{task.names['data']}"
     tags = [*task.names.values(), f"seed {settings.seed}"]
-    tracker = Tracker(run, settings.tracking.mode, plain(config), settings.tracking.project, group, "train", tags)
+    mode = settings.tracking.mode if distributed.is_first() else "none"
+    tracker = Tracker(run, mode, plain(config), settings.tracking.project, group, "train", tags)
     try:
         chain = (task.learner, task.source, task.validate, task.deployable, run, tracker)
         if settings.train.steps:
@@ -63,7 +66,7 @@ def train(config: Any) -> int:
             finished = training.rest(*chain, resume=resume)
         if not finished:
             return _stopped("train", run)
-        summary = task.finish(run, tracker, run.load_checkpoint()["seconds"])
+        summary = distributed.first(lambda: task.finish(run, tracker, run.load_checkpoint()["seconds"]))
     except KeyboardInterrupt:
         resuming.say_interrupted("train", run)
         return EXIT_INTERRUPTED
@@ -78,7 +81,7 @@ def pretrain(config: Any) -> int:
     """A CIFAR ResNet learns to classify, with stochastic depth, and is written for ``backbone.checkpoint=``."""
     from functools import partial
 
-    from policyskip import resuming, training
+    from policyskip import distributed, resuming, training
     from policyskip.backbones import checkpoints
     from policyskip.backbones.resnet import CifarResNet
     from policyskip.config import (
@@ -92,16 +95,20 @@ def pretrain(config: Any) -> int:
         settings_of,
     )
     from policyskip.data import Feed
+    from policyskip.dividing import divide
     from policyskip.errors import UserError
+    from policyskip.files import typed
     from policyskip.pretraining import pixel_statistics
     from policyskip.tracking import Tracker
 
-    config, run, resume = _new_or_resumed(config)
+    config, run, resume = distributed.first(lambda: _new_or_resumed(config))
     content = plain(config)
     group_of(content, "pretrain")  # which a run of another command has not
     settings = settings_of(config, PretrainSettings)
     device = find_device(settings.device)
-    if run is not None and resuming.is_finished(run, settings.train.steps, "backbone.safetensors"):
+    if run is not None and distributed.first(
+        lambda: resuming.is_finished(run, settings.train.steps, "backbone.safetensors")
+    ):
         resuming.say_finished(run, settings.train.steps)
         return 0
     trusted = run is None or settings.run.trust
@@ -125,12 +132,28 @@ def pretrain(config: Any) -> int:
         seed=settings.seed,
     )
     feed = Feed(data.train, batch_size, "shuffled", settings.seed)
-    run = _begin(config, run, resume)
-    if not resume:
+    divide(learner, feed)
+    run = distributed.first(lambda: _begin(config, run, resume))
+    if not resume and distributed.is_first():
         resuming.keep_start(run, backbone, node)
     group = settings.tracking.group or f"pretrain-{data.name}"
     tags = [backbone.name, data.name, f"seed {settings.seed}"]
-    tracker = Tracker(run, settings.tracking.mode, content, settings.tracking.project, group, "pretrain", tags)
+    weights = run.folder / "backbone.safetensors"
+
+    def finish() -> dict[str, Any]:
+        backbone.load_state_dict(run.load_best())
+        checkpoints.save(backbone, weights)
+        summary = dict(
+            command=run.command, backbone=backbone.name, data=data.name, seed=settings.seed, steps=settings.train.steps
+        )
+        summary |= {"seconds": round(run.load_checkpoint()["seconds"], 1), "hash": backbone.content_hash()}
+        summary |= {f"test/{key}": value for key, value in learner.accuracies(data.test).items()}
+        run.save_json("summary.json", summary)
+        tracker.finish(summary, [], [weights, run.folder / "summary.json"], None)
+        return summary
+
+    mode = settings.tracking.mode if distributed.is_first() else "none"
+    tracker = Tracker(run, mode, content, settings.tracking.project, group, "pretrain", tags)
     try:
         finished = training.train(
             learner,
@@ -146,16 +169,7 @@ def pretrain(config: Any) -> int:
         )
         if not finished:
             return _stopped("pretrain", run)
-        backbone.load_state_dict(run.load_best())
-        weights = run.folder / "backbone.safetensors"
-        checkpoints.save(backbone, weights)
-        summary = dict(
-            command=run.command, backbone=backbone.name, data=data.name, seed=settings.seed, steps=settings.train.steps
-        )
-        summary |= {"seconds": round(run.load_checkpoint()["seconds"], 1), "hash": backbone.content_hash()}
-        summary |= {f"test/{key}": value for key, value in learner.accuracies(data.test).items()}
-        run.save_json("summary.json", summary)
-        tracker.finish(summary, [], [weights, run.folder / "summary.json"], None)
+        summary = distributed.first(finish)
     except KeyboardInterrupt:
         resuming.say_interrupted("pretrain", run)
         return EXIT_INTERRUPTED
@@ -163,8 +177,8 @@ def pretrain(config: Any) -> int:
         tracker.close()
     full, half = summary["test/accuracy"], summary["test/accuracy_half_the_blocks"]
     print(f"Test accuracy {100 * full:.2f} % with all blocks, {100 * half:.2f} % with a random half of them.")
-    chosen = f"backbone=cifar_resnet backbone.depth={backbone.architecture['depth']} backbone.checkpoint={weights}"
-    print(f"Use it:  policyskip train {chosen}")
+    chosen = f"backbone=cifar_resnet backbone.depth={backbone.architecture['depth']}"
+    print(f"Use it:  policyskip train {chosen} {typed('backbone.checkpoint', weights)}")
     return 0
 
 
@@ -334,6 +348,8 @@ EXIT_BAD_INPUT, EXIT_INTERRUPTED = 2, 130
 
 def main() -> None:
     """Entry point of ``policyskip`` and ``python -m policyskip``."""
+    if sys.getfilesystemencoding() == "ascii":  # LC_ALL=C PYTHONUTF8=0: paths with other letters could not be named
+        os.execv(sys.executable, [sys.executable, "-X", "utf8", *sys.orig_argv[1:]])
     arguments = sys.argv[1:]
     if not arguments or arguments[0] in ("-h", "--help", "help"):
         print(USAGE)
@@ -346,16 +362,32 @@ def main() -> None:
     if arguments[0] not in COMMANDS:
         print(f"policyskip: there is no command {arguments[0]!r}; it is one of {', '.join(COMMANDS)}", file=sys.stderr)
         sys.exit(EXIT_BAD_INPUT)
-    if arguments[0] in ("train", "pretrain") and int(os.environ.get("WORLD_SIZE") or 1) > 1:
-        processes = os.environ["WORLD_SIZE"]  # what torchrun tells the processes that it starts
-        print(f"policyskip: a run is one process, and this is one of {processes}; start it without torchrun",
-              file=sys.stderr)  # fmt: skip
-        sys.exit(EXIT_BAD_INPUT)
     command = sys.argv.pop(1)
     sys.argv[0] = f"policyskip {command}"
     sys.path.insert(0, os.getcwd())  # so that reward._target_=my_rewards.Mine finds my_rewards.py here
     os.environ["HYDRA_FULL_ERROR"] = "1"  # errors come to us, and become one line
-    sys.exit(_run(command))
+    sys.exit(_run_together(command) if command in ("train", "pretrain") and _is_one_of_several() else _run(command))
+
+
+def _is_one_of_several() -> bool:
+    """What torchrun tells the processes that it starts."""
+    return os.environ.get("WORLD_SIZE", "1") not in ("", "1")
+
+
+def _run_together(command: str) -> int:
+    """Be one of the processes that make a run."""
+    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # which torch reads when it is imported
+    from policyskip import distributed
+    from policyskip.errors import UserError
+
+    try:
+        with distributed.joined():
+            if {"-m", "--multirun"} & set(sys.argv):
+                several = UserError("--multirun makes several runs, of one process each; start it without torchrun")
+                return _refuse(command, several)
+            return _run(command)
+    except UserError as error:
+        return _refuse(command, error)
 
 
 def _run(command: str) -> int:
@@ -424,6 +456,11 @@ def _with_own_reward(arguments: list[str]) -> list[str]:
 
 
 def _refuse(command: str, error: Exception) -> int:
+    if _is_one_of_several():
+        from policyskip import distributed
+
+        if not distributed.speaks_first():
+            return EXIT_BAD_INPUT
     print(f"policyskip {command}: {_in_one_line(error)}", file=sys.stderr)
     return EXIT_BAD_INPUT
 
@@ -518,5 +555,7 @@ def _changes() -> list[str]:
 
 
 def _stopped(command: str, run: Any) -> int:
-    print(f"Stopped and saved. Go on with:  policyskip {command} run.resume={run.folder}")
+    from policyskip.files import typed
+
+    print(f"Stopped and saved. Go on with:  policyskip {command} {typed('run.resume', run.folder)}")
     return EXIT_INTERRUPTED

@@ -27,6 +27,7 @@ from pydantic import (
     ValidationError,
 )
 
+from policyskip import distributed
 from policyskip.agents.base import Agent
 from policyskip.agents.static import Keep, StaticFront
 from policyskip.backbones import ExitNetwork, Network
@@ -338,16 +339,20 @@ def find_device(name: str) -> torch.device:
         UserError: no such device here.
     """
     if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        name = "cuda" if torch.cuda.is_available() else "cpu"
     try:
         device = torch.device(name)
     except RuntimeError as error:
         raise UserError(f"device must be auto, cpu, cuda or cuda:N, got {name!r}") from error
     if device.type not in ("cpu", "cuda"):
         raise UserError(f"device must be auto, cpu, cuda or cuda:N, got {name!r}")
+    if distributed.world() > 1 and device.type == "cuda":
+        if device.index is not None:
+            raise UserError(f"{name} is one GPU, and each of {distributed.world()} processes needs its own: say cuda")
+        device = torch.device("cuda", distributed.local_rank())
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
         raise UserError(
-            f"device {name} is not there: this machine has {torch.cuda.device_count()} CUDA devices; say device=cpu"
+            f"device {device} is not there: this machine has {torch.cuda.device_count()} CUDA devices; say device=cpu"
         )
     torch.backends.cudnn.deterministic = True  # one seed, one result
     return device
@@ -406,6 +411,7 @@ def build_data(node: dict[str, Any], device: torch.device, trusted: bool = True)
     batch_size = node.pop("batch_size", 256)
     if not isinstance(batch_size, int) or batch_size < 1:
         raise UserError(f"data.batch_size must be a positive integer, got {batch_size!r}")
+    distributed.each(batch_size)  # found before there is data
     return build("data", node, trusted, device=device), batch_size
 
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import re
+import shlex
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -29,6 +31,15 @@ def damaged(path: Path) -> Iterator[None]:
     except Exception as error:
         reason = " ".join(str(error).split())[:200] or type(error).__name__
         raise UserError(f"{path} is damaged or not ours: {reason}") from error
+
+
+def typed(key: str, path: Path) -> str:
+    """``key=path`` as it has to be typed, so that both a shell and Hydra read it, whatever is in the path."""
+    if re.fullmatch(r"[\w./@%+-]+", str(path), re.ASCII):
+        return f"{key}={path}"
+    escaped = re.sub(r"(\\+)(?='|$)", r"\1\1", str(path)).replace("'", r"\'")
+    word = f"{key}='{escaped}'"
+    return shlex.quote(word) if set('"$`\\!') & set(word) else f'"{word}"'
 
 
 def write(path: Path, content: bytes) -> None:

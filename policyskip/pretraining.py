@@ -9,17 +9,20 @@ from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
+from policyskip import distributed
 from policyskip.backbones import sparse
 from policyskip.backbones.resnet import CifarResNet
+from policyskip.backbones.together import run_block_together
 from policyskip.data import Feed, Images, sequential
+from policyskip.dividing import Divisible
 from policyskip.errors import UserError
 from policyskip.finite import check_finite, check_gradients
 from policyskip.schedules import one_cycle
 
 
-class Pretrainer:
+class Pretrainer(Divisible):
     """SGD with Nesterov momentum on the cross-entropy, the learning rate going up and down once.
 
     Args:
@@ -32,6 +35,8 @@ class Pretrainer:
             every number of blocks.
         survival: the lowest keep probability.
     """
+
+    skips = True
 
     def __init__(
         self,
@@ -63,7 +68,7 @@ class Pretrainer:
         normalisation come from the images that a block really saw."""
         batch = feed.batch
         self.backbone.train()
-        logits_BC = sparse(self.backbone, batch.images, self._sample(len(batch)))
+        logits_BC = self.through(self._pass, batch.images, self._sample(len(batch)))
         loss = F.cross_entropy(logits_BC, batch.label_B)
         update = self.schedule.last_epoch + 1
         check_finite("pretrain", update, logits=logits_BC, loss=loss)
@@ -76,8 +81,25 @@ class Pretrainer:
         accuracy = (logits_BC.argmax(1) == batch.label_B).float().mean().item()
         return {"loss": loss.item(), "accuracy": accuracy, "lr": float(self.schedule.get_last_lr()[0])}
 
-    def _sample(self, B: int) -> Tensor:
+    @property
+    def learning(self) -> list[nn.Module]:
+        return [self.backbone]
+
+    def _pass(self, images: Tensor, keep_BK: Tensor) -> Tensor:
+        """Logits (B, C)."""
+        if distributed.world() == 1:
+            return sparse(self.backbone, images, keep_BK)
+        x = self.backbone.features(images)
+        for block, keep_B in zip(self.backbone.blocks, keep_BK.unbind(1), strict=True):
+            x = run_block_together(block, x, keep_B.nonzero().squeeze(1).to(x.device))
+        return self.backbone.head(x)
+
+    def _sample(self, images: int) -> Tensor:
         """Which blocks run for each image, bool (B, K)."""
+        return distributed.share(self._sample_whole(distributed.world() * images))
+
+    def _sample_whole(self, B: int) -> Tensor:
+        """The same for the batch of all processes."""
         K = self.backbone.num_blocks
         if self.stochastic_depth == "none":
             return torch.ones(B, K, dtype=torch.bool)

@@ -7,7 +7,7 @@ from typing import Any
 
 from policyskip.backbones import Network, checkpoints
 from policyskip.errors import UserError
-from policyskip.files import damaged
+from policyskip.files import damaged, typed
 from policyskip.runs import Run
 
 START = "start.safetensors"
@@ -39,7 +39,7 @@ def say_finished(run: Run, steps: int) -> None:
 
 def say_interrupted(command: str, run: Run) -> None:
     """What is said after an interruption that waited for nothing: what there is to go on from, if anything."""
-    again = f"policyskip {command} run.resume={run.folder}"
+    again = f"policyskip {command} {typed('run.resume', run.folder)}"
     if (run.folder / "checkpoint.pt").is_file():
         step = run.load_checkpoint().get("step")
         print(f"Stopped at once; what came after update {step} is not kept. Go on with:  {again}")

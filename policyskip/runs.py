@@ -32,11 +32,14 @@ except ImportError:  # Windows
 
 
 class Run:
-    """A run's folder; see :func:`create` and :func:`open_run`."""
+    """A run's folder; see :func:`create` and :func:`open_run`. Handed to another process it is a :class:`ReadRun`."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         self._let_go: Callable[[], object] | None = None
+
+    def __reduce__(self) -> tuple[type[Run], tuple[Path]]:
+        return ReadRun, (self.folder,)
 
     def hold(self) -> None:
         """Keep other processes from writing into the folder, until it is released or this process ends.
@@ -70,7 +73,7 @@ class Run:
     @property
     def command(self) -> str:
         """The command that made the run."""
-        return (self.folder / "config.yaml").read_text().partition("\n")[0].removeprefix("# ")
+        return (self.folder / "config.yaml").read_text("utf-8").partition("\n")[0].removeprefix("# ")
 
     def save_config(self, command: str, config: str) -> None:
         write(self.folder / "config.yaml", f"# {command}\n{config}".encode())
@@ -80,7 +83,7 @@ class Run:
         write(self.folder / name, f"{text}\n".encode())
 
     def load_json(self, name: str) -> dict[str, Any]:
-        content = _read(self.folder / name, lambda path: json.loads(path.read_text()))
+        content = _read(self.folder / name, lambda path: json.loads(path.read_bytes()))
         if not isinstance(content, dict):
             raise UserError(f"{self.folder / name} is damaged: it holds no JSON object")
         return content
@@ -138,6 +141,24 @@ class Run:
         """Forget the records after ``step``: a resumed run writes them again."""
         kept = [record for record in self.metrics() if record["step"] <= step]
         write(self.folder / "metrics.jsonl", "".join(json.dumps(record) + "\n" for record in kept).encode())
+
+
+class ReadRun(Run):
+    """The folder of a run that several processes make, for those that do not write into it."""
+
+    def hold(self) -> None: ...
+
+    def save_config(self, command: str, config: str) -> None: ...
+
+    def save_json(self, name: str, content: dict[str, Any]) -> None: ...
+
+    def save_checkpoint(self, state: dict[str, Any]) -> None: ...
+
+    def save_best(self, tensors: dict[str, Tensor]) -> None: ...
+
+    def append_metrics(self, record: dict[str, Any]) -> None: ...
+
+    def rewind_metrics(self, step: int) -> None: ...
 
 
 _HELD: weakref.WeakSet[Run] = weakref.WeakSet()

@@ -17,7 +17,7 @@ from math import prod
 from pathlib import Path
 from typing import Any
 
-from policyskip.files import refusing
+from policyskip.files import refusing, typed
 
 FAILED = "failed.jsonl"
 SWEEP = "POLICYSKIP_SWEEP"
@@ -41,13 +41,13 @@ def prepare(command: str, arguments: list[str]) -> tuple[list[str], Path | None]
     if command not in NAMES or not {"-m", "--multirun"} & set(arguments):
         return arguments, None
     try:
-        typed = OverridesParser.create().parse_overrides(get_args_parser().parse_args(arguments).overrides)
-        sweeps = [o for o in typed if o.is_sweep_override()]
+        overrides = OverridesParser.create().parse_overrides(get_args_parser().parse_args(arguments).overrides)
+        sweeps = [o for o in overrides if o.is_sweep_override()]
         jobs = prod(len(list(o.sweep_string_iterator())) for o in sweeps)
     except HydraException:
         return arguments, None  # Hydra says what is wrong with them
     number, stamp = 1, time.strftime("%Y%m%d-%H%M%S")
-    given = {o.key_or_group for o in typed}
+    given = {o.key_or_group for o in overrides}
     runs = Path("runs").absolute() if "hydra/launcher" in given else Path("runs")  # workers start in other folders
     folder = runs / f"sweep-{stamp}"
     while folder.exists():
@@ -99,7 +99,7 @@ def run_job(command: Callable[[Any], int], config: Any, refused: Callable[[Excep
     print(f"{label}: started, {log}", flush=True)
     started = time.monotonic()
     problem, status = "", 0
-    with log.open("w") as file, contextlib.redirect_stdout(file):
+    with log.open("w", encoding="utf-8") as file, contextlib.redirect_stdout(file):
         try:
             status = command(config)
         except Exception as error:
@@ -122,7 +122,7 @@ def run_job(command: Callable[[Any], int], config: Any, refused: Callable[[Excep
 def _figures(folder: Path) -> str:
     """A run's figures in a few words."""
     try:
-        summary = json.loads((folder / "summary.json").read_text())
+        summary = json.loads((folder / "summary.json").read_bytes())
         share = summary.get("test/macs_fraction")
         cost = f" at {share:.3f} of the MACs" if share is not None else ""
         return f"test accuracy {100 * summary['test/accuracy']:.2f} %{cost}, "
@@ -156,5 +156,5 @@ def conclude(folder: Path) -> int:
         for job in failed:
             print(f"  [{job['job']}] {job['name']}: {job['problem']}", file=sys.stderr)
     if any(folder.rglob("summary.json")):
-        print(f"Compare them:  policyskip compare runs={folder}")
+        print(f"Compare them:  policyskip compare {typed('runs', folder)}")
     return 2 if failed else 0

@@ -79,7 +79,7 @@ class Tracker:
         for name, lines in (tables or {}).items():
             content = [list(line.values()) for line in lines]
             self.wandb_run.log({name: wandb.Table(columns=list(lines[0]), data=content, allow_mixed_types=True)})
-        artifact = wandb.Artifact(re.sub(r"[^\w.-]", "-", self.run.name), type=kind)
+        artifact = wandb.Artifact(re.sub(r"[^\w.-]", "-", self.run.name, flags=re.ASCII), type=kind)
         for path in files:
             artifact.add_file(str(path))
         self.wandb_run.log_artifact(artifact)

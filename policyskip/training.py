@@ -16,6 +16,7 @@ from typing import Any, Protocol, TypeVar
 import torch
 from torch import Tensor
 
+from policyskip import distributed
 from policyskip.errors import UserError
 from policyskip.files import damaged
 from policyskip.finite import NotFiniteError, first_bad
@@ -90,7 +91,7 @@ def train(
     step, best, elapsed, window = 0, float("-inf"), 0.0, []
     reward = getattr(source, "reward", None)
     if resume:
-        state = run.load_checkpoint()
+        state = distributed.first(run.load_checkpoint)
         with damaged(run.folder / "checkpoint.pt"):
             step, best, elapsed = int(state["step"]), float(state["best"]), float(state["seconds"])
             window = [{str(key): float(value) for key, value in means.items()} for means in state["window"]]
@@ -101,7 +102,7 @@ def train(
         if step > steps:
             raise UserError(f"{run.folder} has done {step} updates already; train.steps={steps} is below that")
         if best > float("-inf"):  # damaged weights would be missed only at the end
-            kept, own = run.load_best(), deployable()
+            kept, own = distributed.first(run.load_best), deployable()
             if {name: t.shape for name, t in kept.items()} != {name: t.shape for name, t in own.items()}:
                 raise UserError(f"{run.folder / 'best.safetensors'} is not of what this run learns")
         run.rewind_metrics(step)
@@ -141,7 +142,9 @@ def train(
     with _told(last_good), _stop_requests() as stop_asked, _progress(steps, step) as show:
         while step < steps:
             with damaged(run.folder / "checkpoint.pt") if resume and step == saved else nullcontext():
-                window.append(learner.update(source))  # the first: an optimizer's state is looked at only here
+                window.append(
+                    distributed.average(learner.update(source))
+                )  # the first: an optimizer's state is looked at only here
             if isinstance(reward, Adaptive):
                 window[-1] |= reward.adapt(window[-1])
             step += 1
@@ -153,14 +156,14 @@ def train(
                 give_back()
             if step % validate_every == 0 or step == steps:
                 check()
-                figures = _judged(validate(), reward)
+                figures = distributed.first(lambda: _judged(validate(), reward))
                 tracker.log(step, time.monotonic() - started, {f"val/{key}": value for key, value in figures.items()})
                 if figures[choose_by] > best and step >= min(choose_after, 1.0) * steps:
                     best = figures[choose_by]
                     run.save_best(deployable())
                 save()
-            if stop_asked():
-                save()
+            if distributed.anyone(stop_asked()):
+                distributed.first(save)  # nobody ends before it is done
                 return step == steps
     return True
 
@@ -207,6 +210,8 @@ def _told(last_good: Callable[[], str]) -> Iterator[None]:
     except torch.OutOfMemoryError as error:
         raise UserError(f"the device ran out of memory; a smaller data.batch_size needs less; {last_good()}") from error
     except RuntimeError as error:
+        if distributed.is_loss(error):
+            raise UserError(f"{distributed.loss(error)}; {last_good()}") from error
         if "without overflow" not in str(error):  # torch's, for a learning rate that float32 does not hold
             raise
         raise UserError(f"a number of the optimizer is too large; {last_good()}") from error
@@ -229,7 +234,7 @@ def _stop_requests() -> Iterator[Callable[[], bool]]:
 
     def ask(number: int, frame: object) -> None:
         nonlocal asked
-        if asked:
+        if asked and distributed.world() == 1:  # torchrun, and Slurm around it, may say the same thing twice
             raise KeyboardInterrupt
         asked = True
 

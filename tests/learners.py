@@ -16,10 +16,13 @@ from policyskip.agents.distiller import Distiller
 from policyskip.agents.msdnet import MSDNetAgent
 from policyskip.agents.skipnet import SkipNet
 from policyskip.backbones.msdnet import MSDNet
+from policyskip.backbones.resnet import CifarResNet
 from policyskip.backbones.resnet_exits import ResNetExits
 from policyskip.data import Feed, TensorImages, crop_and_flip
+from policyskip.dividing import divide
 from policyskip.envs.block_selection import BlockSelectionVectorEnv
 from policyskip.pretraining import Pretrainer
+from policyskip.rewards import Budget, Reward
 from policyskip.runs import Run
 from policyskip.tracking import Tracker
 from policyskip.training import train
@@ -51,8 +54,8 @@ def msdnet_network() -> MSDNet:
                       growth_factors=[1, 2], bottleneck_factors=[1, 2])  # fmt: skip
 
 
-def blockdrop(steps: int, **options: Any) -> Made:
-    env = BlockSelectionVectorEnv(16, backbone=small_backbone(), images=augmented(), seed=0)
+def blockdrop(steps: int, reward: Reward | None = None, **options: Any) -> Made:
+    env = BlockSelectionVectorEnv(16, backbone=small_backbone(), images=augmented(), seed=0, reward=reward)
     agent = BlockDrop(env, steps, width=4, samples=2, curriculum=0.5, schedule="onecycle", alpha_end=0.98, **options)
     return agent, env, agent.policy.state_dict
 
@@ -62,25 +65,37 @@ def skipnet(steps: int) -> Made:
     return agent, feed(), agent.network.state_dict
 
 
-def pretrain(steps: int) -> Made:
+def pretrain(steps: int, **options: Any) -> Made:
     backbone = small_backbone()
+    return Pretrainer(backbone, steps, **options), feed(), backbone.state_dict
+
+
+def deep(steps: int) -> Made:
+    """From random weights, so that in float32 rounding decides some of its ReLUs."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        backbone = CifarResNet(32, 5, width=4).double()
     return Pretrainer(backbone, steps), feed(), backbone.state_dict
 
 
-def exit_agent(kind: Any, network: Callable[[], Any], steps: int) -> Made:
+def exit_agent(kind: Any, network: Callable[[], Any], steps: int, **options: Any) -> Made:
     net = network()
-    return kind(net, steps, lr=0.01), feed(), net.state_dict
+    return kind(net, steps, lr=0.01, **options), feed(), net.state_dict
 
 
 LEARNERS: dict[str, Callable[[int], Made]] = {
     "blockdrop": blockdrop,
     "blockdrop with a value baseline": lambda steps: blockdrop(steps, baseline="value"),
+    "blockdrop on a budget": lambda steps: blockdrop(steps, Budget(0.5)),
     "skipnet": skipnet,
     "msdnet": lambda steps: exit_agent(MSDNetAgent, msdnet_network, steps),
     "branchynet": lambda steps: exit_agent(BranchyNet, exits, steps),
+    "branchynet by SGD": lambda steps: exit_agent(BranchyNet, exits, steps, optimizer="sgd"),
     "cdl": lambda steps: exit_agent(CDL, exits, steps),
     "distiller": lambda steps: exit_agent(Distiller, exits, steps),
     "pretrain": pretrain,
+    "pretrain a deep network in float64": deep,
+    "pretrain with blocks that hardly run": lambda steps: pretrain(steps, stochastic_depth="linear", survival=0.02),
 }
 
 
@@ -95,6 +110,7 @@ def learn(
     """Train a learner; ``stop_at`` sends this process a Ctrl-C during that update, and ``spoil`` is called with learner,
     source and number before every one."""
     learner, source, deployable = LEARNERS[name](steps)
+    divide(learner, source)
     update, count = learner.update, [run.load_checkpoint()["step"] if resume else 0]
 
     def counted(source: Any) -> dict[str, float]:
@@ -108,7 +124,8 @@ def learn(
     learner.update = counted
 
     def validate() -> dict[str, float]:
-        return {"score": float(sum(value.double().sum() for value in deployable().values()))}
+        score = float(sum(value.double().sum() for value in deployable().values()))
+        return {"score": score, "accuracy": 0.5, "macs_fraction": 0.6}  # these are what a budget looks at
 
     options = dict(steps=steps, validate_every=3, log_every=2, choose_by="score", resume=resume)
     return train(learner, source, validate, deployable, run, Tracker(run, "none", {}), **options)

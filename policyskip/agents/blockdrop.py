@@ -15,8 +15,9 @@ from typing import Any, Literal, get_args
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
+from policyskip import distributed
 from policyskip.agents.base import Agent
 from policyskip.agents.baselines import (
     Baseline,
@@ -28,6 +29,7 @@ from policyskip.agents.baselines import (
 )
 from policyskip.agents.policies import ConstantPolicy, PolicyNetwork
 from policyskip.backbones.costs import count_macs
+from policyskip.dividing import Divisible
 from policyskip.envs.block_selection import BlockSelectionVectorEnv
 from policyskip.errors import UserError
 from policyskip.finite import check_finite, check_gradients
@@ -81,7 +83,7 @@ def bernoulli_entropy(probability: Tensor) -> Tensor:
     return -(torch.xlogy(probability, probability) + torch.xlogy(1 - probability, 1 - probability))
 
 
-class BlockDrop(Agent):
+class BlockDrop(Agent, Divisible):
     """REINFORCE with a baseline, under a curriculum that frees the last blocks first.
 
     The defaults here are the paper's; those of ``configs/agent/blockdrop.yaml`` learn in minutes.
@@ -178,7 +180,7 @@ class BlockDrop(Agent):
         gradient."""
         self._free_blocks()
         self.policy.train()
-        features_BD, logits_BK = self.policy.look(env.observation)
+        logits_BK, value_B = self.through(self._look, env.observation)
         probability_BK = logits_BK.detach().sigmoid()
         keep_SBK = self._sample(probability_BK)
         greedy_BK = self.policy.greedy(logits_BK)
@@ -195,8 +197,7 @@ class BlockDrop(Agent):
             metrics |= {"reward": reward[-1].mean().item(), "accuracy": correct_B.float().mean().item()}
         elif self.baseline == "leave_one_out":
             advantage_SB = leave_one_out_advantage(reward_SB)
-        elif self.value_head is not None:
-            value_B = self.value_head(features_BD)
+        elif value_B is not None:
             advantage_SB, fit = value_advantage(reward_SB, value_B), value_loss(value_B, reward_SB)
             metrics["value_loss"] = fit.item()
         else:
@@ -231,9 +232,20 @@ class BlockDrop(Agent):
         first, last = self.alphas
         return first + (last - first) * min(1.0, self.step / self.total_steps)
 
+    @property
+    def learning(self) -> list[nn.Module]:
+        return [self.policy] if self.value_head is None else [self.policy, self.value_head]
+
+    def _look(self, images: Tensor) -> tuple[Tensor, Tensor | None]:
+        """Logits (B, K), and what the value head, if there is one, expects of each image, (B,)."""
+        features_BD, logits_BK = self.policy.look(images)
+        return logits_BK, None if self.value_head is None else self.value_head(features_BD)
+
     def _sample(self, probability_BK: Tensor) -> Tensor:
         """Decisions bool (S, B, K) from the bounded Bernoulli; blocks not yet free are kept."""
-        uniform = torch.rand(self.samples, *probability_BK.shape, generator=self.generator).to(probability_BK.device)
+        B, K = probability_BK.shape
+        whole = torch.rand(self.samples, distributed.world() * B, K, generator=self.generator)
+        uniform = distributed.share(whole, 1).to(probability_BK.device)
         return (uniform < bounded(probability_BK, self.alpha)) | ~self.policy.free_K
 
     def _free_blocks(self) -> None:

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from policyskip.backbones.exits import ExitNetwork
 from policyskip.data import Feed
+from policyskip.dividing import Divisible
 from policyskip.envs.exit_sources import read
 from policyskip.errors import UserError
 from policyskip.exits.cache import CachedExits
@@ -75,7 +76,7 @@ class ThresholdPolicy(nn.Module):
         return self.rule.leaves(seen.probability_BC, threshold_B) | (seen.exit_B == num_exits - 1)
 
 
-class EarlyExitAgent(ABC):
+class EarlyExitAgent(Divisible, ABC):
     """A network that learns to answer at every exit, and the rule by which images leave.
 
     Args:
@@ -142,7 +143,7 @@ class EarlyExitAgent(ABC):
         """One step down the joint loss on the batch that the feed shows."""
         batch = feed.batch
         self.network.train()
-        logits_BNC = self.network(batch.images)
+        logits_BNC = self.through(self.network, batch.images)
         loss = joint_loss(logits_BNC, batch.label_B, self.weights().to(logits_BNC))
         check_finite(self.name, self.step + 1, logits=logits_BNC, loss=loss)
         self.optimizer.zero_grad(set_to_none=True)
@@ -155,6 +156,10 @@ class EarlyExitAgent(ABC):
         correct_N = (logits_BNC.argmax(-1) == batch.label_B.unsqueeze(1)).float().mean(0)
         metrics = {"loss": loss.item(), "accuracy": correct_N[-1].item(), "lr": self.schedule.get_last_lr()[0]}
         return metrics | {f"accuracy_exit{n}": accuracy for n, accuracy in enumerate(correct_N.tolist())}
+
+    @property
+    def learning(self) -> list[nn.Module]:
+        return [self.network]
 
     def act(self, observation: Tensor) -> Tensor:
         """The action for observations of ``policyskip/EarlyExit-v0``, bool (B,): True leaves."""

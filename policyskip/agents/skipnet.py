@@ -14,14 +14,16 @@ from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
+from policyskip import distributed
 from policyskip.agents.early_exit import OptimizerName, ScheduleName
 from policyskip.backbones.base import Backbone
 from policyskip.backbones.checkpoints import seeded
 from policyskip.backbones.costs import count_costs
 from policyskip.backbones.gated import GatedNetwork, GatedRun
 from policyskip.data import Feed
+from policyskip.dividing import Divisible
 from policyskip.errors import UserError
 from policyskip.finite import check_finite, check_gradients
 from policyskip.schedules import SCHEDULES
@@ -78,7 +80,7 @@ def hybrid_loss(
     return (ce_B - rl_weight * (advantage_BG * log_probability_BG).sum(1)).mean()
 
 
-class SkipNet:
+class SkipNet(Divisible):
     """A network with gates that learns in two stages from labelled images.
 
     The defaults here are the paper's; those of ``configs/agent/skipnet.yaml`` learn in minutes from a trained network.
@@ -110,6 +112,7 @@ class SkipNet:
     """
 
     name = "skipnet"
+    skips = True
 
     def __init__(
         self,
@@ -178,9 +181,9 @@ class SkipNet:
         baseline_BG = self._baseline(images, label_B) if hybrid else None
         self.network.train()
         run = (
-            self.network.sampled(images, self._uniform(len(images)))
+            self.through(self.network.sampled, images, self._uniform(len(images)))
             if hybrid
-            else self.network.straight_through(images)
+            else self.through(self.network.straight_through, images)
         )
         keep_BG = run.keep_BK[:, 1:]
         ce_B = F.cross_entropy(run.logits_BC, label_B, reduction="none")
@@ -209,6 +212,10 @@ class SkipNet:
             "lr": float(self.schedule.get_last_lr()[0]),
         }
 
+    @property
+    def learning(self) -> list[nn.Module]:
+        return [self.network]
+
     @torch.no_grad()
     def act(self, observation: Tensor) -> Tensor:
         """The greedy decisions, bool (B, K), for images uint8 (B, 3, H, W); no gradient, evaluation mode."""
@@ -228,7 +235,8 @@ class SkipNet:
 
     def _uniform(self, B: int) -> Tensor:
         """Fresh uniform numbers (B, G)."""
-        return torch.rand(B, len(self.cost_G), generator=self.generator).to(self.cost_G.device)
+        whole = torch.rand(distributed.world() * B, len(self.cost_G), generator=self.generator)
+        return distributed.share(whole).to(self.cost_G.device)
 
     def state_dict(self) -> dict[str, Any]:
         return {

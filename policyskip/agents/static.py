@@ -142,7 +142,7 @@ class StaticFront:
         Raises:
             OSError, ValueError, TypeError, KeyError: it is not there, or is no front.
         """
-        content: dict[str, Any] = json.loads(path.read_text())
+        content: dict[str, Any] = json.loads(path.read_bytes())
         content["sets"] = [tuple(mark == "1" for mark in keep) for keep in content["sets"]]
         for name in ("accuracy", "macs"):
             content[name] = [float(value) for value in content[name]]

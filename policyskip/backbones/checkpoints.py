@@ -154,7 +154,7 @@ def check_data(checkpoint: str | None, data: str) -> None:
     """UserError if ``checkpoint`` names shipped weights that were trained on other data than ``data``."""
     if checkpoint not in shipped() or find(checkpoint).parent != WEIGHTS:
         return
-    trained_on = json.loads((WEIGHTS / f"{checkpoint}.json").read_text())["data"]
+    trained_on = json.loads((WEIGHTS / f"{checkpoint}.json").read_bytes())["data"]
     if trained_on != data:
         raise UserError(
             f"backbone.checkpoint={checkpoint} was trained on {trained_on}, not on {data}: give weights of a network "

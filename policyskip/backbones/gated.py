@@ -12,9 +12,9 @@ import torch
 from torch import Tensor
 
 from policyskip.backbones.base import Backbone, Block, Network
-from policyskip.backbones.execution import run_block
 from policyskip.backbones.gates import GATES, Memory, straight_through
 from policyskip.backbones.resnet_exits import feature_shapes
+from policyskip.backbones.together import anyone_runs, run_block_together
 from policyskip.errors import UserError
 
 
@@ -95,7 +95,7 @@ class GatedNetwork(Network):
                 x = straight_through(*_both(block, x, keep_B), probability_B)
             else:
                 keep_B = probability_B > uniform_BG[:, g]
-                x = run_block(block, x, keep_B.nonzero().squeeze(1))
+                x = run_block_together(block, x, keep_B.nonzero().squeeze(1))
             answers.append(logit_B)
             kept.append(keep_B)
         return GatedRun(self.backbone.head(x), torch.stack(answers, 1), torch.stack(kept, 1))
@@ -110,7 +110,7 @@ def _both(block: Block, x: Tensor, keep_B: Tensor) -> tuple[Tensor, Tensor]:
     rows, rest = keep_B.nonzero().squeeze(1), (~keep_B).nonzero().squeeze(1)
     shortcut = block.shortcut(x)
     kept = torch.zeros_like(shortcut)
-    if len(rows):
+    if anyone_runs(block, rows):
         kept = kept.index_copy(0, rows, torch.relu(shortcut[rows] + block.residual(x[rows])))
     if len(rest):
         learning = block.residual.training

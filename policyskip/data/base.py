@@ -17,6 +17,7 @@ from typing import Literal, Protocol
 import torch
 from torch import Tensor
 
+from policyskip import distributed
 from policyskip.errors import UserError
 
 SPLIT_SEED = 0
@@ -26,6 +27,7 @@ IN_MEMORY_BYTES = 2**30
 
 
 Order = Literal["shuffled", "sequential"]
+WHOLE = slice(None)
 
 
 @dataclass(frozen=True)
@@ -52,8 +54,8 @@ class Images(Protocol):
 
     def __len__(self) -> int: ...
 
-    def stream(self, orders: Iterable[tuple[Tensor, int]]) -> Iterator[Batch]:
-        """A batch for each (index int64 (B,), augmentation seed)."""
+    def stream(self, orders: Iterable[tuple[Tensor, int]], part: slice = WHOLE) -> Iterator[Batch]:
+        """A batch for each (index int64 (B,), augmentation seed), or that part of it."""
         ...
 
     def plain(self) -> Images:
@@ -126,7 +128,14 @@ class Feed:
         if order not in ("shuffled", "sequential"):
             raise UserError(f"order must be shuffled or sequential, got {order!r}")
         self.images, self.batch_size, self.order, self.seed = images, batch_size, order, seed
+        self.part = WHOLE
         self.seek(0)
+
+    def divide(self) -> None:
+        """From now on show this process's part of each batch; the parts of all, side by side, are the batch."""
+        size = distributed.each(self.batch_size)
+        self.part = slice(distributed.rank() * size, (distributed.rank() + 1) * size)
+        self.seek(self.cursor)
 
     def seek(self, cursor: int, seed: int | None = None) -> None:
         """Show batch number ``cursor`` of the order (of that seed)."""
@@ -136,7 +145,7 @@ class Feed:
             orders = shuffled(len(self.images), self.batch_size, self.seed, cursor)
         else:
             orders = sequential(len(self.images), self.batch_size, cursor)
-        self._stream = self.images.stream(orders)
+        self._stream = self.images.stream(orders, self.part)
         self.batch = next(self._stream)
 
     def advance(self) -> Batch:
@@ -185,13 +194,13 @@ class TensorImages:
     def __len__(self) -> int:
         return len(self.label_N)
 
-    def stream(self, orders: Iterable[tuple[Tensor, int]]) -> Iterator[Batch]:
+    def stream(self, orders: Iterable[tuple[Tensor, int]], part: slice = WHOLE) -> Iterator[Batch]:
         for index_B, seed in orders:
             on_device = index_B.to(self.images.device)
             images = self.images[on_device]
             if self.augment is not None:
                 images = self.augment(images, torch.Generator().manual_seed(seed))
-            yield Batch(images, self.label_N[on_device], index_B)
+            yield Batch(images[part], self.label_N[on_device[part]], index_B[part])
 
     def plain(self) -> TensorImages:
         return TensorImages(self.images, self.label_N, self.difficulty, recipe=self.recipe)

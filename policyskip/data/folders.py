@@ -17,7 +17,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from policyskip.data.base import IN_MEMORY_BYTES, Batch, Data, crop_and_flip, hold_out, in_memory, mix
+from policyskip.data.base import IN_MEMORY_BYTES, WHOLE, Batch, Data, crop_and_flip, hold_out, in_memory, mix
 from policyskip.errors import UserError
 
 
@@ -173,8 +173,8 @@ class FileImages:
         image = read_image(self.files[index], self.size, mix(seed, index) if self.augment else None)
         return torch.from_numpy(image).permute(2, 0, 1), int(self.label_N[index]), index
 
-    def stream(self, orders: Iterable[tuple[Tensor, int]]) -> Iterator[Batch]:
-        batches: Any = ([(int(i), seed) for i in index_B] for index_B, seed in orders)
+    def stream(self, orders: Iterable[tuple[Tensor, int]], part: slice = WHOLE) -> Iterator[Batch]:
+        batches: Any = ([(int(i), seed) for i in index_B[part]] for index_B, seed in orders)
         loader: Any = torch.utils.data.DataLoader(
             self,  # type: ignore[arg-type]
             batch_sampler=batches,

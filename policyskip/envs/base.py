@@ -106,6 +106,14 @@ class ImageVectorEnv(VectorEnv[Tensor, Tensor, Tensor]):
         self._begin()
         return self.observation
 
+    def divide(self) -> None:
+        """From now on show this process's part of each batch, where several processes make one run."""
+        self.feed.divide()
+        self.num_envs = len(self.observation)
+        self.observation_space = batch_space(self.single_observation_space, self.num_envs)
+        self.action_space = batch_space(self.single_action_space, self.num_envs)
+        self._begin()
+
     def _begin(self) -> None:
         """Other images are shown. An episode of more than one step starts here."""
 

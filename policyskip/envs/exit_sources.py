@@ -15,6 +15,7 @@ from torch import Tensor
 
 from policyskip.backbones.exits import ExitCosts, ExitNetwork, State, count_exit_costs, rows_of
 from policyskip.data import Batch, Feed
+from policyskip.data.base import WHOLE
 from policyskip.exits.cache import CachedExits
 from policyskip.exits.rules import entropy, top_two
 
@@ -175,8 +176,8 @@ class Places:
     def __len__(self) -> int:
         return len(self.label_N)
 
-    def stream(self, orders: Iterable[tuple[Tensor, int]]) -> Iterator[Batch]:
-        for index_B, _ in orders:
+    def stream(self, orders: Iterable[tuple[Tensor, int]], part: slice = WHOLE) -> Iterator[Batch]:
+        for index_B in (whole_B[part] for whole_B, _ in orders):
             on_device = index_B.to(self.label_N.device)
             yield Batch(on_device, self.label_N.index_select(0, on_device), index_B)
 

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import inspect
 from typing import Any, Protocol
 
 from torch import Tensor
 
+from policyskip import distributed
 from policyskip.backbones import Network
-from policyskip.config import Settings, Setup, group_of
+from policyskip.config import Settings, Setup, class_of, group_of
 from policyskip.decisions import Decisions
+from policyskip.dividing import Divisible
 from policyskip.errors import UserError
 from policyskip.runs import Run
 from policyskip.tasks import blocks, exits, layers, leaving
@@ -72,6 +75,9 @@ def start(setup: Setup, settings: Settings) -> Task:
         raise UserError("train.steps must be at least 1, got 0")
     if steps and not learns(setup.config):
         raise UserError(f"this agent has nothing to learn, so train.steps must be 0, got {steps}")
+    agent = class_of(setup.config, "agent", setup.trusted)
+    if distributed.world() > 1 and not (inspect.isclass(agent) and issubclass(agent, Divisible)):
+        raise UserError(f"the agent {agent.__name__} learns in one process; start it without torchrun")
     if has_gates(setup.config):
         if settings.front is None:
             raise UserError("the configuration has no front, and skipping blocks needs one")

@@ -16,7 +16,7 @@ from platformdirs import user_cache_path
 from rich.progress import Progress
 from torch import Tensor
 
-from policyskip import decisions, plots
+from policyskip import decisions, distributed, plots
 from policyskip.agents.base import Agent
 from policyskip.agents.policies import KeepPolicy
 from policyskip.agents.static import Keep, SetScorer, StaticFront, find_front, known_front, tries_every_set
@@ -146,8 +146,9 @@ class BlockTask:
         policy = setup.agent(env).policy  # likewise, and before the front is searched
         if isinstance(policy, KeepPolicy):
             check_batch(policy, env.feed.batch.images)
-        self.front = static_front(setup, wanted)
-        self.learner: Agent = setup.agent(env, self.front, best_set(setup, self.front))
+        self.front = distributed.first(lambda: static_front(setup, wanted))
+        best = distributed.first(lambda: best_set(setup, self.front))
+        self.learner: Agent = setup.agent(env, self.front, best)
         self.validation = setup.env(setup.data.validation)
         self.names = dict(
             agent=self.learner.name,
