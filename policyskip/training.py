@@ -141,10 +141,9 @@ def train(
 
     with _told(last_good), _stop_requests() as stop_asked, _progress(steps, step) as show:
         while step < steps:
+            # An optimizer's state is looked at only in the first update.
             with damaged(run.folder / "checkpoint.pt") if resume and step == saved else nullcontext():
-                window.append(
-                    distributed.average(learner.update(source))
-                )  # the first: an optimizer's state is looked at only here
+                window.append(distributed.average(learner.update(source)))
             if isinstance(reward, Adaptive):
                 window[-1] |= reward.adapt(window[-1])
             step += 1
