@@ -178,7 +178,7 @@ def pretrain(config: Any) -> int:
     full, half = summary["test/accuracy"], summary["test/accuracy_half_the_blocks"]
     print(f"Test accuracy {100 * full:.2f} % with all blocks, {100 * half:.2f} % with a random half of them.")
     chosen = f"backbone=cifar_resnet backbone.depth={backbone.architecture['depth']}"
-    print(f"Use it:  policyskip train {chosen} {typed('backbone.checkpoint', weights)}")
+    print(f"Use it, with the same data=:  policyskip train {chosen} {typed('backbone.checkpoint', weights)}")
     return 0
 
 
@@ -423,7 +423,8 @@ def _run(command: str) -> int:
         if status:
             sys.exit(status)  # rather than return it: a sweep ends with the run that was stopped
 
-    sys.argv[1:], sweep = sweeps.prepare(command, _with_own_reward(sys.argv[1:]))
+    typed = sorted(sys.argv[1:], key=lambda word: word not in ("-m", "--multirun"))  # Hydra wants it in front
+    sys.argv[1:], sweep = sweeps.prepare(command, _with_own_reward(typed))
     app = hydra.main(config_path="pkg://policyskip.configs", config_name=command, version_base="1.3")(job)
     try:
         app()
@@ -481,6 +482,9 @@ def _in_one_line(error: Exception) -> str:
         if keys:
             return f"there is no key {cause.full_key}; {f'{parent} has' if parent else 'there are'} {', '.join(keys)}"
     text = str(error).partition("Config search path:")[0]
+    if text.startswith("LexerNoViableAltException"):
+        argument = " ".join(text.partition(":")[2].partition("^")[0].split())
+        return f"{argument} cannot be read; unusual letters go in quotes of their own: \"key='value'\""
     lines = [line.strip() for line in text.splitlines() if line.strip()]
     return " ".join(lines[:2]) or f"these arguments cannot be read ({type(error).__name__}); they are key=value"
 

@@ -6,6 +6,7 @@ Shapes: N images, K blocks (or exits), F fixed choices.
 from __future__ import annotations
 
 import json
+import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -147,10 +148,35 @@ def load(run: Run) -> Decisions | None:
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a mapping
         told["classes"] = tuple(told["classes"])
         decisions = Decisions(**tensors, **told)
-        rows = {len(decisions.label_N), len(decisions.prediction_N), len(decisions.ran_NK), len(decisions.macs_N)}
-        if len(rows) != 1 or decisions.ran_NK.dim() != 2 or decisions.kind not in (BLOCKS, EXITS):
-            raise ValueError("its tables do not fit together")
+        _check(decisions)
     except Exception as error:  # damaged files raise whatever the reader stumbles over
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise UserError(f"{path} is damaged or not ours: {reason}") from error
     return decisions
+
+
+def _check(decisions: Decisions) -> None:
+    """ValueError unless every table is of its type and shape, and its numbers are possible ones."""
+    N, C = len(decisions.label_N), len(decisions.classes)
+    columns = {
+        "label_N": (torch.int64, (N,)),
+        "prediction_N": (torch.int64, (N,)),
+        "full_correct_N": (torch.bool, (N,)),
+        "ran_NK": (torch.bool, (N, decisions.ran_NK.shape[-1])),
+        "macs_N": (torch.float64, (N,)),
+        "static_F2": (torch.float64, (len(decisions.static_F2), 2)),
+    }
+    for name, (dtype, shape) in columns.items():
+        found = getattr(decisions, name)
+        if found.dtype != dtype or tuple(found.shape) != shape:
+            raise ValueError(f"its table {name} is {found.dtype} {tuple(found.shape)}")
+    for name in ("label_N", "prediction_N"):
+        if not ((getattr(decisions, name) >= 0) & (getattr(decisions, name) < C)).all():
+            raise ValueError(f"its table {name} names classes that there are not")
+    possible = decisions.macs_N.isfinite().all() and decisions.static_F2.isfinite().all() and N > 0
+    if not possible or not math.isfinite(decisions.full_macs) or decisions.full_macs <= 0:
+        raise ValueError("its costs are no finite numbers")
+    if decisions.kind not in (BLOCKS, EXITS) or not all(
+        isinstance(text, str) for text in (decisions.images, decisions.network, *decisions.classes)
+    ):
+        raise ValueError("its tables do not fit together")

@@ -253,9 +253,12 @@ def load_exits_run(run: Run, device: str | torch.device = "cpu") -> ThresholdPre
 
 def checked(images: Tensor | np.ndarray, image_shape: tuple[int, int, int]) -> Tensor:
     """The images as a tensor, uint8 (B, 3, H, W); UserError if they are not of that dtype and ``image_shape``."""
-    if isinstance(images, np.ndarray):
-        images = np.ascontiguousarray(images)  # such as mirrored ones, which torch does not take
-    images = torch.as_tensor(images)
+    try:
+        if isinstance(images, np.ndarray):
+            images = np.ascontiguousarray(images)  # such as mirrored ones, which torch does not take
+        images = torch.as_tensor(images)
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise UserError(f"images cannot be read as numbers: {' '.join(str(error).split())[:200]}") from error
     if images.dim() != 4 or tuple(images.shape[1:]) != image_shape or images.dtype != torch.uint8:
         found = f"{str(images.dtype).removeprefix('torch.')} {tuple(images.shape)}"
         raise UserError(f"images must be uint8 of shape (B, {', '.join(map(str, image_shape))}), got {found}")
@@ -301,6 +304,11 @@ def load(
     """
     if precision not in PRECISIONS:
         raise UserError(f"precision must be one of {', '.join(PRECISIONS)}, got {precision!r}")
+    try:
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError, TypeError) as error:
+        reason = (str(error).splitlines() or [""])[0]
+        raise UserError(f"there is no device {device} here: {reason}") from error
     hold()
     opened = open_run(str(run))
     content = opened.load_json("policy.json")

@@ -27,8 +27,8 @@ class Parts:
         Raises:
             UserError: ``part`` is not positive. torch.OutOfMemoryError: one image alone is too much.
         """
-        if part < 1:
-            raise UserError(f"batch_size must be at least 1, got {part}")
+        if type(part) is not int or part < 1:
+            raise UserError(f"batch_size must be a whole number, 1 at least, got {part!r}")
         results: list[Result] = []
         start = 0
         while start < count or not results:

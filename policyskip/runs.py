@@ -76,7 +76,8 @@ class Run:
         return (self.folder / "config.yaml").read_text("utf-8").partition("\n")[0].removeprefix("# ")
 
     def save_config(self, command: str, config: str) -> None:
-        write(self.folder / "config.yaml", f"# {command}\n{config}".encode())
+        in_a_line = "\\n".join(command.splitlines())  # or what is behind a line break would be read as configuration
+        write(self.folder / "config.yaml", f"# {in_a_line}\n{config}".encode())
 
     def save_json(self, name: str, content: dict[str, Any]) -> None:
         text = json.dumps(in_json(content), indent=2, ensure_ascii=False, allow_nan=False)
@@ -176,6 +177,8 @@ def create(folder: str, command: str, config: str) -> Run:
     A folder that exists and is not empty is left alone: the new one gets -2, -3, … behind its name.
     """
     wanted = path = Path(folder)
+    if not path.name:
+        raise UserError(f"run.dir={folder} is no folder of its own; name one that is to be made")
     number = 1
     with refusing(path):
         while True:

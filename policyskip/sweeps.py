@@ -46,27 +46,44 @@ def prepare(command: str, arguments: list[str]) -> tuple[list[str], Path | None]
         jobs = prod(len(list(o.sweep_string_iterator())) for o in sweeps)
     except HydraException:
         return arguments, None  # Hydra says what is wrong with them
-    number, stamp = 1, time.strftime("%Y%m%d-%H%M%S")
+    stamp = time.strftime("%Y%m%d-%H%M%S")
     given = {o.key_or_group for o in overrides}
     runs = Path("runs").absolute() if "hydra/launcher" in given else Path("runs")  # workers start in other folders
-    folder = runs / f"sweep-{stamp}"
-    while folder.exists():
-        number += 1
-        folder = runs / f"sweep-{stamp}-{number}"
+    folder = _new_folder(runs / f"sweep-{stamp}")
     keys = [o.key_or_group for o in sweeps]
     added = [f"hydra.sweep.dir={folder}", f"+hydra.job.env_set.{SWEEP}='{' '.join([str(jobs), *keys])}'"]
     if "run.dir" not in given:
-        added.append(f"run.dir='{folder}/{_name(command, keys)}'")
+        paths = {o.key_or_group for o in sweeps if any("/" in value for value in o.sweep_string_iterator())}
+        added.append(f"run.dir='{folder}/{_name(command, keys, paths)}'")
     if "tracking.group" not in given:
         added.append(f"tracking.group={folder.name}")
     return [*arguments, *added], folder
 
 
-def _name(command: str, keys: list[str]) -> str:
-    """A folder's name, to be filled in by each job: the command's own, and every swept key with its value."""
+def _new_folder(wanted: Path) -> Path:
+    """Make a folder that no other sweep has, with -2, -3, … behind its name if need be."""
+    folder, number = wanted, 1
+    with refusing(wanted):
+        while True:
+            try:
+                folder.mkdir(parents=True)
+                return folder
+            except FileExistsError:
+                number += 1
+                folder = wanted.with_name(f"{wanted.name}-{number}")
+
+
+def _name(command: str, keys: list[str], paths: set[str]) -> str:
+    """A folder's name, to be filled in by each job: the command's own, and every swept key with its value; with the
+    job's number for ``paths``, keys whose values would be folders of their own."""
     told = [key for key in keys if key not in ("agent", "data")]
     groups = ("backbone", "env", "reward", "experiment")
-    values = [f"${{hydra:runtime.choices.{key}}}" if key in groups else f"{key}=${{{key}}}" for key in told]
+    values = [
+        f"${{hydra:runtime.choices.{key}}}" if key in groups else f"{key}=${{{key}}}"
+        for key in told
+        if key not in paths
+    ]
+    values += ["${hydra:job.num}"] if paths else []
     return "-".join([NAMES[command], *values])
 
 

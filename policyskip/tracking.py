@@ -5,6 +5,7 @@ from __future__ import annotations
 import http.client
 import os
 import re
+import shlex
 import ssl
 import urllib.error
 import urllib.request
@@ -115,7 +116,10 @@ class Tracker:
         self.wandb_run.define_metric("step")
         for prefix in ("train", "val"):
             self.wandb_run.define_metric(f"{prefix}/*", step_metric="step")
-        self.where = self.wandb_run.url or f"offline; `wandb sync {self.wandb_run.settings.sync_dir}` brings it up"
+        self.where = (
+            self.wandb_run.url
+            or f"offline; `wandb sync {shlex.quote(str(self.wandb_run.settings.sync_dir))}` brings it up"
+        )
 
 
 class Examples:

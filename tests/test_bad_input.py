@@ -166,6 +166,10 @@ WRONG = {
     "train reward._target_=mine": "reward._target_=mine is no installed reward",
     "train reward._target_=math.pi": "reward._target_=math.pi is no class or function",
     "train reward=custom": "reward._target_ is not set",
+    "train run.dir=.": "run.dir=. is no folder of its own",
+    "train data.root=ö": r"data.root=ö cannot be read; unusual letters go in quotes",
+    "train reward=budget reward.rate=nan": "reward.rate positive",
+    "train reward=budget reward.multiplier=inf": "none above 1000",
     "train run.resume=nowhere": "the run folder nowhere does not exist",
     "train run.resume=.": "the run folder . is not a run folder: it has no config.yaml",
 }  # fmt: skip
@@ -183,6 +187,7 @@ OTHER_COMMANDS = {
     "front output=3": "output: input should be a valid string, got 3",
 }
 ALONE = {
+    "compare runs=": "runs= names no folder",
     "evaluate": "run is not set; add run=… to the command",
     "evaluate run=nowhere": "the run folder nowhere does not exist",
     "evaluate run=.": "the run folder . is not a run folder: it has no config.yaml",

@@ -41,7 +41,7 @@ def test_parts_halve_until_they_fit_and_stay_so(capsys):
 
 def test_nothing_is_one_part_and_one_image_too_many_is_an_error():
     assert Parts()(lambda of: torch.ones(0)[of].shape, 0, 4) == [(0,)]
-    with pytest.raises(UserError, match="batch_size must be at least 1, got 0"):
+    with pytest.raises(UserError, match="batch_size must be a whole number, 1 at least, got 0"):
         Parts()(lambda of: of, 3, 0)
     with pytest.raises(torch.OutOfMemoryError):
         Parts()(lambda of: scarce(lambda network, part: part, 0, [])(None, torch.ones(4)[of]), 4, 4)

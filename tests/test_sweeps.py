@@ -102,11 +102,12 @@ def test_what_hydra_is_given(tmp_path, monkeypatch):
         f"run.dir='{folder}/{name}'",
         f"tracking.group={folder.name}",
     ]
-    folder.mkdir(parents=True)
     again, other = sweeps.prepare("train", ["-m", "seed=1,2", "run.dir=mine", "tracking.group=mine"])
     assert other != folder and not any(a.startswith(("run.dir='", "tracking.group=sweep")) for a in again)
     assert sweeps.prepare("train", ["-m", "--config-dir", "conf", "seed=1,2"])[1] is not None
     assert sweeps.prepare("train", ["-m", "hydra/launcher=ray", "seed=0,1"])[1].is_absolute()
+    given, _ = sweeps.prepare("train", ["-m", "backbone.checkpoint=a/b,../c", "seed=0,1"])
+    assert given[-2].endswith("-seed=${seed}-${hydra:job.num}'")
     for untouched in (["agent=a"], ["-m", "agent=[a"]):
         assert sweeps.prepare("train", untouched) == (untouched, None)
     assert sweeps.prepare("evaluate", ["-m", "run=a,b"])[1] is None

@@ -33,14 +33,15 @@ def folded(network: AnyModule) -> AnyModule:
     weights must be known to be finite, as those that are loaded are.
     """
     network = copy.deepcopy(network).eval().requires_grad_(False).to(memory_format=torch.channels_last)
-    for module in [m for m in network.modules() if isinstance(m, nn.Sequential)]:
+    for module in [m for m in network.modules() if type(m) is nn.Sequential]:
         layers: dict[str, Any] = dict(module._modules)  # a module can be there twice
         for name, after in pairwise(list(layers)):
-            if isinstance(conv := layers[name], nn.Conv2d) and isinstance(norm := layers[after], nn.BatchNorm2d):
+            conv, norm = layers[name], layers[after]
+            if type(conv) is nn.Conv2d and type(norm) is nn.BatchNorm2d and norm.track_running_stats:
                 layers[after] = fuse_conv_bn_eval(conv, norm)
                 del layers[name]
         for name, after in pairwise(list(layers)):
-            if type(conv := layers[name]) is nn.Conv2d and isinstance(layers[after], nn.ReLU):
+            if type(conv := layers[name]) is nn.Conv2d and type(layers[after]) is nn.ReLU:
                 layers[after] = ConvReLU(conv)
                 del layers[name]
         module._modules = layers
@@ -53,7 +54,7 @@ def folded(network: AnyModule) -> AnyModule:
 
 def ends_in_convolution(residual: nn.Module) -> TypeGuard[nn.Sequential]:
     """Whether the last layer can take in what is added behind it."""
-    return isinstance(residual, nn.Sequential) and type(residual[-1]) is nn.Conv2d
+    return type(residual) is nn.Sequential and len(residual) > 0 and type(residual[-1]) is nn.Conv2d
 
 
 class ConvReLU(nn.Conv2d):

@@ -84,10 +84,11 @@ def compare(
 
 def _put(made: Path, output: Path) -> None:
     """Move a folder to its place; what was there is given up only when it is."""
+    output = output.resolve()  # a link stays a link
     before = made.with_name(f"{made.name}-before")
-    if output.exists():
-        output.rename(before)
     try:
+        if output.exists():
+            output.rename(before)
         made.rename(output)
     except BaseException:
         if before.exists():

@@ -23,6 +23,11 @@ NUMBERS = (
     *("test/macs_fraction", "test/unique_decisions"),
 )
 """What a summary must have."""
+MAYBE = (
+    *("test/kept_mean", "test/blocks", "test/static_margin", "test/oracle_macs", "test/oracle_accuracy"),
+    "latency_ms",
+)
+"""What it may have, or null; numbers too."""
 NOT_THE_SETTING = ("seed", "device", "run", "tracking", "front", "target")
 """Keys of a configuration in which runs of one setting may differ. What a run aimed at stands in its summary."""
 
@@ -104,6 +109,8 @@ def _folders(patterns: list[str]) -> list[Path]:
     """The run folders that patterns name, each once; a folder that is no run stands for all runs in it."""
     found: dict[Path, Path] = {}
     for pattern in patterns:
+        if not pattern:
+            raise UserError("runs= names no folder; say runs=. for all runs below this one")
         paths = sorted(map(Path, glob.glob(pattern, recursive=True))) or [Path(pattern)]
         paths = [path for path in paths if path.is_dir() or len(paths) == 1]
         for path in paths:
@@ -130,9 +137,12 @@ def _read(run: Run, name: str, again: Callable[[Run], Decisions] | None) -> Resu
     missing = [key for key in (*NAMES, *NUMBERS) if key not in summary]
     if missing:
         raise UserError(f"{run.folder / 'summary.json'} is damaged or not ours: it has no {missing[0]}")
-    for key in NUMBERS:
-        if isinstance(summary[key], bool) or not isinstance(summary[key], int | float):
-            raise UserError(f"{run.folder / 'summary.json'} is damaged: {key} is {summary[key]!r}, not a number")
+    for key in NAMES:
+        if not isinstance(summary[key], str):
+            raise UserError(f"{run.folder / 'summary.json'} is damaged: {key} is {summary[key]!r:.80}, not a name")
+    for key in (*NUMBERS, *(key for key in MAYBE if summary.get(key) is not None)):
+        if not is_number(summary[key]):
+            raise UserError(f"{run.folder / 'summary.json'} is damaged: {key} is {summary[key]!r:.80}, not a number")
     try:
         config: Any = OmegaConf.to_container(OmegaConf.load(run.folder / "config.yaml"), resolve=True)
         if not isinstance(config, dict):
@@ -141,8 +151,16 @@ def _read(run: Run, name: str, again: Callable[[Run], Decisions] | None) -> Resu
         raise UserError(f"{run.folder / 'config.yaml'} is damaged: {' '.join(str(error).split())[:200]}") from error
     decided = decisions.load(run)
     if decided is None and again is not None:
-        decided = again(run)
+        try:
+            decided = again(run)
+        except UserError as error:  # such as a configuration of an older version
+            print(f"warning: {run.folder} cannot decide again: {error}", flush=True)
     return Result(name, run.folder, summary, config, run.metrics(), decided)
+
+
+def is_number(value: Any) -> bool:
+    """Whether it is a finite number, and one that a float can hold."""
+    return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < 1e300
 
 
 def _distinct(folders: list[Path]) -> list[str]:
@@ -182,6 +200,10 @@ def _warnings(results: list[Result]) -> list[str]:
     if shared:
         told = ", ".join(shared[:4]) + (", …" if len(shared) > 4 else "")
         warnings.append(f"runs in different folders have the same name; they are called {told}")
+    for result in results:
+        warnings += [f"{result.name}: {text}" for text in result.summary.get("warnings") or []]
+        if result.figure("static_search_finished") is False:
+            warnings.append(f"{result.name}: the search for its fixed choices ran out of front.budget")
     without = [result.name for result in results if result.decisions is None]
     if without:
         told = ", ".join(without[:3]) + (", …" if len(without) > 3 else "")

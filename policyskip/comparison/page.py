@@ -56,7 +56,9 @@ def page(sections: Sequence[Section], collected: Collected, command: str, versio
             | ({"no_gallery": section.no_images} if section.no_images else {})
         )
         body.append(_section(section, name, drawn, thumbnails[name]))
-    content = json.dumps({"groups": groups, "images": thumbnails}, ensure_ascii=False, separators=(",", ":"))
+    content = json.dumps(
+        {"groups": groups, "images": thumbnails}, ensure_ascii=False, allow_nan=False, separators=(",", ":")
+    )
     policy = "default-src 'none'; img-src data: blob:; style-src 'unsafe-inline'; script-src 'unsafe-inline'"
     count = len(collected.results)
     return "\n".join(

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from policyskip.agents.static import concave_hull
-from policyskip.comparison.collect import Result
+from policyskip.comparison.collect import Result, is_number
 from policyskip.comparison.statistics import pareto
 from policyskip.comparison.tables import Cells, Row
 
@@ -115,7 +115,8 @@ CURVES = {
 def band(row: Row, key: str) -> Band | None:
     """A row's curve of one metric, at the steps that all its seeds have; None if there is none."""
     curves = [
-        {r["step"]: r[key] for r in result.records if isinstance(r.get(key), int | float)} for result in row.results
+        {r["step"]: r[key] for r in result.records if is_number(r.get(key)) and is_number(r.get("step"))}
+        for result in row.results
     ]
     steps = sorted(set.intersection(*map(set, curves)))
     if not steps:

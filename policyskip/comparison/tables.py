@@ -6,6 +6,7 @@ Shapes: N images.
 from __future__ import annotations
 
 import csv
+import html
 import io
 from collections import defaultdict
 from collections.abc import Sequence
@@ -340,5 +341,9 @@ def _or_dash(value: float | None, form: str) -> str:
 
 def as_markdown(header: Sequence[str], lines: list[list[str]]) -> str:
     """A Markdown table."""
-    rows = [list(header), ["---"] * len(header), *[[cell.replace("|", "\\|") for cell in line] for line in lines]]
+    rows = [
+        list(header),
+        ["---"] * len(header),
+        *[[html.escape(cell, False).replace("|", "\\|") for cell in line] for line in lines],
+    ]
     return "".join("| " + " | ".join(row) + " |\n" for row in rows)
