@@ -66,6 +66,9 @@ def compare(
     Raises:
         UserError: there are no runs, they are damaged, or the folder is there or cannot be written.
     """
+    patterns = list(patterns)
+    if not all(patterns):
+        raise UserError("runs= names no folder; say runs=. for all runs below this one")
     check_output(output, overwrite)
     with refusing(output):
         output.parent.mkdir(parents=True, exist_ok=True)

@@ -109,8 +109,6 @@ def _folders(patterns: list[str]) -> list[Path]:
     """The run folders that patterns name, each once; a folder that is no run stands for all runs in it."""
     found: dict[Path, Path] = {}
     for pattern in patterns:
-        if not pattern:
-            raise UserError("runs= names no folder; say runs=. for all runs below this one")
         paths = sorted(map(Path, glob.glob(pattern, recursive=True))) or [Path(pattern)]
         paths = [path for path in paths if path.is_dir() or len(paths) == 1]
         for path in paths:
