@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import dataclasses
 import json
 import os
 import shutil
@@ -10,13 +11,16 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+import torch
 
+from policyskip import decisions
 from policyskip.comparison import compare
 from policyskip.comparison.collect import collect, groups_of
 from policyskip.comparison.series import band, static_front, styles, use
 from policyskip.comparison.tables import differences, disagreements, rows_of, shown, table
 from policyskip.data import digits
 from policyskip.errors import UserError
+from policyskip.runs import Run
 from tests.conftest import typed
 from tests.made_up import drawn, made_up_decisions, made_up_run
 
@@ -24,8 +28,6 @@ from tests.made_up import drawn, made_up_decisions, made_up_run
 @pytest.fixture(scope="module")
 def workshop(tmp_path_factory) -> Path:
     """A folder with runs of three agents, and a comparison of them in out."""
-    import torch
-
     folder = tmp_path_factory.mktemp("compared")
     images = digits(torch.device("cpu"), 1, 1, 60).test.fingerprint()
     for seed in range(3):
@@ -233,6 +235,52 @@ def test_a_comparison_is_overwritten_when_asked_and_whole_when_interrupted(tmp_p
             compare([str(runs)], tmp_path / "out", overwrite=True)
     assert (tmp_path / "out/index.html").read_bytes() == before
     assert sorted(path.name for path in tmp_path.iterdir()) == ["out", "runs"]
+
+
+def test_a_link_to_a_folder_stays_one(tmp_path):
+    two_agents(tmp_path / "runs")
+    (tmp_path / "real").mkdir()
+    (tmp_path / "link").symlink_to("real")
+    compare([str(tmp_path / "runs")], tmp_path / "link")
+    assert (tmp_path / "link").is_symlink() and (tmp_path / "real/index.html").is_file()
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["link", "real", "runs"]
+
+
+DAMAGE = {
+    "another shape": {"full_correct_N": torch.tensor([True])},
+    "classes that there are not": {"prediction_N": torch.tensor([0, 70])},
+    "no bool": {"ran_NK": torch.tensor([[1, 0], [1, 1]])},
+    "costs without end": {"macs_N": torch.tensor([1.0, torch.inf], dtype=torch.float64)},
+    "a network that costs nothing": {"full_macs": 0.0},
+    "images of no name": {"images": 3},
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGE.values(), ids=DAMAGE.keys())
+def test_damaged_decisions_are_refused_by_name(damage, tmp_path):
+    made_up_run(tmp_path / "a", made_up_decisions([[1, 0], [1, 1]]), "a")
+    damaged = dataclasses.replace(made_up_decisions([[1, 0], [1, 1]]), **damage)
+    decisions.record(damaged, Run(tmp_path / "a"))
+    with pytest.raises(UserError, match=r"a/decisions\.safetensors is damaged or not ours: its"):
+        collect([str(tmp_path)])
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [("seed", float("nan")), ("agent", ["x"]), ("test/accuracy", float("inf")), ("test/kept_mean", "many"),
+     ("test/macs_mean", 10**400)],
+)  # fmt: skip
+def test_damaged_summaries_are_refused_by_name(key, value, tmp_path):
+    made_up_run(tmp_path / "a", made_up_decisions([[1, 0]]), "a", summary={key: value})
+    with pytest.raises(UserError, match=rf"a/summary\.json is damaged: {key} is"):
+        collect([str(tmp_path)])
+
+
+def test_warnings_of_runs_are_passed_on(tmp_path):
+    told = {"warnings": ["the policy has collapsed"], "test/static_search_finished": False}
+    made_up_run(tmp_path / "a", made_up_decisions([[1, 0]]), "a", summary=told)
+    collapsed, unfinished = collect([str(tmp_path)]).warnings
+    assert collapsed == "a: the policy has collapsed" and unfinished.endswith("ran out of front.budget")
 
 
 def test_images_that_the_runs_did_not_see_are_not_shown(tmp_path):

@@ -238,11 +238,22 @@ def test_one_image_that_drops_blocks_keeps_their_shortcuts_as_they_are():
         torch.testing.assert_close(sparse(backbone, image, nothing), dense(backbone, image, nothing))
 
 
+class Doubled(nn.Conv2d):
+    """A convolution that does something of its own."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return 2 * super().forward(x)
+
+
 def test_gradients_and_unusual_padding_take_the_long_way(monkeypatch, images):
     monkeypatch.setattr(folding, "LARGE", 0)
     copy = folded(with_statistics(small_backbone(shortcut="B")))
     x = (images.float() / 255).requires_grad_()
     assert torch.autograd.grad(copy(x).sum(), x)[0].abs().sum() > 0
+    doubled = nn.Sequential(Doubled(3, 4, 1), nn.BatchNorm2d(4), nn.ReLU()).eval()
+    own = nn.Sequential(nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4, track_running_stats=False), nn.ReLU()).eval()
+    for layers in (doubled, own):
+        torch.testing.assert_close(folded(layers)(x), layers(x))
     for padding in ({"padding": 1, "padding_mode": "reflect"}, {"padding": "same"}):
         layers = nn.Sequential(nn.Conv2d(3, 4, 3, **padding), nn.BatchNorm2d(4), nn.ReLU()).eval()
         with torch.no_grad():

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import yaml
 
 import policyskip
 from policyskip.backbones.checkpoints import save
@@ -268,3 +269,9 @@ def test_weights_that_were_changed_are_noticed(tmp_path):
     (tmp_path / "net.safetensors").write_bytes(content)
     with pytest.raises(UserError, match="its content has been changed since it was written"):
         policyskip.backbones.load_exits(str(tmp_path / "net.safetensors"))
+
+
+def test_a_line_break_in_a_command_makes_no_configuration(tmp_path):
+    run = create(str(tmp_path / "x"), "policyskip train tracking.project='a\nseed: 77\u2028b: 1'", "seed: 1\n")
+    assert yaml.safe_load((run.folder / "config.yaml").read_text("utf-8")) == {"seed": 1}
+    assert run.command == r"policyskip train tracking.project='a\nseed: 77\nb: 1'"
