@@ -13,5 +13,7 @@ kills:   ## kill runs at 30 moments; each must go on to the same figures (minute
 	pytest -m slow -n 0 -s tests/test_kills.py
 fuzz:    ## hundreds of damaged files and senseless arguments (minutes)
 	pytest -m 'slow or not slow' -n 0 -s tests/test_fuzz.py
-results: ## docs/results.md: all agents on digits, five seeds (two hours)
+results: ## docs/results.md: all agents on digits, five seeds, and their picture (two hours)
 	python benchmarks/agents.py
+	policyskip compare 'runs=[runs/benchmark-*]' output=runs/results overwrite=true tracking=none
+	cp runs/results/plots/pareto_front.png docs/images/comparing.png
