@@ -302,6 +302,7 @@ def test_what_is_refused_is_said_once_and_leaves_nothing(words, folder):
     assert list(folder.iterdir()) == []
 
 
+@pytest.mark.slow
 def test_what_goes_wrong_in_one_process_ends_all_and_is_said_once(folder):
     (folder / "my_rewards.py").write_text(
         "import os\n\n\nclass Mine:\n    asked = 0\n\n    def __call__(self, outcome):\n        self.asked += 1\n"
