@@ -268,7 +268,8 @@ def test_a_killed_process_ends_the_run_and_the_folder_goes_on(rank, whole, folde
     assert same_run(Run(folder / "x"), Run(whole / "x"))
 
 
-@pytest.mark.parametrize("told", ["one process", pytest.param("torchrun", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("told", ["one process", "torchrun"])
 def test_sigterm_saves_first_and_all_stop_at_one_update(told, folder):
     def stop(process: subprocess.Popen[str]) -> None:
         os.kill(process.pid if told == "torchrun" else worker(process, 1), signal.SIGTERM)
@@ -293,7 +294,7 @@ REFUSED = {
 
 
 @pytest.mark.parametrize(
-    "words", [words if n < 2 else pytest.param(words, marks=pytest.mark.slow) for n, words in enumerate(REFUSED)]
+    "words", [words if n < 1 else pytest.param(words, marks=pytest.mark.slow) for n, words in enumerate(REFUSED)]
 )
 def test_what_is_refused_is_said_once_and_leaves_nothing(words, folder):
     result = together("policyskip", *words.split(), cwd=folder)
