@@ -229,13 +229,8 @@ def main() -> None:
     figures["peak_memory_vs_dense"] = needed["sparse"] / needed["masked"]
 
     name = platform.machine() if device.type == "cpu" else device_name(device).replace(" ", "-")
-    about = {
-        "machine": device_name(device),
-        "threads": torch.get_num_threads(),
-        "torch": torch.__version__,
-        "depth": asked.depth,
-    }
-    content = {**figures, **about, "batch": asked.batch, "kept": KEPT, "raw": raw}
+    about = {"machine": device_name(device), "threads": torch.get_num_threads(), "torch": torch.__version__}
+    content = {**figures, **about, "depth": asked.depth, "batch": asked.batch, "kept": KEPT, "raw": raw}
     RESULTS.mkdir(exist_ok=True)
     (RESULTS / f"execution-{name}.json").write_text(json.dumps(content, indent=1) + "\n")
     print("| figure | value |\n|---|---|")

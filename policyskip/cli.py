@@ -54,8 +54,7 @@ def train(config: Any) -> int:
         resuming.keep_start(run, task.trains, content["backbone"])
     group = settings.tracking.group or f"{task.names['agent']}-{task.names['data']}"
     tags = [*task.names.values(), f"seed {settings.seed}"]
-    mode = settings.tracking.mode if distributed.is_first() else "none"
-    tracker = Tracker(run, mode, plain(config), settings.tracking.project, group, "train", tags)
+    tracker = Tracker(run, settings.tracking.mode, plain(config), settings.tracking.project, group, "train", tags)
     try:
         chain = (task.learner, task.source, task.validate, task.deployable, run, tracker)
         if settings.train.steps:
@@ -152,8 +151,7 @@ def pretrain(config: Any) -> int:
         tracker.finish(summary, [], [weights, run.folder / "summary.json"], None)
         return summary
 
-    mode = settings.tracking.mode if distributed.is_first() else "none"
-    tracker = Tracker(run, mode, content, settings.tracking.project, group, "pretrain", tags)
+    tracker = Tracker(run, settings.tracking.mode, content, settings.tracking.project, group, "pretrain", tags)
     try:
         finished = training.train(
             learner,
@@ -377,12 +375,12 @@ def _is_one_of_several() -> bool:
 def _run_together(command: str) -> int:
     """Be one of the processes that make a run."""
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # which torch reads when it is imported
-    from policyskip import distributed
+    from policyskip import distributed, sweeps
     from policyskip.errors import UserError
 
     try:
         with distributed.joined():
-            if {"-m", "--multirun"} & set(sys.argv):
+            if not sweeps.FLAGS.isdisjoint(sys.argv):
                 several = UserError("--multirun makes several runs, of one process each; start it without torchrun")
                 return _refuse(command, several)
             return _run(command)
@@ -423,8 +421,8 @@ def _run(command: str) -> int:
         if status:
             sys.exit(status)  # rather than return it: a sweep ends with the run that was stopped
 
-    typed = sorted(sys.argv[1:], key=lambda word: word not in ("-m", "--multirun"))  # Hydra wants it in front
-    sys.argv[1:], sweep = sweeps.prepare(command, _with_own_reward(typed))
+    arguments = sorted(sys.argv[1:], key=lambda word: word not in sweeps.FLAGS)  # which Hydra wants in front
+    sys.argv[1:], sweep = sweeps.prepare(command, _with_own_reward(arguments))
     app = hydra.main(config_path="pkg://policyskip.configs", config_name=command, version_base="1.3")(job)
     try:
         app()

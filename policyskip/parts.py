@@ -25,25 +25,23 @@ class Parts:
         none.
 
         Raises:
-            UserError: ``part`` is not positive. torch.OutOfMemoryError: one image alone is too much.
+            UserError: ``part`` is no positive whole number. torch.OutOfMemoryError: one image alone is too much.
         """
         if type(part) is not int or part < 1:
             raise UserError(f"batch_size must be a whole number, 1 at least, got {part!r}")
         results: list[Result] = []
         start = 0
         while start < count or not results:
-            size = min(part, self.most or part)
+            size = min(part, self.most or part, count - start)
             try:
                 results.append(call(slice(start, start + size)))
                 start += size
                 continue
             except torch.OutOfMemoryError:
-                if min(size, count - start) <= 1:
+                if size <= 1:
                     raise
             torch.cuda.empty_cache()  # what the failed call held is free only out here
             if self.most is None:
-                print(
-                    "warning: the device ran out of memory; batches are split from now on", file=sys.stderr, flush=True
-                )
-            self.most = min(size, count - start) // 2
+                print("warning: the device ran out of memory; batches are split from now on", file=sys.stderr)
+            self.most = size // 2
         return results

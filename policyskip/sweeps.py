@@ -20,6 +20,8 @@ from typing import Any
 from policyskip.files import refusing, typed
 
 FAILED = "failed.jsonl"
+FLAGS = {"-m", "--multirun"}
+"""What makes a command a sweep."""
 SWEEP = "POLICYSKIP_SWEEP"
 """What a job is told in its environment: the number of jobs and the swept keys, such as "6 agent seed"."""
 NAMES = {
@@ -38,7 +40,7 @@ def prepare(command: str, arguments: list[str]) -> tuple[list[str], Path | None]
     from hydra.core.override_parser.overrides_parser import OverridesParser
     from hydra.errors import HydraException
 
-    if command not in NAMES or not {"-m", "--multirun"} & set(arguments):
+    if command not in NAMES or FLAGS.isdisjoint(arguments):
         return arguments, None
     try:
         overrides = OverridesParser.create().parse_overrides(get_args_parser().parse_args(arguments).overrides)
@@ -76,13 +78,9 @@ def _new_folder(wanted: Path) -> Path:
 def _name(command: str, keys: list[str], paths: set[str]) -> str:
     """A folder's name, to be filled in by each job: the command's own, and every swept key with its value; with the
     job's number for ``paths``, keys whose values would be folders of their own."""
-    told = [key for key in keys if key not in ("agent", "data")]
+    shown = [key for key in keys if key not in ("agent", "data", *paths)]
     groups = ("backbone", "env", "reward", "experiment")
-    values = [
-        f"${{hydra:runtime.choices.{key}}}" if key in groups else f"{key}=${{{key}}}"
-        for key in told
-        if key not in paths
-    ]
+    values = [f"${{hydra:runtime.choices.{key}}}" if key in groups else f"{key}=${{{key}}}" for key in shown]
     values += ["${hydra:job.num}"] if paths else []
     return "-".join([NAMES[command], *values])
 
@@ -107,7 +105,7 @@ def run_job(command: Callable[[Any], int], config: Any, refused: Callable[[Excep
 
     hydra = HydraConfig.get()
     jobs, *keys = str(hydra.job.env_set[SWEEP]).split()
-    name = " ".join(typed for typed in hydra.overrides.task if typed.partition("=")[0].lstrip("+~") in keys)
+    name = " ".join(word for word in hydra.overrides.task if word.partition("=")[0].lstrip("+~") in keys)
     number, folder = hydra.job.num + 1, Path(hydra.sweep.dir)
     label = f"[{number}/{jobs}] {name}"
     log = folder / "logs" / f"{number:03d}.txt"

@@ -13,6 +13,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from policyskip import distributed
 from policyskip.errors import UserError
 from policyskip.runs import Run
 
@@ -20,7 +21,7 @@ MODES = ("auto", "online", "offline", "none")
 
 
 class Tracker:
-    """Where a run's records go. Agents never see it.
+    """Where a run's records go. Agents never see it. Of several processes that make a run, the first one tracks it.
 
     Args:
         mode: "auto" is online when logged in and offline otherwise, without a question or a wait; "none" writes
@@ -45,7 +46,7 @@ class Tracker:
         self.run = run
         self.wandb_run: Any = None
         self.where = "not tracked"
-        if mode != "none":
+        if mode != "none" and distributed.is_first():
             names = {"project": project, "group": group, "job_type": kind, "tags": [tag[:64] for tag in tags]}
             self._start_wandb(mode, config, names)
 

@@ -122,17 +122,18 @@ def append(x: Tensor, rows: Tensor, room: Tensor | None, capacity: int) -> tuple
     return room[: len(x) + len(rows)], room
 
 
-def run_block(block: Block, x: Tensor, rows: Tensor) -> Tensor:
+def run_block(block: Block, x: Tensor, rows: Tensor, none_too: bool = False) -> Tensor:
     """Features (B, …) after one block that runs for the images in ``rows``, and for no others.
 
     Args:
         x: features (B, …) that enter the block, owned by the caller and overwritten where no gradient needs them.
         rows: int64 (B',), places of the images that keep the block, each once.
+        none_too: whether the block is passed, with no images, where none keeps it.
     """
     if len(rows) == len(x):
         return block(x)
     shortcut = block.shortcut(x)
-    if len(rows) == 0:
+    if len(rows) == 0 and not none_too:
         return shortcut
     taken = take(x, rows)
     own = taken if shortcut is x else take(shortcut, rows)

@@ -67,7 +67,4 @@ def anyone_runs(block: Block, rows: Tensor) -> bool:
 def run_block_together(block: Block, x: Tensor, rows: Tensor) -> Tensor:
     """As :func:`~policyskip.backbones.execution.run_block`, which passes nothing where no image of this process keeps
     the block: here it is passed, with no images, if it learns and one elsewhere keeps it."""
-    if not anyone_runs(block, rows) or len(rows):
-        return run_block(block, x, rows)
-    shortcut = block.shortcut(x)
-    return shortcut.index_copy(0, rows, torch.relu(shortcut[rows] + block.residual(x[rows])))
+    return run_block(block, x, rows, none_too=anyone_runs(block, rows))

@@ -114,10 +114,12 @@ def _folders(patterns: list[str]) -> list[Path]:
         for path in paths:
             if not path.is_dir():
                 raise UserError(f"no run folder matches {pattern}")
-            inside = sorted(config.parent for config in path.rglob("config.yaml"))  # outer folders first
-            runs = [folder for n, folder in enumerate(inside) if not {*folder.parents} & {*inside[:n]}]
-            for folder in runs:  # W&B keeps files of that name inside
-                found.setdefault(folder.resolve(), folder)
+            inside = [path] if (path / "config.yaml").is_file() else sorted(p.parent for p in path.rglob("config.yaml"))
+            runs: set[Path] = set()
+            for folder in inside:  # outer folders first: W&B keeps files of that name in a run's folder
+                if runs.isdisjoint(folder.parents):
+                    runs.add(folder)
+                    found.setdefault(folder.resolve(), folder)
     return list(found.values())
 
 

@@ -25,15 +25,8 @@ def pareto_front(rows: Sequence[Row], cells: Cells, look: dict[str, Style]) -> F
     data: list[dict[str, Any]] = []
     static = static_front(rows)
     if static:
-        data.append(
-            _trace(
-                "best fixed choices, mixed, any network",
-                static,
-                STATIC,
-                "lines+markers",
-                {"symbol": "square", "size": 5},
-            )
-        )
+        marker = {"symbol": "square", "size": 5}
+        data.append(_trace("best fixed choices, mixed, any network", static, STATIC, "lines+markers", marker))
     front = [(cells[n]["macs"], cells[n]["accuracy"], cells[n]["row"]) for n in front_of(cells)]
     line = _trace("Pareto front of the agents", front, "#888888", "lines", {})
     data.append(line | {"line": {"dash": "dash", "shape": "hv", "width": 1, "color": "#888888"}, "hoverinfo": "skip"})

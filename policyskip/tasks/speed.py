@@ -42,6 +42,11 @@ def of_network(
 def of_run(setup: Setup, run: Run, batch_sizes: Sequence[int], repeats: int, count: int, path: Path) -> int:
     """The same for the network of a run, and what its predictions save: expected from the table, and measured."""
     _check(path)
+    validation = setup.data.validation.plain()
+    count = min(count, len(validation))
+    if count < max(batch_sizes):
+        hint = "say images= with more, or batch_sizes= with less"
+        raise UserError(f"batches of {max(batch_sizes)} cannot be measured on {count} images; {hint}")
     run.hold()
     predictor = deployment.load(run.folder, device=str(setup.device), backbone=_moved(setup, run))
     network = _network(predictor)
@@ -50,11 +55,8 @@ def of_run(setup: Setup, run: Run, batch_sizes: Sequence[int], repeats: int, cou
     content["hash"] = described.get("backbone", described.get("network", {})).get("hash", content["hash"])
     if isinstance(predictor, Predictor):  # what it will go by from now on
         predictor.plan = {int(batch): times["break_even"] for batch, times in content["batches"].items()}
-    validation = setup.data.validation.plain()
-    index_N = torch.linspace(0, len(validation) - 1, min(count, len(validation))).round().long()
+    index_N = torch.linspace(0, len(validation) - 1, count).round().long()
     images = next(iter(validation.stream([(index_N, 0)]))).images
-    if len(images) < max(batch_sizes):
-        raise UserError(f"batches of {max(batch_sizes)} cannot be measured on {len(images)} images; say images=")
     prediction = predictor.predict(images)
     for batch, table in content["batches"].items():
         size = int(batch)
