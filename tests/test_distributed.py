@@ -257,7 +257,8 @@ def stopped(cwd: Path, stop: Callable[[subprocess.Popen[str]], None]) -> subproc
     return subprocess.CompletedProcess(LONG, process.returncode, printed, errors)
 
 
-@pytest.mark.parametrize("rank", [1, pytest.param(0, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("rank", [0, 1])
 def test_a_killed_process_ends_the_run_and_the_folder_goes_on(rank, whole, folder):
     result = stopped(folder, lambda process: os.kill(worker(process, rank), signal.SIGKILL))
     assert result.returncode != 0

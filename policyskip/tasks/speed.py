@@ -42,12 +42,12 @@ def of_network(
 def of_run(setup: Setup, run: Run, batch_sizes: Sequence[int], repeats: int, count: int, path: Path) -> int:
     """The same for the network of a run, and what its predictions save: expected from the table, and measured."""
     _check(path)
+    run.hold()
     validation = setup.data.validation.plain()
     count = min(count, len(validation))
     if count < max(batch_sizes):
         hint = "say images= with more, or batch_sizes= with less"
         raise UserError(f"batches of {max(batch_sizes)} cannot be measured on {count} images; {hint}")
-    run.hold()
     predictor = deployment.load(run.folder, device=str(setup.device), backbone=_moved(setup, run))
     network = _network(predictor)
     content = profiling.profile(network, setup.data.image_shape, batch_sizes, repeats)
