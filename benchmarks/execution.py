@@ -5,7 +5,8 @@
 Everything is a median of ratios, measured interleaved in one process (ResNet-110, 32×32, random keep matrices
 with 31 % of the blocks kept):
 
-- rollouts_vs_masked: images a second, against the originals' way: every block for the whole batch, then blended;
+- rollouts_vs_masked: images a second, against the originals' way: every block for the whole batch, then blended
+  (…_folded: the network folded and channels last, as this package executes it);
 - rollouts_vs_ideal, rollouts_vs_ideal_batch1: against the whole network's fastest forward over the share of MACs kept;
 - step_vs_masked: a BlockDrop update (one sample, alpha 0.95), against the same with masked rollouts in two passes;
 - predict_time_over_macs_batch1, …256: ``predict`` of a run (the policy's time in it) against its whole network, time
@@ -192,7 +193,7 @@ def main() -> None:
     torch.manual_seed(0)
     device = torch.device(asked.device)
     network = cifar_resnet(10, asked.depth, checkpoint="random").freeze()
-    network = network.to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
+    network = network.to(device)  # laid out in memory as torch does it, which is how the masked way was published
     figures: dict[str, Any] = {}
     raw: dict[str, Any] = {}
 

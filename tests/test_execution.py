@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from policyskip.backbones import count_costs, dense, folding, sparse, sparse_many
 from policyskip.backbones.base import Backbone
-from policyskip.backbones.execution import append, leaders
+from policyskip.backbones.execution import append, leaders, put_, take
 from policyskip.backbones.folding import folded
 from policyskip.backbones.resnet import CifarResNet, TorchvisionResNet
 from tests.conftest import small_backbone, with_statistics
@@ -273,3 +273,21 @@ def test_features_that_grow_keep_what_they_were(backbone, images):
         assert torch.equal(again, torch.cat([grown, x[2:3]]))
     grown, room = append(x.requires_grad_(), rows, None, 12)
     assert room is None and grown.requires_grad
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+@pytest.mark.parametrize("shape", [(6, 16, 3, 3), (6, 3, 3, 3), (6, 1, 4, 4), (6, 5, 1, 1)], ids=str)
+@pytest.mark.parametrize("layout", [torch.channels_last, torch.contiguous_format], ids=str)
+def test_rows_are_moved_to_the_bit(dtype, shape, layout):
+    """Of any size and type, where sixteen bytes can be moved at a time and where they cannot; NaN and all."""
+    draw = torch.Generator().manual_seed(0)
+    x, y = (torch.randn(shape, dtype=dtype, generator=draw).contiguous(memory_format=layout) for _ in range(2))
+    x[1, 0, 0, 0], y[4, 0, 0, 0] = torch.nan, torch.inf
+    rows = torch.tensor([4, 1, 2])
+    for source in (x, x[1:]):  # the second begins within its memory
+        expected = source.clone()
+        expected[rows] = y[rows]
+        with torch.no_grad():
+            moved = put_(source, rows, take(y, rows))
+        assert moved.data_ptr() == source.data_ptr()
+        torch.testing.assert_close(moved, expected, rtol=0, atol=0, equal_nan=True)

@@ -139,7 +139,7 @@ def run_block(block: Block, x: Tensor, rows: Tensor, none_too: bool = False) -> 
     own = taken if shortcut is x else take(shortcut, rows)
     if torch.is_grad_enabled():
         return shortcut.index_copy(0, rows, torch.relu(own + block.residual(taken)))
-    return shortcut.index_copy_(0, rows, block.join(own, taken))
+    return put_(shortcut, rows, block.join(own, taken))
 
 
 def run_most(block: Block, x: Tensor, rest: Tensor) -> Tensor:
@@ -148,14 +148,36 @@ def run_most(block: Block, x: Tensor, rest: Tensor) -> Tensor:
     dropped = take(block.shortcut(x), rest)
     if torch.is_grad_enabled():
         return everything.index_copy(0, rest, dropped)
-    return everything.index_copy_(0, rest, dropped)
+    return put_(everything, rest, dropped)
 
 
 def take(x: Tensor, rows: Tensor) -> Tensor:
     """Rows of features (B, C, H, W), in their memory format; where it is channels last, image by image in one piece."""
     if _format(x) is torch.contiguous_format:
         return x.index_select(0, rows)
-    return x.permute(0, 2, 3, 1).index_select(0, rows).permute(0, 3, 1, 2)
+    x = x.permute(0, 2, 3, 1)
+    if _moves_wide(x):
+        return _wide(x).index_select(0, rows).view(x.dtype).view(-1, *x.shape[1:]).permute(0, 3, 1, 2)
+    return x.index_select(0, rows).permute(0, 3, 1, 2)
+
+
+def put_(x: Tensor, rows: Tensor, y: Tensor) -> Tensor:
+    """Features x (B, C, H, W) with y (B', C, H, W) in the place of the rows int64 (B',), each named once."""
+    if _format(x) is _format(y) is torch.channels_last and _moves_wide(x.permute(0, 2, 3, 1)):
+        _wide(x.permute(0, 2, 3, 1)).index_put_((rows,), _wide(y.permute(0, 2, 3, 1)))
+        return x
+    return x.index_copy_(0, rows, y)
+
+
+def _moves_wide(x: Tensor) -> bool:
+    """Whether rows of x, contiguous, are moved faster as numbers of sixteen bytes, of which there are fewer."""
+    fits = x[0].nbytes % 16 == 0 and x.storage_offset() * x.itemsize % 16 == 0
+    return x.device.type == "cpu" and fits and not torch.is_grad_enabled()
+
+
+def _wide(x: Tensor) -> Tensor:
+    """The same memory, image by image, in numbers of sixteen bytes; complex128 (B, …)."""
+    return x.flatten(1).view(torch.complex128)
 
 
 def _format(x: Tensor) -> torch.memory_format:
