@@ -11,12 +11,12 @@ import ctypes
 from contextlib import suppress
 
 TRIM_THRESHOLD, MMAP_THRESHOLD = -1, -3  # of glibc's malloc.h
-HELD = 2**28
+HELD = 2**30
 """Bytes that stay with the process."""
 
 
 def hold() -> None:
-    """Keep freed memory, up to 256 MiB, for the tensors to come; where there is no glibc, do nothing."""
+    """Keep freed memory, up to 1 GiB, for the tensors to come; where there is no glibc, do nothing."""
     with suppress(OSError, AttributeError):
         libc = ctypes.CDLL(None)
         libc.mallopt(MMAP_THRESHOLD, HELD)

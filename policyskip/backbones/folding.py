@@ -94,9 +94,10 @@ def _arguments(conv: nn.Conv2d) -> tuple[object, ...]:
 
 def in_one_pass(conv: nn.Conv2d, x: Tensor) -> bool:
     """Whether a convolution and what follows it are one operation: large ones on a CPU, where no gradient is asked."""
+    if x.numel() < LARGE or x.device.type != "cpu" or torch.is_grad_enabled():
+        return False
     plain = conv.padding_mode == "zeros" and not isinstance(conv.padding, str)
-    here = x.numel() >= LARGE and x.device.type == "cpu" and not torch.is_grad_enabled()
-    return plain and here and _has_one_pass(x.dtype)
+    return plain and _has_one_pass(x.dtype)
 
 
 @cache
