@@ -60,8 +60,8 @@ Built = TypeVar("Built", bound=Policy)
 
 @dataclass(frozen=True)
 class Prediction:
-    """For B images: ``label_B`` int64, ``logits_BC`` float, ``keep_BK`` bool (what ran), ``macs_B`` float64 (the
-    policy's own cost included)."""
+    """For B images: ``label_B`` int64, ``logits_BC`` float, ``keep_BK`` bool (the blocks that each keeps), ``macs_B``
+    float64 (what they cost, and the policy)."""
 
     label_B: Tensor
     logits_BC: Tensor
@@ -99,7 +99,7 @@ class Predictor:
 
     @torch.no_grad()
     def predict(self, images: Tensor | np.ndarray, batch_size: int = 256) -> Prediction:
-        """Decide and classify; only the kept blocks are executed.
+        """Decide and classify; only the kept blocks are executed, and what ``plan`` says beyond them.
 
         Args:
             images: uint8 (B, 3, H, W), any B, 0 too.
@@ -287,7 +287,11 @@ def describe(
 
 
 def load(
-    run: str | Path, backbone: str | None = None, device: str = "cpu", precision: str = "float32"
+    run: str | Path,
+    backbone: str | None = None,
+    device: str = "cpu",
+    precision: str = "float32",
+    planned: bool = True,
 ) -> Predictor | ExitPredictor | GatedPredictor:
     """Load what a run learned: a :class:`Predictor`, an :class:`ExitPredictor` or a
     :class:`~policyskip.deployment_gates.GatedPredictor`. Nothing in the folder is executed.
@@ -297,6 +301,10 @@ def load(
         backbone: where the network's weights are now, if they have moved since.
         precision: "float32", or "bfloat16" or "float16" for the network; a policy in front of it stays as it is.
             Decisions and answers can then differ from those that the run was judged by; see docs/speed.md.
+        planned: go by what ``policyskip profile run=…`` found, if it was here: a block that nearly all images of a
+            batch keep is then computed for all. Otherwise none is computed for an image that skips it.
+
+    From then on the process keeps freed memory (``memory.py``).
 
     Raises:
         UserError: no run folder, a damaged file, another precision, or network weights other than those the policy was
@@ -315,7 +323,7 @@ def load(
     if backbone is not None and not {"exits", "leaves", "gates"}.isdisjoint(content):
         raise UserError(f"the run {run} brings its own network, network.safetensors; backbone={backbone} has no effect")
     with damaged(opened.folder / "policy.json"):
-        predictor = _load(opened, content, backbone, device)
+        predictor = _load(opened, content, backbone, device, planned)
     network = predictor.backbone if isinstance(predictor, Predictor) else predictor.network
     network.to(PRECISIONS[precision])
     if isinstance(predictor, Predictor) and precision != "float32":
@@ -324,7 +332,7 @@ def load(
 
 
 def _load(
-    run: Run, content: dict[str, Any], backbone: str | None, device: str
+    run: Run, content: dict[str, Any], backbone: str | None, device: str, planned: bool
 ) -> Predictor | ExitPredictor | GatedPredictor:
     """:func:`load` for the content of ``policy.json``."""
     if "exits" in content:
@@ -364,7 +372,7 @@ def _load(
         )
     network = network.to(device)
     predictor = Predictor(policy.to(device), network, classes, image_shape, policy_macs)
-    predictor.plan = _plan(run, expected, network)
+    predictor.plan = _plan(run, expected, network) if planned else {}
     return predictor
 
 

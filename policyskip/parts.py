@@ -1,4 +1,4 @@
-"""A batch that does not fit into the memory of its device is worked on in parts."""
+"""A batch that does not fit into the memory of a GPU is worked on in parts."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ Result = TypeVar("Result")
 
 
 class Parts:
-    """Calls something for parts of a batch: as large as asked for, until the device runs out of memory, then half as
+    """Calls something for parts of a batch: as large as asked for, until a GPU runs out of memory, then half as
     large, which is said once."""
 
     def __init__(self) -> None:
@@ -42,6 +42,6 @@ class Parts:
                     raise
             torch.cuda.empty_cache()  # what the failed call held is free only out here
             if self.most is None:
-                print("warning: the device ran out of memory; batches are split from now on", file=sys.stderr)
+                print("warning: the GPU ran out of memory; batches are split from now on", file=sys.stderr)
             self.most = size // 2
         return results

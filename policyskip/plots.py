@@ -30,6 +30,10 @@ def figure_of(width: float, height: float) -> Figure:
 def save(figure: Figure, caption: str, path: Path) -> Path:
     width = int(figure.get_figwidth() * 14)
     figure.supxlabel(textwrap.fill(caption, width), fontsize=9, color="#333333", x=0.02, ha="left")
+    engine = figure.get_layout_engine()
+    assert engine is not None
+    engine.execute(figure)
+    figure.set_layout_engine(None)  # savefig would lay everything out again, twice, and draw it for that
     figure.savefig(path)
     return path
 
@@ -177,7 +181,7 @@ def gallery(result: Evaluation, images: Images, classes: tuple[str, ...], path: 
             )
             keep = result.keep_NK[index]
             colors = [KEPT if kept else DROPPED for kept in keep.tolist()]
-            strip.bar(range(len(keep)), 1, width=0.82, color=colors)
+            strip.broken_barh([(k - 0.41, 0.82) for k in range(len(keep))], (0, 1), facecolors=colors)
             strip.set_xlabel(f"{int(keep.sum())} of {len(keep)}", fontsize=8)
             for axes in (picture, strip):
                 axes.set(xticks=[], yticks=[])

@@ -136,8 +136,8 @@ class Latency:
             if self.kept_ms_K.dim() != 1 or self.kept_ms_K.shape != self.dropped_ms_K.shape:
                 raise ValueError("kept_ms and dropped_ms must be two lists of one length")
             every_ms = torch.cat([torch.tensor([self.always_ms]), self.kept_ms_K, self.dropped_ms_K])
-            if not (every_ms.isfinite() & (every_ms >= 0)).all() or every_ms.sum() == 0:
-                raise ValueError("its times must be finite and not negative")
+            if not (every_ms.isfinite() & (every_ms >= 0)).all() or self.always_ms + self.kept_ms_K.sum() == 0:
+                raise ValueError("its times must be finite and not negative, and not all 0")
         except OSError as error:
             hint = f"`policyskip profile output={table}` makes it"
             raise UserError(f"reward.table={table} cannot be read; {hint}") from error
@@ -173,14 +173,15 @@ class Budget:
         multiplier: where it starts.
 
     Raises:
-        UserError: ``target`` is not between 0 and 1, another is negative or above 1000, or ``rate`` is 0.
+        UserError: ``target`` is not between 0 and 1, ``multiplier`` not in [0, 10], or ``rate`` or ``gain`` is negative
+            or above 1000, or ``rate`` 0.
     """
 
     def __init__(self, target: float, rate: float = 0.05, gain: float = 2.0, multiplier: float = 0.2) -> None:
-        if not (0 < target < 1 and 0 < rate <= 1e3 and 0 <= gain <= 1e3 and 0 <= multiplier <= 1e3):  # no NaN either
+        if not (0 < target < 1 and 0 < rate <= 1e3 and 0 <= gain <= 1e3 and 0 <= multiplier <= 10):  # no NaN either
             raise UserError(
-                f"reward.target must be between 0 and 1, reward.rate positive, reward.gain and reward.multiplier not "
-                f"negative, and none above 1000; got {target}, {rate}, {gain} and {multiplier}"
+                f"reward.target must be between 0 and 1, reward.rate positive, reward.gain not negative, neither above "
+                f"1000, and reward.multiplier from 0 to 10; got {target}, {rate}, {gain} and {multiplier}"
             )
         self.target, self.rate, self.gain, self.multiplier = target, rate, gain, multiplier
         self.excess = 0.0

@@ -169,7 +169,7 @@ WRONG = {
     "train run.dir=.": "run.dir=. is no folder of its own",
     "train data.root=ö": r"data.root=ö cannot be read; unusual letters go in quotes",
     "train reward=budget reward.rate=nan": "reward.rate positive",
-    "train reward=budget reward.multiplier=inf": "none above 1000",
+    "train reward=budget reward.multiplier=inf": "reward.multiplier from 0 to 10",
     "train run.resume=nowhere": "the run folder nowhere does not exist",
     "train run.resume=.": "the run folder . is not a run folder: it has no config.yaml",
 }  # fmt: skip

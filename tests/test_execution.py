@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import copy
+from types import SimpleNamespace
+
 import pytest
 import torch
 from torch import Tensor, nn
 
+from policyskip import memory
 from policyskip.backbones import count_costs, dense, folding, sparse, sparse_many
 from policyskip.backbones.base import Backbone
 from policyskip.backbones.execution import append, leaders, put_, take
 from policyskip.backbones.folding import folded
 from policyskip.backbones.resnet import CifarResNet, TorchvisionResNet
+from policyskip.errors import UserError
 from tests.conftest import small_backbone, with_statistics
 
 TOLERANCE = {"rtol": 1e-4, "atol": 1e-5}
@@ -291,3 +296,34 @@ def test_rows_are_moved_to_the_bit(dtype, shape, layout):
             moved = put_(source, rows, take(y, rows))
         assert moved.data_ptr() == source.data_ptr()
         torch.testing.assert_close(moved, expected, rtol=0, atol=0, equal_nan=True)
+
+
+@pytest.mark.parametrize(
+    ("most", "asked"), [(2**40, [2**30, 2**30]), (2**25, [2**30, 2**25, 2**30]), (0, [2**30, 2**25])]
+)
+def test_freed_memory_is_held_as_far_as_the_system_lets(monkeypatch, most, asked):
+    """Where no size for tensors in the heap is accepted, trimming must stay as it was: setting it freezes that size."""
+    told = []
+
+    def mallopt(what: int, value: int) -> int:
+        told.append((what, value))
+        return int(value <= most)
+
+    monkeypatch.setattr(memory.ctypes, "CDLL", lambda name: SimpleNamespace(mallopt=mallopt))
+    memory.hold()
+    assert [value for _, value in told] == asked
+    assert [what for what, _ in told] == [-3] * (len(asked) - bool(most)) + [-1] * bool(most)  # as in malloc.h
+
+
+def test_a_network_that_is_not_finite_is_not_folded(backbone):
+    """oneDNN's ReLU would hide it, and only in large batches."""
+    backbone.blocks[1].residual[0].weight.data[0, 0, 0, 0] = torch.nan
+    with pytest.raises(UserError, match=r"its blocks\.1\.residual\.conv1\.weight holds numbers that are not finite"):
+        folded(backbone)
+
+
+def test_a_network_in_half_the_bits_is_counted_and_hashed(backbone):
+    """With the same costs, and as another network."""
+    rough = copy.deepcopy(backbone).bfloat16()
+    assert torch.equal(count_costs(rough, (3, 12, 12)).block_K, count_costs(backbone, (3, 12, 12)).block_K)
+    assert rough.content_hash() != backbone.content_hash()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from functools import partial
 from types import SimpleNamespace
 
@@ -16,7 +17,7 @@ from policyskip.backbones.execution import run_block, run_most
 from policyskip.backbones.resnet_exits import ResNetExits
 from policyskip.deployment import Predictor
 from policyskip.errors import UserError
-from policyskip.profiling import break_even, device_name, profile, side_by_side
+from policyskip.profiling import _counts, _ways, break_even, device_name, profile, side_by_side
 from policyskip.rewards import Adaptive, Budget, Latency, Outcome
 from policyskip.tasks import speed
 from tests.conftest import small_backbone, typed
@@ -62,7 +63,11 @@ def test_most_is_gathered(k, grad, images):
         x = x if k == 1 else backbone.blocks[1](x)
         rows, rest = torch.tensor([0, 2, 3, 5]), torch.tensor([1, 4, 6])
         gathered = run_block(backbone.blocks[k], x.clone(), rows)
-        torch.testing.assert_close(run_most(backbone.blocks[k], x.clone(), rest), gathered, rtol=1e-4, atol=1e-5)
+        everything = run_most(backbone.blocks[k], x.clone(), rest)
+    torch.testing.assert_close(everything, gathered, rtol=1e-4, atol=1e-5)
+    if grad:
+        both = [torch.autograd.grad((y**2).sum(), x, retain_graph=True)[0] for y in (everything, gathered)]
+        torch.testing.assert_close(*both, rtol=1e-4, atol=1e-4)
 
 
 def test_the_plan_decides_which_way_a_block_is_run(images):
@@ -133,6 +138,9 @@ def test_latency_by_hand(tmp_path):
         (lambda path: path.write_text("[1]"), "is no table of `policyskip profile`"),
         (lambda path: table(path, kept_ms=[1.0]), "must be two lists of one length"),
         (lambda path: table(path, always_ms="slow"), "is no table of `policyskip profile`"),
+        (lambda path: table(path, always_ms=-1.0), "must be finite and not negative"),
+        (lambda path: table(path, always_ms=math.inf), "must be finite and not negative"),
+        (lambda path: table(path, always_ms=0, kept_ms=[0, 0, 0]), "not all 0"),
     ],
 )
 def test_what_is_no_table_is_refused(tmp_path, write, said):
@@ -141,7 +149,7 @@ def test_what_is_no_table_is_refused(tmp_path, write, said):
         Latency(str(tmp_path / "t.json"), batch_size=1)
 
 
-def test_a_table_of_another_network_or_batch_is_refused(tmp_path):
+def test_a_table_of_another_number_of_blocks_or_batch_is_refused(tmp_path):
     with pytest.raises(UserError, match="has no times for batches of 7; it has 1, 64"):
         Latency(table(tmp_path / "t.json"), batch_size=7)
     with pytest.raises(UserError, match="has 3 blocks, the network 2"):
@@ -162,7 +170,8 @@ def test_budget_by_hand():
     assert reward.adapt({"macs_fraction": 0.2}) == pytest.approx({"multiplier": 0.18, "price": 0.0})  # never below
     assert reward.adapt({}) == pytest.approx({"multiplier": 0.18, "price": 0.18})  # nothing has ended yet
     assert reward.standing({"accuracy": 0.9, "macs_fraction": 0.504}) == pytest.approx(0.9)
-    assert reward.standing({"accuracy": 0.9, "macs_fraction": 0.525}) == pytest.approx(0.7)
+    for share in (0.475, 0.525):
+        assert reward.standing({"accuracy": 0.9, "macs_fraction": share}) == pytest.approx(0.7)
 
 
 @pytest.mark.parametrize(
@@ -170,7 +179,7 @@ def test_budget_by_hand():
     [
         dict(target=0),
         dict(target=1.5),
-        *(dict(target=0.5, **{k: v}) for k, v in (("rate", 0), ("gain", -1), ("multiplier", -1))),
+        *(dict(target=0.5, **{k: v}) for k, v in (("rate", 0), ("gain", -1), ("multiplier", -1), ("multiplier", 11))),
     ],
 )
 def test_a_budget_that_makes_no_sense_is_refused(arguments):
@@ -209,8 +218,11 @@ def test_profile_is_typed_and_read(tmp_path, monkeypatch):
     result = typed("profile", "run=run", "batch_sizes=[4]", "images=3", cwd=tmp_path)
     assert result.returncode == 2 and "cannot be measured on 3 images; say images=" in result.stderr
     (tmp_path / "run" / "profile.json").write_text("{}")
-    with pytest.raises(UserError, match=r"profile\.json is damaged"):
+    with pytest.raises(UserError, match=r"profile\.json is damaged; `policyskip profile run=` makes it anew"):
         policyskip.load(tmp_path / "run")
+    assert policyskip.load(tmp_path / "run", planned=False).plan == {}
+    result = typed("profile", "run=run", "repeats=1", "batch_sizes=[4]", "images=8", cwd=tmp_path)
+    assert result.returncode == 0 and policyskip.load(tmp_path / "run").plan, result.stderr
 
 
 @pytest.mark.parametrize(
@@ -231,7 +243,9 @@ def test_what_cannot_be_profiled_is_refused(tmp_path, words, said):
     assert not list(tmp_path.iterdir())
 
 
-@pytest.mark.parametrize("agent", [("agent=skipnet",), ("agent=branchynet",), ("agent=ppo", "env=early_exit")])
+@pytest.mark.parametrize(
+    "agent", [("agent=blockdrop",), ("agent=skipnet",), ("agent=branchynet",), ("agent=ppo", "env=early_exit")]
+)
 def test_reduced_precision_changes_little(tmp_path, agent):
     """Half of the mantissa gone, logits differ in the second or third digit, and most answers not at all."""
     result = typed("train", "+experiment=debug", *agent, "run.dir=run", "device=cpu", cwd=tmp_path)
@@ -239,7 +253,11 @@ def test_reduced_precision_changes_little(tmp_path, agent):
     images = torch.randint(0, 256, (32, 3, 20, 20), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
     exact = policyskip.load(tmp_path / "run").predict(images)
     for precision, tolerance in (("float16", 0.05), ("bfloat16", 0.5)):
-        rough = policyskip.load(tmp_path / "run", precision=precision).predict(images)
+        predictor = policyskip.load(tmp_path / "run", precision=precision)
+        if isinstance(predictor, Predictor):
+            of = {part: next(getattr(predictor, part).parameters()).dtype for part in ("policy", "backbone")}
+            assert of == {"policy": torch.float32, "backbone": getattr(torch, precision)}
+        rough = predictor.predict(images)
         assert rough.logits_BC.dtype == torch.float32
         difference = (rough.logits_BC - exact.logits_BC).abs().max().item()
         assert 0 < difference < tolerance
@@ -260,6 +278,22 @@ def test_a_profile_s_numbers_by_hand(monkeypatch):
     assert found["kept_ms"] == [2.0] * K and found["dropped_ms"] == [1.0] * K
     assert found["always_ms"] == 3.0 and found["whole_ms"] == 10.0
     assert found["break_even"] == pytest.approx([0.75] * K)  # 2 of 4 take 4 ms, 3 of 4 take 6: 6 ms at 3 of 4
+
+
+def test_every_way_to_run_a_block_runs_it_for_the_images_that_it_says():
+    """What is timed under a name is what the name says: else every plan would be wrong."""
+    backbone = small_backbone()
+    block, ran = backbone.blocks[0], []
+    block.residual.register_forward_hook(lambda module, inputs, x: ran.append(len(x)))
+    found = {}
+    with torch.no_grad():
+        ways = _ways(block, backbone.features(torch.zeros(8, 3, 12, 12, dtype=torch.uint8)))
+        for name, way in ways.items():
+            ran.clear()
+            way()
+            found[name] = list(ran)
+    counts = {str(count): [count] for count in _counts(8)}
+    assert found == {"kept": [8], "dropped": [], "most": [8], **counts} and len(counts) > 1
 
 
 def test_calls_take_turns_after_one_round_to_warm_up():

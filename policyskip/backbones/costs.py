@@ -53,7 +53,7 @@ def count_costs(backbone: Backbone, image_shape: tuple[int, int, int]) -> Costs:
     was_training = backbone.training
     backbone.eval()
     with torch.no_grad():
-        images = torch.zeros(1, *image_shape, device=device)
+        images = torch.zeros(1, *image_shape, device=device, dtype=backbone.mean.dtype)
         always = count_macs(backbone.stem, images)
         x = backbone.features(images)
         block_macs = []

@@ -35,7 +35,8 @@ def dense(backbone: Backbone, images: Tensor, keep_BK: Tensor) -> Tensor:
     x = backbone.features(images)
     for block, keep_B in zip(backbone.blocks, keep_BK.unbind(1), strict=True):
         shortcut = block.shortcut(x)
-        x = torch.where(keep_B.view(-1, 1, 1, 1), torch.relu(shortcut + block.residual(x)), shortcut)
+        kept = torch.relu(shortcut + block.residual(x)) if torch.is_grad_enabled() else block.join(shortcut, x)
+        x = torch.where(keep_B.view(-1, 1, 1, 1), kept, shortcut)
     return backbone.head(x)
 
 

@@ -17,6 +17,8 @@ from torch.nn.utils.fusion import fuse_conv_bn_eval
 from torch.utils.flop_counter import conv_flop_count
 
 from policyskip.backbones.base import Block
+from policyskip.errors import UserError
+from policyskip.finite import first_bad
 
 AnyModule = TypeVar("AnyModule", bound=nn.Module)
 LARGE = 2**19
@@ -29,9 +31,13 @@ def folded(network: AnyModule) -> AnyModule:
 
     In an ``nn.Sequential`` a batch normalisation behind a convolution disappears into its weights, and a ReLU behind
     those becomes part of it; a block adds its shortcut in its last convolution. Convolutions want their channels last.
-    The copy is for executing, not for saving: its names and its hash are others. oneDNN's ReLU gives 0 for NaN, so that
-    weights must be known to be finite, as those that are loaded are.
+    The copy is for executing, not for saving: its names and its hash are others.
+
+    Raises:
+        UserError: a weight is not finite; oneDNN's ReLU would hide it, for it gives 0 for NaN.
     """
+    if (place := first_bad(network.state_dict())) is not None:
+        raise UserError(f"the network cannot be used: its {place} holds numbers that are not finite")
     network = copy.deepcopy(network).eval().requires_grad_(False).to(memory_format=torch.channels_last)
     for module in [m for m in network.modules() if type(m) is nn.Sequential]:
         layers: dict[str, Any] = dict(module._modules)  # a module can be there twice

@@ -6,7 +6,7 @@ Shapes: B images, K blocks (segments, of a network with exits).
 from __future__ import annotations
 
 import json
-import os
+import tempfile
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
@@ -48,7 +48,7 @@ def of_run(setup: Setup, run: Run, batch_sizes: Sequence[int], repeats: int, cou
     if count < max(batch_sizes):
         hint = "say images= with more, or batch_sizes= with less"
         raise UserError(f"batches of {max(batch_sizes)} cannot be measured on {count} images; {hint}")
-    predictor = deployment.load(run.folder, device=str(setup.device), backbone=_moved(setup, run))
+    predictor = deployment.load(run.folder, _moved(setup, run), str(setup.device), planned=False)
     network = _network(predictor)
     content = profiling.profile(network, setup.data.image_shape, batch_sizes, repeats)
     described = run.load_json("policy.json")
@@ -64,7 +64,7 @@ def of_run(setup: Setup, run: Run, batch_sizes: Sequence[int], repeats: int, cou
             "predict": partial(predictor.predict, images, size),
             "whole": partial(_whole, network, images.split(size)),
         }
-        times = profiling.milliseconds(calls, min(repeats, 5), setup.device)
+        times = profiling.milliseconds(calls, repeats, setup.device)
         table["run"] = {
             "macs_ratio": float(prediction.macs_B.mean()) / predictor.costs.full,
             "expected_ratio": _expected(table, prediction),
@@ -118,8 +118,10 @@ def _check(path: Path) -> None:
         raise UserError(f"output={path} is where the table goes, as JSON; its picture goes beside it")
     with refusing(path):
         path.parent.mkdir(parents=True, exist_ok=True)
-        if not os.access(path.parent, os.W_OK):
-            raise PermissionError(13, "Permission denied")
+        if path.is_dir():
+            raise IsADirectoryError(21, "it is a folder")
+        with tempfile.TemporaryFile(dir=path.parent):
+            pass
 
 
 def _finish(content: dict[str, Any], path: Path) -> int:
