@@ -294,6 +294,7 @@ def test_rows_are_moved_to_the_bit(dtype, shape, layout):
         expected[rows] = y[rows]
         with torch.no_grad():
             moved = put_(source, rows, take(y, rows))
+            assert take(y, rows[:0]).shape == (0, *shape[1:])
         assert moved.data_ptr() == source.data_ptr()
         torch.testing.assert_close(moved, expected, rtol=0, atol=0, equal_nan=True)
 

@@ -156,29 +156,29 @@ def take(x: Tensor, rows: Tensor) -> Tensor:
     """Rows of features (B, C, H, W), in their memory format; where it is channels last, image by image in one piece."""
     if _format(x) is torch.contiguous_format:
         return x.index_select(0, rows)
-    x = x.permute(0, 2, 3, 1)
-    if _moves_wide(x):
-        return _wide(x).index_select(0, rows).view(x.dtype).view(-1, *x.shape[1:]).permute(0, 3, 1, 2)
-    return x.index_select(0, rows).permute(0, 3, 1, 2)
+    if (wide := _wide(x)) is not None:
+        _, C, H, W = x.shape
+        return wide.index_select(0, rows).view(x.dtype).view(len(rows), H, W, C).permute(0, 3, 1, 2)
+    return x.permute(0, 2, 3, 1).index_select(0, rows).permute(0, 3, 1, 2)
 
 
 def put_(x: Tensor, rows: Tensor, y: Tensor) -> Tensor:
     """Features x (B, C, H, W) with y (B', C, H, W) in the place of the rows int64 (B',), each named once."""
-    if _format(x) is _format(y) is torch.channels_last and _moves_wide(x.permute(0, 2, 3, 1)):
-        _wide(x.permute(0, 2, 3, 1)).index_put_((rows,), _wide(y.permute(0, 2, 3, 1)))
-        return x
-    return x.index_copy_(0, rows, y)
+    wide_x, wide_y = _wide(x), _wide(y)
+    if wide_x is None or wide_y is None:
+        return x.index_copy_(0, rows, y)
+    wide_x.index_put_((rows,), wide_y)
+    return x
 
 
-def _moves_wide(x: Tensor) -> bool:
-    """Whether rows of x, contiguous, are moved faster as numbers of sixteen bytes, of which there are fewer."""
-    fits = x[0].nbytes % 16 == 0 and x.storage_offset() * x.itemsize % 16 == 0
-    return x.device.type == "cpu" and fits and not torch.is_grad_enabled()
-
-
-def _wide(x: Tensor) -> Tensor:
-    """The same memory, image by image, in numbers of sixteen bytes; complex128 (B, …)."""
-    return x.flatten(1).view(torch.complex128)
+def _wide(x: Tensor) -> Tensor | None:
+    """The same memory, image by image, in numbers of sixteen bytes, complex128 (B, …): there are fewer of them to move,
+    which is faster on a CPU. None where that cannot be."""
+    if _format(x) is torch.contiguous_format or x.device.type != "cpu" or torch.is_grad_enabled():
+        return None
+    pixels = x.permute(0, 2, 3, 1).flatten(1)
+    fits = pixels.shape[1] * x.itemsize % 16 == 0 and x.storage_offset() * x.itemsize % 16 == 0
+    return pixels.view(torch.complex128) if fits else None
 
 
 def _format(x: Tensor) -> torch.memory_format:
