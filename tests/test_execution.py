@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from policyskip import memory
 from policyskip.backbones import count_costs, dense, folding, sparse, sparse_many
-from policyskip.backbones.base import Backbone
+from policyskip.backbones.base import Backbone, Block
 from policyskip.backbones.execution import append, leaders, put_, take
 from policyskip.backbones.folding import folded
 from policyskip.backbones.resnet import CifarResNet, TorchvisionResNet
@@ -328,3 +328,22 @@ def test_a_network_in_half_the_bits_is_counted_and_hashed(backbone):
     rough = copy.deepcopy(backbone).bfloat16()
     assert torch.equal(count_costs(rough, (3, 12, 12)).block_K, count_costs(backbone, (3, 12, 12)).block_K)
     assert rough.content_hash() != backbone.content_hash()
+
+
+@pytest.mark.parametrize("large", [0, 2**40])
+def test_features_that_somebody_needs_are_left_alone(monkeypatch, images, large):
+    """And those that nobody needs give the same when they are written over; also where the residual is one convolution,
+    which must not read what it has written."""
+    monkeypatch.setattr(folding, "LARGE", large)
+    alone = Block(nn.Sequential(nn.Conv2d(4, 4, 3, padding=1)), nn.Identity())
+    network = nn.ModuleList([alone, *small_backbone(shortcut="B").blocks])
+    x = torch.rand(len(images), 4, 12, 12)
+    for block in folded(network):
+        x = x.contiguous(memory_format=torch.channels_last)
+        with torch.no_grad():
+            before, after = x.clone(), block(x)
+            assert torch.equal(x, before)
+            written_over = block(x.clone(memory_format=torch.preserve_format), inplace=True)
+            torch.testing.assert_close(written_over, after, rtol=0, atol=0)
+            torch.testing.assert_close(after, torch.relu(block.shortcut(x) + block.residual(x)), **TOLERANCE)
+        x = after

@@ -84,13 +84,15 @@ class Block(nn.Module):
         self.residual = residual
         self.shortcut = shortcut
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, inplace: bool = False) -> Tensor:
+        """``inplace``: x is no longer needed, and may be written over where no gradient is asked."""
         if torch.is_grad_enabled():
             return torch.relu_(self.shortcut(x) + self.residual(x))
-        return self.join(self.shortcut(x), x)
+        return self.join(self.shortcut(x), x, inplace)
 
-    def join(self, shortcut: Tensor, x: Tensor) -> Tensor:
-        """``relu(shortcut + residual(x))`` of a shortcut that is at hand, without gradients."""
+    def join(self, shortcut: Tensor, x: Tensor, inplace: bool = False) -> Tensor:
+        """``relu(shortcut + residual(x))`` of a shortcut that is at hand, and may be written over if ``inplace``;
+        without gradients."""
         joined: Tensor = self.residual(x).add_(shortcut).relu_()
         return joined
 
@@ -142,5 +144,5 @@ class Backbone(Network):
             return dense(self, images, keep_BK)
         x = self.features(images)
         for block in self.blocks:
-            x = block(x)
+            x = block(x, inplace=True)
         return self.head(x)

@@ -51,7 +51,7 @@ def sparse(backbone: Backbone, images: Tensor, keep_BK: Tensor, break_even_K: Se
     if len(images) == 1:  # which rows is no question then, and asking it would take longer than a small block
         x = backbone.features(images)
         for block, kept in zip(backbone.blocks, keep_BK[0].tolist(), strict=True):
-            x = block(x) if kept else block.shortcut(x)
+            x = block(x, inplace=True) if kept else block.shortcut(x)
         return backbone.head(x)
     keep_KB = keep_BK.T.cpu()  # one transfer; finding the rows block by block would stop the device K times
     rows_K = _rows(keep_KB, images.device)
@@ -132,7 +132,7 @@ def run_block(block: Block, x: Tensor, rows: Tensor, none_too: bool = False) -> 
         none_too: whether the block is passed, with no images, where none keeps it.
     """
     if len(rows) == len(x):
-        return block(x)
+        return block(x, inplace=True)
     shortcut = block.shortcut(x)
     if len(rows) == 0 and not none_too:
         return shortcut
@@ -140,13 +140,13 @@ def run_block(block: Block, x: Tensor, rows: Tensor, none_too: bool = False) -> 
     own = taken if shortcut is x else take(shortcut, rows)
     if torch.is_grad_enabled():
         return shortcut.index_copy(0, rows, torch.relu(own + block.residual(taken)))
-    return put_(shortcut, rows, block.join(own, taken))
+    return put_(shortcut, rows, block.join(own, taken, inplace=True))
 
 
 def run_most(block: Block, x: Tensor, rest: Tensor) -> Tensor:
     """What :func:`run_block` gives, with the block computed for all images; ``rest``, int64, are those that drop it."""
-    everything = block(x)
     dropped = take(block.shortcut(x), rest)
+    everything = block(x, inplace=True)
     if torch.is_grad_enabled():
         return everything.index_copy(0, rest, dropped)
     return put_(everything, rest, dropped)

@@ -85,13 +85,15 @@ class FoldedBlock(Block):
         assert isinstance(last, nn.Conv2d)
         self.first, self.last = nn.Sequential(*first), last
 
-    def join(self, shortcut: Tensor, x: Tensor) -> Tensor:
+    def join(self, shortcut: Tensor, x: Tensor, inplace: bool = False) -> Tensor:
         x = self.first(x)
         if not in_one_pass(self.last, x):
             return self.last(x).add_(shortcut).relu_()
-        return torch.ops.mkldnn._convolution_pointwise.binary(
-            x, shortcut, *_arguments(self.last), "add", 1.0, "relu", [], ""
-        )
+        how = (*_arguments(self.last), "add", 1.0, "relu", [], "")
+        apart = x.data_ptr() != shortcut.data_ptr()  # they are one where the residual is a single convolution
+        if inplace and apart and shortcut.is_contiguous(memory_format=torch.channels_last):
+            return torch.ops.mkldnn._convolution_pointwise_.binary(shortcut, x, *how)
+        return torch.ops.mkldnn._convolution_pointwise.binary(x, shortcut, *how)
 
 
 def _arguments(conv: nn.Conv2d) -> tuple[object, ...]:
@@ -111,9 +113,9 @@ def _has_one_pass(dtype: torch.dtype) -> bool:
     """Whether this build of torch, on this processor, can; found out by trying."""
     x, weight = torch.ones(1, 1, 1, 1, dtype=dtype), torch.ones(1, 1, 1, 1, dtype=dtype)
     try:
-        torch.ops.mkldnn._convolution_pointwise.binary(
-            x, x, weight, None, [0, 0], [1, 1], [1, 1], 1, "add", 1.0, "relu", [], ""
-        )
+        how: tuple[Any, ...] = (weight, None, [0, 0], [1, 1], [1, 1], 1, "add", 1.0, "relu", [], "")
+        torch.ops.mkldnn._convolution_pointwise.binary(x, x, *how)
+        torch.ops.mkldnn._convolution_pointwise_.binary(x.clone(), x, *how)
     except (AttributeError, RuntimeError):
         return False
     return True
@@ -126,4 +128,6 @@ def one_pass_flops() -> dict[Any, Any]:
         weight_shape = operands[1] if len(operands) > 9 else operands[0]  # behind what is added
         return conv_flop_count(x_shape, weight_shape, out_shape)
 
-    return {torch.ops.mkldnn._convolution_pointwise: flops} if _has_one_pass(torch.float32) else {}
+    if not _has_one_pass(torch.float32):
+        return {}
+    return dict.fromkeys((torch.ops.mkldnn._convolution_pointwise, torch.ops.mkldnn._convolution_pointwise_), flops)
