@@ -15,7 +15,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from policyskip.comparison.statistics import mean_and_half
+from policyskip.intervals import mean_and_half
 
 RESULTS = Path(__file__).parent / "results" / "agents.csv"
 SEEDS = (0, 1, 2, 3, 4)

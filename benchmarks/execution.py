@@ -38,11 +38,12 @@ import policyskip
 from policyskip.agents.blockdrop import BlockDrop
 from policyskip.backbones import Backbone, cifar_resnet, count_costs, dense, sparse
 from policyskip.backbones.folding import folded
-from policyskip.config import build_data
+from policyskip.build import build_data
 from policyskip.data.base import TensorImages
+from policyskip.deployment.predictors import Predictor
+from policyskip.deployment.profiling import device_name, side_by_side
 from policyskip.envs.block_selection import BlockSelectionVectorEnv
 from policyskip.memory import hold
-from policyskip.profiling import device_name, side_by_side
 from policyskip.rewards import Outcome
 
 RESULTS = Path(__file__).parent / "results"
@@ -136,7 +137,7 @@ def training_step(
 def predict(run: Path, batch: int, count: int, repeats: int, device: torch.device) -> tuple[dict[str, Any], float]:
     """Seconds of a run's ``predict`` and of its whole network on test images, and the MAC ratio."""
     predictor = policyskip.load(run, device=str(device))
-    assert isinstance(predictor, policyskip.deployment.Predictor)
+    assert isinstance(predictor, Predictor)
     data, _ = build_data(yaml.safe_load((run / "config.yaml").read_text())["data"], device)
     spread_N = torch.linspace(0, len(data.test) - 1, count).round().long()  # folders come class by class
     images = next(iter(data.test.plain().stream([(spread_N, 0)]))).images

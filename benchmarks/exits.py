@@ -22,12 +22,13 @@ from pathlib import Path
 import torch
 
 import policyskip
-from policyskip.agents.early_exit import ThresholdPolicy
 from policyskip.backbones import run_until
 from policyskip.data import digits
+from policyskip.deployment.predictors import ExitPredictor
 from policyskip.exits.cache import cache_exits
 from policyskip.exits.calibration import choose, curve_of
 from policyskip.exits.rules import exit_of
+from policyskip.policies.thresholds import ThresholdPolicy
 
 RESULTS = Path(__file__).parent / "results" / "exits.csv"
 SEEDS = (0, 1, 2)
@@ -56,7 +57,7 @@ def run(agent: str, seed: int) -> dict[str, str]:
 def checks(folder: Path) -> dict[str, str]:
     """Budgets asked for and used, and whether simulated and real leaving are the same."""
     predictor = policyskip.load(folder)
-    assert isinstance(predictor, policyskip.deployment.ExitPredictor)
+    assert isinstance(predictor, ExitPredictor)
     data = digits(torch.device("cpu"), train=1, validation=2000, test=4000)
     network, rule = predictor.network, predictor.policy.rule
     validation, test = cache_exits(network, data.validation), cache_exits(network, data.test)

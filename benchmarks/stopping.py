@@ -23,12 +23,12 @@ import torch
 import yaml
 
 import policyskip
-from policyskip.agents.early_exit import ThresholdPolicy
 from policyskip.backbones import ExitNetwork
-from policyskip.config import build_data
-from policyskip.deployment import ExitPredictor
+from policyskip.build import build_data
+from policyskip.deployment.predictors import ExitPredictor
 from policyskip.exits.cache import cache_exits
 from policyskip.exits.calibration import choose, curve_of
+from policyskip.policies.thresholds import ThresholdPolicy
 
 RESULTS = Path(__file__).parent / "results" / "stopping.csv"
 RUNS = [f"runs/benchmark-{agent}-0" for agent in ("msdnet", "branchynet", "cdl", "distiller")]

@@ -27,10 +27,11 @@ from torch import Tensor
 
 from policyskip.agents.baselines import Baseline, greedy_advantage, leave_one_out_advantage, value_advantage
 from policyskip.agents.blockdrop import BlockDrop, reinforce_loss
-from policyskip.config import FrontSection, Setup, plain, set_up
+from policyskip.build import Setup, set_up
+from policyskip.config import FrontSection, plain
 from policyskip.envs.block_selection import BlockSelectionVectorEnv
-from policyskip.plots import figure_of, save
-from policyskip.tasks.blocks import best_set, static_front
+from policyskip.evaluation.plots import figure_of, save
+from policyskip.tasks.fronts import best_set, static_front
 
 HERE = Path(__file__).parent
 GRADIENTS, LEARNING = HERE / "results" / "variance_gradients.csv", HERE / "results" / "variance_learning.csv"

@@ -17,7 +17,8 @@ if sys.argv[:1] == ["-m"] or Path(*sys.argv[:1]).stem == "policyskip":
 import gymnasium
 
 if TYPE_CHECKING:
-    from policyskip.deployment import Predictor, load
+    from policyskip.deployment.policy_files import load
+    from policyskip.deployment.predictors import Predictor
     from policyskip.rewards import Outcome
 
 __version__ = "0.1.0"
@@ -42,10 +43,14 @@ gymnasium.register(
 
 def __getattr__(name: str) -> Any:
     """Import the public names when they are first used: torch takes seconds, and ``--help`` needs none of it."""
-    if name in ("load", "Predictor"):
-        from policyskip import deployment
+    if name == "load":
+        from policyskip.deployment.policy_files import load
 
-        return getattr(deployment, name)
+        return load
+    if name == "Predictor":
+        from policyskip.deployment.predictors import Predictor
+
+        return Predictor
     if name == "Outcome":
         from policyskip.rewards import Outcome
 

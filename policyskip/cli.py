@@ -29,28 +29,32 @@ def train(config: Any) -> int:
     from contextlib import nullcontext
     from functools import partial
 
-    from policyskip import distributed, resuming, tasks, training
-    from policyskip.config import Settings, find_device, plain, set_up, settings_of
-    from policyskip.dividing import divide
+    from policyskip import training
+    from policyskip.build import find_device, set_up
+    from policyskip.config import Settings, plain, settings_of
     from policyskip.files import damaged
-    from policyskip.tracking import Tracker
+    from policyskip.parallel import processes
+    from policyskip.parallel.data_parallel import divide
+    from policyskip.runs import lifecycle as resuming
+    from policyskip.runs.tracking import Tracker
+    from policyskip.tasks import dispatch as tasks
 
-    config, run, resume = distributed.first(lambda: _new_or_resumed(config))
+    config, run, resume = processes.first(lambda: _new_or_resumed(config))
     settings = settings_of(config, Settings)
     device = find_device(settings.device)
-    if run is not None and distributed.first(lambda: resuming.is_finished(run, settings.train.steps, "policy.json")):
+    if run is not None and processes.first(lambda: resuming.is_finished(run, settings.train.steps, "policy.json")):
         resuming.say_finished(run, settings.train.steps)
         return 0
     if run is None:
-        config = distributed.first(lambda: _with_proposed_exits(config, device, settings.seed))
+        config = processes.first(lambda: _with_proposed_exits(config, device, settings.seed))
     content = plain(config) if run is None else resuming.with_own_start(plain(config), run)
     with nullcontext() if run is None else damaged(run.folder):
         setup = set_up(content, device, trusted=run is None or settings.run.trust)
         task = tasks.start(setup, settings)
     divide(task.learner, task.source)
     print(task.greeting, flush=True)
-    run = distributed.first(lambda: _begin(config, run, resume))
-    if task.trains is not None and not resume and distributed.is_first():
+    run = processes.first(lambda: _begin(config, run, resume))
+    if task.trains is not None and not resume and processes.is_first():
         resuming.keep_start(run, task.trains, content["backbone"])
     group = settings.tracking.group or f"{task.names['agent']}-{task.names['data']}"
     tags = [*task.names.values(), f"seed {settings.seed}"]
@@ -65,7 +69,7 @@ def train(config: Any) -> int:
             finished = training.rest(*chain, resume=resume)
         if not finished:
             return _stopped("train", run)
-        summary = distributed.first(lambda: task.finish(run, tracker, run.load_checkpoint()["seconds"]))
+        summary = processes.first(lambda: task.finish(run, tracker, run.load_checkpoint()["seconds"]))
     except KeyboardInterrupt:
         resuming.say_interrupted("train", run)
         return EXIT_INTERRUPTED
@@ -80,32 +84,26 @@ def pretrain(config: Any) -> int:
     """A CIFAR ResNet learns to classify, with stochastic depth, and is written for ``backbone.checkpoint=``."""
     from functools import partial
 
-    from policyskip import distributed, resuming, training
+    from policyskip import training
     from policyskip.backbones import checkpoints
     from policyskip.backbones.resnet import CifarResNet
-    from policyskip.config import (
-        PretrainSettings,
-        build,
-        build_backbone,
-        build_data,
-        find_device,
-        group_of,
-        plain,
-        settings_of,
-    )
+    from policyskip.build import build, build_backbone, build_data, find_device
+    from policyskip.config import PretrainSettings, group_of, plain, settings_of
     from policyskip.data import Feed
-    from policyskip.dividing import divide
     from policyskip.errors import UserError
     from policyskip.files import typed
+    from policyskip.parallel import processes
+    from policyskip.parallel.data_parallel import divide
     from policyskip.pretraining import pixel_statistics
-    from policyskip.tracking import Tracker
+    from policyskip.runs import lifecycle as resuming
+    from policyskip.runs.tracking import Tracker
 
-    config, run, resume = distributed.first(lambda: _new_or_resumed(config))
+    config, run, resume = processes.first(lambda: _new_or_resumed(config))
     content = plain(config)
     group_of(content, "pretrain")  # which a run of another command has not
     settings = settings_of(config, PretrainSettings)
     device = find_device(settings.device)
-    if run is not None and distributed.first(
+    if run is not None and processes.first(
         lambda: resuming.is_finished(run, settings.train.steps, "backbone.safetensors")
     ):
         resuming.say_finished(run, settings.train.steps)
@@ -132,8 +130,8 @@ def pretrain(config: Any) -> int:
     )
     feed = Feed(data.train, batch_size, "shuffled", settings.seed)
     divide(learner, feed)
-    run = distributed.first(lambda: _begin(config, run, resume))
-    if not resume and distributed.is_first():
+    run = processes.first(lambda: _begin(config, run, resume))
+    if not resume and processes.is_first():
         resuming.keep_start(run, backbone, node)
     group = settings.tracking.group or f"pretrain-{data.name}"
     tags = [backbone.name, data.name, f"seed {settings.seed}"]
@@ -167,7 +165,7 @@ def pretrain(config: Any) -> int:
         )
         if not finished:
             return _stopped("pretrain", run)
-        summary = distributed.first(finish)
+        summary = processes.first(finish)
     except KeyboardInterrupt:
         resuming.say_interrupted("pretrain", run)
         return EXIT_INTERRUPTED
@@ -182,10 +180,10 @@ def pretrain(config: Any) -> int:
 
 def evaluate(config: Any) -> int:
     """A run's best policy, judged again from its folder."""
-    from policyskip import tasks
     from policyskip.config import EvaluateSettings, settings_of
     from policyskip.files import damaged
-    from policyskip.runs import open_run
+    from policyskip.runs.folder import open_run
+    from policyskip.tasks import dispatch as tasks
 
     asked = settings_of(config, EvaluateSettings)
     run = open_run(asked.run)
@@ -211,8 +209,8 @@ def calibrate(config: Any) -> int:
     from omegaconf import OmegaConf
 
     from policyskip.config import CalibrateSettings, settings_of
-    from policyskip.runs import open_run
-    from policyskip.tasks import exits
+    from policyskip.runs.folder import open_run
+    from policyskip.tasks import thresholds as exits
 
     asked = settings_of(config, CalibrateSettings)
     run = open_run(asked.run)
@@ -234,8 +232,9 @@ def _with_proposed_exits(config: Any, device: Any, seed: int) -> Any:
     """The configuration with the exits of "auto N" in place, so that a run's folder says which they were."""
     from omegaconf import OmegaConf
 
-    from policyskip.config import build_data, group_of, plain
-    from policyskip.tasks.exits import place_exits
+    from policyskip.build import build_data
+    from policyskip.config import group_of, plain
+    from policyskip.tasks.thresholds import place_exits
 
     content = plain(config)
     node = group_of(content, "backbone")
@@ -249,9 +248,10 @@ def _with_proposed_exits(config: Any, device: Any, seed: int) -> Any:
 
 def _setup_of(run: Any, device: str, trust: bool) -> Any:
     """What a run's own configuration names."""
-    from policyskip import resuming
-    from policyskip.config import Settings, find_device, plain, set_up, settings_of
+    from policyskip.build import find_device, set_up
+    from policyskip.config import Settings, plain, settings_of
     from policyskip.files import damaged
+    from policyskip.runs import lifecycle as resuming
 
     saved = _saved(run)
     with damaged(run.folder / "config.yaml"):
@@ -263,8 +263,9 @@ def front(config: Any) -> int:
     """The best fixed keep-set of every size, searched on validation images."""
     from pathlib import Path
 
-    from policyskip.config import FrontSettings, find_device, plain, set_up, settings_of
-    from policyskip.tasks.blocks import static_front
+    from policyskip.build import find_device, set_up
+    from policyskip.config import FrontSettings, plain, settings_of
+    from policyskip.tasks.fronts import static_front
 
     settings = settings_of(config, FrontSettings)
     setup = set_up(plain(config), find_device(settings.device))
@@ -282,10 +283,11 @@ def profile(config: Any) -> int:
     """Where a network's time goes on this device, and with a run, what its decisions really save."""
     from pathlib import Path
 
-    from policyskip.config import ProfileSettings, build_backbone, build_data, find_device, group_of, plain, settings_of
+    from policyskip.build import build_backbone, build_data, find_device
+    from policyskip.config import ProfileSettings, group_of, plain, settings_of
     from policyskip.errors import UserError
-    from policyskip.runs import open_run
-    from policyskip.tasks import speed
+    from policyskip.evaluation import speed
+    from policyskip.runs.folder import open_run
 
     asked = settings_of(config, ProfileSettings)
     device, content = find_device(asked.device), plain(config)
@@ -307,10 +309,10 @@ def compare(config: Any) -> int:
     """Finished runs side by side: tables with intervals, pictures, and one HTML page."""
     from pathlib import Path
 
-    from policyskip import comparison
+    from policyskip.comparison import compare as comparison
     from policyskip.comparison import sources
     from policyskip.config import CompareSettings, plain, settings_of
-    from policyskip.tracking import log_comparison
+    from policyskip.runs.tracking import log_comparison
 
     asked = settings_of(config, CompareSettings)
     patterns = [asked.runs] if isinstance(asked.runs, str) else asked.runs
@@ -375,11 +377,12 @@ def _is_one_of_several() -> bool:
 def _run_together(command: str) -> int:
     """Be one of the processes that make a run."""
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # which torch reads when it is imported
-    from policyskip import distributed, sweeps
+    from policyskip import sweeps
     from policyskip.errors import UserError
+    from policyskip.parallel import processes
 
     try:
-        with distributed.joined():
+        with processes.joined():
             if not sweeps.FLAGS.isdisjoint(sys.argv):
                 several = UserError("--multirun makes several runs, of one process each; start it without torchrun")
                 return _refuse(command, several)
@@ -401,8 +404,8 @@ def _run(command: str) -> int:
     composed = False
 
     def job(config: Any) -> None:
-        from policyskip import tasks  # noqa: F401 - what takes seconds to import
-        from policyskip.runs import release_all
+        from policyskip.runs.folder import release_all
+        from policyskip.tasks import dispatch as tasks  # noqa: F401 - what takes seconds to import
 
         if signal.getsignal(signal.SIGINT) is signal.SIG_DFL:  # see policyskip/__init__.py
             signal.signal(signal.SIGINT, signal.default_int_handler)
@@ -456,9 +459,9 @@ def _with_own_reward(arguments: list[str]) -> list[str]:
 
 def _refuse(command: str, error: Exception) -> int:
     if _is_one_of_several():
-        from policyskip import distributed
+        from policyskip.parallel import processes
 
-        if not distributed.speaks_first():
+        if not processes.claims_error_report():
             return EXIT_BAD_INPUT
     print(f"policyskip {command}: {_in_one_line(error)}", file=sys.stderr)
     return EXIT_BAD_INPUT
@@ -492,7 +495,7 @@ def _new_or_resumed(config: Any) -> tuple[Any, Any, bool]:
     from omegaconf import OmegaConf
 
     from policyskip.errors import UserError
-    from policyskip.runs import open_run
+    from policyskip.runs.folder import open_run
 
     if config.run.resume is None:
         return config, None, False
@@ -532,7 +535,7 @@ def _begin(config: Any, run: Any, resume: bool) -> Any:
     """The run folder, once everything is known to be good: a new one, or the one to go on with."""
     from omegaconf import OmegaConf
 
-    from policyskip.runs import create
+    from policyskip.runs.folder import create
 
     if run is None:
         return create(config.run.dir, " ".join([sys.argv[0], *_changes()]), OmegaConf.to_yaml(config, resolve=True))

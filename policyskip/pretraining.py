@@ -11,15 +11,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from policyskip import distributed
+from policyskip.agents.schedules import one_cycle
 from policyskip.backbones import sparse
+from policyskip.backbones.execution import run_block_together
 from policyskip.backbones.resnet import CifarResNet
-from policyskip.backbones.together import run_block_together
 from policyskip.data import Feed, Images, sequential
-from policyskip.dividing import Divisible
 from policyskip.errors import UserError
 from policyskip.finite import check_finite, check_gradients
-from policyskip.schedules import one_cycle
+from policyskip.parallel import processes
+from policyskip.parallel.data_parallel import Divisible
 
 
 class Pretrainer(Divisible):
@@ -87,7 +87,7 @@ class Pretrainer(Divisible):
 
     def _pass(self, images: Tensor, keep_BK: Tensor) -> Tensor:
         """Logits (B, C)."""
-        if distributed.world() == 1:
+        if processes.world() == 1:
             return sparse(self.backbone, images, keep_BK)
         x = self.backbone.features(images)
         for block, keep_B in zip(self.backbone.blocks, keep_BK.unbind(1), strict=True):
@@ -96,7 +96,7 @@ class Pretrainer(Divisible):
 
     def _sample(self, images: int) -> Tensor:
         """Which blocks run for each image, bool (B, K)."""
-        return distributed.share(self._sample_whole(distributed.world() * images))
+        return processes.this_process_slice(self._sample_whole(processes.world() * images))
 
     def _sample_whole(self, B: int) -> Tensor:
         """The same for the batch of all processes."""

@@ -16,14 +16,14 @@ from typing import Any, Protocol, TypeVar
 import torch
 from torch import Tensor
 
-from policyskip import distributed
 from policyskip.errors import UserError
 from policyskip.files import damaged
 from policyskip.finite import NotFiniteError, first_bad
 from policyskip.memory import give_back
+from policyskip.parallel import processes
 from policyskip.rewards import Adaptive
-from policyskip.runs import Run
-from policyskip.tracking import Tracker
+from policyskip.runs.folder import Run
+from policyskip.runs.tracking import Tracker
 
 
 class Source(Protocol):
@@ -91,7 +91,7 @@ def train(
     step, best, elapsed, window = 0, float("-inf"), 0.0, []
     reward = getattr(source, "reward", None)
     if resume:
-        state = distributed.first(run.load_checkpoint)
+        state = processes.first(run.load_checkpoint)
         with damaged(run.folder / "checkpoint.pt"):
             step, best, elapsed = int(state["step"]), float(state["best"]), float(state["seconds"])
             window = [{str(key): float(value) for key, value in means.items()} for means in state["window"]]
@@ -102,7 +102,7 @@ def train(
         if step > steps:
             raise UserError(f"{run.folder} has done {step} updates already; train.steps={steps} is below that")
         if best > float("-inf"):  # damaged weights would be missed only at the end
-            kept, own = distributed.first(run.load_best), deployable()
+            kept, own = processes.first(run.load_best), deployable()
             if {name: t.shape for name, t in kept.items()} != {name: t.shape for name, t in own.items()}:
                 raise UserError(f"{run.folder / 'best.safetensors'} is not of what this run learns")
         run.rewind_metrics(step)
@@ -143,7 +143,7 @@ def train(
         while step < steps:
             # An optimizer's state is looked at only in the first update.
             with damaged(run.folder / "checkpoint.pt") if resume and step == saved else nullcontext():
-                window.append(distributed.average(learner.update(source)))
+                window.append(processes.average(learner.update(source)))
             if isinstance(reward, Adaptive):
                 window[-1] |= reward.adapt(window[-1])
             step += 1
@@ -155,14 +155,14 @@ def train(
                 give_back()
             if step % validate_every == 0 or step == steps:
                 check()
-                figures = distributed.first(lambda: _judged(validate(), reward))
+                figures = processes.first(lambda: _judged(validate(), reward))
                 tracker.log(step, time.monotonic() - started, {f"val/{key}": value for key, value in figures.items()})
                 if figures[choose_by] > best and step >= min(choose_after, 1.0) * steps:
                     best = figures[choose_by]
                     run.save_best(deployable())
                 save()
-            if distributed.anyone(stop_asked()):
-                distributed.first(save)  # nobody ends before it is done
+            if processes.any_process(stop_asked()):
+                processes.first(save)  # nobody ends before it is done
                 return step == steps
     return True
 
@@ -209,8 +209,8 @@ def _told(last_good: Callable[[], str]) -> Iterator[None]:
     except torch.OutOfMemoryError as error:
         raise UserError(f"the device ran out of memory; a smaller data.batch_size needs less; {last_good()}") from error
     except RuntimeError as error:
-        if distributed.is_loss(error):
-            raise UserError(f"{distributed.loss(error)}; {last_good()}") from error
+        if processes.is_lost_process(error):
+            raise UserError(f"{processes.lost_process_message(error)}; {last_good()}") from error
         if "without overflow" not in str(error):  # torch's, for a learning rate that float32 does not hold
             raise
         raise UserError(f"a number of the optimizer is too large; {last_good()}") from error
@@ -233,7 +233,7 @@ def _stop_requests() -> Iterator[Callable[[], bool]]:
 
     def ask(number: int, frame: object) -> None:
         nonlocal asked
-        if asked and distributed.world() == 1:  # torchrun, and Slurm around it, may say the same thing twice
+        if asked and processes.world() == 1:  # torchrun, and Slurm around it, may say the same thing twice
             raise KeyboardInterrupt
         asked = True
 

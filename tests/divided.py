@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import sys
 
-from policyskip import distributed
-from policyskip.runs import create
+from policyskip.parallel import processes
+from policyskip.runs.folder import create
 from tests.learners import learn
 
 if __name__ == "__main__":
     folder, *names = sys.argv[1:]
-    with distributed.joined():
+    with processes.joined():
         for name in names:
-            learn(name, distributed.first(lambda name=name: create(f"{folder}/{name}", "policyskip train", "")))
+            learn(name, processes.first(lambda name=name: create(f"{folder}/{name}", "policyskip train", "")))

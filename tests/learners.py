@@ -19,12 +19,12 @@ from policyskip.backbones.msdnet import MSDNet
 from policyskip.backbones.resnet import CifarResNet
 from policyskip.backbones.resnet_exits import ResNetExits
 from policyskip.data import Feed, TensorImages, crop_and_flip
-from policyskip.dividing import divide
 from policyskip.envs.block_selection import BlockSelectionVectorEnv
+from policyskip.parallel.data_parallel import divide
 from policyskip.pretraining import Pretrainer
 from policyskip.rewards import Budget, Reward
-from policyskip.runs import Run
-from policyskip.tracking import Tracker
+from policyskip.runs.folder import Run
+from policyskip.runs.tracking import Tracker
 from policyskip.training import train
 from tests.conftest import small_backbone, small_images
 

@@ -9,8 +9,8 @@ from typing import Any
 
 import torch
 
-from policyskip.decisions import Decisions, record
-from policyskip.runs import Run
+from policyskip.evaluation.decisions import Decisions, record
+from policyskip.runs.folder import Run
 
 DIGITS = {"_target_": "policyskip.data.digits", "batch_size": 32, "train": 1, "validation": 1, "test": 60}
 CLASSES = tuple("0123456789")

@@ -561,12 +561,17 @@ FOREIGN = {
     "env": {"_target_": "os.mkdir", "path": "marker"},
     "agent": {"_target_": "os.mkdir", "path": "marker"},
     "agent by way of ours": {
-        "_target_": "policyskip.config.build",
+        "_target_": "policyskip.build.build",
         "group": "agent",
         "node": {"_target_": "os.mkdir", "path": "marker"},
     },
-    "reward by way of what ours imports": {"_target_": "policyskip.runs.os.mkdir", "path": "marker"},
-    "reward that is an agent": {"_target_": "policyskip.runs.create", "folder": "marker", "command": "", "config": ""},
+    "reward by way of what ours imports": {"_target_": "policyskip.runs.folder.os.mkdir", "path": "marker"},
+    "reward that is an agent": {
+        "_target_": "policyskip.runs.folder.create",
+        "folder": "marker",
+        "command": "",
+        "config": "",
+    },
 }
 
 

@@ -7,12 +7,12 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from policyskip.agents.static import StaticFront, known_front
 from policyskip.backbones import load
 from policyskip.data import TensorImages, digits
 from policyskip.envs.block_selection import BlockSelectionVectorEnv
-from policyskip.evaluation import Evaluation
-from policyskip.tasks import blocks as report
+from policyskip.evaluation.decisions import Evaluation
+from policyskip.static_front import StaticFront, known_front
+from policyskip.tasks import fronts as report
 from tests.conftest import small_backbone
 
 

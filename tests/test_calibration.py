@@ -20,11 +20,10 @@ from policyskip.exits.calibration import (
     common_curve,
     curve_of,
     grid_curve,
-    knee,
-    pareto,
     quota_curve,
 )
 from policyskip.exits.rules import CONFIDENCE, ENTROPY, RULES, exit_of, exit_shares, q_for_budget, rule_named
+from policyskip.fronts import knee, pareto
 from tests.conftest import small_cache
 
 SEARCHES = [("confidence", "quota"), ("entropy", "quota"), ("confidence", "grid"), ("entropy", "grid")]

@@ -16,8 +16,8 @@ from torch import Tensor, nn
 
 from policyskip.backbones import checkpoints
 from policyskip.backbones.base import IMAGENET_MEAN, IMAGENET_STD
+from policyskip.backbones.builders import load_exits
 from policyskip.backbones.checkpoints import cifar_resnet, load, save, shipped, torchvision_resnet
-from policyskip.backbones.exit_builders import load_exits
 from policyskip.backbones.resnet import CifarResNet
 from policyskip.errors import UserError
 from tests.conftest import small_backbone, small_images

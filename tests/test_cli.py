@@ -17,7 +17,7 @@ import yaml
 import policyskip
 from policyskip.data import digits
 from policyskip.errors import UserError
-from policyskip.runs import Run
+from policyskip.runs.folder import Run
 from tests.conftest import typed
 
 SMALL_DATA = ["data.train=300", "data.validation=80", "data.test=90", "data.batch_size=32", "device=cpu"]

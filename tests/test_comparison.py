@@ -13,14 +13,14 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from policyskip import decisions
-from policyskip.comparison import compare
 from policyskip.comparison.collect import collect, groups_of
+from policyskip.comparison.compare import compare
 from policyskip.comparison.series import band, static_front, styles, use
 from policyskip.comparison.tables import differences, disagreements, rows_of, shown, table
 from policyskip.data import digits
 from policyskip.errors import UserError
-from policyskip.runs import Run
+from policyskip.evaluation import decisions
+from policyskip.runs.folder import Run
 from tests.conftest import typed
 from tests.made_up import drawn, made_up_decisions, made_up_run
 

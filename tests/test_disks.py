@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from policyskip.errors import UserError
-from policyskip.runs import create
+from policyskip.runs.folder import create
 from tests.conftest import typed
 from tests.learners import learn
 from tests.test_resume import same, without_times

@@ -17,12 +17,12 @@ import pytest
 import torch
 from PIL import Image
 
-from policyskip import distributed
 from policyskip.data import Feed, imagefolder
 from policyskip.data.folders import FileImages
 from policyskip.envs.block_selection import BlockSelectionVectorEnv
 from policyskip.errors import UserError
-from policyskip.runs import Run, create
+from policyskip.parallel import processes
+from policyskip.runs.folder import Run, create
 from tests.conftest import small_backbone, small_images, typed
 from tests.learners import LEARNERS, augmented, learn
 
@@ -112,10 +112,10 @@ def test_four_processes_do_too(tmp_path):
 
 def parts(make: Callable[[], Any], monkeypatch: pytest.MonkeyPatch) -> list[Any]:
     """What each of three processes makes."""
-    monkeypatch.setattr(distributed, "world", lambda: 3)
+    monkeypatch.setattr(processes, "world", lambda: 3)
     made = []
     for rank in range(3):
-        monkeypatch.setattr(distributed, "rank", lambda rank=rank: rank)
+        monkeypatch.setattr(processes, "rank", lambda rank=rank: rank)
         made.append(make())
     monkeypatch.undo()
     return made
@@ -166,7 +166,9 @@ def test_an_environment_shows_its_part(monkeypatch):
     whole = BlockSelectionVectorEnv(12, backbone=small_backbone(), images=small_images())
     assert torch.equal(torch.cat([made.observation for made in shown]), whole.observation)
     assert all(made.num_envs == 4 and made.action_space.shape[0] == 4 for made in shown)
-    assert torch.equal(torch.cat(parts(lambda: distributed.share(torch.arange(6)), monkeypatch)), torch.arange(6))
+    assert torch.equal(
+        torch.cat(parts(lambda: processes.this_process_slice(torch.arange(6)), monkeypatch)), torch.arange(6)
+    )
 
 
 def test_a_batch_that_cannot_be_divided_is_refused(monkeypatch):

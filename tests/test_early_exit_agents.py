@@ -11,7 +11,7 @@ import torch
 from policyskip.agents.branchynet import BranchyNet
 from policyskip.agents.cdl import CDL
 from policyskip.agents.distiller import Distiller
-from policyskip.agents.early_exit import EarlyExitAgent, ThresholdPolicy, joint_loss
+from policyskip.agents.early_exit import EarlyExitAgent, joint_loss
 from policyskip.agents.msdnet import MSDNetAgent
 from policyskip.backbones.branchynet import BranchyLeNet
 from policyskip.backbones.resnet_exits import ResNetExits
@@ -19,6 +19,7 @@ from policyskip.data import Feed, TensorImages
 from policyskip.envs.exit_sources import observe
 from policyskip.errors import UserError
 from policyskip.exits.cache import cache_exits
+from policyskip.policies.thresholds import ThresholdPolicy
 from tests.conftest import small_backbone, small_images
 
 

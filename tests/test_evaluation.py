@@ -8,7 +8,8 @@ from torch import Tensor
 
 from policyskip.agents.base import Agent
 from policyskip.envs.block_selection import BlockSelectionVectorEnv
-from policyskip.evaluation import Evaluation, evaluate
+from policyskip.evaluation.decisions import Evaluation
+from policyskip.evaluation.evaluate import evaluate
 from tests.conftest import small_backbone, small_images
 
 RESULT = Evaluation(

@@ -10,7 +10,8 @@ import torch
 
 from policyskip.backbones import ExitCosts
 from policyskip.errors import UserError
-from policyskip.exits.baselines import (
+from policyskip.exits.cache import CachedExits
+from policyskip.exits.references import (
     accuracy_by_exit,
     exit_histogram,
     label_oracle,
@@ -20,7 +21,6 @@ from policyskip.exits.baselines import (
     static_exits,
     static_mix,
 )
-from policyskip.exits.cache import CachedExits
 from tests.conftest import small_cache
 
 M, N = 4, 3

@@ -25,7 +25,8 @@ from policyskip.backbones import (
 )
 from policyskip.backbones.checkpoints import load, save
 from policyskip.backbones.resnet import TorchvisionResNet
-from policyskip.config import build_backbone, plain
+from policyskip.build import build_backbone
+from policyskip.config import plain
 from policyskip.data import Data
 from policyskip.errors import UserError
 from tests.conftest import small_backbone, small_images, with_statistics

@@ -16,7 +16,7 @@ from policyskip.data import digits
 from policyskip.errors import UserError
 from policyskip.exits.cache import cache_exits
 from policyskip.exits.rules import exit_of
-from policyskip.tasks import exits
+from policyskip.tasks import thresholds as exits
 from tests.conftest import typed
 
 SMALL = ["data.train=300", "data.validation=120", "data.test=90", "data.batch_size=32", "device=cpu", "tracking=none"]

@@ -10,7 +10,7 @@ import torch
 
 from policyskip.errors import UserError
 from policyskip.finite import NotFiniteError, check_finite, check_gradients, first_bad
-from policyskip.runs import create
+from policyskip.runs.folder import create
 from tests.learners import LEARNERS, learn
 
 

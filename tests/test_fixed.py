@@ -14,14 +14,15 @@ import policyskip
 from policyskip.agents import fixed
 from policyskip.agents.base import Agent
 from policyskip.agents.blockdrop import BlockDrop
-from policyskip.agents.fixed import RandomPolicy, first_blocks, image_hashes, spread_blocks
+from policyskip.agents.fixed import first_blocks, spread_blocks
 from policyskip.agents.oracle import Oracle, best_of
-from policyskip.agents.static import StaticFront
 from policyskip.data import digits
 from policyskip.envs.block_selection import BlockSelectionVectorEnv
 from policyskip.errors import UserError
-from policyskip.evaluation import evaluate
+from policyskip.evaluation.evaluate import evaluate
+from policyskip.policies.fixed import RandomPolicy, image_hashes
 from policyskip.rewards import Linear, Macs, Utilization
+from policyskip.static_front import StaticFront
 from tests.conftest import small_backbone, small_images, typed
 
 K = 6

@@ -21,7 +21,7 @@ import pytest
 
 import policyskip
 from policyskip.errors import UserError
-from policyskip.runs import Run
+from policyskip.runs.folder import Run
 from tests.test_resume import same, without_times
 
 KILLS = int(os.environ.get("KILLS", "30"))
@@ -53,7 +53,7 @@ def processes() -> Any:
     """Processes that have imported everything already."""
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(
-        ["tests.test_kills", "policyskip.tasks", "policyskip.pretraining", "policyskip.plots"]
+        ["tests.test_kills", "policyskip.tasks.dispatch", "policyskip.pretraining", "policyskip.evaluation.plots"]
     )
     return context
 

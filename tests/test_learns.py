@@ -9,7 +9,7 @@ from torch import Tensor
 from policyskip.agents.blockdrop import BlockDrop
 from policyskip.data import TensorImages
 from policyskip.envs.block_selection import BlockSelectionVectorEnv
-from policyskip.evaluation import evaluate
+from policyskip.evaluation.evaluate import evaluate
 from policyskip.rewards import Outcome
 from tests.conftest import small_backbone
 

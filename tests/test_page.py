@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from policyskip.comparison import compare
+from policyskip.comparison.compare import compare
 from policyskip.comparison.sources import Pictures
 from policyskip.data import digits
 from tests.made_up import drawn, made_up_run

@@ -7,13 +7,13 @@ from collections.abc import Callable
 import pytest
 import torch
 
-from policyskip.agents.policies import ConstantPolicy
 from policyskip.backbones import execution
-from policyskip.deployment import Predictor
+from policyskip.deployment.predictors import Predictor
 from policyskip.envs import base
 from policyskip.envs.block_selection import BlockSelectionVectorEnv
 from policyskip.errors import UserError
-from policyskip.parts import Parts
+from policyskip.memory import Parts
+from policyskip.policies.networks import ConstantPolicy
 from tests.conftest import small_backbone, small_images
 
 
@@ -62,6 +62,6 @@ def test_environments_and_predictors_go_on(monkeypatch):
     policy = ConstantPolicy(backbone.num_blocks)
     predictor = Predictor(policy, backbone, ["a"], tuple(images.shape[1:]), 0.0)
     expected, sizes = predictor.predict(images), []
-    monkeypatch.setattr("policyskip.agents.base.sparse", scarce(execution.sparse, 5, sizes))
+    monkeypatch.setattr("policyskip.policies.base.sparse", scarce(execution.sparse, 5, sizes))
     torch.testing.assert_close(predictor.predict(images).logits_BC, expected.logits_BC)
     assert sizes == [9, 4, 4, 1] and predictor.predict(images[:0]).logits_BC.shape == (0, backbone.num_classes)

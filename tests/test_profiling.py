@@ -11,15 +11,15 @@ import pytest
 import torch
 
 import policyskip
-from policyskip.agents.policies import ConstantPolicy
 from policyskip.backbones import sparse
 from policyskip.backbones.execution import run_block, run_most
 from policyskip.backbones.resnet_exits import ResNetExits
-from policyskip.deployment import Predictor
+from policyskip.deployment.predictors import Predictor
+from policyskip.deployment.profiling import _counts, _ways, break_even, device_name, profile, side_by_side
 from policyskip.errors import UserError
-from policyskip.profiling import _counts, _ways, break_even, device_name, profile, side_by_side
+from policyskip.evaluation import speed
+from policyskip.policies.networks import ConstantPolicy
 from policyskip.rewards import Adaptive, Budget, Latency, Outcome
-from policyskip.tasks import speed
 from tests.conftest import small_backbone, typed
 
 
@@ -206,7 +206,7 @@ def test_profile_is_typed_and_read(tmp_path, monkeypatch):
     assert summary["latency_ms"] == times["run"]["predict_ms"] > 0 and summary["latency_batch"] == 4
     assert policyskip.load(tmp_path / "run").plan == {4: times["break_even"]}
     monkeypatch.setattr(
-        "policyskip.profiling.milliseconds",
+        "policyskip.deployment.profiling.milliseconds",
         lambda calls, *_: {name: {"predict": 8.0}.get(name, 16.0) for name in calls},
     )
     result = typed("profile", "run=run", "repeats=1", "batch_sizes=[1,4]", "images=8", cwd=tmp_path)
@@ -270,7 +270,7 @@ def test_a_profile_s_numbers_by_hand(monkeypatch):
     """Eight milliseconds for a batch of four are two an image; gathered, two blocks of three cost half."""
     times = {"kept": 8.0, "dropped": 4.0, "most": 6.0, "2": 4.0, "3": 6.0, "stem": 4.0, "head": 8.0, "whole": 40.0}
     monkeypatch.setattr(
-        "policyskip.profiling.milliseconds", lambda calls, *others: {name: times[name] for name in calls}
+        "policyskip.deployment.profiling.milliseconds", lambda calls, *others: {name: times[name] for name in calls}
     )
     backbone = small_backbone()
     found = profile(backbone, (3, 12, 12), [4], repeats=1)["batches"]["4"]

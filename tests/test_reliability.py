@@ -16,9 +16,9 @@ import yaml
 
 import policyskip
 from policyskip.backbones.checkpoints import save
-from policyskip.collapse import block_warnings, exit_warnings
 from policyskip.errors import UserError
-from policyskip.runs import Run, create, open_run
+from policyskip.evaluation.decisions import block_warnings, exit_warnings
+from policyskip.runs.folder import Run, create, open_run
 from tests.conftest import typed
 from tests.learners import exits, learn
 from tests.test_cli import SMALL
@@ -129,7 +129,7 @@ def test_what_has_no_effect_or_cannot_work_is_refused(moved, words, message):
 
 
 def test_a_folder_that_another_process_writes_into_is_refused(moved):
-    code = "import time; from policyskip.runs import open_run\nrun = open_run('x'); run.hold(); print('held', flush=True); time.sleep(99)"
+    code = "import time; from policyskip.runs.folder import open_run\nrun = open_run('x'); run.hold(); print('held', flush=True); time.sleep(99)"
     holder = subprocess.Popen([sys.executable, "-c", code], cwd=moved, stdout=subprocess.PIPE, text=True)
     try:
         assert holder.stdout is not None and holder.stdout.readline() == "held\n"

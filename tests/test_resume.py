@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from policyskip.errors import UserError
-from policyskip.runs import Run, create
+from policyskip.runs.folder import Run, create
 from tests.learners import LEARNERS, learn
 
 

@@ -11,17 +11,17 @@ import torch
 from torch import Tensor
 
 from policyskip.agents.base import Agent
-from policyskip.agents.greedy import BlockPolicy, ExitPolicy, LookPolicy
 from policyskip.agents.sb3 import A2C, DQN, PPO, SB3Agent
 from policyskip.backbones import ExitCosts
 from policyskip.envs.block_selection import BlockSelectionVectorEnv
 from policyskip.envs.early_exit import EarlyExitVectorEnv
 from policyskip.envs.layer_skip import LayerSkipVectorEnv
 from policyskip.errors import UserError
-from policyskip.evaluation import evaluate
+from policyskip.evaluation.evaluate import evaluate
 from policyskip.exits.cache import CachedExits
+from policyskip.policies.perceptrons import BlockPolicy, ExitPolicy, LookPolicy
 from policyskip.rewards import Outcome
-from policyskip.tasks.leaving import exits_of, outcome_of
+from policyskip.tasks.exit_policy import exits_of, outcome_of
 from tests.conftest import BlackAndWhite, small_backbone, small_cache
 
 ENVIRONMENTS = {

@@ -11,7 +11,7 @@ import torch
 from policyskip.agents.skipnet import SkipNet, hybrid_loss, log_probability, skipnet_returns
 from policyskip.data import Feed, TensorImages
 from policyskip.errors import UserError
-from policyskip.evaluation import evaluate_gates
+from policyskip.evaluation.evaluate import evaluate_gates
 from tests.conftest import small_backbone, small_images
 
 IMAGE = (3, 12, 12)

@@ -7,8 +7,8 @@ import itertools
 import pytest
 import torch
 
-from policyskip.agents.static import SetScorer, StaticFront, find_front, known_front, search
 from policyskip.backbones import count_costs, sparse
+from policyskip.static_front import SetScorer, StaticFront, find_front, known_front, search
 from tests.conftest import small_backbone, small_images
 
 EVERY = list(itertools.product([False, True], repeat=6))

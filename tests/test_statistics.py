@@ -8,15 +8,9 @@ import numpy as np
 import pytest
 import torch
 
-from policyskip.comparison.statistics import (
-    bootstrap,
-    cost_ranks,
-    mean_and_half,
-    mean_over_pairs,
-    pareto,
-    same_answers,
-    same_choices,
-)
+from policyskip.comparison.agreement import cost_ranks, mean_over_pairs, same_answers, same_choices
+from policyskip.fronts import comparison_pareto as pareto
+from policyskip.intervals import bootstrap, mean_and_half
 from tests.made_up import made_up_decisions
 
 

@@ -11,8 +11,8 @@ from types import SimpleNamespace
 import pytest
 
 from policyskip import sweeps
-from policyskip.decisions import load
-from policyskip.runs import Run
+from policyskip.evaluation.decisions import load
+from policyskip.runs.folder import Run
 from tests.conftest import typed
 
 SMALL = ["+experiment=debug", "device=cpu", "data.test=40", "train.steps=2", "train.validate_every=1", "seed=0,1"]

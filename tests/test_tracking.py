@@ -16,9 +16,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from policyskip.comparison import compare
-from policyskip.runs import Run
-from policyskip.tracking import Examples, Tracker, _answers, _named, log_comparison
+from policyskip.comparison.compare import compare
+from policyskip.runs.folder import Run
+from policyskip.runs.tracking import Examples, Tracker, _answers, _named, log_comparison
 from tests.made_up import drawn, made_up_run
 
 
@@ -121,7 +121,7 @@ def test_a_server_that_does_not_answer_is_noticed():
 def test_a_key_without_a_network_goes_on_offline_and_says_so(tmp_path, mode):
     (tmp_path / "run").mkdir()
     program = (
-        "from pathlib import Path; from policyskip.runs import Run; from policyskip.tracking import Tracker\n"
+        "from pathlib import Path; from policyskip.runs.folder import Run; from policyskip.runs.tracking import Tracker\n"
         f"tracker = Tracker(Run(Path('run')), {mode!r}, {{}}); tracker.log(1, 0.1, {{'train/loss': 1.0}})\n"
         "tracker.finish({}, [], [], None); print(tracker.where)"
     )

@@ -12,10 +12,10 @@ import torch
 from policyskip.agents.blockdrop import BlockDrop
 from policyskip.envs.block_selection import BlockSelectionVectorEnv
 from policyskip.errors import UserError
-from policyskip.evaluation import evaluate
+from policyskip.evaluation.evaluate import evaluate
 from policyskip.files import write
-from policyskip.runs import Run, create, open_run
-from policyskip.tracking import Tracker
+from policyskip.runs.folder import Run, create, open_run
+from policyskip.runs.tracking import Tracker
 from policyskip.training import train
 from tests.conftest import small_backbone, small_images
 

@@ -17,7 +17,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from policyskip import distributed
 from policyskip.agents.base import Agent
 from policyskip.agents.baselines import (
     Baseline,
@@ -27,13 +26,14 @@ from policyskip.agents.baselines import (
     value_advantage,
     value_loss,
 )
-from policyskip.agents.policies import ConstantPolicy, PolicyNetwork
+from policyskip.agents.schedules import one_cycle
 from policyskip.backbones.costs import count_macs
-from policyskip.dividing import Divisible
 from policyskip.envs.block_selection import BlockSelectionVectorEnv
 from policyskip.errors import UserError
 from policyskip.finite import check_finite, check_gradients
-from policyskip.schedules import one_cycle
+from policyskip.parallel import processes
+from policyskip.parallel.data_parallel import Divisible
+from policyskip.policies.networks import ConstantPolicy, PolicyNetwork
 
 VALUE_LR = 10
 """The value head's learning rate, in units of the policy's: it starts at zero, and has to follow the rewards."""
@@ -244,8 +244,8 @@ class BlockDrop(Agent, Divisible):
     def _sample(self, probability_BK: Tensor) -> Tensor:
         """Decisions bool (S, B, K) from the bounded Bernoulli; blocks not yet free are kept."""
         B, K = probability_BK.shape
-        whole = torch.rand(self.samples, distributed.world() * B, K, generator=self.generator)
-        uniform = distributed.share(whole, 1).to(probability_BK.device)
+        whole = torch.rand(self.samples, processes.world() * B, K, generator=self.generator)
+        uniform = processes.this_process_slice(whole, 1).to(probability_BK.device)
         return (uniform < bounded(probability_BK, self.alpha)) | ~self.policy.free_K
 
     def _free_blocks(self) -> None:

@@ -10,25 +10,26 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
 from typing import Any, ClassVar, Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from policyskip.agents.schedules import SCHEDULES
 from policyskip.backbones.exits import ExitNetwork
 from policyskip.data import Feed
-from policyskip.dividing import Divisible
-from policyskip.envs.exit_sources import read
 from policyskip.errors import UserError
 from policyskip.exits.cache import CachedExits
 from policyskip.exits.calibration import Curve, check_search, curve_of
-from policyskip.exits.rules import check_thresholds, rule_named
+from policyskip.exits.rules import rule_named
 from policyskip.finite import check_finite, check_gradients
-from policyskip.schedules import SCHEDULES
+from policyskip.parallel.data_parallel import Divisible
+from policyskip.policies.thresholds import ThresholdPolicy
 
 OptimizerName = Literal["sgd", "adam"]
+
+
 ScheduleName = Literal["onecycle", "steps", "constant"]
 
 
@@ -46,34 +47,6 @@ def joint_loss(logits_BNC: Tensor, label_B: Tensor, weight_N: Tensor) -> Tensor:
         raise ValueError(f"expected logits (B, N, C), labels (B,), weights (N,); got {shapes}")
     entropy_NB = torch.stack([F.cross_entropy(logits, label_B, reduction="none") for logits in logits_BNC.unbind(1)])
     return weight_N @ entropy_NB.mean(1)
-
-
-class ThresholdPolicy(nn.Module):
-    """Leave at the first exit where the rule is met; whoever comes to the last exit leaves there.
-
-    Args:
-        rule: confidence, entropy or delta (see ``exits/rules.py``).
-        thresholds: one for each exit but the last.
-    """
-
-    threshold_E: Tensor
-
-    def __init__(self, rule: str, thresholds: Sequence[float]) -> None:
-        super().__init__()
-        self.rule = rule_named(rule)
-        check_thresholds(thresholds, len(thresholds) + 1)
-        self.register_buffer("threshold_E", torch.tensor(list(thresholds), dtype=torch.float64))
-
-    def leave(self, n: int, logits_BC: Tensor, rows: Tensor) -> Tensor:
-        """Which of the images at exit n leave, bool (B',): what :func:`~policyskip.backbones.exits.run_until` asks."""
-        return self.rule.leaves(logits_BC.float().softmax(-1), self.threshold_E[n])
-
-    def decide(self, observation: Tensor) -> Tensor:
-        """The same for observations of ``policyskip/EarlyExit-v0``, float32 (B, C + 3 + N): bool (B,)."""
-        num_exits = len(self.threshold_E) + 1
-        seen = read(observation, observation.shape[1] - 3 - num_exits)
-        threshold_B = F.pad(self.threshold_E, (0, 1))[seen.exit_B]
-        return self.rule.leaves(seen.probability_BC, threshold_B) | (seen.exit_B == num_exits - 1)
 
 
 class EarlyExitAgent(Divisible, ABC):

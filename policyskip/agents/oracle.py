@@ -8,26 +8,13 @@ Shapes: B images, F sets on the front, K blocks.
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import Tensor
 
-from policyskip.agents.base import Policy
 from policyskip.agents.fixed import RestingAgent
-from policyskip.agents.static import StaticFront
 from policyskip.envs.block_selection import BlockSelectionVectorEnv
-from policyskip.errors import UserError
-
-
-class OraclePolicy(Policy):
-    """Holds the place of a policy; there is none that does without the label."""
-
-    def decide(self, images: Tensor) -> Tensor:
-        raise UserError("the oracle sees the label, so it cannot decide from images alone")
-
-    def spec(self) -> dict[str, Any]:
-        return {}
+from policyskip.policies.fixed import OraclePolicy
+from policyskip.static_front import StaticFront
 
 
 class Oracle(RestingAgent):

@@ -26,7 +26,12 @@ from stable_baselines3.common.torch_layers import BaseFeaturesExtractor
 from torch import Tensor, nn
 
 from policyskip.agents.base import Agent
-from policyskip.agents.greedy import (
+from policyskip.agents.randomness import Randomness
+from policyskip.backbones.costs import count_macs
+from policyskip.envs.sb3 import LookUp, SB3VecEnv
+from policyskip.errors import UserError
+from policyskip.finite import NotFiniteError
+from policyskip.policies.perceptrons import (
     ExitPolicy,
     GreedyPolicy,
     LookPolicy,
@@ -35,11 +40,6 @@ from policyskip.agents.greedy import (
     longest_episode,
     policy_for,
 )
-from policyskip.agents.randomness import Randomness
-from policyskip.backbones.costs import count_macs
-from policyskip.envs.sb3 import LookUp, SB3VecEnv
-from policyskip.errors import UserError
-from policyskip.finite import NotFiniteError
 
 OURS = {"self", "policy", "env", "policy_kwargs", "seed", "device", "verbose", "tensorboard_log", "stats_window_size"}
 OURS |= {"use_sde", "sde_sample_freq", "rollout_buffer_class", "rollout_buffer_kwargs", "_init_setup_model"}

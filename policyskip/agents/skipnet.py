@@ -16,17 +16,17 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from policyskip import distributed
 from policyskip.agents.early_exit import OptimizerName, ScheduleName
+from policyskip.agents.schedules import SCHEDULES
 from policyskip.backbones.base import Backbone
 from policyskip.backbones.checkpoints import seeded
 from policyskip.backbones.costs import count_costs
 from policyskip.backbones.gated import GatedNetwork, GatedRun
 from policyskip.data import Feed
-from policyskip.dividing import Divisible
 from policyskip.errors import UserError
 from policyskip.finite import check_finite, check_gradients
-from policyskip.schedules import SCHEDULES
+from policyskip.parallel import processes
+from policyskip.parallel.data_parallel import Divisible
 
 
 def skipnet_returns(ce_B: Tensor, keep_BG: Tensor, cost_G: Tensor, alpha: float) -> Tensor:
@@ -235,8 +235,8 @@ class SkipNet(Divisible):
 
     def _uniform(self, B: int) -> Tensor:
         """Fresh uniform numbers (B, G)."""
-        whole = torch.rand(distributed.world() * B, len(self.cost_G), generator=self.generator)
-        return distributed.share(whole).to(self.cost_G.device)
+        whole = torch.rand(processes.world() * B, len(self.cost_G), generator=self.generator)
+        return processes.this_process_slice(whole).to(self.cost_G.device)
 
     def state_dict(self) -> dict[str, Any]:
         return {

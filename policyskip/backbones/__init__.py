@@ -2,10 +2,7 @@
 
 from policyskip.backbones.base import Backbone, Block, Network
 from policyskip.backbones.branchynet import BranchyNet
-from policyskip.backbones.checkpoints import cifar_resnet, load, torchvision_resnet
-from policyskip.backbones.costs import Costs, count_costs
-from policyskip.backbones.execution import dense, sparse, sparse_many
-from policyskip.backbones.exit_builders import (
+from policyskip.backbones.builders import (
     branchy_alexnet,
     branchy_lenet,
     branchy_resnet,
@@ -14,6 +11,9 @@ from policyskip.backbones.exit_builders import (
     multi_scale_densenet,
     torchvision_resnet_exits,
 )
+from policyskip.backbones.checkpoints import cifar_resnet, load, torchvision_resnet
+from policyskip.backbones.costs import Costs, count_costs
+from policyskip.backbones.execution import dense, sparse, sparse_many
 from policyskip.backbones.exits import ExitCosts, ExitNetwork, costly_exits, count_exit_costs, rows_of, run_until
 from policyskip.backbones.gated import GatedNetwork
 from policyskip.backbones.msdnet import MSDNet

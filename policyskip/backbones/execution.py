@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from policyskip.backbones.base import Backbone, Block
+from policyskip.parallel import processes
 
 
 def check_keep(backbone: Backbone, images: Tensor, keep_BK: Tensor) -> None:
@@ -184,3 +185,15 @@ def _wide(x: Tensor) -> Tensor | None:
 def _format(x: Tensor) -> torch.memory_format:
     last = x.dim() == 4 and x.is_contiguous(memory_format=torch.channels_last) and not x.is_contiguous()
     return torch.channels_last if last else torch.contiguous_format
+
+
+def anyone_runs(block: Block, rows: Tensor) -> bool:
+    """Whether a block has to be passed here: some image keeps it, int64 (B',), or one in another process does, and the
+    block learns, so that its batch normalisation and gradients are of all processes."""
+    return processes.any_process(len(rows) > 0) if block.residual.training else len(rows) > 0
+
+
+def run_block_together(block: Block, x: Tensor, rows: Tensor) -> Tensor:
+    """As :func:`~policyskip.backbones.execution.run_block`, which passes nothing where no image of this process keeps
+    the block: here it is passed, with no images, if it learns and one elsewhere keeps it."""
+    return run_block(block, x, rows, none_too=anyone_runs(block, rows))

@@ -12,9 +12,9 @@ import torch
 from torch import Tensor
 
 from policyskip.backbones.base import Backbone, Block, Network
+from policyskip.backbones.execution import anyone_runs, run_block_together
 from policyskip.backbones.gates import GATES, Memory, straight_through
 from policyskip.backbones.resnet_exits import feature_shapes
-from policyskip.backbones.together import anyone_runs, run_block_together
 from policyskip.errors import UserError
 
 

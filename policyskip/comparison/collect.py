@@ -12,10 +12,10 @@ from typing import Any
 
 from omegaconf import OmegaConf
 
-from policyskip import decisions
-from policyskip.decisions import Decisions
 from policyskip.errors import UserError
-from policyskip.runs import Run
+from policyskip.evaluation import decisions
+from policyskip.evaluation.decisions import Decisions
+from policyskip.runs.folder import Run
 
 NAMES = ("agent", "env", "backbone", "data")
 NUMBERS = (

@@ -8,7 +8,7 @@ from typing import Any
 
 from policyskip.comparison.series import CURVES, Style, band, front_of, lowest_shown, matrix, oracles, static_front, use
 from policyskip.comparison.tables import MEASURES, Cells, Row
-from policyskip.plots import STATIC
+from policyskip.evaluation.plots import STATIC
 
 Figure = dict[str, Any]
 """``title``, ``note``, ``data`` (traces), ``layout``; and perhaps ``choices``, values that a heat map can show."""

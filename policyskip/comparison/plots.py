@@ -13,7 +13,7 @@ import numpy as np
 
 from policyskip.comparison.series import CURVES, Style, band, front_of, lowest_shown, matrix, oracles, static_front, use
 from policyskip.comparison.tables import MEASURES, Cells, Row
-from policyskip.plots import FULL, STATIC, figure_of, save
+from policyskip.evaluation.plots import FULL, STATIC, figure_of, save
 
 Images = dict[int, Any]
 """Test images by their place: uint8 (H, W, 3)."""

@@ -13,10 +13,10 @@ from typing import Any
 
 import numpy as np
 
-from policyskip.agents.static import concave_hull
 from policyskip.comparison.collect import Result, is_number
-from policyskip.comparison.statistics import pareto
 from policyskip.comparison.tables import Cells, Row
+from policyskip.fronts import comparison_pareto as pareto
+from policyskip.fronts import concave_hull
 
 COLOURS = ("#3b82c4", "#d9822b", "#2f9e6e", "#c14f7f", "#8a63c9", "#9a8a1f", "#3fa3ad", "#c2543b", "#64748b", "#6b8e23")
 """One for each agent; readable on white and on black."""

@@ -7,13 +7,14 @@ from typing import Any
 
 import torch
 
-from policyskip import tasks
+from policyskip.build import Setup, build_data
 from policyskip.comparison.collect import Result
-from policyskip.config import Setup, build_data, group_of
+from policyskip.config import group_of
 from policyskip.data import Images
-from policyskip.decisions import Decisions
 from policyskip.errors import UserError
-from policyskip.runs import Run
+from policyskip.evaluation.decisions import Decisions
+from policyskip.runs.folder import Run
+from policyskip.tasks import dispatch as tasks
 
 
 def decide_again(setup: Setup, run: Run) -> Decisions:

@@ -18,16 +18,10 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from policyskip.comparison.agreement import cost_ranks, mean_over_pairs, same_answers, same_choices
 from policyskip.comparison.collect import Result
-from policyskip.comparison.statistics import (
-    bootstrap,
-    cost_ranks,
-    mean_and_half,
-    mean_over_pairs,
-    same_answers,
-    same_choices,
-)
-from policyskip.decisions import Decisions
+from policyskip.evaluation.decisions import Decisions
+from policyskip.intervals import bootstrap, mean_and_half
 
 Cells = list[dict[str, Any]]
 """A table: one dictionary a row, with the same keys in all."""

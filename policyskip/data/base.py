@@ -17,8 +17,8 @@ from typing import Literal, Protocol
 import torch
 from torch import Tensor
 
-from policyskip import distributed
 from policyskip.errors import UserError
+from policyskip.parallel import processes
 
 SPLIT_SEED = 0
 """Validation images are the same in every run, whatever its seed: weights and thresholds were chosen on them."""
@@ -133,8 +133,8 @@ class Feed:
 
     def divide(self) -> None:
         """From now on show this process's part of each batch; the parts of all, side by side, are the batch."""
-        size = distributed.each(self.batch_size)
-        self.part = slice(distributed.rank() * size, (distributed.rank() + 1) * size)
+        size = processes.per_process_batch_size(self.batch_size)
+        self.part = slice(processes.rank() * size, (processes.rank() + 1) * size)
         self.seek(self.cursor)
 
     def seek(self, cursor: int, seed: int | None = None) -> None:

@@ -8,9 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from policyskip import distributed
 from policyskip.data.base import Data, crop_and_flip, in_memory
 from policyskip.errors import UserError
+from policyskip.parallel import processes
 
 TORCHVISION = {"cifar10": "CIFAR10", "cifar100": "CIFAR100", "fashion_mnist": "FashionMNIST", "mnist": "MNIST"}
 
@@ -36,7 +36,7 @@ def torchvision_data(
 
     make = getattr(torchvision.datasets, TORCHVISION[name])
     try:
-        with distributed.one_a_machine_first():
+        with processes.one_a_machine_first():
             train, test = (make(root, train=is_train, download=download) for is_train in (True, False))
     except Exception as error:  # torchvision raises RuntimeError, URLError, OSError, …
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__

@@ -18,7 +18,7 @@ from policyskip.backbones import Backbone, count_costs, load
 from policyskip.backbones.execution import sparse_many
 from policyskip.backbones.folding import folded
 from policyskip.data import Feed, Images, Order, load_data
-from policyskip.parts import Parts
+from policyskip.memory import Parts
 from policyskip.rewards import Outcome, Reward, Utilization, reward_of
 
 PIXELS_AT_ONCE = 2**23

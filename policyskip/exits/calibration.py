@@ -32,15 +32,24 @@ from policyskip.exits.rules import (
     rule_named,
     spread,
 )
+from policyskip.fronts import knee, pareto
 
 BRANCHYNET_NATS = (1e-4, 5e-4, 1e-3, 5e-3, 0.01, 0.025, 0.05, 0.075, 0.1, 0.25, 0.5, 0.75, 1.0, 2.0, 3.0, 5.0, 10.0)
 """Entropies that BranchyNet's authors screened for each exit of B-LeNet and B-ResNet (the code of arXiv 1709.01686)."""
+
+
 WINDOW = 0.01
 """A budget may be left unspent by this share of the full cost, for the sake of accuracy."""
+
+
 SPARE = 1.0
 """Standard errors by which an accuracy target must be met."""
+
+
 COMBINATIONS = 2**14
 """Combinations of thresholds that a grid tries, at most."""
+
+
 NUMBERS_AT_ONCE = 2**24
 """Many policies are judged in parts of this many numbers."""
 
@@ -219,31 +228,6 @@ SEARCHES: dict[str, Callable[[Rule, CachedExits], Curve]] = {
     "grid": grid_curve,
     "common": common_curve,
 }
-
-
-def pareto(accuracy_P: Tensor, macs_P: Tensor) -> Tensor:
-    """Index, int64, of the points that no other beats, by rising cost: each is more accurate than all cheaper ones.
-
-    Of points equal in both, the first.
-    """
-    by_accuracy = accuracy_P.argsort(descending=True, stable=True)
-    order = by_accuracy[macs_P[by_accuracy].argsort(stable=True)]
-    accuracy = accuracy_P[order]
-    best_before = torch.cat([accuracy.new_full((1,), -torch.inf), accuracy.cummax(0).values[:-1]])
-    return order[accuracy > best_before]
-
-
-def knee(accuracy_P: Tensor, macs_P: Tensor) -> int:
-    """The place on a front where more computing stops paying: farthest above the line between the front's two ends.
-
-    Accuracy and cost are scaled to [0, 1] between the ends, so that the units do not matter. BranchyNet's authors chose
-    it by eye; the distance to the chord is the definition of Satopää et al. 2011. The first of equals; 0 for a front of
-    one or two points.
-    """
-    if len(macs_P) < 2:
-        return 0
-    accuracy, macs = ((x - x[0]) / (x[-1] - x[0]) for x in (accuracy_P, macs_P))
-    return int((accuracy - macs).argmax())
 
 
 class UnmetError(UserError):

@@ -1,0 +1,154 @@
+"""What general learners leave behind: greedy policies of plain layers, one for each environment.
+
+``agents/sb3.py`` trains their layers within Stable-Baselines3; deployment builds them from plain arguments, without it.
+
+Shapes: B images, B' of them still in the network, K blocks, F channels of the widest features that enter a block,
+N exits, C classes, A actions, D numbers of an observation, H W pixels.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from policyskip.backbones import Backbone
+from policyskip.backbones.execution import run_block
+from policyskip.envs import exit_sources, layer_skip
+from policyskip.envs.early_exit import EarlyExitVectorEnv
+from policyskip.envs.layer_skip import LayerSkipVectorEnv
+from policyskip.errors import UserError
+from policyskip.exits.rules import decisions_at
+from policyskip.policies.base import Policy
+from policyskip.rewards import Outcome
+
+
+def convolutions(channels: Sequence[int]) -> nn.Sequential:
+    """Strided 3×3 convolutions with these channels, and a mean over the pixels: images (B, 3, H, W) to (B, last)."""
+    layers = nn.Sequential()
+    for read, written in zip((3, *channels), channels):
+        layers += nn.Sequential(nn.Conv2d(read, written, 3, stride=2, padding=1), nn.ReLU())
+    return layers + nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten())
+
+
+def perceptron(read: int, hidden: Sequence[int], written: int) -> nn.Sequential:
+    """Linear layers with a ReLU between them: (B, read) to (B, written)."""
+    layers = nn.Sequential()
+    for width in hidden:
+        layers += nn.Sequential(nn.Linear(read, width), nn.ReLU())
+        read = width
+    return layers + nn.Sequential(nn.Linear(read, written))
+
+
+def check_widths(**widths: Sequence[int]) -> None:
+    """Raise ``UserError`` unless each is a list of positive integers."""
+    for name, values in widths.items():
+        if any(isinstance(value, bool) or not isinstance(value, int) or value < 1 for value in values):
+            raise UserError(f"agent.{name} must list positive integers, got {list(values)}")
+
+
+class GreedyPolicy(Policy):
+    """Layers, and the action they find best.
+
+    Attributes:
+        layers: features to logits or values of the actions, (B, A).
+    """
+
+    layers: nn.Sequential
+
+    def __init__(self, **arguments: Any) -> None:
+        super().__init__()
+        self.arguments = arguments
+
+    def spec(self) -> dict[str, Any]:
+        return self.arguments
+
+    def forward(self, observation: Tensor) -> Tensor:
+        """Logits, or values, of the actions, (B, A)."""
+        best_BA: Tensor = self.layers(observation)
+        return best_BA
+
+    def decide(self, observation: Tensor) -> Tensor:
+        """Whether the second of two actions is the better one, bool (B,)."""
+        return self(observation).argmax(1).bool()
+
+
+class LookPolicy(GreedyPolicy):
+    """For ``BlockSelection-v0``: from an image to the blocks that run."""
+
+    def __init__(self, num_blocks: int, channels: Sequence[int], net_arch: Sequence[int]) -> None:
+        check_widths(channels=channels, net_arch=net_arch)
+        if not channels:
+            raise UserError("agent.channels must list the channels of one convolution at least")
+        super().__init__(num_blocks=num_blocks, channels=list(channels), net_arch=list(net_arch))
+        self.features = convolutions(channels)
+        self.layers = perceptron(channels[-1], net_arch, num_blocks)
+
+    def forward(self, observation: Tensor) -> Tensor:
+        logits_BK: Tensor = self.layers(self.features(observation.float() / 255))
+        return logits_BK
+
+    def decide(self, observation: Tensor) -> Tensor:
+        return self(observation).sigmoid().round().bool()  # as SB3 rounds: a tie skips
+
+
+class BlockPolicy(GreedyPolicy):
+    """For ``LayerSkip-v0``: from the features that enter a block to whether it runs."""
+
+    block_KK: Tensor
+
+    def __init__(self, num_blocks: int, width: int, net_arch: Sequence[int]) -> None:
+        check_widths(net_arch=net_arch)
+        super().__init__(num_blocks=num_blocks, width=width, net_arch=list(net_arch))
+        self.layers = perceptron(width + num_blocks, net_arch, 2)
+        self.register_buffer("block_KK", torch.eye(num_blocks), persistent=False)
+
+    def run(
+        self, backbone: Backbone, images: Tensor, break_even_K: Sequence[float] | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """Decide block after block; a block is computed for the images that run it, and for no others: always gathered,
+        whatever ``break_even_K`` says."""
+        x, keep = backbone.features(images), []
+        for block, block_K in zip(backbone.blocks, self.block_KK, strict=True):
+            keep.append(self.decide(layer_skip.observe(x, block_K, self.arguments["width"])))
+            x = run_block(block, x, keep[-1].nonzero().squeeze(1))
+        return backbone.head(x), torch.stack(keep, 1)
+
+
+class ExitPolicy(GreedyPolicy):
+    """For ``EarlyExit-v0``: from what an exit says to whether the image leaves there."""
+
+    def __init__(self, num_exits: int, num_classes: int, net_arch: Sequence[int]) -> None:
+        check_widths(net_arch=net_arch)
+        super().__init__(num_exits=num_exits, num_classes=num_classes, net_arch=list(net_arch))
+        self.layers = perceptron(num_classes + 3 + num_exits, net_arch, 2)
+
+    def leave(self, n: int, logits_BC: Tensor, rows: Tensor) -> Tensor:
+        """Which of the images at exit n leave, bool (B',): what :func:`~policyskip.backbones.exits.run_until` asks."""
+        exit_B = torch.full((len(logits_BC),), n, device=logits_BC.device)
+        return self.decide(exit_sources.observe(logits_BC, exit_B, self.arguments["num_exits"]))
+
+
+def longest_episode(env: Any) -> int:
+    """Steps that an episode may have."""
+    if isinstance(env, EarlyExitVectorEnv):
+        return env.num_exits
+    return env.num_blocks if isinstance(env, LayerSkipVectorEnv) else 1
+
+
+def decisions_of(env: Any, outcome: Outcome) -> Tensor | int:
+    """How often a policy was asked about each image whose episode ended with ``outcome``: (B,), or one for all."""
+    if isinstance(env, EarlyExitVectorEnv):
+        return decisions_at(outcome.keep_BK.sum(1) - 1, env.num_exits)
+    return longest_episode(env)
+
+
+def policy_for(env: Any, net_arch: Sequence[int], channels: Sequence[int]) -> GreedyPolicy:
+    """A fresh policy that can act in the environment."""
+    if isinstance(env, EarlyExitVectorEnv):
+        return ExitPolicy(env.num_exits, env.num_classes, net_arch)
+    if isinstance(env, LayerSkipVectorEnv):
+        return BlockPolicy(env.num_blocks, env.width, net_arch)
+    return LookPolicy(env.backbone.num_blocks, channels, net_arch)

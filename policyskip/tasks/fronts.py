@@ -1,0 +1,128 @@
+"""The static front of a run's network: searched or remembered, and compared with what the run's policy does.
+
+Shapes: N images, S sets, B images side by side, K blocks.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from contextlib import suppress
+from dataclasses import replace
+from typing import Any
+
+import torch
+from platformdirs import user_cache_path
+from rich.progress import Progress
+from torch import Tensor
+
+from policyskip.build import Setup
+from policyskip.config import FrontSection
+from policyskip.errors import UserError
+from policyskip.evaluation.decisions import Evaluation
+from policyskip.files import damaged
+from policyskip.intervals import half_interval
+from policyskip.memory import give_back
+from policyskip.rewards import Adaptive, Utilization
+from policyskip.runs.folder import Run
+from policyskip.static_front import Keep, SetScorer, StaticFront, find_front, known_front, tries_every_set
+
+
+def static_front(setup: Setup, wanted: FrontSection, in_use: Sequence[Keep] = ()) -> StaticFront:
+    """The static front of the run's network on its validation images: a known one, or one searched now and remembered.
+
+    An image-independent learner (the agent with a constant policy, trained on the validation images themselves, under a
+    low and a high penalty) joins the search for ``learner_steps`` updates, unless every set can be tried. Sets
+    ``in_use`` by a policy that trained the network itself join it too: such a network is at its best with those.
+    """
+    setup = all_at_once(setup)
+    backbone, images = setup.backbone, setup.data.validation
+    cache = user_cache_path("policyskip") / "fronts"
+    known = known_front(backbone, images, cache)
+    if known is not None and known.finished and known.images >= min(wanted.images, len(images)):
+        return known
+    print("searching the best fixed keep-sets on validation images", flush=True)
+    env = setup.env(images)
+    whole = tries_every_set(backbone.num_blocks, min(wanted.images, len(images)), wanted.budget)
+    penalties = (1.0, 5.0) if wanted.learner_steps and not whole else ()
+    hints = [*in_use, *(_learned_set(setup, penalty, wanted.learner_steps // 2) for penalty in penalties)]
+    with Progress(transient=True, disable=not sys.stdout.isatty()) as bar:
+        task = bar.add_task("share of front.budget spent", total=wanted.budget)
+        front = find_front(
+            backbone, images, env.costs, wanted.budget, wanted.images, hints, lambda n: bar.update(task, completed=n)
+        )
+    with suppress(UserError):  # a cache that cannot be written costs time, nothing else
+        front.save(cache / f"{front.backbone}-{front.data}.json")
+    return front
+
+
+def all_at_once(setup: Setup) -> Setup:
+    """The same with ``BlockSelection-v0`` as its environment, in which fixed keep-sets are searched."""
+    env = {"_target_": "policyskip.envs.block_selection.BlockSelectionVectorEnv"}
+    return replace(setup, config={**setup.config, "env": env})
+
+
+def best_set(setup: Setup, front: StaticFront, count: int = 2000) -> Keep:
+    """The set of the front that earns the highest reward on ``count`` validation images, at most; under a reward that
+    moves, the one that stands best by the front's own figures."""
+    env = setup.env(setup.data.validation, "shuffled")  # folders are sorted by class
+    if isinstance(setup.reward, Adaptive):
+        figures = ({"accuracy": a, "macs_fraction": m / env.costs.full} for a, m in zip(front.accuracy, front.macs))
+        return max(zip(map(setup.reward.standing, figures), front.sets, strict=True))[1]
+    keep_SK = torch.tensor(front.sets)
+    total_S, seen = torch.zeros(len(keep_SK), dtype=torch.float64), 0
+    while seen < min(count, len(setup.data.validation)):
+        B = len(env.observation)
+        outcome = env.score(keep_SK.unsqueeze(1).expand(-1, B, -1).to(env.device))
+        total_S += env.rewards(outcome).view(len(keep_SK), B).double().sum(1).cpu()
+        seen += B
+        env.advance()
+    return front.sets[int(total_S.argmax())]
+
+
+def _learned_set(setup: Setup, penalty: float, steps: int) -> Keep:
+    """What BlockDrop's learner settles on when it cannot see the image."""
+    from policyskip.agents.blockdrop import BlockDrop
+
+    env = setup.env(setup.data.validation, "shuffled")
+    env.reward = Utilization(penalty)
+    options: dict[str, Any] = dict(lr=0.05, schedule="onecycle", alpha_end=0.98, samples=3, beta=0.01, curriculum=0)
+    agent = BlockDrop(env, max(1, steps), policy="constant", initial_keep=0.9, **options)
+    for _ in range(max(1, steps)):
+        agent.update(env)
+        give_back()
+    return tuple(agent.act(env.observation)[0].tolist())
+
+
+def static_figures(
+    setup: Setup, result: Evaluation, front: StaticFront, split: str = "test"
+) -> tuple[dict[str, Any], list[tuple[float, float]]]:
+    """The best static choice of the policy's cost on a split, and the whole front there (MACs, accuracy)."""
+    scorer = SetScorer(setup.backbone, setup.data.split(split).plain())
+    correct = [correct_N.double() for correct_N in scorer.correct(front.sets)]
+    mix = front.mix_at(result.macs_N.mean().item())
+    mixed_N: Tensor = torch.stack([weight * correct[place] for place, weight in mix]).sum(0)
+    difference_N = result.correct_N.double() - mixed_N
+    sets = [front.sets[place] for place, _ in mix]
+    figures = {
+        "static_accuracy": mixed_N.mean().item(),
+        "static_macs": sum(weight * front.macs[place] for place, weight in mix),
+        "static_sets": ["".join("01"[kept] for kept in keep) for keep in sets],
+        "static_blocks": sum(weight * sum(front.sets[place]) for place, weight in mix),
+        "static_margin": difference_N.mean().item(),
+        "static_margin_ci95": half_interval(difference_N),
+        "static_search_finished": front.finished,
+    }
+    return figures, [(macs, c.mean().item()) for macs, c in zip(front.macs, correct, strict=True)]
+
+
+def load_front(run: Run, num_blocks: int) -> StaticFront:
+    """The static front that the run was judged beside, over a network of ``num_blocks`` blocks."""
+    path = run.folder / "front.json"
+    if not path.is_file():
+        raise UserError(f"there is no {path}; the run did not get that far")
+    with damaged(path):
+        front = StaticFront.load(path)
+        if len(front.sets[0]) != num_blocks:
+            raise ValueError(f"its sets are of {len(front.sets[0])} blocks, the network has {num_blocks}")
+    return front
