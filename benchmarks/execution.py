@@ -43,7 +43,7 @@ from policyskip.data.base import TensorImages
 from policyskip.deployment.predictors import Predictor
 from policyskip.deployment.profiling import device_name, side_by_side
 from policyskip.envs.block_selection import BlockSelectionVectorEnv
-from policyskip.memory import hold
+from policyskip.memory import keep_freed_memory
 from policyskip.rewards import Outcome
 
 RESULTS = Path(__file__).parent / "results"
@@ -201,7 +201,7 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=9)
     parser.add_argument("--peak", choices=("sparse", "dense"), help=argparse.SUPPRESS)
     asked = parser.parse_args()
-    hold()
+    keep_freed_memory()
     torch.manual_seed(0)
     if asked.peak:
         print(peak(asked.peak, asked.depth, asked.batch, asked.device))

@@ -43,12 +43,12 @@ GROUPS = {
 
 
 def build(
-    group: str, node: dict[str, Any], trusted: bool = True, offered: dict[str, Any] | None = None, **given: Any
+    group: str, node: dict[str, Any], trusted: bool = True, optional: dict[str, Any] | None = None, **given: Any
 ) -> Any:
     """Call a group's ``_target_`` with its other keys and with those of ``given`` that it takes.
 
     Args:
-        offered: given too, but only by the names that it declares: nothing that ``**kwargs`` would swallow.
+        optional: given too, but only by the names that it declares: nothing that ``**kwargs`` would swallow.
         trusted: False refuses targets that are not policyskip's own for the group: the configuration came with a run
             folder, and calling what it names would execute its author's code.
 
@@ -65,7 +65,7 @@ def build(
     except (TypeError, ValueError) as error:
         raise UserError(f"{group}._target_={target} cannot be called: {error}") from error
     takes_any = any(p.kind is p.VAR_KEYWORD for p in signature.parameters.values())
-    given |= {key: value for key, value in (offered or {}).items() if key in signature.parameters}
+    given |= {key: value for key, value in (optional or {}).items() if key in signature.parameters}
     settable = [name for name in signature.parameters if name not in given]
     unknown = [key for key in arguments if key not in settable]
     if unknown and not takes_any:
@@ -217,7 +217,7 @@ class Setup:
             env=env,
             total_steps=self.config["train"]["steps"],
             seed=self.config["seed"],
-            offered={"best": best, "front": front},
+            optional={"best": best, "front": front},
             **({"start": best} if warm_start else {}),
         )
         return agent

@@ -47,7 +47,7 @@ def train(config: Any) -> int:
         return 0
     if run is None:
         config = processes.first(lambda: _with_proposed_exits(config, device, settings.seed))
-    content = plain(config) if run is None else resuming.with_own_start(plain(config), run)
+    content = plain(config) if run is None else resuming.with_initial_network(plain(config), run)
     with nullcontext() if run is None else damaged(run.folder):
         setup = set_up(content, device, trusted=run is None or settings.run.trust)
         task = tasks.start(setup, settings)
@@ -55,7 +55,7 @@ def train(config: Any) -> int:
     print(task.greeting, flush=True)
     run = processes.first(lambda: _begin(config, run, resume))
     if task.trains is not None and not resume and processes.is_first():
-        resuming.keep_start(run, task.trains, content["backbone"])
+        resuming.keep_initial_network(run, task.trains, content["backbone"])
     group = settings.tracking.group or f"{task.names['agent']}-{task.names['data']}"
     tags = [*task.names.values(), f"seed {settings.seed}"]
     tracker = Tracker(run, settings.tracking.mode, plain(config), settings.tracking.project, group, "train", tags)
@@ -66,7 +66,7 @@ def train(config: Any) -> int:
             begun = partial(_record_changes, config, run, resume)
             finished = training.train(*chain, choose_by=task.choose_by, resume=resume, begun=begun, **schedule)
         else:
-            finished = training.rest(*chain, resume=resume)
+            finished = training.evaluate_only(*chain, resume=resume)
         if not finished:
             return _stopped("train", run)
         summary = processes.first(lambda: task.finish(run, tracker, run.load_checkpoint()["seconds"]))
@@ -91,7 +91,7 @@ def pretrain(config: Any) -> int:
     from policyskip.config import PretrainSettings, group_of, plain, settings_of
     from policyskip.data import Feed
     from policyskip.errors import UserError
-    from policyskip.files import typed
+    from policyskip.files import shell_argument
     from policyskip.parallel import processes
     from policyskip.parallel.data_parallel import divide
     from policyskip.pretraining import pixel_statistics
@@ -109,7 +109,7 @@ def pretrain(config: Any) -> int:
         resuming.say_finished(run, settings.train.steps)
         return 0
     trusted = run is None or settings.run.trust
-    content = content if run is None else resuming.with_own_start(content, run)
+    content = content if run is None else resuming.with_initial_network(content, run)
     data, batch_size = build_data(group_of(content, "data"), device, trusted)
     node = group_of(content, "backbone")
     if (
@@ -132,7 +132,7 @@ def pretrain(config: Any) -> int:
     divide(learner, feed)
     run = processes.first(lambda: _begin(config, run, resume))
     if not resume and processes.is_first():
-        resuming.keep_start(run, backbone, node)
+        resuming.keep_initial_network(run, backbone, node)
     group = settings.tracking.group or f"pretrain-{data.name}"
     tags = [backbone.name, data.name, f"seed {settings.seed}"]
     weights = run.folder / "backbone.safetensors"
@@ -174,7 +174,7 @@ def pretrain(config: Any) -> int:
     full, half = summary["test/accuracy"], summary["test/accuracy_half_the_blocks"]
     print(f"Test accuracy {100 * full:.2f} % with all blocks, {100 * half:.2f} % with a random half of them.")
     chosen = f"backbone=cifar_resnet backbone.depth={backbone.architecture['depth']}"
-    print(f"Use it, with the same data=:  policyskip train {chosen} {typed('backbone.checkpoint', weights)}")
+    print(f"Use it, with the same data=:  policyskip train {chosen} {shell_argument('backbone.checkpoint', weights)}")
     return 0
 
 
@@ -256,7 +256,7 @@ def _setup_of(run: Any, device: str, trust: bool) -> Any:
     saved = _saved(run)
     with damaged(run.folder / "config.yaml"):
         settings_of(saved, Settings)
-        return set_up(resuming.with_own_start(plain(saved), run), find_device(device), trust)
+        return set_up(resuming.with_initial_network(plain(saved), run), find_device(device), trust)
 
 
 def front(config: Any) -> int:
@@ -398,9 +398,9 @@ def _run(command: str) -> int:
 
     from policyskip import sweeps
     from policyskip.errors import UserError
-    from policyskip.memory import hold
+    from policyskip.memory import keep_freed_memory
 
-    hold()
+    keep_freed_memory()
     composed = False
 
     def job(config: Any) -> None:
@@ -560,7 +560,7 @@ def _changes() -> list[str]:
 
 
 def _stopped(command: str, run: Any) -> int:
-    from policyskip.files import typed
+    from policyskip.files import shell_argument
 
-    print(f"Stopped and saved. Go on with:  policyskip {command} {typed('run.resume', run.folder)}")
+    print(f"Stopped and saved. Go on with:  policyskip {command} {shell_argument('run.resume', run.folder)}")
     return EXIT_INTERRUPTED

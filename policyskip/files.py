@@ -33,7 +33,7 @@ def damaged(path: Path) -> Iterator[None]:
         raise UserError(f"{path} is damaged or not ours: {reason}") from error
 
 
-def typed(key: str, path: Path) -> str:
+def shell_argument(key: str, path: Path) -> str:
     """``key=path`` as it has to be typed, so that both a shell and Hydra read it, whatever is in the path."""
     if re.fullmatch(r"[\w./@%+-]+", str(path), re.ASCII):
         return f"{key}={path}"

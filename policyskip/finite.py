@@ -43,7 +43,7 @@ def check_gradients(learner: str, update: int, optimizer: torch.optim.Optimizer)
         check_finite(learner, update, largest_gradients=norms)
 
 
-def first_bad(state: Any) -> str | None:
+def find_nonfinite(state: Any) -> str | None:
     """Where in nested dictionaries and lists the first non-finite float tensor is, as ``a.b.c``; None: nowhere."""
     return next((place.removeprefix(".") for place, t in _tensors(state, "") if not torch.isfinite(t).all()), None)
 

@@ -28,7 +28,7 @@ OLD_MOST = 2**25
 """The largest such size in older versions of glibc, which refuse others."""
 
 
-def hold() -> None:
+def keep_freed_memory() -> None:
     """Keep freed memory, up to 1 GiB, for the tensors to come; where there is no glibc, do nothing."""
     with suppress(OSError, AttributeError):
         libc = ctypes.CDLL(None)
@@ -38,7 +38,7 @@ def hold() -> None:
                 return
 
 
-def give_back() -> None:
+def release_freed_memory() -> None:
     """Return what is free in glibc's heap; elsewhere, do nothing."""
     with suppress(OSError, AttributeError):
         ctypes.CDLL(None).malloc_trim(0)
@@ -47,7 +47,7 @@ def give_back() -> None:
 Result = TypeVar("Result")
 
 
-class Parts:
+class BatchSplitter:
     """Calls something for parts of a batch: as large as asked for, until a GPU runs out of memory, then half as
     large, which is said once."""
 

@@ -36,7 +36,7 @@ class Pretrainer(Divisible):
         survival: the lowest keep probability.
     """
 
-    skips = True
+    may_skip_parameters = True
 
     def __init__(
         self,
@@ -68,7 +68,7 @@ class Pretrainer(Divisible):
         normalisation come from the images that a block really saw."""
         batch = feed.batch
         self.backbone.train()
-        logits_BC = self.through(self._pass, batch.images, self._sample(len(batch)))
+        logits_BC = self.forward_through_ddp(self._pass, batch.images, self._sample(len(batch)))
         loss = F.cross_entropy(logits_BC, batch.label_B)
         update = self.schedule.last_epoch + 1
         check_finite("pretrain", update, logits=logits_BC, loss=loss)
@@ -82,7 +82,7 @@ class Pretrainer(Divisible):
         return {"loss": loss.item(), "accuracy": accuracy, "lr": float(self.schedule.get_last_lr()[0])}
 
     @property
-    def learning(self) -> list[nn.Module]:
+    def trainable_modules(self) -> list[nn.Module]:
         return [self.backbone]
 
     def _pass(self, images: Tensor, keep_BK: Tensor) -> Tensor:

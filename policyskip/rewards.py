@@ -63,7 +63,7 @@ class Adaptive(Protocol):
         """Move by what an update says of its decisions (``macs_fraction``, …); what is logged of it."""
         ...
 
-    def standing(self, figures: dict[str, float]) -> float:
+    def selection_score(self, figures: dict[str, float]) -> float:
         """By what weights are chosen on validation, in the reward's place."""
         ...
 
@@ -201,7 +201,7 @@ class Budget:
         self.multiplier = min(max(moved, 0.0), 10.0)  # a target out of reach must not wind it up
         return {"multiplier": self.multiplier, "price": self.price}
 
-    def standing(self, figures: dict[str, float]) -> float:
+    def selection_score(self, figures: dict[str, float]) -> float:
         """Accuracy, less 10 for each whole share that the cost is off the target by, beyond half a hundredth."""
         return figures["accuracy"] - 10 * max(0.0, abs(figures["macs_fraction"] - self.target) - 0.005)
 

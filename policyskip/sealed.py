@@ -37,7 +37,7 @@ def sealed(tensors: dict[str, Tensor], content: dict[str, Any] | None = None) ->
     return save(plain, metadata={ABOUT: json.dumps({**content, SEAL: digest_of(plain, content)})})
 
 
-def about(path: Path) -> dict[str, Any] | None:
+def read_metadata(path: Path) -> dict[str, Any] | None:
     """What a file says about its tensors, less the digest; None if it is not ours.
 
     Raises:

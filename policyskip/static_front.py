@@ -26,7 +26,7 @@ from policyskip.data.base import IN_MEMORY_BYTES, Batch, Images
 from policyskip.errors import UserError
 from policyskip.files import refusing, write
 from policyskip.fronts import concave_hull
-from policyskip.memory import give_back
+from policyskip.memory import release_freed_memory
 
 Keep = tuple[bool, ...]
 
@@ -73,7 +73,7 @@ class SetScorer:
                 for batch in self._batches or self._stream():
                     self._descend(self.backbone.features(batch.images), batch.label_B, 0, new, parts)
                     self.tell(self.spent)
-                    give_back()
+                    release_freed_memory()
             self.known.update({keep: torch.cat(part) for keep, part in parts.items()})
         return [self.known[keep] for keep in sets]
 

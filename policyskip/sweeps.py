@@ -17,7 +17,7 @@ from math import prod
 from pathlib import Path
 from typing import Any
 
-from policyskip.files import refusing, typed
+from policyskip.files import refusing, shell_argument
 
 FAILED = "failed.jsonl"
 FLAGS = {"-m", "--multirun"}
@@ -171,5 +171,5 @@ def conclude(folder: Path) -> int:
         for job in failed:
             print(f"  [{job['job']}] {job['name']}: {job['problem']}", file=sys.stderr)
     if any(folder.rglob("summary.json")):
-        print(f"Compare them:  policyskip compare {typed('runs', folder)}")
+        print(f"Compare them:  policyskip compare {shell_argument('runs', folder)}")
     return 2 if failed else 0

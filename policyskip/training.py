@@ -18,8 +18,8 @@ from torch import Tensor
 
 from policyskip.errors import UserError
 from policyskip.files import damaged
-from policyskip.finite import NotFiniteError, first_bad
-from policyskip.memory import give_back
+from policyskip.finite import NotFiniteError, find_nonfinite
+from policyskip.memory import release_freed_memory
 from policyskip.parallel import processes
 from policyskip.rewards import Adaptive
 from policyskip.runs.folder import Run
@@ -112,7 +112,7 @@ def train(
     started = time.monotonic() - elapsed
 
     def check() -> None:
-        place = first_bad(learner.state_dict())
+        place = find_nonfinite(learner.state_dict())
         if place is not None:
             raise NotFiniteError(f"{name_of(learner)} has non-finite numbers after update {step}, in {place}")
 
@@ -139,7 +139,7 @@ def train(
             else f"the last good checkpoint is {run.folder / 'checkpoint.pt'}, of update {saved}"
         )
 
-    with _told(last_good), _stop_requests() as stop_asked, _progress(steps, step) as show:
+    with _with_checkpoint_hint(last_good), _stop_requests() as stop_asked, _progress(steps, step) as show:
         while step < steps:
             # An optimizer's state is looked at only in the first update.
             with damaged(run.folder / "checkpoint.pt") if resume and step == saved else nullcontext():
@@ -152,7 +152,7 @@ def train(
                 means = {f"train/{key}": sum(m[key] for m in window) / len(window) for key in window[0]}
                 tracker.log(step, time.monotonic() - started, means)
                 window = []
-                give_back()
+                release_freed_memory()
             if step % validate_every == 0 or step == steps:
                 check()
                 figures = processes.first(lambda: _judged(validate(), reward))
@@ -167,7 +167,7 @@ def train(
     return True
 
 
-def rest(
+def evaluate_only(
     learner: Learner[S],
     source: S,
     validate: Callable[[], dict[str, Any]],
@@ -200,7 +200,7 @@ def name_of(learner: Any) -> str:
 
 
 @contextmanager
-def _told(last_good: Callable[[], str]) -> Iterator[None]:
+def _with_checkpoint_hint(last_good: Callable[[], str]) -> Iterator[None]:
     """What goes wrong while learning is said together with what there is to go on from."""
     try:
         yield
@@ -223,7 +223,7 @@ def _told(last_good: Callable[[], str]) -> Iterator[None]:
 
 def _judged(figures: dict[str, Any], reward: Any) -> dict[str, Any]:
     """Figures on validation images, with where they stand in the place of a reward that moves."""
-    return {**figures, "reward": reward.standing(figures)} if isinstance(reward, Adaptive) else figures
+    return {**figures, "reward": reward.selection_score(figures)} if isinstance(reward, Adaptive) else figures
 
 
 @contextmanager

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from policyskip.errors import UserError
-from policyskip.finite import NotFiniteError, check_finite, check_gradients, first_bad
+from policyskip.finite import NotFiniteError, check_finite, check_gradients, find_nonfinite
 from policyskip.runs.folder import create
 from tests.learners import LEARNERS, learn
 
@@ -46,9 +46,9 @@ def test_large_gradients_are_no_infinite_ones():
 
 def test_the_first_bad_tensor_is_found_in_nested_states():
     state = {"step": 3, "policy": {"a": torch.ones(2), "keep": torch.ones(2, dtype=torch.bool)}, "more": [1.0]}
-    assert first_bad(state) is None
+    assert find_nonfinite(state) is None
     state["more"] = [torch.ones(1), {"x": torch.tensor([torch.inf])}]
-    assert first_bad(state) == "more.1.x"
+    assert find_nonfinite(state) == "more.1.x"
 
 
 @pytest.mark.parametrize("what", ["weight", "gradient", "image"])
@@ -86,7 +86,7 @@ def test_every_learner_stops_before_the_update(name, what, tmp_path):
     for old, new in zip(before, weights(seen[0]), strict=True):
         assert torch.equal(old.nan_to_num(9), new.nan_to_num(9))
     state = run.load_checkpoint()
-    assert state["step"] == 3 and first_bad(state["learner"]) is None
+    assert state["step"] == 3 and find_nonfinite(state["learner"]) is None
     assert learn(name, run, resume=True)
 
 

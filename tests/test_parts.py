@@ -12,7 +12,7 @@ from policyskip.deployment.predictors import Predictor
 from policyskip.envs import base
 from policyskip.envs.block_selection import BlockSelectionVectorEnv
 from policyskip.errors import UserError
-from policyskip.memory import Parts
+from policyskip.memory import BatchSplitter
 from policyskip.policies.networks import ConstantPolicy
 from tests.conftest import small_backbone, small_images
 
@@ -30,7 +30,7 @@ def scarce(call: Callable, most: int, sizes: list[int]) -> Callable:
 
 
 def test_parts_halve_until_they_fit_and_stay_so(capsys):
-    sizes, parts, numbers = [], Parts(), torch.arange(10)
+    sizes, parts, numbers = [], BatchSplitter(), torch.arange(10)
     call = scarce(lambda network, part: part, 3, sizes)
     for expected in ([8, 4, 2, 2, 2, 2, 2], [2, 2, 2, 2, 2]):
         sizes.clear()
@@ -40,11 +40,11 @@ def test_parts_halve_until_they_fit_and_stay_so(capsys):
 
 
 def test_nothing_is_one_part_and_one_image_too_many_is_an_error():
-    assert Parts()(lambda of: torch.ones(0)[of].shape, 0, 4) == [(0,)]
+    assert BatchSplitter()(lambda of: torch.ones(0)[of].shape, 0, 4) == [(0,)]
     with pytest.raises(UserError, match="batch_size must be a whole number, 1 at least, got 0"):
-        Parts()(lambda of: of, 3, 0)
+        BatchSplitter()(lambda of: of, 3, 0)
     with pytest.raises(torch.OutOfMemoryError):
-        Parts()(lambda of: scarce(lambda network, part: part, 0, [])(None, torch.ones(4)[of]), 4, 4)
+        BatchSplitter()(lambda of: scarce(lambda network, part: part, 0, [])(None, torch.ones(4)[of]), 4, 4)
 
 
 def test_environments_and_predictors_go_on(monkeypatch):

@@ -15,7 +15,7 @@ import pytest
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from PIL import Image
 
-from policyskip.files import typed as words_for
+from policyskip.files import shell_argument as words_for
 from tests.conftest import typed
 
 SMALL = ["device=cpu", "data=imagefolder", "data.root='bilder ü'", "data.batch_size=8", "train.steps=2"]

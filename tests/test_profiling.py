@@ -169,9 +169,9 @@ def test_budget_by_hand():
     assert again.price == reward.price and again.multiplier == reward.multiplier
     assert reward.adapt({"macs_fraction": 0.2}) == pytest.approx({"multiplier": 0.18, "price": 0.0})  # never below
     assert reward.adapt({}) == pytest.approx({"multiplier": 0.18, "price": 0.18})  # nothing has ended yet
-    assert reward.standing({"accuracy": 0.9, "macs_fraction": 0.504}) == pytest.approx(0.9)
+    assert reward.selection_score({"accuracy": 0.9, "macs_fraction": 0.504}) == pytest.approx(0.9)
     for share in (0.475, 0.525):
-        assert reward.standing({"accuracy": 0.9, "macs_fraction": share}) == pytest.approx(0.7)
+        assert reward.selection_score({"accuracy": 0.9, "macs_fraction": share}) == pytest.approx(0.7)
 
 
 @pytest.mark.parametrize(
@@ -352,7 +352,7 @@ def test_a_budget_moves_while_an_agent_learns_and_goes_on_where_it_was(tmp_path)
         for line in lines:
             if "val/reward" in line:
                 figures = {"accuracy": line["val/accuracy"], "macs_fraction": line["val/macs_fraction"]}
-                assert line["val/reward"] == pytest.approx(Budget(0.3).standing(figures))
+                assert line["val/reward"] == pytest.approx(Budget(0.3).selection_score(figures))
     assert len(read["whole"]) == 4 and len(read["parts"]) == 4
 
 

@@ -19,7 +19,7 @@ from policyskip.envs.base import ImageVectorEnv
 from policyskip.envs.block_selection import BlockSelectionEnv, BlockSelectionVectorEnv
 from policyskip.envs.early_exit import EarlyExitEnv, EarlyExitVectorEnv
 from policyskip.envs.layer_skip import LayerSkipEnv, LayerSkipVectorEnv
-from policyskip.envs.sb3 import EXACT, ImageNumbers, LastShown, LookUp, SB3VecEnv, SmallConv
+from policyskip.envs.sb3 import EXACT, ImageNumbers, LookUp, RecentImages, SB3VecEnv, SmallConv
 from policyskip.errors import UserError
 from policyskip.rewards import Linear
 from tests.conftest import BlackAndWhite, small_backbone, small_images
@@ -186,7 +186,7 @@ def test_numbers_start_anew_where_float32_ends():
     def batch(value: int) -> Batch:
         return Batch(torch.full((3, 3, 2, 2), value, dtype=torch.uint8), torch.zeros(3), torch.zeros(3))
 
-    shown = LastShown(batch(0), remember=6)
+    shown = RecentImages(batch(0), remember=6)
     assert shown.capacity == 8
     shown.shown = EXACT - 4
     numbers = [shown.number(batch(value)) for value in (1, 2)]

@@ -180,7 +180,7 @@ class BlockDrop(Agent, Divisible):
         gradient."""
         self._free_blocks()
         self.policy.train()
-        logits_BK, value_B = self.through(self._look, env.observation)
+        logits_BK, value_B = self.forward_through_ddp(self._look, env.observation)
         probability_BK = logits_BK.detach().sigmoid()
         keep_SBK = self._sample(probability_BK)
         greedy_BK = self.policy.greedy(logits_BK)
@@ -233,7 +233,7 @@ class BlockDrop(Agent, Divisible):
         return first + (last - first) * min(1.0, self.step / self.total_steps)
 
     @property
-    def learning(self) -> list[nn.Module]:
+    def trainable_modules(self) -> list[nn.Module]:
         return [self.policy] if self.value_head is None else [self.policy, self.value_head]
 
     def _look(self, images: Tensor) -> tuple[Tensor, Tensor | None]:

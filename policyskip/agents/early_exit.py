@@ -116,7 +116,7 @@ class EarlyExitAgent(Divisible, ABC):
         """One step down the joint loss on the batch that the feed shows."""
         batch = feed.batch
         self.network.train()
-        logits_BNC = self.through(self.network, batch.images)
+        logits_BNC = self.forward_through_ddp(self.network, batch.images)
         loss = joint_loss(logits_BNC, batch.label_B, self.weights().to(logits_BNC))
         check_finite(self.name, self.step + 1, logits=logits_BNC, loss=loss)
         self.optimizer.zero_grad(set_to_none=True)
@@ -131,7 +131,7 @@ class EarlyExitAgent(Divisible, ABC):
         return metrics | {f"accuracy_exit{n}": accuracy for n, accuracy in enumerate(correct_N.tolist())}
 
     @property
-    def learning(self) -> list[nn.Module]:
+    def trainable_modules(self) -> list[nn.Module]:
         return [self.network]
 
     def act(self, observation: Tensor) -> Tensor:

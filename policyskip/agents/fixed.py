@@ -33,7 +33,7 @@ def spread_blocks(K: int, m: int) -> Keep:
     return tuple(k in places for k in range(K))
 
 
-class RestingAgent(Agent):
+class FixedAgent(Agent):
     """An agent that has nothing to learn.
 
     Args:
@@ -64,12 +64,12 @@ class RestingAgent(Agent):
         self.policy.load_state_dict(state["policy"])
 
 
-def full(env: BlockSelectionVectorEnv) -> RestingAgent:
+def full(env: BlockSelectionVectorEnv) -> FixedAgent:
     """Keeps every block."""
     return _keeping("full", env, (True,) * env.backbone.num_blocks)
 
 
-def first(env: BlockSelectionVectorEnv, blocks: int | None = None, best: Keep | None = None) -> RestingAgent:
+def first(env: BlockSelectionVectorEnv, blocks: int | None = None, best: Keep | None = None) -> FixedAgent:
     """Keeps the first ``blocks`` blocks.
 
     Args:
@@ -84,7 +84,7 @@ def first(env: BlockSelectionVectorEnv, blocks: int | None = None, best: Keep | 
     return _keeping("first", env, first_blocks(K, _how_many(K, blocks, best)))
 
 
-def distributed(env: BlockSelectionVectorEnv, blocks: int | None = None, best: Keep | None = None) -> RestingAgent:
+def distributed(env: BlockSelectionVectorEnv, blocks: int | None = None, best: Keep | None = None) -> FixedAgent:
     """Keeps ``blocks`` blocks at even distances. Arguments as for :func:`first`."""
     K = env.backbone.num_blocks
     return _keeping("distributed", env, spread_blocks(K, _how_many(K, blocks, best)))
@@ -92,12 +92,12 @@ def distributed(env: BlockSelectionVectorEnv, blocks: int | None = None, best: K
 
 def random(
     env: BlockSelectionVectorEnv, seed: int = 0, blocks: int | None = None, best: Keep | None = None
-) -> RestingAgent:
+) -> FixedAgent:
     """Keeps ``blocks`` random blocks of each image, drawn by ``seed``. Other arguments as for :func:`first`."""
     K = env.backbone.num_blocks
     policy = RandomPolicy(K, seed)
     policy.blocks.fill_(_how_many(K, blocks, best))
-    return RestingAgent("random", policy.to(env.device))
+    return FixedAgent("random", policy.to(env.device))
 
 
 def best_static(
@@ -105,7 +105,7 @@ def best_static(
     blocks: int | None = None,
     best: Keep | None = None,
     front: StaticFront | None = None,
-) -> RestingAgent:
+) -> FixedAgent:
     """Keeps the front's most accurate set of ``blocks`` blocks; None: the set of the front with the highest reward.
 
     Args:
@@ -124,10 +124,10 @@ def best_static(
     return _keeping("best_static", env, best or (True,) * K)
 
 
-def _keeping(name: str, env: BlockSelectionVectorEnv, keep: Keep) -> RestingAgent:
+def _keeping(name: str, env: BlockSelectionVectorEnv, keep: Keep) -> FixedAgent:
     policy = FixedPolicy(len(keep))
     policy.keep_K.copy_(torch.tensor(keep))
-    return RestingAgent(name, policy.to(env.device))
+    return FixedAgent(name, policy.to(env.device))
 
 
 def _how_many(K: int, blocks: int | None, best: Keep | None) -> int:

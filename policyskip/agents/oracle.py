@@ -11,13 +11,13 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from policyskip.agents.fixed import RestingAgent
+from policyskip.agents.fixed import FixedAgent
 from policyskip.envs.block_selection import BlockSelectionVectorEnv
 from policyskip.policies.fixed import OraclePolicy
 from policyskip.static_front import StaticFront
 
 
-class Oracle(RestingAgent):
+class Oracle(FixedAgent):
     """Searches, image by image, the keep-set with the highest reward, the cheapest of those that earn the same.
 
     Args:

@@ -60,7 +60,7 @@ NAMES = {
 """What SB3 calls a figure, and what it is called here."""
 
 
-class Tally(SB3VecEnv):
+class EpisodeStatistics(SB3VecEnv):
     """The adapter, which also adds up what came of the episodes that ended since it was last asked."""
 
     decision_macs = 0.0
@@ -147,7 +147,7 @@ class SB3Agent(Agent):
             torch.manual_seed(seed)
             self.policy = policy_for(env, net_arch, channels).to(env.device)
             self.steps_collected = env.num_envs * int(hyperparameters[self.collects])
-            self.adapter = Tally(env, remember=self.steps_collected + env.num_envs)
+            self.adapter = EpisodeStatistics(env, remember=self.steps_collected + env.num_envs)
             self.model = self._build(seed, net_arch, channels, hyperparameters)
             self._share_layers()
         self.decision_macs = self.adapter.decision_macs = count_macs(self.policy, env.observation[:1])

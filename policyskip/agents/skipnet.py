@@ -112,7 +112,7 @@ class SkipNet(Divisible):
     """
 
     name = "skipnet"
-    skips = True
+    may_skip_parameters = True
 
     def __init__(
         self,
@@ -181,9 +181,9 @@ class SkipNet(Divisible):
         baseline_BG = self._baseline(images, label_B) if hybrid else None
         self.network.train()
         run = (
-            self.through(self.network.sampled, images, self._uniform(len(images)))
+            self.forward_through_ddp(self.network.sampled, images, self._uniform(len(images)))
             if hybrid
-            else self.through(self.network.straight_through, images)
+            else self.forward_through_ddp(self.network.straight_through, images)
         )
         keep_BG = run.keep_BK[:, 1:]
         ce_B = F.cross_entropy(run.logits_BC, label_B, reduction="none")
@@ -213,7 +213,7 @@ class SkipNet(Divisible):
         }
 
     @property
-    def learning(self) -> list[nn.Module]:
+    def trainable_modules(self) -> list[nn.Module]:
         return [self.network]
 
     @torch.no_grad()

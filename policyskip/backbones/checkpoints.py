@@ -20,7 +20,7 @@ from policyskip.backbones.base import IMAGENET_MEAN, IMAGENET_STD, Backbone, Net
 from policyskip.backbones.resnet import CifarResNet, Shortcut, TorchvisionResNet
 from policyskip.errors import UserError
 from policyskip.files import damaged, write
-from policyskip.sealed import about, largest_number, sealed, unsealed
+from policyskip.sealed import largest_number, read_metadata, sealed, unsealed
 
 WEIGHTS = Path(__file__).parent.parent / "weights"
 """Weights that ship with the package, each with the command and figures that made it beside it."""
@@ -184,7 +184,7 @@ def read_architecture(checkpoint: str) -> dict[str, Any] | None:
     if path.suffix != ".safetensors":
         return None
     try:
-        architecture = about(path)
+        architecture = read_metadata(path)
     except (SafetensorError, OSError, ValueError, TypeError, RecursionError) as error:
         raise UserError(f"cannot read {path} as weights: {error}") from error
     if architecture is not None and (number := largest_number(architecture)) > LARGEST_NUMBER:

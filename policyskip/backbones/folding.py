@@ -18,7 +18,7 @@ from torch.utils.flop_counter import conv_flop_count
 
 from policyskip.backbones.base import Block
 from policyskip.errors import UserError
-from policyskip.finite import first_bad
+from policyskip.finite import find_nonfinite
 
 AnyModule = TypeVar("AnyModule", bound=nn.Module)
 LARGE = 2**19
@@ -36,7 +36,7 @@ def folded(network: AnyModule) -> AnyModule:
     Raises:
         UserError: a weight is not finite; oneDNN's ReLU would hide it, for it gives 0 for NaN.
     """
-    if (place := first_bad(network.state_dict())) is not None:
+    if (place := find_nonfinite(network.state_dict())) is not None:
         raise UserError(f"the network cannot be used: its {place} holds numbers that are not finite")
     network = copy.deepcopy(network).eval().requires_grad_(False).to(memory_format=torch.channels_last)
     for module in [m for m in network.modules() if type(m) is nn.Sequential]:

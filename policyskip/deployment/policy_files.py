@@ -32,8 +32,8 @@ from policyskip.deployment.profiling import device_name
 from policyskip.errors import UserError
 from policyskip.exits.rules import check_thresholds
 from policyskip.files import damaged
-from policyskip.finite import first_bad
-from policyskip.memory import hold
+from policyskip.finite import find_nonfinite
+from policyskip.memory import keep_freed_memory
 from policyskip.policies.base import Policy
 from policyskip.policies.fixed import FixedPolicy, OraclePolicy, RandomPolicy
 from policyskip.policies.networks import ConstantPolicy, PolicyNetwork
@@ -146,7 +146,7 @@ def load(
     except (RuntimeError, AssertionError, TypeError) as error:
         reason = (str(error).splitlines() or [""])[0]
         raise UserError(f"there is no device {device} here: {reason}") from error
-    hold()
+    keep_freed_memory()
     opened = open_run(str(run))
     content = opened.load_json("policy.json")
     if backbone is not None and not {"exits", "leaves", "gates"}.isdisjoint(content):
@@ -241,7 +241,7 @@ def policy_of(kind: Callable[..., Built], arguments: dict[str, Any], run: Run) -
 def load_weights(policy: nn.Module, run: Run, described: str = "policy.json") -> None:
     """Put a run's best weights into a policy that was built as ``described``."""
     tensors, path = run.load_best(), run.folder / "best.safetensors"
-    if (place := first_bad(tensors)) is not None:
+    if (place := find_nonfinite(tensors)) is not None:
         raise UserError(f"{path} cannot be used: {place} holds numbers that are not finite")
     try:
         policy.load_state_dict(tensors)

@@ -26,7 +26,7 @@ from policyskip.backbones.folding import folded
 from policyskip.backbones.gated import GatedNetwork
 from policyskip.errors import UserError
 from policyskip.exits.rules import decisions_at
-from policyskip.memory import Parts
+from policyskip.memory import BatchSplitter
 from policyskip.policies.base import Policy
 from policyskip.policies.perceptrons import ExitPolicy
 from policyskip.policies.thresholds import ThresholdPolicy
@@ -72,7 +72,7 @@ class Predictor:
         self.policy_macs = policy_macs
         self.costs: Costs = count_costs(self.backbone, image_shape)
         self.plan: dict[int, list[float]] = {}
-        self.parts = Parts()
+        self.splitter = BatchSplitter()
 
     @torch.no_grad()
     def predict(self, images: Tensor | np.ndarray, batch_size: int = 256) -> Prediction:
@@ -87,7 +87,7 @@ class Predictor:
         """
         images = checked(images, self.image_shape)
         images = images.to(self.backbone.mean.device)
-        runs = self.parts(lambda of: self._run(images[of]), len(images), batch_size)
+        runs = self.splitter(lambda of: self._run(images[of]), len(images), batch_size)
         logits_BC, keep_BK = (torch.cat(column) for column in zip(*runs, strict=True))
         return Prediction(logits_BC.argmax(1), logits_BC.float(), keep_BK, self.costs.of(keep_BK) + self.policy_macs)
 
@@ -138,7 +138,7 @@ class ExitPredictor:
         self.network = folded(network).freeze()
         self.classes, self.image_shape = list(classes), image_shape
         self.costs: ExitCosts = count_exit_costs(self.network, image_shape)
-        self.parts = Parts()
+        self.splitter = BatchSplitter()
         N = self.network.num_exits
         decisions_N = decisions_at(torch.arange(N), N)
         self.macs_N = (self.costs.cumulative_N + decision_macs * decisions_N).to(self.network.mean.device)
@@ -156,7 +156,9 @@ class ExitPredictor:
         """
         images = checked(images, self.image_shape)
         images = images.to(self.network.mean.device)
-        parts = self.parts(lambda of: run_until(self.network, images[of], self.policy.leave), len(images), batch_size)
+        parts = self.splitter(
+            lambda of: run_until(self.network, images[of], self.policy.leave), len(images), batch_size
+        )
         logits_BC, exit_B = (torch.cat(column) for column in zip(*parts, strict=True))
         return ExitPrediction(logits_BC.argmax(1), logits_BC.float(), exit_B, self.macs_N[exit_B])
 
@@ -212,7 +214,7 @@ class GatedPredictor:
         self.network = folded(network).freeze()
         self.classes, self.image_shape = classes, image_shape
         self.costs = count_costs(self.network.backbone, image_shape)
-        self.parts = Parts()
+        self.splitter = BatchSplitter()
 
     @torch.no_grad()
     def predict(self, images: Tensor | np.ndarray, batch_size: int = 256) -> Prediction:
@@ -227,7 +229,7 @@ class GatedPredictor:
         """
         images = checked(images, self.image_shape)
         images = images.to(self.network.mean.device)
-        runs = self.parts(lambda of: self.network.greedy(images[of]), len(images), batch_size)
+        runs = self.splitter(lambda of: self.network.greedy(images[of]), len(images), batch_size)
         logits_BC, keep_BK = (torch.cat(column) for column in zip(*((r.logits_BC, r.keep_BK) for r in runs)))
         macs_B = self.costs.of(keep_BK) + self.network.gate_macs
         return Prediction(logits_BC.argmax(1), logits_BC.float(), keep_BK, macs_B)

@@ -18,7 +18,7 @@ from policyskip.backbones import Backbone, count_costs, load
 from policyskip.backbones.execution import sparse_many
 from policyskip.backbones.folding import folded
 from policyskip.data import Feed, Images, Order, load_data
-from policyskip.memory import Parts
+from policyskip.memory import BatchSplitter
 from policyskip.rewards import Outcome, Reward, Utilization, reward_of
 
 PIXELS_AT_ONCE = 2**23
@@ -68,7 +68,7 @@ class ImageVectorEnv(VectorEnv[Tensor, Tensor, Tensor]):
         self.num_envs = num_envs
         self.backbone = backbone.freeze()
         self.executed = folded(self.backbone)  # what is executed
-        self.parts = Parts()
+        self.splitter = BatchSplitter()
         self.device = backbone.mean.device
         self.reward = reward if reward is not None else Utilization()
         self.feed = Feed(images, num_envs, order, seed)
@@ -132,7 +132,7 @@ class ImageVectorEnv(VectorEnv[Tensor, Tensor, Tensor]):
             raise ValueError(f"keep must be of shape {expected}, got {tuple(keep.shape)}")
         keep_SBK = keep if keep.dim() == 3 else keep.unsqueeze(0)
         part = max(1, PIXELS_AT_ONCE // (len(keep_SBK) * images[0, 0].numel())) if len(images) else 1
-        parts = self.parts(lambda of: sparse_many(self.executed, images[of], keep_SBK[:, of]), len(images), part)
+        parts = self.splitter(lambda of: sparse_many(self.executed, images[of], keep_SBK[:, of]), len(images), part)
         logits_BC = torch.cat(parts, dim=1).flatten(0, 1)
         return self._outcome(logits_BC, label_B.repeat(len(keep_SBK)), keep_SBK.flatten(0, 1))
 

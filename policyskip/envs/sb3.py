@@ -32,7 +32,7 @@ EXACT = 2**24
 """Numbers below this are exact in float32, which SB3 turns them into on their way to the features extractor."""
 
 
-class Numbered(Protocol):
+class ImageIndex(Protocol):
     """Images that can be found by their number."""
 
     def number(self, batch: Batch) -> Tensor:
@@ -44,7 +44,7 @@ class Numbered(Protocol):
         ...
 
 
-class OfSet:
+class DatasetIndex:
     """A set that lies on the device and shows its images as they are: their places are their numbers."""
 
     def __init__(self, images: TensorImages) -> None:
@@ -57,7 +57,7 @@ class OfSet:
         return self.images.index_select(0, number_B.to(self.images.device))
 
 
-class LastShown:
+class RecentImages:
     """The last R images that were shown, as they were shown: for sets that are augmented or read from files.
 
     Args:
@@ -94,9 +94,9 @@ class ImageNumbers(gymnasium.spaces.Box):
         image_space: what the images look like, uint8 (3, H, W).
     """
 
-    def __init__(self, numbered: Numbered, image_space: gymnasium.spaces.Box) -> None:
+    def __init__(self, numbered: ImageIndex, image_space: gymnasium.spaces.Box) -> None:
         super().__init__(0, EXACT - 1, (1,), np.int64)
-        self.numbered: Numbered | None = numbered
+        self.numbered: ImageIndex | None = numbered
         self.image_space = image_space
 
     def __getstate__(self) -> dict[str, Any]:
@@ -192,23 +192,23 @@ class SB3VecEnv(VecEnv):
             raise UserError("SB3 wants as many images at every step, and a sequential order ends: say order=shuffled")
         self.env = env
         space = env.single_observation_space
-        self._numbered: Numbered | None = None
+        self._numbered: ImageIndex | None = None
         if isinstance(space, gymnasium.spaces.Box) and space.dtype == np.uint8:
             self._numbered = self._number_images(remember)
             space = ImageNumbers(self._numbered, space)
         super().__init__(env.num_envs, space, env.single_action_space)
 
-    def _number_images(self, remember: int | None) -> Numbered:
+    def _number_images(self, remember: int | None) -> ImageIndex:
         images = self._feed.images
         if isinstance(images, TensorImages) and images.augment is None and len(images) <= EXACT:
-            return OfSet(images)
+            return DatasetIndex(images)
         if remember is None or not 1 <= remember <= EXACT // 2:
             raise UserError(
                 "these images look different each time they are shown, or are read from files: remember=… must say how "
                 f"many to keep on the device, from 1 to {EXACT // 2} (the learner's buffer and one batch more), "
                 f"got {remember}"
             )
-        return LastShown(self._feed.batch, remember)
+        return RecentImages(self._feed.batch, remember)
 
     def reset(self) -> np.ndarray:
         """Show images: with the first seed that :meth:`seed` gave, if it did, otherwise those that come next."""

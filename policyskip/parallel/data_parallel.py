@@ -31,11 +31,11 @@ class Divisible:
         skips: whether a pass may leave out parts of what learns.
     """
 
-    through: Callable[..., Any] = staticmethod(_directly)
-    skips = False
+    forward_through_ddp: Callable[..., Any] = staticmethod(_directly)
+    may_skip_parameters = False
 
     @property
-    def learning(self) -> list[nn.Module]:
+    def trainable_modules(self) -> list[nn.Module]:
         """The modules that learn."""
         raise NotImplementedError
 
@@ -49,7 +49,7 @@ def divide(learner: Any, source: Any) -> None:
     if processes.world() == 1:
         return
     source.divide()
-    networks = nn.ModuleList(learner.learning)
+    networks = nn.ModuleList(learner.trainable_modules)
     for module in networks.modules():
         if type(module) is nn.BatchNorm2d:
             module.__class__ = WholeBatchNorm2d  # parameters, buffers and their names stay
@@ -58,7 +58,9 @@ def divide(learner: Any, source: Any) -> None:
                 f"a network with {type(module).__name__} learns in one process, since its results depend on how a "
                 "batch is divided; start it without torchrun"
             )
-    learner.through = DistributedDataParallel(_Pass(networks), find_unused_parameters=learner.skips)
+    learner.forward_through_ddp = DistributedDataParallel(
+        _Pass(networks), find_unused_parameters=learner.may_skip_parameters
+    )
 
 
 class _Pass(nn.Module):

@@ -7,7 +7,7 @@ from typing import Any
 
 from policyskip.backbones import Network, checkpoints
 from policyskip.errors import UserError
-from policyskip.files import damaged, typed
+from policyskip.files import damaged, shell_argument
 from policyskip.runs.folder import Run
 
 START = "start.safetensors"
@@ -39,7 +39,7 @@ def say_finished(run: Run, steps: int) -> None:
 
 def say_interrupted(command: str, run: Run) -> None:
     """What is said after an interruption that waited for nothing: what there is to go on from, if anything."""
-    again = f"policyskip {command} {typed('run.resume', run.folder)}"
+    again = f"policyskip {command} {shell_argument('run.resume', run.folder)}"
     if (run.folder / "checkpoint.pt").is_file():
         step = run.load_checkpoint().get("step")
         print(f"Stopped at once; what came after update {step} is not kept. Go on with:  {again}")
@@ -47,13 +47,13 @@ def say_interrupted(command: str, run: Run) -> None:
         print(f"Stopped at once, before anything was saved. Begin anew with:  {again}")
 
 
-def keep_start(run: Run, network: Network, node: dict[str, Any]) -> None:
+def keep_initial_network(run: Run, network: Network, node: dict[str, Any]) -> None:
     """Put the network that a run trains into its folder as it is now, if it comes from a file that may go away."""
     if node.get("checkpoint") not in (checkpoints.RANDOM, None, *checkpoints.shipped()):
         checkpoints.save(network, run.folder / START)
 
 
-def with_own_start(content: dict[str, Any], run: Run) -> dict[str, Any]:
+def with_initial_network(content: dict[str, Any], run: Run) -> dict[str, Any]:
     """A run's configuration; its network comes from the run's own folder if the file that it names is gone."""
     from policyskip.tasks.dispatch import has_gates
 

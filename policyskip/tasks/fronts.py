@@ -22,7 +22,7 @@ from policyskip.errors import UserError
 from policyskip.evaluation.decisions import Evaluation
 from policyskip.files import damaged
 from policyskip.intervals import half_interval
-from policyskip.memory import give_back
+from policyskip.memory import release_freed_memory
 from policyskip.rewards import Adaptive, Utilization
 from policyskip.runs.folder import Run
 from policyskip.static_front import Keep, SetScorer, StaticFront, find_front, known_front, tries_every_set
@@ -68,7 +68,7 @@ def best_set(setup: Setup, front: StaticFront, count: int = 2000) -> Keep:
     env = setup.env(setup.data.validation, "shuffled")  # folders are sorted by class
     if isinstance(setup.reward, Adaptive):
         figures = ({"accuracy": a, "macs_fraction": m / env.costs.full} for a, m in zip(front.accuracy, front.macs))
-        return max(zip(map(setup.reward.standing, figures), front.sets, strict=True))[1]
+        return max(zip(map(setup.reward.selection_score, figures), front.sets, strict=True))[1]
     keep_SK = torch.tensor(front.sets)
     total_S, seen = torch.zeros(len(keep_SK), dtype=torch.float64), 0
     while seen < min(count, len(setup.data.validation)):
@@ -90,7 +90,7 @@ def _learned_set(setup: Setup, penalty: float, steps: int) -> Keep:
     agent = BlockDrop(env, max(1, steps), policy="constant", initial_keep=0.9, **options)
     for _ in range(max(1, steps)):
         agent.update(env)
-        give_back()
+        release_freed_memory()
     return tuple(agent.act(env.observation)[0].tolist())
 
 

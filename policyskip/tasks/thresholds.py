@@ -93,11 +93,11 @@ class ExitTask:
                 f"{self.names['agent']} learns on {setup.data.name} over {network.name}; "
                 f"leaving at its {network.num_exits} exits costs {in_millions(self.costs.cumulative_N)}",
                 *network.remarks(setup.data.image_shape),
-                *(f"warning: {line}" for line in [*costly_exits(self.costs), *self._doubts()]),
+                *(f"warning: {line}" for line in [*costly_exits(self.costs), *self._warnings()]),
             ]
         )
 
-    def _doubts(self) -> list[str]:
+    def _warnings(self) -> list[str]:
         """What is allowed, and hardly meant."""
         doubts, images = [], len(self.setup.data.validation)
         if isinstance(self.learner, CDL) and group_of(self.setup.config, "backbone").get("checkpoint") == RANDOM:
@@ -131,7 +131,7 @@ class ExitTask:
             point = unmet.nearest
         steps = self.setup.config["train"]["steps"]
         head = {**self.names, "seed": self.setup.config["seed"], "steps": steps, "seconds": round(seconds, 1)}
-        return settle(self.setup, predictor, curve, point, self.target, run, tracker, head)
+        return deploy_point(self.setup, predictor, curve, point, self.target, run, tracker, head)
 
     def show(self, summary: dict[str, Any]) -> None:
         """Print the table."""
@@ -172,7 +172,7 @@ def place_exits(node: dict[str, Any], data: Data, device: torch.device, seed: in
     return {**node, "exits": [p.place for p in proposals]}, [p.reason for p in proposals]
 
 
-def settle(
+def deploy_point(
     setup: Setup,
     predictor: ThresholdPredictor,
     curve: Curve,
@@ -266,7 +266,7 @@ def recalibrate(setup: Setup, run: Run, target: TargetSection) -> dict[str, Any]
     names = ("agent", "env", "backbone", "data", "seed", "steps", "seconds")
     with damaged(run.folder / "summary.json"):
         head: dict[str, Any] = {name: before[name] for name in names}
-    return settle(setup, predictor, curve, point, target.given, run, Tracker(run, "none", {}), head)
+    return deploy_point(setup, predictor, curve, point, target.given, run, Tracker(run, "none", {}), head)
 
 
 def finished(setup: Setup, run: Run) -> tuple[ThresholdPredictor, Curve]:
