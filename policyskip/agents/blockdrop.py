@@ -175,19 +175,19 @@ class BlockDrop(Agent, Divisible):
         self.decision_macs = count_macs(self.policy, env.observation[:1])
         self._free_blocks()
 
-    def update(self, env: BlockSelectionVectorEnv) -> dict[str, float]:
+    def update(self, source: BlockSelectionVectorEnv) -> dict[str, float]:
         """Sample decisions, score them in one pass (beside the greedy one, if that is the baseline), and follow the
         gradient."""
         self._free_blocks()
         self.policy.train()
-        logits_BK, value_B = self.forward_through_ddp(self._look, env.observation)
+        logits_BK, value_B = self.forward_through_ddp(self._look, source.observation)
         probability_BK = logits_BK.detach().sigmoid()
         keep_SBK = self._sample(probability_BK)
         greedy_BK = self.policy.greedy(logits_BK)
 
         asked = [keep_SBK, greedy_BK.unsqueeze(0)] if self.baseline == "greedy" else [keep_SBK]
-        outcome = env.score(torch.cat(asked))
-        reward = env.rewards(outcome).view(-1, len(logits_BK))
+        outcome = source.score(torch.cat(asked))
+        reward = source.rewards(outcome).view(-1, len(logits_BK))
         reward_SB = reward[: self.samples]
         metrics = {"sampled_reward": reward_SB.mean().item()}
         fit: Tensor | float = 0.0
@@ -211,20 +211,16 @@ class BlockDrop(Agent, Divisible):
         self.optimizer.step()
         self.schedule.step()
         self.step += 1
-        env.advance()
+        source.advance()
 
         return metrics | {
             "loss": loss.item(),
             "kept": greedy_BK.sum(1).float().mean().item(),
-            "macs_fraction": (env.costs.of(greedy_BK).mean().item() + self.decision_macs) / env.costs.full,
+            "macs_fraction": (source.costs.of(greedy_BK).mean().item() + self.decision_macs) / source.costs.full,
             "entropy": bernoulli_entropy(probability_BK).mean().item(),
             "free_blocks": float(self.policy.free_K.sum()),
             "lr": float(self.schedule.get_last_lr()[0]),
         }
-
-    @torch.no_grad()
-    def act(self, observation: Tensor) -> Tensor:
-        return self.policy.eval().decide(observation)
 
     @property
     def alpha(self) -> float:

@@ -32,8 +32,6 @@ class BranchyNet(EarlyExitAgent):
         UserError: not one positive weight for each exit, or a share outside [0, 1).
     """
 
-    name = "branchynet"
-
     def __init__(
         self,
         network: ExitNetwork,

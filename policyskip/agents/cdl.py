@@ -39,8 +39,6 @@ class CDL(EarlyExitAgent):
 
     network: ResNetExits
 
-    name = "cdl"
-
     def __init__(
         self,
         network: ExitNetwork,

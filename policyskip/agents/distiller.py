@@ -31,8 +31,6 @@ class Distiller(EarlyExitAgent):
         UserError: not one weight in (0, 1) for each early exit, or weights that sum to 1 or more.
     """
 
-    name = "distiller"
-
     def __init__(
         self,
         network: ExitNetwork,

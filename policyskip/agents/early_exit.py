@@ -9,13 +9,14 @@ Shapes: B images, N exits, E early exits (N - 1), C classes.
 from __future__ import annotations
 
 import math
-from abc import ABC, abstractmethod
-from typing import Any, ClassVar, Literal
+from abc import abstractmethod
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from policyskip.agents.base import Agent
 from policyskip.agents.schedules import SCHEDULES
 from policyskip.backbones.exits import ExitNetwork
 from policyskip.data import Feed
@@ -49,7 +50,7 @@ def joint_loss(logits_BNC: Tensor, label_B: Tensor, weight_N: Tensor) -> Tensor:
     return weight_N @ entropy_NB.mean(1)
 
 
-class EarlyExitAgent(Divisible, ABC):
+class EarlyExitAgent(Agent, Divisible):
     """A network that learns to answer at every exit, and the rule by which images leave.
 
     Args:
@@ -67,8 +68,10 @@ class EarlyExitAgent(Divisible, ABC):
         decision_macs: 0; what the heads cost is in the network's exit costs.
     """
 
-    name: ClassVar[str]
-    environments: ClassVar[tuple[str, ...]] = ("early_exit",)
+    family = "thresholds"
+    trains_network = True
+    environments = ("early_exit",)
+    policy: ThresholdPolicy | None  # type: ignore[assignment]  # what is deployed is the network, with thresholds
     decision_macs = 0.0
 
     def __init__(
@@ -94,7 +97,7 @@ class EarlyExitAgent(Divisible, ABC):
         rule_named(rule)
         check_search(rule, search, network.num_exits)
         self.network, self.total_steps, self.rule, self.search = network, total_steps, rule, search
-        self.policy: ThresholdPolicy | None = None
+        self.policy = None
         self.step = 0
         learning = [parameter for parameter in network.parameters() if parameter.requires_grad]
         if not learning:
@@ -112,9 +115,9 @@ class EarlyExitAgent(Divisible, ABC):
     def weights(self) -> Tensor:
         """The weight of each exit's loss at this update, float (N,)."""
 
-    def update(self, feed: Feed) -> dict[str, float]:
+    def update(self, source: Feed) -> dict[str, float]:
         """One step down the joint loss on the batch that the feed shows."""
-        batch = feed.batch
+        batch = source.batch
         self.network.train()
         logits_BNC = self.forward_through_ddp(self.network, batch.images)
         loss = joint_loss(logits_BNC, batch.label_B, self.weights().to(logits_BNC))
@@ -125,7 +128,7 @@ class EarlyExitAgent(Divisible, ABC):
         self.optimizer.step()
         self.schedule.step()
         self.step += 1
-        feed.advance()
+        source.advance()
         correct_N = (logits_BNC.argmax(-1) == batch.label_B.unsqueeze(1)).float().mean(0)
         metrics = {"loss": loss.item(), "accuracy": correct_N[-1].item(), "lr": self.schedule.get_last_lr()[0]}
         return metrics | {f"accuracy_exit{n}": accuracy for n, accuracy in enumerate(correct_N.tolist())}

@@ -12,7 +12,6 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from policyskip.agents.base import Agent
 from policyskip.envs.block_selection import BlockSelectionVectorEnv
@@ -34,28 +33,30 @@ def spread_blocks(K: int, m: int) -> Keep:
 
 
 class FixedAgent(Agent):
-    """An agent that has nothing to learn.
+    """An agent with nothing to learn: it follows a policy that is complete from the beginning.
 
     Args:
-        name: what it is called in summaries.
-        policy: what it does.
+        name: its name in summaries.
+        policy: maps observations to decisions.
+        decision_macs: MACs that one decision of the policy costs.
     """
 
-    decision_macs = 0.0
+    learns = False
 
-    def __init__(self, name: str, policy: Policy) -> None:
-        self._name, self.policy = name, policy.eval()
+    def __init__(self, name: str, policy: Policy, decision_macs: float = 0.0) -> None:
+        self._name, self.policy, self.decision_macs = name, policy.eval(), decision_macs
 
     @property
     def name(self) -> str:
         return self._name
 
-    def update(self, env: BlockSelectionVectorEnv) -> dict[str, float]:
-        raise UserError(f"agent={self.name} has nothing to learn")
+    def update(self, source: Any) -> dict[str, float]:
+        """Refuse to learn.
 
-    @torch.no_grad()
-    def act(self, observation: Tensor) -> Tensor:
-        return self.policy.decide(observation)
+        Raises:
+            UserError: always.
+        """
+        raise UserError(f"agent={self.name} has nothing to learn")
 
     def state_dict(self) -> dict[str, Any]:
         return {"policy": self.policy.state_dict()}

@@ -190,10 +190,10 @@ class SB3Agent(Agent):
         """Share of the run that is left."""
         return max(0.0, 1 - self.step / self.total_steps)
 
-    def update(self, env: Any) -> dict[str, float]:
+    def update(self, source: Any) -> dict[str, float]:
         """Collect one rollout and learn from it. Reward, accuracy and cost are those of the sampled actions, in the
         episodes that ended in it."""
-        if env is not self.env:
+        if source is not self.env:
             raise ValueError("the agent learns in the environment that it was made with")
         with self.randomness.own():
             self._learn()
@@ -212,10 +212,6 @@ class SB3Agent(Agent):
 
     def _learn(self) -> None:
         self.model.learn(self.steps_collected, log_interval=None, reset_num_timesteps=False)
-
-    @torch.no_grad()
-    def act(self, observation: Tensor) -> Tensor:
-        return self.policy.eval().decide(observation)
 
     def state_dict(self) -> dict[str, Any]:
         return {
@@ -293,8 +289,8 @@ class A2C(OnPolicy):
 
     learner = stable_baselines3.A2C
 
-    def update(self, env: Any) -> dict[str, float]:
-        figures = super().update(env)
+    def update(self, source: Any) -> dict[str, float]:
+        figures = super().update(source)
         entropy, value = self.model.ent_coef * figures["entropy"], self.model.vf_coef * figures["value_loss"]
         return figures | {"loss": figures["policy_loss"] - entropy + value}  # which SB3 does not record
 

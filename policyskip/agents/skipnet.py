@@ -16,6 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from policyskip.agents.base import Agent
 from policyskip.agents.early_exit import OptimizerName, ScheduleName
 from policyskip.agents.schedules import SCHEDULES
 from policyskip.backbones.base import Backbone
@@ -80,7 +81,7 @@ def hybrid_loss(
     return (ce_B - rl_weight * (advantage_BG * log_probability_BG).sum(1)).mean()
 
 
-class SkipNet(Divisible):
+class SkipNet(Agent, Divisible):
     """A network with gates that learns in two stages from labelled images.
 
     The defaults here are the paper's; those of ``configs/agent/skipnet.yaml`` learn in minutes from a trained network.
@@ -111,7 +112,9 @@ class SkipNet(Divisible):
         decision_macs: MACs of all gates, which every image pays.
     """
 
-    name = "skipnet"
+    family = "gates"
+    trains_network = True
+    environments = ()
     may_skip_parameters = True
 
     def __init__(
@@ -174,9 +177,9 @@ class SkipNet(Divisible):
 
         self.schedule = torch.optim.lr_scheduler.LambdaLR(self.optimizer, rate)
 
-    def update(self, feed: Feed) -> dict[str, float]:
+    def update(self, source: Feed) -> dict[str, float]:
         """One step on the batch that the feed shows, in the stage that it belongs to."""
-        images, label_B = feed.batch.images, feed.batch.label_B
+        images, label_B = source.batch.images, source.batch.label_B
         hybrid = self.step >= self.supervised_steps
         baseline_BG = self._baseline(images, label_B) if hybrid else None
         self.network.train()
@@ -200,7 +203,7 @@ class SkipNet(Divisible):
         self.optimizer.step()
         self.schedule.step()
         self.step += 1
-        feed.advance()
+        source.advance()
         return {
             "loss": loss.item(),
             "cross_entropy": ce_B.mean().item(),
