@@ -17,7 +17,8 @@ from policyskip.agents.base import Agent
 from policyskip.backbones import Backbone
 from policyskip.build import Setup
 from policyskip.config import Settings
-from policyskip.deployment.policy_files import PolicyFile, describe_blocks, load_weights
+from policyskip.deployment.loading import load_weights
+from policyskip.deployment.policy_files import PolicyFile, describe_blocks
 from policyskip.errors import UserError
 from policyskip.evaluation.evaluate import evaluate
 from policyskip.evaluation.figures import block_figures

@@ -16,7 +16,8 @@ from policyskip.backbones import ExitNetwork, checkpoints
 from policyskip.backbones.exits import in_millions
 from policyskip.build import Setup
 from policyskip.config import Settings
-from policyskip.deployment.policy_files import PolicyFile, describe_exit_policy, load_predictor, load_weights
+from policyskip.deployment.loading import load_predictor, load_weights
+from policyskip.deployment.policy_files import PolicyFile, describe_exit_policy
 from policyskip.deployment.predictors import ExitPredictor
 from policyskip.errors import UserError
 from policyskip.evaluation.evaluate import exit_decisions

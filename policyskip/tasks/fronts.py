@@ -55,7 +55,13 @@ def static_front(setup: Setup, settings: FrontSection, sets_in_use: Sequence[Kee
     with Progress(transient=True, disable=not sys.stdout.isatty()) as bar:
         task = bar.add_task("share of front.budget spent", total=settings.budget)
         front = find_front(
-            backbone, images, env.costs, settings.budget, settings.images, hints, lambda n: bar.update(task, completed=n)
+            backbone,
+            images,
+            env.costs,
+            settings.budget,
+            settings.images,
+            hints,
+            lambda n: bar.update(task, completed=n),
         )
     with suppress(UserError):  # a cache that cannot be written costs time, nothing else
         front.save(cache / f"{front.backbone}-{front.data}.json")

@@ -17,7 +17,8 @@ from policyskip.backbones import Backbone, checkpoints
 from policyskip.build import Setup, build
 from policyskip.config import Settings, group_of
 from policyskip.data import Feed, Images, sequential
-from policyskip.deployment.policy_files import PolicyFile, describe_gates, load_weights
+from policyskip.deployment.loading import load_weights
+from policyskip.deployment.policy_files import PolicyFile, describe_gates
 from policyskip.envs.layer_skip import LayerSkipVectorEnv
 from policyskip.errors import UserError
 from policyskip.evaluation.evaluate import evaluate_gates
@@ -73,9 +74,7 @@ class GateTask(FamilyTask):
             tracker,
             head_of(self.setup, self.names, seconds),
             judgement,
-            PolicyFile(
-                "gates", **describe_gates(agent.network), classes=data.classes, image_shape=data.image_shape
-            ),
+            PolicyFile("gates", **describe_gates(agent.network), classes=data.classes, image_shape=data.image_shape),
             partial(
                 block_pictures,
                 metrics=run.metrics(),

@@ -11,7 +11,6 @@ from functools import partial
 from typing import Any
 
 import torch
-from rich.table import Table
 from torch import Tensor
 
 from policyskip.agents.early_exit import EarlyExitAgent
@@ -20,9 +19,10 @@ from policyskip.backbones.checkpoints import RANDOM
 from policyskip.backbones.exits import ExitNetwork, costly_exits, count_exit_costs, in_millions
 from policyskip.backbones.resnet_exits import ResNetExits
 from policyskip.build import Setup, build, build_backbone
-from policyskip.config import Settings, TargetSection, group_of
+from policyskip.config import Settings, group_of
 from policyskip.data import Data, Feed
-from policyskip.deployment.policy_files import PolicyFile, as_text, describe_thresholds, load_thresholds, load_weights
+from policyskip.deployment.loading import load_thresholds, load_weights
+from policyskip.deployment.policy_files import PolicyFile, as_text, describe_thresholds
 from policyskip.deployment.predictors import ThresholdPredictor
 from policyskip.envs.early_exit import EarlyExitVectorEnv
 from policyskip.errors import UserError
@@ -31,11 +31,10 @@ from policyskip.evaluation.exit_plots import exit_pictures
 from policyskip.evaluation.figures import exit_figures
 from policyskip.evaluation.tables import console, show_exits
 from policyskip.exits.cache import CachedExits, cache_exits
-from policyskip.exits.calibration import Curve, Point, UnmetError, check_target, choose, curve_of
+from policyskip.exits.calibration import Curve, Point, UnmetError, check_target, choose
 from policyskip.exits.placement import probe_blocks, propose_exits
 from policyskip.exits.references import static_pairs
 from policyskip.exits.rules import exit_of, rule_named
-from policyskip.files import damaged
 from policyskip.policies.thresholds import ThresholdPolicy
 from policyskip.runs.folder import Run
 from policyskip.runs.tracking import Tracker
@@ -117,7 +116,8 @@ class ThresholdTask(FamilyTask):
         """Choose thresholds for the best weights on validation images, judge them once on test, write everything."""
         load_weights(self.network, run, "the run's config.yaml")
         data, learner = self.setup.data, self.learner
-        network = learner.network_to_deploy(self._cached_validation)
+        network, lines = learner.network_to_deploy(self._cached_validation)
+        print(*lines, sep="\n", end="\n" if lines else "")
         checkpoints.save(network, run.folder / "network.safetensors")
         nobody_leaves = ThresholdPolicy(learner.rule, [rule_named(learner.rule).extremes[0]] * (network.num_exits - 1))
         predictor = ThresholdPredictor(nobody_leaves, learner.search, network, data.classes, data.image_shape)
@@ -262,64 +262,6 @@ def budgeted_pairs(test: CachedExits, policy: ThresholdPolicy, curve: Curve) -> 
     exit_PM = torch.stack([exit_of(policy.rule, test.probability_MNC, threshold_E) for threshold_E in threshold_PE])
     accuracy_P, macs_P = test.judge(exit_PM)
     return [[macs, accuracy] for macs, accuracy in zip(macs_P.tolist(), accuracy_P.tolist())]
-
-
-def recalibrate(setup: Setup, run: Run, target: TargetSection) -> dict[str, Any]:
-    """Choose other thresholds for a finished run on validation, report them once on test, and deploy them.
-
-    Returns: the run's new summary.
-
-    Raises:
-        UserError: the target makes no sense or cannot be met, or the run has no early exits.
-    """
-    predictor, validation, curve = finished(setup, run)
-    check_target(**target.model_dump())
-    point = choose(curve, **target.given)
-    before = run.load_json("summary.json")
-    names = ("agent", "env", "backbone", "data", "seed", "steps", "seconds")
-    with damaged(run.folder / "summary.json"):
-        head: dict[str, Any] = {name: before[name] for name in names}
-    tracker = Tracker(run, "none", {})
-    return deploy_point(setup, predictor, validation, curve, point, target.given, run, tracker, head)
-
-
-def finished(setup: Setup, run: Run) -> tuple[ThresholdPredictor, CachedExits, Curve]:
-    """Return what a run deploys, its network's cached outputs for validation images, and the curve over these.
-
-    Raises:
-        UserError: it has no early exits.
-    """
-    predictor = load_thresholds(run, setup.device, setup.trusted)
-    if predictor.network.num_exits == 1:
-        raise UserError(f"the run {run.folder} has no early exits, so there are no thresholds to choose")
-    validation = cache_exits(predictor.network, setup.data.validation.plain())
-    return predictor, validation, curve_of(validation, predictor.policy.rule.name, predictor.search)
-
-
-def show_curve(setup: Setup, run: Run, rows: int = 16) -> None:
-    """Print what thresholds can reach: points of the front on validation images, evenly spaced in cost.
-
-    Test is not read, as a target is chosen from this table. What the run deploys stays as it is.
-    """
-    predictor, _, curve = finished(setup, run)
-    front, knee = curve.front(), curve.knee()
-    wanted_R = torch.linspace(float(front.macs_P[0]), float(front.macs_P[-1]), rows, dtype=torch.float64)
-    table = Table(title=f"{run.folder}: thresholds chosen on validation images ({predictor.policy.rule.name})")
-    columns = ("MACs, of full", "accuracy", "meets accuracy_drop", "a threshold for each exit but the last")
-    for column in columns:
-        table.add_column(column, justify="left" if column == columns[-1] else "right")
-    for place in (front.macs_P - wanted_R.unsqueeze(1)).abs().argmin(1).unique().tolist():
-        point = front[place]
-        table.add_row(
-            f"{point.macs_fraction:.3f}",
-            f"{100 * point.accuracy:.2f} %",
-            f"{math.ceil(1e4 * float(front.drop_P[place])) / 1e4:.4f}",
-            " ".join(f"{threshold:.3g}" for threshold in point.thresholds),
-        )
-    console().print(table)
-    last = f"The last exit: {100 * curve.last_accuracy:.2f} % on validation."
-    print(f"{last} Knee at {knee.macs_fraction:.3f} of the MACs.")
-    print(f"Deployed: {' '.join(f'{threshold:.3g}' for threshold in predictor.policy.threshold_E.tolist())}")
 
 
 def show_table(summary: dict[str, Any]) -> None:
