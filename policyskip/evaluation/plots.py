@@ -16,7 +16,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import ScalarFormatter
 
 from policyskip.data import Images
-from policyskip.evaluation.decisions import Evaluation
+from policyskip.evaluation.decisions import Decisions
 
 KEPT, DROPPED, FULL, STATIC = "#1b6ca8", "#e4e4e4", "#444444", "#c8701a"
 
@@ -68,7 +68,7 @@ def points_of(records: list[dict[str, Any]], name: str) -> list[tuple[int, float
     return [(r["step"], r[name]) for r in records if isinstance(r.get(name), int | float)]
 
 
-def accuracy_against_macs(result: Evaluation, front: list[tuple[float, float]], path: Path) -> Path:
+def accuracy_against_macs(result: Decisions, front: list[tuple[float, float]], path: Path) -> Path:
     """The policy beside the full network and the static front (pairs of MACs and test accuracy)."""
     figure = figure_of(6, 4.6)
     axes = figure.subplots()
@@ -95,18 +95,18 @@ def accuracy_against_macs(result: Evaluation, front: list[tuple[float, float]], 
     return save(figure, caption, path)
 
 
-def block_use(result: Evaluation, stages: tuple[int, ...], path: Path) -> Path:
+def block_use(result: Decisions, stages: tuple[int, ...], path: Path) -> Path:
     """Share of the images that keep each block."""
     figure = figure_of(8, 3.4)
     axes = figure.subplots()
-    use_K = result.keep_NK.double().mean(0)
+    use_K = result.ran_NK.double().mean(0)
     axes.bar(range(len(use_K)), use_K.tolist(), color=KEPT)
     _mark_stages(axes, stages)
     axes.set(xlabel="block", ylabel="share of images", ylim=(0, 1.09), xlim=(-0.6, len(use_K) - 0.4))
     return save(figure, "How often each block runs on test images; dotted lines part the network's stages.", path)
 
 
-def block_use_by_class(result: Evaluation, classes: tuple[str, ...], stages: tuple[int, ...], path: Path) -> Path:
+def block_use_by_class(result: Decisions, classes: tuple[str, ...], stages: tuple[int, ...], path: Path) -> Path:
     """The same for each class, as a heat map (at most 40 classes)."""
     shown = classes[:40]
     figure = figure_of(8, 1.8 + 0.26 * len(shown))
@@ -128,19 +128,19 @@ def _mark_stages(axes: Any, stages: tuple[int, ...]) -> None:
     axes.set_xticks(range(0, K, 1 if K <= 20 else 5))
 
 
-def kept_by_difficulty(result: Evaluation, path: Path) -> Path:
+def kept_by_difficulty(result: Decisions, path: Path) -> Path:
     """Kept blocks and accuracy against the data set's own measure of difficulty."""
     assert result.difficulty_N is not None
     figure = figure_of(7, 4)
     axes = figure.subplots()
     order = result.difficulty_N.argsort()
-    kept_N = result.keep_NK.sum(1).double()[order]
+    kept_N = result.ran_NK.sum(1).double()[order]
     bins = [slice_ for slice_ in torch.arange(len(order)).tensor_split(20) if len(slice_)]
     x = [result.difficulty_N[order][b].mean().item() for b in bins]
     low, high = ([kept_N[b].quantile(q).item() for b in bins] for q in (0.1, 0.9))
     axes.fill_between(x, low, high, color=KEPT, alpha=0.2, label="kept blocks, 10th to 90th percentile")
     axes.plot(x, [kept_N[b].mean().item() for b in bins], "o-", color=KEPT, markersize=4, label="kept blocks, mean")
-    axes.set(xlabel="difficulty of the image", ylabel="kept blocks", ylim=(0, result.keep_NK.shape[1] * 1.04))
+    axes.set(xlabel="difficulty of the image", ylabel="kept blocks", ylim=(0, result.ran_NK.shape[1] * 1.04))
     accuracy = axes.twinx()
     accuracy.plot(
         x,
@@ -162,9 +162,9 @@ def kept_by_difficulty(result: Evaluation, path: Path) -> Path:
     return save(figure, caption, path)
 
 
-def gallery(result: Evaluation, images: Images, classes: tuple[str, ...], path: Path, count: int = 8) -> Path:
+def gallery(result: Decisions, images: Images, classes: tuple[str, ...], path: Path, count: int = 8) -> Path:
     """The test images that got the fewest and the most blocks, each over the strip of blocks that ran."""
-    order = result.keep_NK.sum(1).argsort(stable=True)
+    order = result.ran_NK.sum(1).argsort(stable=True)
     count = min(count, max(1, len(order) // 2))
     rows = {"fewest": order[:count], "most": order[len(order) - count :].flip(0)}
     figure = figure_of(1.35 * count + 0.4, 5.2)
@@ -179,7 +179,7 @@ def gallery(result: Evaluation, images: Images, classes: tuple[str, ...], path: 
             picture.set_title(
                 label if right else f"{label}\nnot {prediction}", fontsize=9, color=FULL if right else "#b3261e"
             )
-            keep = result.keep_NK[index]
+            keep = result.ran_NK[index]
             colors = [KEPT if kept else DROPPED for kept in keep.tolist()]
             strip.broken_barh([(k - 0.41, 0.82) for k in range(len(keep))], (0, 1), facecolors=colors)
             strip.set_xlabel(f"{int(keep.sum())} of {len(keep)}", fontsize=8)
@@ -197,7 +197,7 @@ def gallery(result: Evaluation, images: Images, classes: tuple[str, ...], path: 
 def all_plots(
     folder: Path,
     records: list[dict[str, Any]],
-    result: Evaluation,
+    result: Decisions,
     images: Images,
     classes: tuple[str, ...],
     stages: tuple[int, ...],
@@ -206,7 +206,7 @@ def all_plots(
     """Write every picture of a run."""
     folder.mkdir(exist_ok=True)
     pictures = [
-        learning_curves(records, result.keep_NK.shape[1], folder / "learning_curves.png"),
+        learning_curves(records, result.ran_NK.shape[1], folder / "learning_curves.png"),
         accuracy_against_macs(result, front, folder / "accuracy_against_macs.png"),
         block_use(result, stages, folder / "block_use.png"),
         block_use_by_class(result, classes, stages, folder / "block_use_by_class.png"),

@@ -5,6 +5,7 @@ Shapes: B images, K blocks.
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -16,9 +17,9 @@ from policyskip.build import Setup
 from policyskip.config import FrontSection
 from policyskip.deployment.policy_files import describe, load_weights
 from policyskip.errors import UserError
-from policyskip.evaluation import decisions
-from policyskip.evaluation.decisions import Decisions, Evaluation
+from policyskip.evaluation.decisions import Decisions
 from policyskip.evaluation.evaluate import evaluate
+from policyskip.evaluation.figures import block_figures
 from policyskip.evaluation.tables import show_block_table
 from policyskip.parallel import processes
 from policyskip.policies.networks import KeepPolicy
@@ -30,7 +31,7 @@ from policyskip.tasks.fronts import best_set, load_front, static_figures, static
 from policyskip.tasks.report import report
 
 
-def judge(setup: Setup, agent: Agent, split: str = "test") -> Evaluation:
+def judge(setup: Setup, agent: Agent, split: str = "test") -> Decisions:
     """The agent on a split, beside the full network. The test split is read once a run, after everything is chosen."""
     return evaluate(agent, setup.env(setup.data.split(split).plain()))
 
@@ -69,7 +70,7 @@ class BlockTask:
 
     def validate(self) -> dict[str, Any]:
         """Figures of the greedy decisions on validation images."""
-        return evaluate(self.learner, self.validation, full=False).figures()
+        return block_figures(evaluate(self.learner, self.validation, full=False))
 
     def deployable(self) -> dict[str, Tensor]:
         return self.learner.policy.state_dict()
@@ -98,7 +99,7 @@ class BlockTask:
 def again(setup: Setup, run: Run, split: str) -> dict[str, Any]:
     """A finished run's figures on a split, from its folder."""
     result, front = _judged_again(setup, run, split)
-    return result.figures() | static_figures(setup, result, front, split)[0]
+    return block_figures(result) | static_figures(setup, result, front, split)[0]
 
 
 def decide_again(setup: Setup, run: Run) -> Decisions:
@@ -106,10 +107,16 @@ def decide_again(setup: Setup, run: Run) -> Decisions:
     result, front = _judged_again(setup, run, "test")
     _, curve = static_figures(setup, result, front)
     data, frozen = setup.data, setup.backbone.content_hash()
-    return decisions.of_blocks(result, curve, data.test.fingerprint(), frozen, data.classes)
+    return replace(
+        result,
+        static_F2=torch.tensor(curve, dtype=torch.float64).reshape(-1, 2),
+        images=data.test.fingerprint(),
+        network=frozen,
+        classes=data.classes,
+    )
 
 
-def _judged_again(setup: Setup, run: Run, split: str) -> tuple[Evaluation, StaticFront]:
+def _judged_again(setup: Setup, run: Run, split: str) -> tuple[Decisions, StaticFront]:
     if setup.reward is None:
         raise UserError("the configuration has no reward, and this command needs one")
     if not isinstance(setup.backbone, Backbone):

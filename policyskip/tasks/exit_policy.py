@@ -5,6 +5,7 @@ Shapes: M images of a set, N exits, E early exits (N - 1).
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -18,11 +19,12 @@ from policyskip.deployment.policy_files import describe_leaving, load_leaving_ru
 from policyskip.deployment.predictors import ExitPredictor
 from policyskip.errors import UserError
 from policyskip.evaluation import decisions, exit_plots
-from policyskip.evaluation.decisions import Decisions, exit_warnings
-from policyskip.evaluation.figures import figures_of
+from policyskip.evaluation.decisions import Decisions, collapse_warnings
+from policyskip.evaluation.evaluate import exit_decisions
+from policyskip.evaluation.figures import exit_figures
 from policyskip.evaluation.tables import show_exit_table
 from policyskip.exits.cache import CachedExits, cache_exits
-from policyskip.exits.references import static_exits
+from policyskip.exits.references import static_pairs
 from policyskip.exits.rules import decisions_at, first_exit
 from policyskip.policies.perceptrons import ExitPolicy
 from policyskip.rewards import Outcome, reward_of
@@ -86,12 +88,12 @@ class LeavingTask:
         predictor = ExitPredictor(self.policy, self.network, data.classes, data.image_shape, agent.decision_macs)
         test = cache_exits(predictor.network, data.test.plain())
         exit_M = exits_of(self.policy, test)
-        figures = figures_of(exit_M, test, agent.decision_macs)
         head = {"seed": setup.config["seed"], "steps": setup.config["train"]["steps"], "seconds": round(seconds, 1)}
         judged = decisions_of(setup, exit_M, test, agent.decision_macs)
-        told = decisions.record(judged, run)
+        figures = exit_figures(judged, test, self.validation)
+        told = decisions.save_decisions(judged, run)
         summary = {**self.names, **head, **told, **{f"test/{key}": value for key, value in figures.items()}}
-        summary["warnings"] = exit_warnings(exit_M, self.network.num_exits)
+        summary["warnings"] = collapse_warnings(judged)
         checkpoints.save(self.network, run.folder / "network.safetensors")
         run.save_json("summary.json", summary)
         anytime = anytime_of(test)
@@ -135,15 +137,20 @@ def outcome_of(exit_M: Tensor, cache: CachedExits) -> Outcome:
 
 def anytime_of(cache: CachedExits) -> list[list[float]]:
     """MACs and accuracy of each exit for all images."""
-    accuracy_N, macs_N = static_exits(cache)
-    return [[macs, accuracy] for macs, accuracy in zip(macs_N.tolist(), accuracy_N.tolist())]
+    return static_pairs(cache)
 
 
 def decisions_of(setup: Setup, exit_M: Tensor, test: CachedExits, decision_macs: float) -> Decisions:
     """What leaving at exits int64 (M,) did with each test image; the network was frozen."""
     data, frozen = setup.data, setup.backbone.content_hash()
     fingerprint = data.test.fingerprint()
-    return decisions.of_exits(exit_M, test, anytime_of(test), fingerprint, frozen, data.classes, decision_macs)
+    return replace(
+        exit_decisions(exit_M, test, decision_macs, data.test.difficulty),
+        static_F2=torch.tensor(static_pairs(test), dtype=torch.float64),
+        images=fingerprint,
+        network=frozen,
+        classes=data.classes,
+    )
 
 
 def decide_again(setup: Setup, run: Run) -> Decisions:
@@ -157,4 +164,6 @@ def again(setup: Setup, run: Run, split: str) -> dict[str, Any]:
     """A finished run's figures on a split, from its folder."""
     predictor = load_leaving_run(run, setup.device)
     cache = cache_exits(predictor.network, setup.data.split(split).plain())
-    return figures_of(exits_of(predictor.policy, cache), cache, predictor.decision_macs)
+    validation = cache_exits(predictor.network, setup.data.validation.plain())
+    judged = exit_decisions(exits_of(predictor.policy, cache), cache, predictor.decision_macs)
+    return exit_figures(judged, cache, validation)

@@ -19,7 +19,7 @@ from torch import Tensor
 from policyskip.build import Setup
 from policyskip.config import FrontSection
 from policyskip.errors import UserError
-from policyskip.evaluation.decisions import Evaluation
+from policyskip.evaluation.decisions import Decisions
 from policyskip.files import damaged
 from policyskip.intervals import half_interval
 from policyskip.memory import release_freed_memory
@@ -95,7 +95,7 @@ def _learned_set(setup: Setup, penalty: float, steps: int) -> Keep:
 
 
 def static_figures(
-    setup: Setup, result: Evaluation, front: StaticFront, split: str = "test"
+    setup: Setup, result: Decisions, front: StaticFront, split: str = "test"
 ) -> tuple[dict[str, Any], list[tuple[float, float]]]:
     """The best static choice of the policy's cost on a split, and the whole front there (MACs, accuracy)."""
     scorer = SetScorer(setup.backbone, setup.data.split(split).plain())

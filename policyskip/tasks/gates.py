@@ -17,9 +17,9 @@ from policyskip.config import FrontSection, group_of
 from policyskip.data import Feed, Images, sequential
 from policyskip.deployment.policy_files import describe_gates, load_weights
 from policyskip.errors import UserError
-from policyskip.evaluation import decisions
 from policyskip.evaluation.decisions import Decisions
 from policyskip.evaluation.evaluate import evaluate_gates
+from policyskip.evaluation.figures import block_figures
 from policyskip.evaluation.tables import show_block_table
 from policyskip.runs.folder import Run
 from policyskip.runs.tracking import Tracker
@@ -54,7 +54,7 @@ class LayerTask:
 
     def validate(self) -> dict[str, Any]:
         """Figures of the greedy decisions on validation images, and of all blocks without gates."""
-        return evaluate_gates(self.learner, self.setup.data.validation, self.setup.batch_size).figures()
+        return block_figures(evaluate_gates(self.learner, self.setup.data.validation, self.setup.batch_size))
 
     def deployable(self) -> dict[str, Tensor]:
         return self.learner.network.state_dict()
@@ -76,7 +76,7 @@ class LayerTask:
 
     def _sets_in_use(self, count: int = 16) -> list[Keep]:
         """The keep-sets that the gates decide for most often on validation images."""
-        keep_NK = evaluate_gates(self.learner, self.setup.data.validation, self.setup.batch_size).keep_NK
+        keep_NK = evaluate_gates(self.learner, self.setup.data.validation, self.setup.batch_size).ran_NK
         sets, images = keep_NK.unique(dim=0, return_counts=True)
         return [tuple(keep) for keep in sets[images.argsort(descending=True, stable=True)[:count]].tolist()]
 
@@ -124,7 +124,7 @@ def again(setup: Setup, run: Run, split: str) -> dict[str, Any]:
     result = evaluate_gates(agent, images, setup.batch_size)
     before = accuracy(setup.backbone, images, setup.batch_size)
     static, _ = static_figures(with_network(setup, agent), result, load_front(run, setup.backbone.num_blocks), split)
-    return result.figures() | {"before_accuracy": before} | static
+    return block_figures(result) | {"before_accuracy": before} | static
 
 
 def frozen_network(setup: Setup) -> str:
@@ -139,7 +139,13 @@ def decide_again(setup: Setup, run: Run) -> Decisions:
     load_best(agent, run)
     result = evaluate_gates(agent, data.test.plain(), setup.batch_size)
     _, curve = static_figures(with_network(setup, agent), result, load_front(run, setup.backbone.num_blocks))
-    return decisions.of_blocks(result, curve, data.test.fingerprint(), frozen, data.classes)
+    return replace(
+        result,
+        static_F2=torch.tensor(curve, dtype=torch.float64).reshape(-1, 2),
+        images=data.test.fingerprint(),
+        network=frozen,
+        classes=data.classes,
+    )
 
 
 def load_best(agent: SkipNet, run: Run) -> None:

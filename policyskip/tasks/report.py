@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
+
+import torch
 
 from policyskip.build import Setup
 from policyskip.evaluation import decisions, plots
-from policyskip.evaluation.decisions import Evaluation, block_warnings
+from policyskip.evaluation.decisions import Decisions, collapse_warnings
+from policyskip.evaluation.figures import block_figures
 from policyskip.runs.folder import Run
 from policyskip.runs.tracking import Tracker
 from policyskip.static_front import StaticFront
@@ -16,7 +20,7 @@ from policyskip.tasks.fronts import static_figures
 def report(
     setup: Setup,
     names: dict[str, str],
-    result: Evaluation,
+    result: Decisions,
     front: StaticFront,
     policy: dict[str, Any],
     run: Run,
@@ -33,12 +37,18 @@ def report(
     """
     data, steps, seed = setup.data, setup.config["train"]["steps"], setup.config["seed"]
     static, curve = static_figures(setup, result, front)
-    figures = {f"test/{key}": value for key, value in {**result.figures(), **more, **static}.items()}
-    judged = decisions.of_blocks(result, curve, data.test.fingerprint(), frozen, data.classes)
-    told = decisions.record(judged, run)
+    figures = {f"test/{key}": value for key, value in {**block_figures(result), **more, **static}.items()}
+    judged = replace(
+        result,
+        static_F2=torch.tensor(curve, dtype=torch.float64).reshape(-1, 2),
+        images=data.test.fingerprint(),
+        network=frozen,
+        classes=data.classes,
+    )
+    told = decisions.save_decisions(judged, run)
     summary = {**names, "seed": seed, "steps": steps, "seconds": round(seconds, 1), **told, **figures}
     if steps:
-        summary["warnings"] = block_warnings(result.keep_NK)
+        summary["warnings"] = collapse_warnings(result)
     front.save(run.folder / "front.json")
     run.save_json("summary.json", summary)
     pictures = plots.all_plots(

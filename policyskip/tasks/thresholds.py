@@ -6,7 +6,7 @@ Shapes: M images of a set, N exits, E early exits (N - 1), P points on a curve.
 from __future__ import annotations
 
 import math
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from typing import Any
 
 import torch
@@ -26,13 +26,14 @@ from policyskip.deployment.policy_files import load_exits_run, load_weights
 from policyskip.deployment.predictors import ThresholdPredictor, as_text
 from policyskip.errors import UserError
 from policyskip.evaluation import decisions, exit_plots
-from policyskip.evaluation.decisions import Decisions, exit_warnings
-from policyskip.evaluation.figures import figures_of
+from policyskip.evaluation.decisions import Decisions, collapse_warnings
+from policyskip.evaluation.evaluate import exit_decisions
+from policyskip.evaluation.figures import exit_figures
 from policyskip.evaluation.tables import console, show_exit_table
 from policyskip.exits.cache import CachedExits, cache_exits
 from policyskip.exits.calibration import Curve, Point, UnmetError, check_target, choose, curve_of
 from policyskip.exits.placement import probe_blocks, propose_exits
-from policyskip.exits.references import static_exits
+from policyskip.exits.references import static_pairs
 from policyskip.exits.rules import exit_of, rule_named
 from policyskip.files import damaged
 from policyskip.policies.thresholds import ThresholdPolicy
@@ -123,7 +124,8 @@ class ExitTask:
         checkpoints.save(network, run.folder / "network.safetensors")
         nobody_leaves = ThresholdPolicy(learner.rule, [rule_named(learner.rule).extremes[0]] * (network.num_exits - 1))
         predictor = ThresholdPredictor(nobody_leaves, learner.search, network, data.classes, data.image_shape)
-        curve = learner.curve(cache_exits(predictor.network, data.validation.plain()))
+        validation = cache_exits(predictor.network, data.validation.plain())
+        curve = learner.curve(validation)
         try:
             point = choose(curve, **self.target)
         except UnmetError as unmet:  # what was learned is worth more than the target: it can be calibrated anew
@@ -131,7 +133,7 @@ class ExitTask:
             point = unmet.nearest
         steps = self.setup.config["train"]["steps"]
         head = {**self.names, "seed": self.setup.config["seed"], "steps": steps, "seconds": round(seconds, 1)}
-        return deploy_point(self.setup, predictor, curve, point, self.target, run, tracker, head)
+        return deploy_point(self.setup, predictor, validation, curve, point, self.target, run, tracker, head)
 
     def show(self, summary: dict[str, Any]) -> None:
         """Print the table."""
@@ -175,6 +177,7 @@ def place_exits(node: dict[str, Any], data: Data, device: torch.device, seed: in
 def deploy_point(
     setup: Setup,
     predictor: ThresholdPredictor,
+    validation: CachedExits,
     curve: Curve,
     point: Point,
     target: dict[str, Any],
@@ -187,12 +190,17 @@ def deploy_point(
     predictor.policy = policy = ThresholdPolicy(point.rule, point.thresholds).to(setup.device)
     test = cache_exits(predictor.network, data.test.plain())
     exit_M = exit_of(policy.rule, test.probability_MNC, policy.threshold_E)
-    figures = figures_of(exit_M, test)
     anytime, budgeted = curves(test, policy, curve)
-    judged = decisions.of_exits(exit_M, test, anytime, data.test.fingerprint(), "", data.classes)
-    told = decisions.record(judged, run)
+    judged = replace(
+        exit_decisions(exit_M, test, difficulty_M=data.test.difficulty),
+        static_F2=torch.tensor(anytime, dtype=torch.float64),
+        images=data.test.fingerprint(),
+        classes=data.classes,
+    )
+    figures = exit_figures(judged, test, validation)
+    told = decisions.save_decisions(judged, run)
     summary = {**head, **told, **chosen(target, point), **{f"test/{key}": value for key, value in figures.items()}}
-    summary["warnings"] = exit_warnings(exit_M, test.num_exits)
+    summary["warnings"] = collapse_warnings(judged)
     pictures = exit_plots.all_plots(
         run.folder / "plots", run.metrics(), test, exit_M.cpu(), anytime, budgeted, data.test, data.classes
     )
@@ -228,13 +236,12 @@ def curves(test: CachedExits, policy: ThresholdPolicy, curve: Curve) -> tuple[li
     Both are pairs (MACs, accuracy), the cheapest first. Nothing is chosen here: the second are the points of the
     validation front, whatever they turn out to be on test.
     """
-    accuracy_N, macs_N = static_exits(test)
     front = curve.front()
     threshold_PE = front.threshold_PE.to(test.label_M.device)
     exit_PM = torch.stack([exit_of(policy.rule, test.probability_MNC, threshold_E) for threshold_E in threshold_PE])
     accuracy_P, macs_P = test.judge(exit_PM)
     return (
-        [[macs, accuracy] for macs, accuracy in zip(macs_N.tolist(), accuracy_N.tolist())],
+        static_pairs(test),
         [[macs, accuracy] for macs, accuracy in zip(macs_P.tolist(), accuracy_P.tolist())],
     )
 
@@ -244,7 +251,8 @@ def again(setup: Setup, run: Run, split: str) -> dict[str, Any]:
     predictor = load_exits_run(run, setup.device)
     cache = cache_exits(predictor.network, setup.data.split(split).plain())
     exit_M = exit_of(predictor.policy.rule, cache.probability_MNC, predictor.policy.threshold_E)
-    return figures_of(exit_M, cache)
+    validation = cache_exits(predictor.network, setup.data.validation.plain())
+    return exit_figures(exit_decisions(exit_M, cache), cache, validation)
 
 
 def decide_again(setup: Setup, run: Run) -> Decisions:
@@ -252,24 +260,27 @@ def decide_again(setup: Setup, run: Run) -> Decisions:
     predictor, data = load_exits_run(run, setup.device), setup.data
     cache = cache_exits(predictor.network, data.test.plain())
     exit_M = exit_of(predictor.policy.rule, cache.probability_MNC, predictor.policy.threshold_E)
-    accuracy_N, macs_N = static_exits(cache)
-    anytime = [[macs, accuracy] for macs, accuracy in zip(macs_N.tolist(), accuracy_N.tolist())]
-    return decisions.of_exits(exit_M, cache, anytime, data.test.fingerprint(), "", data.classes)
+    return replace(
+        exit_decisions(exit_M, cache, difficulty_M=data.test.difficulty),
+        static_F2=torch.tensor(static_pairs(cache), dtype=torch.float64),
+        images=data.test.fingerprint(),
+        classes=data.classes,
+    )
 
 
 def recalibrate(setup: Setup, run: Run, target: TargetSection) -> dict[str, Any]:
     """Other thresholds for a finished run: chosen on validation, reported once on test, written into its policy."""
-    predictor, curve = finished(setup, run)
+    predictor, validation, curve = finished(setup, run)
     check_target(**target.model_dump())
     point = choose(curve, **target.given)
     before = run.load_json("summary.json")
     names = ("agent", "env", "backbone", "data", "seed", "steps", "seconds")
     with damaged(run.folder / "summary.json"):
         head: dict[str, Any] = {name: before[name] for name in names}
-    return deploy_point(setup, predictor, curve, point, target.given, run, Tracker(run, "none", {}), head)
+    return deploy_point(setup, predictor, validation, curve, point, target.given, run, Tracker(run, "none", {}), head)
 
 
-def finished(setup: Setup, run: Run) -> tuple[ThresholdPredictor, Curve]:
+def finished(setup: Setup, run: Run) -> tuple[ThresholdPredictor, CachedExits, Curve]:
     """What a run deploys, and the curve of its network on validation images.
 
     Raises:
@@ -279,7 +290,7 @@ def finished(setup: Setup, run: Run) -> tuple[ThresholdPredictor, Curve]:
     if predictor.network.num_exits == 1:
         raise UserError(f"the run {run.folder} has no early exits, so there are no thresholds to choose")
     validation = cache_exits(predictor.network, setup.data.validation.plain())
-    return predictor, curve_of(validation, predictor.policy.rule.name, predictor.search)
+    return predictor, validation, curve_of(validation, predictor.policy.rule.name, predictor.search)
 
 
 def show_curve(setup: Setup, run: Run, rows: int = 16) -> None:
@@ -287,7 +298,7 @@ def show_curve(setup: Setup, run: Run, rows: int = 16) -> None:
 
     Test is not read, as a target is chosen from this table. What the run deploys stays as it is.
     """
-    predictor, curve = finished(setup, run)
+    predictor, _, curve = finished(setup, run)
     front, knee = curve.front(), curve.knee()
     wanted_R = torch.linspace(float(front.macs_P[0]), float(front.macs_P[-1]), rows, dtype=torch.float64)
     table = Table(title=f"{run.folder}: thresholds chosen on validation images ({predictor.policy.rule.name})")
