@@ -96,11 +96,7 @@ class LeavingTask:
         summary["warnings"] = collapse_warnings(judged)
         checkpoints.save(self.network, run.folder / "network.safetensors")
         run.save_json("summary.json", summary)
-        anytime = anytime_of(test)
-        pictures = exit_plots.all_plots(
-            *(run.folder / "plots", run.metrics(), test, exit_M.cpu(), anytime, [], data.test, data.classes),
-            policy_macs=figures["policy_macs"],
-        )
+        pictures = exit_plots.exit_pictures(run.folder / "plots", run.metrics(), judged, test, [], data.test)
         # The last, so that what is deployed has figures; with it, the run is finished.
         run.save_json("policy.json", describe_leaving(predictor) | {"steps": head["steps"]})
         written = ("best.safetensors", "network.safetensors", "policy.json", "summary.json", "config.yaml")

@@ -51,9 +51,7 @@ def report(
         summary["warnings"] = collapse_warnings(result)
     front.save(run.folder / "front.json")
     run.save_json("summary.json", summary)
-    pictures = plots.all_plots(
-        run.folder / "plots", run.metrics(), result, data.test, data.classes, setup.backbone.stages, curve
-    )
+    pictures = plots.block_pictures(run.folder / "plots", run.metrics(), judged, data.test, setup.backbone.stages)
     run.save_json("policy.json", policy | {"steps": steps})  # the last: with it, the run is finished
     written = ("best.safetensors", "network.safetensors", "policy.json", "summary.json", "config.yaml")
     files = [path for path in (run.folder / name for name in written) if path.is_file()]

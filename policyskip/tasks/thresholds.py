@@ -201,9 +201,7 @@ def deploy_point(
     told = decisions.save_decisions(judged, run)
     summary = {**head, **told, **chosen(target, point), **{f"test/{key}": value for key, value in figures.items()}}
     summary["warnings"] = collapse_warnings(judged)
-    pictures = exit_plots.all_plots(
-        run.folder / "plots", run.metrics(), test, exit_M.cpu(), anytime, budgeted, data.test, data.classes
-    )
+    pictures = exit_plots.exit_pictures(run.folder / "plots", run.metrics(), judged, test, budgeted, data.test)
     save_curve(run, curve, budgeted)
     run.save_json("summary.json", summary)
     # The last, so that what is deployed has figures; with it, the run is finished.
