@@ -149,7 +149,7 @@ def _read(run: Run, name: str, again: Callable[[Run], Decisions] | None) -> Resu
             raise ValueError("it must hold keys and values")
     except Exception as error:  # damaged files raise whatever the reader stumbles over
         raise UserError(f"{run.folder / 'config.yaml'} is damaged: {' '.join(str(error).split())[:200]}") from error
-    decided = decisions.load(run)
+    decided = decisions.load_decisions(run)
     if decided is None and again is not None:
         try:
             decided = again(run)

@@ -82,7 +82,7 @@ class Row:
     @cached_property
     def full_correct_N(self) -> NDArray[np.float64]:
         """The same for the full network of each run."""
-        return self._mean_N([d.full_correct_N.double().numpy() for d in self.decisions])
+        return self._mean_N([d.full_correct_N.double().numpy() for d in self.decisions if d.full_correct_N is not None])
 
     @cached_property
     def share_N(self) -> NDArray[np.float64]:
