@@ -248,6 +248,13 @@ def test_what_cannot_work_is_refused_in_one_line(build, message):
     assert "\n" not in str(refused.value)
 
 
+def test_an_environment_of_another_kind_has_no_policy():
+    env = make("block_selection")
+    env.key = "mine"
+    with pytest.raises(UserError, match="no policy of plain layers for BlockSelectionVectorEnv, whose key is 'mine'"):
+        PPO(env, 1)
+
+
 def test_an_agent_stays_with_its_environment():
     agent = agent_for(PPO, make("block_selection"))
     with pytest.raises(ValueError, match="the environment that it was made with"):

@@ -9,6 +9,8 @@ Shapes: M images of a set, N exits, E early exits (N - 1).
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
@@ -38,6 +40,7 @@ class CDL(EarlyExitAgent):
     """
 
     network: ResNetExits
+    trains_trunk = False
 
     def __init__(
         self,
@@ -65,6 +68,23 @@ class CDL(EarlyExitAgent):
         weight_N = torch.ones(self.network.num_exits)
         weight_N[-1] = 0  # the network's own head does not learn
         return weight_N
+
+    def network_to_deploy(self, validation: Callable[[], CachedExits]) -> tuple[ExitNetwork, list[str]]:
+        """Return the network with the admitted heads and no others, and a line about each head."""
+        admitted = self.admit_heads(validation())
+        lines = []
+        for e, stage in enumerate(self.stages):
+            verdict = "admitted" if stage.admitted else "dropped"
+            lines.append(
+                f"head {e}: {stage.resolved} of {stage.resolved + stage.passed} validation images leave, "
+                f"gain {stage.gain / 1e6:+.3f} M MACs an image: {verdict}"
+            )
+        if not admitted:
+            lines.append(
+                f"warning: no head saves operations at agent.delta={self.delta:g}: the network is deployed without "
+                "early exits"
+            )
+        return self.network.only(admitted), lines
 
     def admit_heads(self, validation: CachedExits) -> list[int]:
         """Judge the heads one after the other on validation images and drop those without a gain.

@@ -10,7 +10,8 @@ from __future__ import annotations
 
 import math
 from abc import abstractmethod
-from typing import Any, Literal
+from collections.abc import Callable
+from typing import Any, ClassVar, Literal
 
 import torch
 import torch.nn.functional as F
@@ -69,6 +70,8 @@ class EarlyExitAgent(Agent, Divisible):
     """
 
     family = "thresholds"
+    trains_trunk: ClassVar[bool] = True
+    """Whether the network learns with its heads; if not, the heads alone learn."""
     trains_network = True
     environments = ("early_exit",)
     policy: ThresholdPolicy | None  # type: ignore[assignment]  # what is deployed is the network, with thresholds
@@ -142,6 +145,14 @@ class EarlyExitAgent(Agent, Divisible):
         if self.policy is None:
             raise UserError("this agent has no thresholds yet; calibrate it first")
         return self.policy.decide(observation)
+
+    def network_to_deploy(self, validation: Callable[[], CachedExits]) -> tuple[ExitNetwork, list[str]]:
+        """Return the network with the exits that are deployed, and lines to print about them: all exits, and no line.
+
+        Args:
+            validation: computes the cached outputs of validation images, for agents that choose by them.
+        """
+        return self.network, []
 
     def curve(self, validation: CachedExits) -> Curve:
         """Choices of thresholds, fitted to the cached outputs of validation images."""

@@ -36,8 +36,6 @@ from policyskip.policies.perceptrons import (
     GreedyPolicy,
     LookPolicy,
     convolutions,
-    decisions_of,
-    longest_episode,
     policy_for,
 )
 
@@ -75,7 +73,7 @@ class EpisodeStatistics(SB3VecEnv):
         if over.any():
             out, reward_B = self.env.outcome, torch.from_numpy(rewards[over])
             kept_B = out.keep_BK.sum(1).float()
-            share_B = out.macs_fraction_B + self.decision_macs * decisions_of(self.env, out) / out.full_macs
+            share_B = out.macs_fraction_B + self.decision_macs * self.env.decisions_of(out) / out.full_macs
             self._ended.append(torch.stack([reward_B, out.correct_B.float().cpu(), kept_B.cpu(), share_B.cpu()], 1))
         return shown, rewards, over, infos
 
@@ -138,7 +136,7 @@ class SB3Agent(Agent):
         if not isinstance(env.single_action_space, self.learner_spaces()):
             raise UserError(f"agent={name.lower()} cannot take actions from {env.single_action_space}")
         if hyperparameters.get(self.collects) is None:
-            hyperparameters[self.collects] = max(4, longest_episode(env))
+            hyperparameters[self.collects] = max(4, env.steps_per_episode)
         if schedule not in ("linear", "constant"):
             raise UserError(f"agent.schedule must be linear or constant, got {schedule!r}")
         self.env, self.total_steps, self.step, self._linear = env, total_steps, 0, schedule == "linear"
