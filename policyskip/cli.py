@@ -265,13 +265,14 @@ def front(config: Any) -> int:
 
     from policyskip.build import find_device, set_up
     from policyskip.config import FrontSettings, plain, settings_of
+    from policyskip.static_front import keep_text
     from policyskip.tasks.fronts import static_front
 
     settings = settings_of(config, FrontSettings)
     setup = set_up(plain(config), find_device(settings.device))
     found = static_front(setup, settings.front)
     for keep, accuracy, macs in zip(found.sets, found.accuracy, found.macs, strict=True):
-        blocks = "".join("01"[kept] for kept in keep)
+        blocks = keep_text(keep)
         print(f"{sum(keep):3d} blocks  {blocks}  {macs / 1e6:8.2f} M MACs  validation accuracy {100 * accuracy:.2f} %")
     if settings.output:
         found.save(Path(settings.output))

@@ -107,7 +107,7 @@ class Curve:
 
     def front(self) -> Curve:
         """The points that no other point beats: see :func:`pareto`."""
-        index = pareto(self.accuracy_P, self.macs_P)
+        index = pareto(self.macs_P.tolist(), self.accuracy_P.tolist())
         return Curve(
             self.rule,
             self.threshold_PE[index],
@@ -126,7 +126,7 @@ class Curve:
     def knee(self) -> Point:
         """The point of the front where more computing stops paying: see :func:`knee`."""
         front = self.front()
-        return front[knee(front.accuracy_P, front.macs_P)]
+        return front[knee(front.macs_P.tolist(), front.accuracy_P.tolist())]
 
 
 def quota_curve(rule: Rule, cache: CachedExits, points: int = 201) -> Curve:

@@ -26,7 +26,7 @@ from policyskip.intervals import half_interval
 from policyskip.memory import release_freed_memory
 from policyskip.rewards import Adaptive, Utilization
 from policyskip.runs.folder import Run
-from policyskip.static_front import Keep, SetScorer, StaticFront, find_front, known_front, tries_every_set
+from policyskip.static_front import Keep, SetScorer, StaticFront, find_front, keep_text, known_front, tries_every_set
 
 
 def static_front(setup: Setup, settings: FrontSection, sets_in_use: Sequence[Keep] = ()) -> StaticFront:
@@ -122,7 +122,7 @@ def static_figures(
     figures = {
         "static_accuracy": mixed_N.mean().item(),
         "static_macs": sum(weight * front.macs[index] for index, weight in mix),
-        "static_sets": ["".join("01"[kept] for kept in keep) for keep in sets],
+        "static_sets": [keep_text(keep) for keep in sets],
         "static_blocks": sum(weight * sum(front.sets[index]) for index, weight in mix),
         "static_margin": difference_N.mean().item(),
         "static_margin_ci95": half_interval(difference_N),
