@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 from policyskip.comparison.agreement import cost_ranks, mean_over_pairs, same_answers, same_choices
 from policyskip.comparison.collect import Result
 from policyskip.evaluation.decisions import Decisions
-from policyskip.intervals import bootstrap, mean_and_half
+from policyskip.intervals import bootstrap, mean_and_half_interval
 
 Cells = list[dict[str, Any]]
 """A table: one dictionary a row, with the same keys in all."""
@@ -160,7 +160,7 @@ def table(rows: list[Row], group: str) -> Cells:
             ("macs", row.values("macs_mean")),
             ("static_margin", row.values("static_margin")),
         ):
-            line[name], line[f"{name}_t95"] = mean_and_half(values) if values else (None, None)
+            line[name], line[f"{name}_t95"] = mean_and_half_interval(values) if values else (None, None)
         low, high = bootstrap(row.correct_N - row.full_correct_N) if row.decided else (None, None)
         line |= {"change_images_low": low, "change_images_high": high}
         line |= _ran(row)
