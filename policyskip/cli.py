@@ -320,10 +320,10 @@ def compare(config: Any) -> int:
         patterns,
         Path(asked.output),
         asked.overwrite,
-        again=(lambda run: sources.decide_again(_setup_of(run, asked.device, asked.trust), run))
+        decide_again=(lambda run: sources.decide_again(_setup_of(run, asked.device, asked.trust), run))
         if asked.recompute
         else None,
-        pictures=sources.Pictures(asked.trust) if asked.images else None,
+        load_images=sources.ExampleImages(asked.trust) if asked.images else None,
         command=" ".join([sys.argv[0], *_changes()]),
     )
     comparison.show(made)
