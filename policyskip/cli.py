@@ -215,7 +215,7 @@ def calibrate(config: Any) -> int:
     asked = settings_of(config, CalibrateSettings)
     run = open_run(asked.run)
     if asked.target.given:
-        run.hold()
+        run.lock()
     setup = _setup_of(run, asked.device, asked.trust)
     if asked.target.given:
         exits.show_table(exits.recalibrate(setup, run, asked.target))
@@ -321,10 +321,10 @@ def compare(config: Any) -> int:
         patterns,
         Path(asked.output),
         asked.overwrite,
-        again=(lambda run: sources.decide_again(_setup_of(run, asked.device, asked.trust), run))
+        decide_again=(lambda run: sources.decide_again(_setup_of(run, asked.device, asked.trust), run))
         if asked.recompute
         else None,
-        pictures=sources.Pictures(asked.trust) if asked.images else None,
+        load_images=sources.ExampleImages(asked.trust) if asked.images else None,
         command=" ".join([sys.argv[0], *_changes()]),
     )
     comparison.show(made)
@@ -405,7 +405,7 @@ def _run(command: str) -> int:
     composed = False
 
     def job(config: Any) -> None:
-        from policyskip.runs.folder import release_all
+        from policyskip.runs.folder import unlock_all
         from policyskip.tasks import dispatch as tasks  # noqa: F401 - what takes seconds to import
 
         if signal.getsignal(signal.SIGINT) is signal.SIG_DFL:  # see policyskip/__init__.py
@@ -421,7 +421,7 @@ def _run(command: str) -> int:
         except told as error:
             status = _refuse(command, error)
         finally:
-            release_all()
+            unlock_all()
         if status:
             sys.exit(status)  # rather than return it: a sweep ends with the run that was stopped
 
@@ -501,7 +501,7 @@ def _new_or_resumed(config: Any) -> tuple[Any, Any, bool]:
     if config.run.resume is None:
         return config, None, False
     run = open_run(config.run.resume)
-    run.hold()
+    run.lock()
     allowed = ("run.resume", "run.trust", "train.steps", "device", "tracking.mode")
     changes = _changes()
     for change in changes:

@@ -135,7 +135,7 @@ def test_what_has_no_effect_or_cannot_work_is_refused(moved, words, message):
 
 
 def test_a_folder_that_another_process_writes_into_is_refused(moved):
-    code = "import time; from policyskip.runs.folder import open_run\nrun = open_run('x'); run.hold(); print('held', flush=True); time.sleep(99)"
+    code = "import time; from policyskip.runs.folder import open_run\nrun = open_run('x'); run.lock(); print('held', flush=True); time.sleep(99)"
     holder = subprocess.Popen([sys.executable, "-c", code], cwd=moved, stdout=subprocess.PIPE, text=True)
     try:
         assert holder.stdout is not None and holder.stdout.readline() == "held\n"
@@ -152,14 +152,14 @@ def test_a_folder_that_another_process_writes_into_is_refused(moved):
         holder.wait()
         holder.stdout.close()
     run = open_run(str(moved / "x"))
-    run.hold()  # a killed process leaves no lock behind
-    run.release()
+    run.lock()  # a killed process leaves no lock behind
+    run.unlock()
 
 
 def test_runs_that_begin_together_get_folders_of_their_own(tmp_path):
     """Three processes that are let go at the same moment."""
     code = (
-        "import sys, time\nfrom policyskip.runs import create\nprint('ready', flush=True); sys.stdin.readline()\n"
+        "import sys, time\nfrom policyskip.runs.folder import create\nprint('ready', flush=True); sys.stdin.readline()\n"
         "print(create('run', 'policyskip train', 'a: 1').name, flush=True); sys.stdin.readline()"
     )
     pipes = dict(stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)

@@ -42,7 +42,7 @@ def of_network(
 def of_run(setup: Setup, run: Run, batch_sizes: Sequence[int], repeats: int, count: int, path: Path) -> int:
     """The same for the network of a run, and what its predictions save: expected from the table, and measured."""
     _check(path)
-    run.hold()
+    run.lock()
     validation = setup.data.validation.plain()
     count = min(count, len(validation))
     if count < max(batch_sizes):
