@@ -83,7 +83,7 @@ class BasePredictor(ABC):
     @property
     def network_to_measure(self) -> Backbone | ExitNetwork:
         """The network whose blocks or exits ``policyskip profile`` measures."""
-        return self.network  # type: ignore[no-any-return]
+        return self.network
 
     @abstractmethod
     def ran(self, prediction: Any) -> Tensor:
@@ -133,7 +133,7 @@ class Predictor(BasePredictor):
     @property
     def backbone(self) -> Backbone:
         """The network, by the name that it has where blocks are skipped."""
-        return self.network  # type: ignore[no-any-return]
+        return self.network
 
     @torch.no_grad()
     def predict(self, images: Tensor | np.ndarray, batch_size: int = 256) -> Prediction:
