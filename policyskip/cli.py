@@ -54,8 +54,8 @@ def train(config: Any) -> int:
     divide(task.learner, task.source)
     print(task.greeting, flush=True)
     run = processes.first(lambda: _begin(config, run, resume))
-    if task.trains is not None and not resume and processes.is_first():
-        resuming.keep_initial_network(run, task.trains, content["backbone"])
+    if task.trained_network is not None and not resume and processes.is_first():
+        resuming.keep_initial_network(run, task.trained_network, content["backbone"])
     group = settings.tracking.group or f"{task.names['agent']}-{task.names['data']}"
     tags = [*task.names.values(), f"seed {settings.seed}"]
     tracker = Tracker(run, settings.tracking.mode, plain(config), settings.tracking.project, group, "train", tags)
@@ -189,7 +189,7 @@ def evaluate(config: Any) -> int:
     run = open_run(asked.run)
     setup = _setup_of(run, asked.device, asked.trust)
     with damaged(run.folder):
-        figures = tasks.judge_again(setup, run, asked.split)
+        figures = tasks.judge(setup, run, asked.split).figures
     summary = {f"{asked.split}/{key}": value for key, value in figures.items()}
     for key, value in summary.items():
         print(f"{key}: {value}")
@@ -210,7 +210,8 @@ def calibrate(config: Any) -> int:
 
     from policyskip.config import CalibrateSettings, settings_of
     from policyskip.runs.folder import open_run
-    from policyskip.tasks import thresholds as exits
+    from policyskip.tasks import calibrate as exits
+    from policyskip.tasks.thresholds import show_table
 
     asked = settings_of(config, CalibrateSettings)
     run = open_run(asked.run)
@@ -218,7 +219,7 @@ def calibrate(config: Any) -> int:
         run.lock()
     setup = _setup_of(run, asked.device, asked.trust)
     if asked.target.given:
-        exits.show_table(exits.recalibrate(setup, run, asked.target))
+        show_table(exits.recalibrate(setup, run, asked.target))
         changed = OmegaConf.merge(_saved(run), {"target": asked.target.model_dump()})  # what a resumed run aims at
         run.save_config(run.command, OmegaConf.to_yaml(changed, resolve=True))
         print(f"Written to {run.folder / 'policy.json'}; curve and pictures are in {run.folder}")

@@ -149,7 +149,7 @@ class Predictor(BasePredictor):
         logits_BC, keep_BK = self._answers(images, batch_size)
         return Prediction(logits_BC.argmax(1), logits_BC.float(), keep_BK, self.costs.of(keep_BK) + self.policy_macs)
 
-    def ran(self, prediction: Prediction) -> Tensor:
+    def ran(self, prediction: Any) -> Tensor:
         return prediction.keep_BK
 
     def _answer(self, images: Tensor) -> tuple[Tensor, Tensor]:
@@ -189,7 +189,7 @@ class GatedPredictor(BasePredictor):
         macs_B = self.costs.of(keep_BK) + self.network.gate_macs
         return Prediction(logits_BC.argmax(1), logits_BC.float(), keep_BK, macs_B)
 
-    def ran(self, prediction: Prediction) -> Tensor:
+    def ran(self, prediction: Any) -> Tensor:
         return prediction.keep_BK
 
     def _answer(self, images: Tensor) -> tuple[Tensor, Tensor]:
@@ -240,7 +240,7 @@ class ExitPredictor(BasePredictor):
         logits_BC, exit_B = self._answers(images, batch_size)
         return ExitPrediction(logits_BC.argmax(1), logits_BC.float(), exit_B, self.macs_N[exit_B])
 
-    def ran(self, prediction: ExitPrediction) -> Tensor:
+    def ran(self, prediction: Any) -> Tensor:
         segments_N = torch.arange(self.network.num_exits, device=prediction.exit_B.device)
         return segments_N <= prediction.exit_B.unsqueeze(1)
 

@@ -55,13 +55,11 @@ def keep_initial_network(run: Run, network: Network, node: dict[str, Any]) -> No
 
 def with_initial_network(content: dict[str, Any], run: Run) -> dict[str, Any]:
     """A run's configuration; its network comes from the run's own folder if the file that it names is gone."""
-    from policyskip.tasks.dispatch import has_gates
-
     node = content.get("backbone")
     named = node.get("checkpoint") if isinstance(node, dict) else None
     if not isinstance(named, str) or named in (checkpoints.RANDOM, *checkpoints.shipped()) or Path(named).is_file():
         return content
     # What SkipNet has trained is no start; where images leave early, weights come from elsewhere in the folder.
-    trained = () if has_gates(content) else ("network.safetensors",)
+    trained = () if str((content.get("agent") or {}).get("_target_")).endswith(".SkipNet") else ("network.safetensors",)
     own = next((run.folder / name for name in (START, *trained) if (run.folder / name).is_file()), None)
     return content if own is None else {**content, "backbone": {**node, "checkpoint": str(own)}}  # type: ignore[dict-item]
