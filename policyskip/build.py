@@ -24,9 +24,9 @@ from pydantic import (
 from policyskip.agents.base import Agent
 from policyskip.backbones import ExitNetwork, Network
 from policyskip.backbones.checkpoints import check_data
-from policyskip.config import _first_problem, group_of
+from policyskip.config import first_problem, group_of
 from policyskip.data import Data, Images, Order
-from policyskip.errors import UserError
+from policyskip.errors import UserError, remember_users_class
 from policyskip.parallel import processes
 from policyskip.rewards import Reward
 from policyskip.static_front import Keep, StaticFront
@@ -87,7 +87,7 @@ def build(
                     _as_declared(value, hints[key])
                 )
             except ValidationError as error:
-                raise UserError(_first_problem(f"{group}.{key}", error)) from error
+                raise UserError(first_problem(f"{group}.{key}", error)) from error
             except Exception:
                 continue
     try:
@@ -138,6 +138,9 @@ def _resolve(group: str, target: str, trusted: bool) -> Callable[..., Any]:
             f"the run's {group} {target} is not one of policyskip's own; say trust=true "
             "(when resuming: run.trust=true) to execute it"
         )
+    foreign = module_name.partition(".")[0] != "policyskip"
+    if foreign:
+        remember_users_class(module_name, f"{group}: {target}")
     try:
         found = getattr(importlib.import_module(module_name), name)
     except Exception as error:  # whatever the user's module raises while it is imported
@@ -149,6 +152,8 @@ def _resolve(group: str, target: str, trusted: bool) -> Callable[..., Any]:
         raise UserError(f"the run's {group} {target} is not one of policyskip's own")
     if not callable(found):
         raise UserError(f"{group}._target_={target} is no class or function")
+    if foreign:
+        remember_users_class(str(getattr(found, "__module__", module_name)), f"{group}: {target}")
     checked: Callable[..., Any] = found
     return checked
 
@@ -223,10 +228,16 @@ class Setup:
         return agent
 
 
-def set_up(config: dict[str, Any], device: torch.device, trusted: bool = True) -> Setup:
-    """Build what a ``train`` configuration names; what is cheap to check comes first."""
-    reward = build("reward", config["reward"], trusted) if config.get("reward") else None
-    data, batch_size = build_data(group_of(config, "data"), device, trusted)
+def set_up(
+    config: dict[str, Any], device: torch.device, trusted: bool = True, built: tuple[Data, int] | None = None
+) -> Setup:
+    """Build what a ``train`` configuration names; what is cheap to check comes first.
+
+    Args:
+        built: data and batch size, as :func:`build_data` returns them, if they have been built already.
+    """
+    reward = build("reward", group_of(config, "reward"), trusted) if config.get("reward") else None
+    data, batch_size = built or build_data(group_of(config, "data"), device, trusted)
     backbone = build_backbone(group_of(config, "backbone"), data, device, trusted, seed=config.get("seed", 0))
     return Setup(config, device, data, backbone, reward, batch_size, trusted)
 

@@ -24,7 +24,7 @@ from policyskip.backbones.checkpoints import WEIGHTS
 from policyskip.backbones.folding import folded
 from policyskip.data.base import IN_MEMORY_BYTES, Batch, Images
 from policyskip.errors import UserError
-from policyskip.files import refusing, write
+from policyskip.files import reporting_write_errors, write
 from policyskip.fronts import concave_hull
 from policyskip.memory import release_freed_memory
 
@@ -131,7 +131,7 @@ class StaticFront:
         return [(place, share) for place, share in ((low, 1 - weight), (high, weight)) if share > 0]
 
     def save(self, path: Path) -> None:
-        with refusing(path):
+        with reporting_write_errors(path):
             path.parent.mkdir(parents=True, exist_ok=True)
         content = asdict(self) | {"sets": ["".join("01"[kept] for kept in keep) for keep in self.sets]}
         write(path, (json.dumps(content, indent=1) + "\n").encode())

@@ -21,7 +21,7 @@ from policyskip.comparison.page import Section, page
 from policyskip.comparison.series import styles
 from policyskip.errors import UserError
 from policyskip.evaluation.decisions import Decisions
-from policyskip.files import refusing
+from policyskip.files import reporting_write_errors
 from policyskip.runs.folder import Run
 
 MARK = "comparison.json"
@@ -73,13 +73,13 @@ def compare(
     if not all(patterns):
         raise UserError("runs= names no folder; say runs=. for all runs below this one")
     check_output(output, overwrite)
-    with refusing(output):
+    with reporting_write_errors(output):
         output.parent.mkdir(parents=True, exist_ok=True)
         beside = Path(tempfile.mkdtemp(prefix=f".{output.name}-", dir=output.parent))
     try:
         collected = collect(patterns, again)
         sections = [_section(group, pictures) for group in groups_of(collected.results)]
-        with refusing(output):
+        with reporting_write_errors(output):
             made = _write(beside, sections, collected, command)
             beside.chmod(0o755)
             _put(beside, output)

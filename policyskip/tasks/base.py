@@ -38,7 +38,7 @@ class Task(Protocol):
     greeting: str
 
     @property
-    def trains(self) -> Network | None:
+    def trained_network(self) -> Network | None:
         """The network, as it is before training, of a run that trains it; None where it is frozen."""
         ...
 

@@ -38,7 +38,7 @@ def judge(setup: Setup, agent: Agent, split: str = "test") -> Evaluation:
 class BlockTask:
     """An agent that decides which blocks run, judged beside the full network and the static front."""
 
-    choose_by, trains = "reward", None
+    choose_by, trained_network = "reward", None
 
     def __init__(self, setup: Setup, wanted: FrontSection) -> None:
         if not isinstance(setup.backbone, Backbone):

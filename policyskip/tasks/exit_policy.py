@@ -35,7 +35,7 @@ from policyskip.tasks.base import id_of
 class LeavingTask:
     """An agent that decides at every exit of a frozen network, judged beside fixed and random exits and the oracle."""
 
-    choose_by, trains = "reward", None
+    choose_by, trained_network = "reward", None
 
     def __init__(self, setup: Setup) -> None:
         network = setup.backbone

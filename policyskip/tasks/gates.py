@@ -39,7 +39,7 @@ class LayerTask:
             raise UserError("agent=skipnet learns by its own loss (agent.alpha, agent.cost) and takes no reward")
         if setup.config.get("env") is not None:
             raise UserError("agent=skipnet learns from labelled images and takes no env")
-        self.setup, self.wanted, self.trains = setup, wanted, setup.backbone
+        self.setup, self.wanted, self.trained_network = setup, wanted, setup.backbone
         self.learner = make_agent(setup)
         self.source = Feed(setup.data.train, setup.batch_size, "shuffled", setup.config["seed"])
         check_batch(self.learner.network.backbone, self.source.batch.images)

@@ -70,7 +70,7 @@ class ExitTask:
                 )
         if setup.reward is not None:
             raise UserError("agents that leave early learn by their own loss and take no reward")
-        self.setup, self.network, self.trains = setup, network, network
+        self.setup, self.network, self.trained_network = setup, network, network
         self.learner: EarlyExitAgent = build(
             "agent",
             group_of(setup.config, "agent"),
