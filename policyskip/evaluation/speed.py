@@ -25,7 +25,7 @@ from policyskip.deployment.predictors import Predictor
 from policyskip.errors import UserError
 from policyskip.evaluation import plots
 from policyskip.evaluation.tables import console
-from policyskip.files import refusing, write
+from policyskip.files import reporting_write_errors, write
 from policyskip.runs.folder import Run
 
 
@@ -99,7 +99,7 @@ def _check(path: Path) -> None:
     """Refuse a place that cannot be written before minutes are spent."""
     if path.suffix == ".png":
         raise UserError(f"output={path} is where the table goes, as JSON; its picture goes beside it")
-    with refusing(path):
+    with reporting_write_errors(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         if path.is_dir():
             raise IsADirectoryError(21, "it is a folder")
