@@ -15,7 +15,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from policyskip.intervals import mean_and_half
+from policyskip.intervals import mean_and_half_interval
 
 RESULTS = Path(__file__).parent / "results" / "agents.csv"
 SEEDS = (0, 1, 2, 3, 4)
@@ -47,7 +47,7 @@ def run(name: str, seed: int) -> dict[str, str]:
 
 def cell(rows: list[dict[str, str]], figure: str, scale: float = 1, digits: int = 2, sign: str = "") -> str:
     """Mean over seeds, and half the 95 % interval of it (Student's t) where there are several."""
-    mean, half = mean_and_half([scale * float(row[figure]) for row in rows])
+    mean, half = mean_and_half_interval([scale * float(row[figure]) for row in rows])
     return f"{mean:{sign}.{digits}f}" if half is None else f"{mean:{sign}.{digits}f} ± {half:.{digits}f}"
 
 

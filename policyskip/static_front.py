@@ -24,7 +24,7 @@ from policyskip.backbones.folding import folded
 from policyskip.data import Batch, Images, spread_index
 from policyskip.data.base import IN_MEMORY_BYTES
 from policyskip.errors import UserError
-from policyskip.files import refusing, write
+from policyskip.files import reporting_write_errors, write
 from policyskip.fronts import concave_hull
 from policyskip.memory import release_freed_memory
 
@@ -156,7 +156,7 @@ class StaticFront:
         Raises:
             UserError: the file cannot be written.
         """
-        with refusing(path):
+        with reporting_write_errors(path):
             path.parent.mkdir(parents=True, exist_ok=True)
         content = asdict(self) | {"sets": [keep_text(keep) for keep in self.sets]}
         write(path, (json.dumps(content, indent=1) + "\n").encode())

@@ -15,8 +15,9 @@ import torch
 
 from policyskip.comparison.collect import collect, groups_of
 from policyskip.comparison.compare import compare
+from policyskip.comparison.formats import display_table
 from policyskip.comparison.series import band, static_front, styles, use
-from policyskip.comparison.tables import differences, disagreements, rows_of, shown, table
+from policyskip.comparison.tables import differences, disagreements, rows_of, table
 from policyskip.data import digits
 from policyskip.errors import UserError
 from policyskip.evaluation import decisions
@@ -121,7 +122,7 @@ def test_rows_differ_by_what_their_images_say(tmp_path):
     assert curve is not None and curve.step_T == [10, 20, 30]
     assert curve.low_T[0] == pytest.approx(0.6) and curve.mean_T[0] == pytest.approx(0.605)
     assert static_front(rows) == [(0.0, 0.1, "net"), (2.0, 0.9, "net")]
-    header, (first, *_) = shown(table(rows, "g"))
+    header, (first, *_) = display_table(table(rows, "g"))
     assert first[header.index("accuracy, %")] == "87.50 ± 158.83" and "latency, ms" not in header
 
 
@@ -229,7 +230,7 @@ def test_a_comparison_is_overwritten_when_asked_and_whole_when_interrupted(tmp_p
     def fail_in_place(path: Path, target: Path) -> Path:
         return fail() if target == tmp_path / "out" and not path.name.endswith("-before") else rename(path, target)
 
-    for place, failing in (("policyskip.comparison.page", fail), ("pathlib.Path.rename", fail_in_place)):
+    for place, failing in (("policyskip.comparison.compare.page", fail), ("pathlib.Path.rename", fail_in_place)):
         with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
             patched.setattr(place, failing)
             compare([str(runs)], tmp_path / "out", overwrite=True)
@@ -260,7 +261,7 @@ DAMAGE = {
 def test_damaged_decisions_are_refused_by_name(damage, tmp_path):
     made_up_run(tmp_path / "a", made_up_decisions([[1, 0], [1, 1]]), "a")
     damaged = dataclasses.replace(made_up_decisions([[1, 0], [1, 1]]), **damage)
-    decisions.record(damaged, Run(tmp_path / "a"))
+    decisions.save_decisions(damaged, Run(tmp_path / "a"))
     with pytest.raises(UserError, match=r"a/decisions\.safetensors is damaged or not ours: its"):
         collect([str(tmp_path)])
 

@@ -107,7 +107,7 @@ def test_four_processes_do_too(tmp_path):
         assert learn(name, one) and close(learned(one), learned(Run(tmp_path / name)))
 
 
-# BatchSplitter of a batch
+# Slices of a batch
 
 
 def parts(make: Callable[[], Any], monkeypatch: pytest.MonkeyPatch) -> list[Any]:

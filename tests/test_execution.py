@@ -311,7 +311,7 @@ def test_freed_memory_is_held_as_far_as_the_system_lets(monkeypatch, most, asked
         return int(value <= most)
 
     monkeypatch.setattr(memory.ctypes, "CDLL", lambda name: SimpleNamespace(mallopt=mallopt))
-    memory.hold()
+    memory.keep_freed_memory()
     assert [value for _, value in told] == asked
     assert [what for what, _ in told] == [-3] * (len(asked) - bool(most)) + [-1] * bool(most)  # as in malloc.h
 

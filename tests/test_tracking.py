@@ -18,7 +18,7 @@ from PIL import Image
 
 from policyskip.comparison.compare import compare
 from policyskip.runs.folder import Run
-from policyskip.runs.tracking import Examples, Tracker, _answers, _named, log_comparison
+from policyskip.runs.tracking import Examples, Tracker, _by_name, _server_answers, log_comparison
 from tests.made_up import drawn, made_up_run
 
 
@@ -85,7 +85,7 @@ def test_a_comparison_is_a_run_of_its_own(tmp_path):
 
 
 def test_pictures_in_a_folder_of_their_own_have_its_name(tmp_path):
-    found = _named([tmp_path / "plots/x.png", tmp_path / "plots/group2/x.png"])
+    found = _by_name([tmp_path / "plots/x.png", tmp_path / "plots/group2/x.png"])
     assert list(found) == ["x", "group2/x"]
 
 
@@ -109,12 +109,12 @@ def test_a_server_that_does_not_answer_is_noticed():
     with socket.socket() as silent, HTTPServer(("127.0.0.1", 0), Refuses) as server:
         silent.bind(("127.0.0.1", 0))
         silent.listen()
-        assert not _answers(f"http://127.0.0.1:{silent.getsockname()[1]}", seconds=0.2)
+        assert not _server_answers(f"http://127.0.0.1:{silent.getsockname()[1]}", seconds=0.2)
         thread = threading.Thread(target=server.handle_request)
         thread.start()
-        assert _answers(f"http://127.0.0.1:{server.server_port}")
+        assert _server_answers(f"http://127.0.0.1:{server.server_port}")
         thread.join()
-    assert not _answers("http://127.0.0.1:9") and not _answers("nonsense")
+    assert not _server_answers("http://127.0.0.1:9") and not _server_answers("nonsense")
 
 
 @pytest.mark.parametrize("mode", ["auto", pytest.param("online", marks=pytest.mark.slow)])

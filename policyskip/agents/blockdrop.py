@@ -32,7 +32,7 @@ from policyskip.errors import UserError, check_choice
 from policyskip.finite import check_finite, check_gradients
 from policyskip.parallel import processes
 from policyskip.parallel.data_parallel import Divisible
-from policyskip.policies.networks import ConstantPolicy, PolicyNetwork
+from policyskip.policies.networks import KeepPolicy, check_policy, policy_network
 from policyskip.schedules import one_cycle
 
 VALUE_LR = 10
@@ -114,7 +114,8 @@ class BlockDrop(Agent, Divisible):
             linear layer on the policy's features expects of the image; "none", 0. See ``agents/baselines.py``.
         samples: decisions sampled for each image in each update.
         curriculum: fraction of the training over which the K blocks are freed one after another, last block first.
-        policy: "cifar" or "imagenet" (:class:`PolicyNetwork`), or "constant" (:class:`ConstantPolicy`).
+        policy: the policy network: "cifar", "imagenet", "constant", or the name of one of the user's own; see
+            :func:`~policyskip.policies.networks.policy_network`.
         width, pool: of the policy network.
         initial_keep: probability with which a fresh policy keeps a block.
         start: a fixed keep-set to begin from: a fresh policy keeps the blocks of the set with probability
@@ -137,7 +138,7 @@ class BlockDrop(Agent, Divisible):
         baseline: Baseline = "greedy",
         samples: int = 1,
         curriculum: float = 0.01,
-        policy: Literal["cifar", "imagenet", "constant"] = "cifar",
+        policy: str = "cifar",
         width: int = 16,
         pool: int = 1,
         initial_keep: float = 0.5,
@@ -163,11 +164,8 @@ class BlockDrop(Agent, Divisible):
         K = env.backbone.num_blocks
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
-            self.policy: PolicyNetwork | ConstantPolicy = (
-                ConstantPolicy(K, initial_keep)
-                if policy == "constant"
-                else PolicyNetwork(K, policy, width, pool, initial_keep)
-            )
+            shape = env.observation.shape[1:]
+            self.policy: KeepPolicy = policy_network(policy, K, shape, width, pool, initial_keep)
         if start is not None:
             self.policy.depart_from(start)
         self.policy.to(env.device, memory_format=torch.channels_last)  # type: ignore[call-overload]
@@ -176,7 +174,8 @@ class BlockDrop(Agent, Divisible):
         self.step = 0
         self.generator = torch.Generator().manual_seed(seed)  # on the CPU, so that a run goes on on any device
         self.baseline = baseline
-        self.value_head = ValueHead(self.policy.num_features).to(env.device) if baseline == "value" else None
+        num_features = check_policy(self.policy, env.observation[:1], K)
+        self.value_head = ValueHead(num_features).to(env.device) if baseline == "value" else None
         groups: list[dict[str, Any]] = [{"params": self.policy.parameters()}]
         if self.value_head is not None:
             groups.append({"params": self.value_head.parameters(), "lr": VALUE_LR * lr})

@@ -187,13 +187,19 @@ def _format(x: Tensor) -> torch.memory_format:
     return torch.channels_last if last else torch.contiguous_format
 
 
-def anyone_runs(block: Block, rows: Tensor) -> bool:
-    """Whether a block has to be passed here: some image keeps it, int64 (B',), or one in another process does, and the
-    block learns, so that its batch normalisation and gradients are of all processes."""
+def some_process_runs(block: Block, rows: Tensor) -> bool:
+    """Return whether this process has to compute a block, if only with an empty batch.
+
+    A block in training mode is computed in every process as soon as one process has an image that keeps it, because its
+    batch normalisation and its gradients are those of all processes. In evaluation mode only this process counts.
+
+    Args:
+        rows: int64 (B',), indices of this process's images that keep the block.
+    """
     return processes.any_process(len(rows) > 0) if block.residual.training else len(rows) > 0
 
 
 def run_block_together(block: Block, x: Tensor, rows: Tensor) -> Tensor:
-    """As :func:`~policyskip.backbones.execution.run_block`, which passes nothing where no image of this process keeps
-    the block: here it is passed, with no images, if it learns and one elsewhere keeps it."""
-    return run_block(block, x, rows, none_too=anyone_runs(block, rows))
+    """Return what :func:`run_block` returns, where several processes share the batch: a block that another process
+    runs is computed here too, with an empty batch if need be (see :func:`some_process_runs`)."""
+    return run_block(block, x, rows, none_too=some_process_runs(block, rows))

@@ -229,7 +229,7 @@ def _built(run: Run, name: str, make: Callable[..., Any], arguments: dict[str, A
     except UserError:
         raise
     except Exception as error:
-        if registry.is_own(make):
+        if registry.is_own(make.__module__):
             raise damaged_policy(run, error) from error
         raise UserError(f"{name} failed with {type(error).__name__}: {error}") from error
 

@@ -83,7 +83,7 @@ class BasePredictor(ABC):
     @property
     def network_to_measure(self) -> Backbone | ExitNetwork:
         """The network whose blocks or exits ``policyskip profile`` measures."""
-        return self.network  # type: ignore[no-any-return]
+        return self.network
 
     @abstractmethod
     def ran(self, prediction: Any) -> Tensor:
@@ -133,7 +133,7 @@ class Predictor(BasePredictor):
     @property
     def backbone(self) -> Backbone:
         """The network, by the name that it has where blocks are skipped."""
-        return self.network  # type: ignore[no-any-return]
+        return self.network
 
     @torch.no_grad()
     def predict(self, images: Tensor | np.ndarray, batch_size: int = 256) -> Prediction:
@@ -149,7 +149,7 @@ class Predictor(BasePredictor):
         logits_BC, keep_BK = self._answers(images, batch_size)
         return Prediction(logits_BC.argmax(1), logits_BC.float(), keep_BK, self.costs.of(keep_BK) + self.policy_macs)
 
-    def ran(self, prediction: Prediction) -> Tensor:
+    def ran(self, prediction: Any) -> Tensor:
         return prediction.keep_BK
 
     def _answer(self, images: Tensor) -> tuple[Tensor, Tensor]:
@@ -189,7 +189,7 @@ class GatedPredictor(BasePredictor):
         macs_B = self.costs.of(keep_BK) + self.network.gate_macs
         return Prediction(logits_BC.argmax(1), logits_BC.float(), keep_BK, macs_B)
 
-    def ran(self, prediction: Prediction) -> Tensor:
+    def ran(self, prediction: Any) -> Tensor:
         return prediction.keep_BK
 
     def _answer(self, images: Tensor) -> tuple[Tensor, Tensor]:
@@ -240,7 +240,7 @@ class ExitPredictor(BasePredictor):
         logits_BC, exit_B = self._answers(images, batch_size)
         return ExitPrediction(logits_BC.argmax(1), logits_BC.float(), exit_B, self.macs_N[exit_B])
 
-    def ran(self, prediction: ExitPrediction) -> Tensor:
+    def ran(self, prediction: Any) -> Tensor:
         segments_N = torch.arange(self.network.num_exits, device=prediction.exit_B.device)
         return segments_N <= prediction.exit_B.unsqueeze(1)
 

@@ -5,12 +5,15 @@ from __future__ import annotations
 from typing import Any
 
 from policyskip.agents.base import Agent
-from policyskip.build import Setup, class_of, declared_class
+from policyskip.build import Setup, class_of
 from policyskip.config import Settings
 from policyskip.envs.block_selection import BlockSelectionVectorEnv
 from policyskip.errors import UserError
+from policyskip.files import damaged
 from policyskip.parallel import processes
 from policyskip.parallel.data_parallel import Divisible
+from policyskip.registry import declared_class
+from policyskip.rewards import Adaptive
 from policyskip.runs.folder import Run
 from policyskip.tasks.base import FamilyTask, Judgement
 from policyskip.tasks.blocks import BlockTask
@@ -50,6 +53,10 @@ def judge(setup: Setup, run: Run, split: str) -> Judgement:
     Raises:
         UserError: a file of the run is damaged, or the run did not get that far.
     """
+    if isinstance(setup.reward, Adaptive):  # a reward that moves stands where the run left it
+        state = run.load_checkpoint()
+        with damaged(run.folder / "checkpoint.pt"):
+            setup.reward.load_state_dict(state["reward"])
     return FAMILIES[family_of(setup)].judge(setup, run, split)
 
 

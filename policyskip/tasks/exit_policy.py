@@ -62,7 +62,7 @@ class ExitPolicyTask(FamilyTask):
 
     def validate(self) -> dict[str, Any]:
         """Return figures of the greedy decisions on validation images."""
-        exit_M = exits_of(self.learner.policy, self.validation)
+        exit_M = exits_of(self.policy, self.validation)
         outcome = outcome_of(exit_M, self.validation)
         macs_M = outcome.macs_B + self.learner.decision_macs * decisions_at(exit_M, self.network.num_exits)
         reward_M = reward_of(self.reward, outcome)
@@ -73,12 +73,16 @@ class ExitPolicyTask(FamilyTask):
             "exit_mean": exit_M.double().mean().item(),
         }
 
+    @property
+    def policy(self) -> ExitPolicy:
+        """The agent's policy, which is asked at every exit."""
+        return self.learner.policy  # type: ignore[return-value]
+
     def deployable(self) -> dict[str, Tensor]:
-        return self.learner.policy.state_dict()
+        return self.policy.state_dict()
 
     def finish(self, run: Run, tracker: Tracker, seconds: float) -> dict[str, Any]:
-        setup, data, agent = self.setup, self.setup.data, self.learner
-        policy: Any = agent.policy
+        setup, data, agent, policy = self.setup, self.setup.data, self.learner, self.policy
         load_weights(policy, run, "the run's config.yaml")
         predictor = ExitPredictor(policy, self.network, data.classes, data.image_shape, agent.decision_macs)
         test = cache_exits(predictor.network, data.test.plain())
