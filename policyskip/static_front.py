@@ -22,7 +22,7 @@ from torch import Tensor
 from policyskip.backbones import Backbone, Costs
 from policyskip.backbones.checkpoints import WEIGHTS
 from policyskip.backbones.folding import folded
-from policyskip.data.base import IN_MEMORY_BYTES, Batch, Images
+from policyskip.data.base import IN_MEMORY_BYTES, Batch, Images, batch_at, spread_indices
 from policyskip.errors import UserError
 from policyskip.files import refusing, write
 from policyskip.fronts import concave_hull
@@ -49,10 +49,9 @@ class SetScorer:
     ) -> None:
         self.backbone = folded(backbone)
         self.tell = tell or (lambda spent: None)
-        self.count = min(len(images), limit or len(images))
-        # Spread over the whole set: folders are sorted by class.
-        index_N = torch.linspace(0, len(images) - 1, self.count).round().long()
-        height, width = next(images.stream([(index_N[:1], 0)])).images.shape[2:]
+        index_N = spread_indices(limit or len(images), len(images))
+        self.count = len(index_N)
+        height, width = batch_at(images, index_N[:1]).images.shape[2:]
         batch_size = max(1, min(batch_size, 2**22 // (height * width)))
         self._images, self._parts = images, list(index_N.split(batch_size))
         in_memory = self.count * 3 * height * width <= IN_MEMORY_BYTES

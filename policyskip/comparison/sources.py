@@ -10,7 +10,7 @@ import torch
 from policyskip.build import Setup, build_data
 from policyskip.comparison.collect import Result
 from policyskip.config import group_of
-from policyskip.data import Images
+from policyskip.data import Images, batch_at
 from policyskip.errors import UserError
 from policyskip.evaluation.decisions import Decisions
 from policyskip.runs.folder import Run
@@ -53,7 +53,7 @@ class Pictures:
             raise UserError(f"the {result.summary['data']} images that are here now are not those that the runs saw")
         found: dict[int, Any] = {}
         for part in torch.tensor(list(places)).split(64):
-            shown = next(iter(test.stream([(part, 0)]))).images.permute(0, 2, 3, 1).cpu().numpy()
+            shown = batch_at(test, part).images.permute(0, 2, 3, 1).cpu().numpy()
             found.update(zip(part.tolist(), shown, strict=True))
         return found
 
