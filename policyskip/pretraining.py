@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from policyskip.backbones import sparse
 from policyskip.backbones.execution import run_block_together
 from policyskip.backbones.resnet import CifarResNet
-from policyskip.data import Feed, Images, sequential
+from policyskip.data import Feed, Images, sequential, spread_indices
 from policyskip.errors import UserError
 from policyskip.finite import check_finite, check_gradients
 from policyskip.parallel import processes
@@ -138,8 +138,8 @@ class Pretrainer(Divisible):
 
 def pixel_statistics(images: Images, count: int = 5000) -> tuple[list[float], list[float]]:
     """Mean and standard deviation of each channel for pixels in [0, 1], over ``count`` images spread over the set."""
-    index_N = torch.linspace(0, len(images) - 1, min(count, len(images))).round().long()
-    pixels = [batch.images.float().div(255) for batch in images.stream((part, 0) for part in index_N.split(500))]
+    parts = spread_indices(count, len(images)).split(500)
+    pixels = [batch.images.float().div(255) for batch in images.stream((part, 0) for part in parts)]
     stacked = torch.cat(pixels).double()
     std, mean = torch.std_mean(stacked, dim=(0, 2, 3), correction=0)
     return [round(float(m), 4) for m in mean], [round(float(s), 4) for s in std]

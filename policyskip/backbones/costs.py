@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from policyskip.backbones.base import Backbone
+from policyskip.backbones.base import Backbone, evaluation_mode
 from policyskip.backbones.folding import one_pass_flops
 
 
@@ -50,9 +50,7 @@ def count_macs(module: nn.Module, *inputs: Tensor) -> float:
 def count_costs(backbone: Backbone, image_shape: tuple[int, int, int]) -> Costs:
     """Costs of each block of ``backbone`` for one image of shape (3, H, W)."""
     device = backbone.mean.device
-    was_training = backbone.training
-    backbone.eval()
-    with torch.no_grad():
+    with evaluation_mode(backbone), torch.no_grad():
         images = torch.zeros(1, *image_shape, device=device, dtype=backbone.mean.dtype)
         always = count_macs(backbone.stem, images)
         x = backbone.features(images)
@@ -62,5 +60,4 @@ def count_costs(backbone: Backbone, image_shape: tuple[int, int, int]) -> Costs:
             always += count_macs(block.shortcut, x)
             x = block(x)
         always += count_macs(backbone.head, x)
-    backbone.train(was_training)
     return Costs(always, torch.tensor(block_macs, dtype=torch.float64))

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from policyskip.backbones.base import Network
+from policyskip.backbones.base import Network, evaluation_mode
 from policyskip.backbones.costs import counted
 from policyskip.errors import UserError
 
@@ -153,18 +153,14 @@ class ExitCosts:
 
 def count_exit_costs(network: ExitNetwork, image_shape: tuple[int, int, int]) -> ExitCosts:
     """Costs of each exit for one image of shape (3, H, W): convolutions and linear layers, by torch's flop counter."""
-    was_training = network.training
-    network.eval()
     images = torch.zeros(1, *image_shape, device=network.mean.device)
-    macs, state = counted(network.begin, images)
     trunk, heads = [], []
-    for n in range(network.num_exits):
-        more, state = counted(network.segment, n, state)
-        trunk.append(macs + more)
-        macs, _ = counted(network.head, n, state)
-        heads.append(macs)
-        macs = 0.0
-    network.train(was_training)
+    with evaluation_mode(network):
+        begin, state = counted(network.begin, images)
+        for n in range(network.num_exits):
+            segment, state = counted(network.segment, n, state)
+            trunk.append(segment if n else begin + segment)
+            heads.append(counted(network.head, n, state)[0])
     return ExitCosts(torch.tensor(trunk, dtype=torch.float64), torch.tensor(heads, dtype=torch.float64))
 
 

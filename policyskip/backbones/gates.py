@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from policyskip.backbones.base import he_init
+from policyskip.backbones.base import evaluation_mode, he_init
 from policyskip.backbones.costs import counted
 from policyskip.errors import UserError
 
@@ -38,13 +38,12 @@ class Gates(nn.Module, ABC):
     @torch.no_grad()
     def macs(self, shapes: Sequence[Shape]) -> list[float]:
         """MACs of each gate for one image, given the shape (C, H, W) of what it sees."""
-        was_training, memory, macs = self.training, None, []
-        self.eval()
+        memory, macs = None, []
         device = next(self.parameters()).device
-        for g, shape in enumerate(shapes):
-            cost, (_, memory) = counted(self.ask, g, torch.zeros(1, *shape, device=device), memory)
-            macs.append(cost)
-        self.train(was_training)
+        with evaluation_mode(self):
+            for g, shape in enumerate(shapes):
+                cost, (_, memory) = counted(self.ask, g, torch.zeros(1, *shape, device=device), memory)
+                macs.append(cost)
         return macs
 
 

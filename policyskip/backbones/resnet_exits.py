@@ -17,7 +17,7 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from policyskip.backbones.base import Backbone
+from policyskip.backbones.base import Backbone, evaluation_mode
 from policyskip.backbones.exits import ExitNetwork, State
 from policyskip.errors import UserError
 
@@ -193,13 +193,11 @@ def _find_block(backbone: Backbone, place: int | str) -> int:
 @torch.no_grad()
 def feature_shapes(backbone: Backbone, places: Sequence[int], image_shape: tuple[int, int, int]) -> list[Shape]:
     """The shapes (channels, H, W) of the features after some blocks."""
-    was_training = backbone.training
-    backbone.eval()
-    x = backbone.features(torch.zeros(1, *image_shape, device=backbone.mean.device))
     shapes: list[Shape] = []
-    for k, block in enumerate(backbone.blocks[: max(places, default=-1) + 1]):
-        x = block(x)
-        if k in places:
-            shapes.append((x.shape[1], x.shape[2], x.shape[3]))
-    backbone.train(was_training)
+    with evaluation_mode(backbone):
+        x = backbone.features(torch.zeros(1, *image_shape, device=backbone.mean.device))
+        for k, block in enumerate(backbone.blocks[: max(places, default=-1) + 1]):
+            x = block(x)
+            if k in places:
+                shapes.append((x.shape[1], x.shape[2], x.shape[3]))
     return shapes

@@ -14,8 +14,9 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
+from policyskip.backbones.base import evaluation_mode
 from policyskip.backbones.exits import ExitCosts, ExitNetwork, count_exit_costs
-from policyskip.data import Images, sequential
+from policyskip.data import Images, batch_at, sequential
 from policyskip.errors import UserError
 
 PIXELS_AT_ONCE = 2**20
@@ -94,12 +95,10 @@ def cache_exits(network: ExitNetwork, images: Images) -> CachedExits:
         )
     if not len(images):
         raise UserError("there are no images to cache")
-    first = next(images.stream([(torch.tensor([0]), 0)])).images
+    first = batch_at(images, torch.tensor([0])).images
     part = max(1, PIXELS_AT_ONCE // first[0, 0].numel())
     batches = images.stream(sequential(len(images), part))
-    was_training = network.training
-    network.eval()
-    logits, labels = zip(*((network(batch.images).float(), batch.label_B) for batch in batches), strict=True)
-    network.train(was_training)
+    with evaluation_mode(network):
+        logits, labels = zip(*((network(batch.images).float(), batch.label_B) for batch in batches), strict=True)
     _, channels, height, width = first.shape
     return CachedExits(torch.cat(logits), torch.cat(labels), count_exit_costs(network, (channels, height, width)))

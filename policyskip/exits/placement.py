@@ -14,7 +14,7 @@ from torch import Tensor
 from policyskip.backbones.base import Backbone
 from policyskip.backbones.exits import count_exit_costs
 from policyskip.backbones.resnet_exits import ResNetExits
-from policyskip.data import Images
+from policyskip.data import Images, batch_at, spread_indices
 from policyskip.errors import UserError
 
 
@@ -162,7 +162,7 @@ def probe_blocks(backbone: Backbone, train: Images, validation: Images, limit: i
         gram = x.T @ x + 1e-3 * len(x) * torch.eye(x.shape[1], dtype=x.dtype, device=x.device)
         prediction_M = (held @ torch.linalg.solve(gram, x.T @ target_MC)).argmax(1)
         accuracy.append((prediction_M == held_labels).double().mean().item())
-    channels, height, width = next(validation.stream([(torch.tensor([0]), 0)])).images.shape[1:]
+    channels, height, width = batch_at(validation, torch.tensor([0])).images.shape[1:]
     shape = (channels, height, width)
     costs = count_exit_costs(ResNetExits(backbone, range(backbone.num_blocks - 1), "pooled", shape), shape)
     return Probes(accuracy[:-1], costs.straight_N[:-1].tolist(), accuracy[-1], float(costs.straight_N[-1]))
@@ -171,8 +171,7 @@ def probe_blocks(backbone: Backbone, train: Images, validation: Images, limit: i
 def _pooled(backbone: Backbone, images: Images, limit: int) -> tuple[list[Tensor], Tensor]:
     """Each channel's average after each block, K times float64 (M, channels), and labels int64 (M,)."""
     rows, labels = [], []
-    spread_M = torch.linspace(0, len(images) - 1, min(limit, len(images))).round().long()  # folders are sorted by class
-    for batch in images.plain().stream((part, 0) for part in spread_M.split(250)):
+    for batch in images.plain().stream((part, 0) for part in spread_indices(limit, len(images)).split(250)):
         x, row = backbone.features(batch.images), []
         for block in backbone.blocks:
             x = block(x)

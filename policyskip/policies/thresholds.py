@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from policyskip.envs.exit_sources import read
+from policyskip.envs.exit_sources import split_observation
 from policyskip.exits.rules import check_thresholds, rule_named
 
 
@@ -38,6 +38,6 @@ class ThresholdPolicy(nn.Module):
     def decide(self, observation: Tensor) -> Tensor:
         """The same for observations of ``policyskip/EarlyExit-v0``, float32 (B, C + 3 + N): bool (B,)."""
         num_exits = len(self.threshold_E) + 1
-        seen = read(observation, observation.shape[1] - 3 - num_exits)
+        seen = split_observation(observation, observation.shape[1] - 3 - num_exits)
         threshold_B = F.pad(self.threshold_E, (0, 1))[seen.exit_B]
         return self.rule.leaves(seen.probability_BC, threshold_B) | (seen.exit_B == num_exits - 1)
