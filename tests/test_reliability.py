@@ -1,4 +1,4 @@
-"""Run folders that stay whole and stand on their own, and what is said when something goes wrong."""
+"""Run folders that stay whole and need no other file, and what is printed when something goes wrong."""
 
 from __future__ import annotations
 
@@ -74,7 +74,7 @@ def test_one_test_image_has_no_interval(tmp_path):
     assert "Every figure is that" in typed("evaluate", "run=x", "device=cpu", cwd=tmp_path).stdout
 
 
-# A run folder stands on its own
+# A run folder needs no other file
 
 
 @pytest.fixture(scope="module")
@@ -209,8 +209,8 @@ def test_an_interruption_that_waits_for_nothing_claims_nothing(saved, tmp_path, 
     monkeypatch.setattr(BlockDrop, "update", interrupted)
     result = typed("train", "+experiment=debug", "device=cpu", "run.dir=x", cwd=tmp_path)
     assert result.returncode == 130 and result.stderr == ""
-    said = "Stopped at once; what came after update 3 is not kept" if saved else "before anything was saved"
-    assert said in result.stdout and "policyskip train run.resume=x" in result.stdout
+    printed = "Stopped at once; what came after update 3 is not kept" if saved else "before anything was saved"
+    assert printed in result.stdout and "policyskip train run.resume=x" in result.stdout
     assert "Stopped and saved" not in result.stdout
     if not saved:
         monkeypatch.setattr(BlockDrop, "update", update)
