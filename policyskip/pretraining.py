@@ -11,7 +11,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from policyskip.agents.schedules import one_cycle
 from policyskip.backbones import sparse
 from policyskip.backbones.execution import run_block_together
 from policyskip.backbones.resnet import CifarResNet
@@ -20,6 +19,7 @@ from policyskip.errors import UserError
 from policyskip.finite import check_finite, check_gradients
 from policyskip.parallel import processes
 from policyskip.parallel.data_parallel import Divisible
+from policyskip.schedules import one_cycle
 
 
 class Pretrainer(Divisible):

@@ -261,7 +261,7 @@ DAMAGE = {
 def test_damaged_decisions_are_refused_by_name(damage, tmp_path):
     made_up_run(tmp_path / "a", made_up_decisions([[1, 0], [1, 1]]), "a")
     damaged = dataclasses.replace(made_up_decisions([[1, 0], [1, 1]]), **damage)
-    decisions.record(damaged, Run(tmp_path / "a"))
+    decisions.save_decisions(damaged, Run(tmp_path / "a"))
     with pytest.raises(UserError, match=r"a/decisions\.safetensors is damaged or not ours: its"):
         collect([str(tmp_path)])
 

@@ -76,6 +76,16 @@ def test_registered_ids_make_the_environments():
     assert vector.single_observation_space.high.tolist() == pytest.approx([1] * C + [math.log(C)] + [1] * (2 + N))
 
 
+def test_an_environment_declares_what_it_is():
+    env = make()
+    env.reset(seed=0)
+    assert (env.family, env.key, env.id, env.steps_per_episode) == ("exit_policy", "early_exit", ID[11:], N)
+    leave = torch.ones(8, dtype=torch.bool)
+    for asked in (1, 2, 2):  # whoever comes to the last exit leaves there, and no policy is asked
+        assert env.decisions_of(env.score(leave)).tolist() == [asked] * 8
+        env.step(~leave)
+
+
 def test_an_observation_is_what_the_exit_says():
     """Worked out by hand for probabilities 1/2, 1/4, 1/4 at exit 1 of 2, and for a uniform answer at exit 0."""
     logits = torch.tensor([[0.5, 0.25, 0.25], [1 / 3, 1 / 3, 1 / 3]]).log()

@@ -54,6 +54,12 @@ def test_spaces_and_types_of_a_vector_step():
         assert set(info["final_info"]) == {"correct", "macs", "kept"}
 
 
+def test_an_environment_declares_what_it_is():
+    env = make()
+    assert (env.family, env.key, env.id, env.steps_per_episode) == ("blocks", "block_selection", ID[11:], 1)
+    assert env.decisions_of(env.score(torch.ones(8, 6, dtype=torch.bool))) == 1
+
+
 def test_every_step_is_scored():
     """With NEXT_STEP autoreset every second reward of one-step episodes would be a dummy 0."""
     env = make(reward=lambda outcome: torch.ones(len(outcome.label_B)))

@@ -65,6 +65,12 @@ def test_spaces_and_types_of_a_vector_step():
         assert env.observation_space.contains(observation.numpy())
 
 
+def test_an_environment_declares_what_it_is():
+    env = make()
+    assert (env.family, env.key, env.id, env.steps_per_episode) == ("blocks", "layer_skip", ID[11:], K)
+    assert env.decisions_of(env.score(random_keep(8))) == K
+
+
 def test_an_observation_is_what_enters_the_block():
     """The features that enter each block, computed here with no word of the environment, for a mixed decision."""
     backbone, images = small_backbone(shortcut="B"), small_images()

@@ -17,10 +17,11 @@ import yaml
 import policyskip
 from policyskip.backbones.checkpoints import save
 from policyskip.errors import UserError
-from policyskip.evaluation.decisions import block_warnings, exit_warnings
+from policyskip.evaluation.decisions import collapse_warnings
 from policyskip.runs.folder import Run, create, open_run
 from tests.conftest import typed
 from tests.learners import exits, learn
+from tests.made_up import made_up_decisions
 from tests.test_cli import SMALL
 
 EXITS = ["agent=cdl", "backbone.exits=[5,9,12]", "agent.delta=0.3", "target.macs_fraction=0.95", "tracking=none"]
@@ -34,13 +35,18 @@ COMMAND = [sys.executable, "-m", "policyskip"]
 def test_collapsed_policies_are_named():
     every, none = torch.ones(4, 3, dtype=torch.bool), torch.zeros(4, 3, dtype=torch.bool)
     one = torch.tensor([[True, False, True]]).expand(4, 3)
-    assert "all 3 blocks run for every image" in block_warnings(every)[0]
-    assert "none of the 3 blocks" in block_warnings(none)[0]
-    assert "the same for every image, 101" in block_warnings(one)[0]
-    assert block_warnings(torch.cat([one, every])) == [] and block_warnings(every[:1]) == []
-    assert "leaves at exit 1" in exit_warnings(torch.tensor([1, 1]), 3)[0]
-    assert "leaves at the last exit" in exit_warnings(torch.tensor([2, 2]), 3)[0]
-    assert exit_warnings(torch.tensor([0, 2]), 3) == [] == exit_warnings(torch.tensor([0, 0]), 1)
+
+    def warnings(ran_NK: torch.Tensor, kind: str = "blocks") -> list[str]:
+        return collapse_warnings(made_up_decisions(ran_NK.int().tolist(), kind=kind))
+
+    assert "all 3 blocks run for every image" in warnings(every)[0]
+    assert "none of the 3 blocks" in warnings(none)[0]
+    assert "the same for every image, 101" in warnings(one)[0]
+    assert warnings(torch.cat([one, every])) == [] == warnings(every[:1])
+    first_NK, second_NK = (torch.tensor([ran]).expand(2, 3) for ran in ([1, 0, 0], [1, 1, 0]))
+    assert "leaves at exit 1" in warnings(second_NK, "exits")[0]
+    assert "leaves at the last exit" in warnings(every, "exits")[0]
+    assert warnings(torch.cat([first_NK, second_NK]), "exits") == [] == warnings(torch.ones(2, 1), "exits")
 
 
 def test_a_collapsed_policy_is_a_warning_in_the_summary_on_screen_and_in_wandb(tmp_path):

@@ -192,7 +192,7 @@ def test_what_a_policy_costs_is_counted_at_every_decision():
     assert agent.decision_macs == (env.width + 3) * 16 + 16 * 2
     result = evaluate(agent, make("layer_skip", "sequential"))
     assert result.policy_macs == 3 * agent.decision_macs
-    assert torch.equal(result.macs_N, env.costs.of(result.keep_NK) + 3 * agent.decision_macs)
+    assert torch.equal(result.macs_N, env.costs.of(result.ran_NK) + 3 * agent.decision_macs)
 
 
 def test_block_by_block_is_what_the_environment_does():
@@ -201,7 +201,7 @@ def test_block_by_block_is_what_the_environment_does():
     result = evaluate(agent, env)
     with torch.no_grad():
         logits_BC, keep_BK = agent.policy.run(env.backbone, env.feed.images.images)
-    assert torch.equal(keep_BK, result.keep_NK) and torch.equal(logits_BC.argmax(1), result.prediction_N)
+    assert torch.equal(keep_BK, result.ran_NK) and torch.equal(logits_BC.argmax(1), result.prediction_N)
 
 
 def test_leaving_is_what_the_environment_does():
@@ -246,6 +246,13 @@ def test_what_cannot_work_is_refused_in_one_line(build, message):
     with pytest.raises(UserError, match=message) as refused:
         build()
     assert "\n" not in str(refused.value)
+
+
+def test_an_environment_of_another_kind_has_no_policy():
+    env = make("block_selection")
+    env.key = "mine"
+    with pytest.raises(UserError, match="no policy of plain layers for BlockSelectionVectorEnv, whose key is 'mine'"):
+        PPO(env, 1)
 
 
 def test_an_agent_stays_with_its_environment():

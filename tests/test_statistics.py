@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from policyskip.comparison.agreement import cost_ranks, mean_over_pairs, same_answers, same_choices
-from policyskip.fronts import comparison_pareto as pareto
+from policyskip.fronts import pareto
 from policyskip.intervals import bootstrap, mean_and_half_interval
 from tests.made_up import made_up_decisions
 

@@ -36,8 +36,6 @@ from policyskip.policies.perceptrons import (
     GreedyPolicy,
     LookPolicy,
     convolutions,
-    decisions_of,
-    longest_episode,
     policy_for,
 )
 
@@ -75,7 +73,7 @@ class EpisodeStatistics(SB3VecEnv):
         if over.any():
             out, reward_B = self.env.outcome, torch.from_numpy(rewards[over])
             kept_B = out.keep_BK.sum(1).float()
-            share_B = out.macs_fraction_B + self.decision_macs * decisions_of(self.env, out) / out.full_macs
+            share_B = out.macs_fraction_B + self.decision_macs * self.env.decisions_of(out) / out.full_macs
             self._ended.append(torch.stack([reward_B, out.correct_B.float().cpu(), kept_B.cpu(), share_B.cpu()], 1))
         return shown, rewards, over, infos
 
@@ -138,7 +136,7 @@ class SB3Agent(Agent):
         if not isinstance(env.single_action_space, self.learner_spaces()):
             raise UserError(f"agent={name.lower()} cannot take actions from {env.single_action_space}")
         if hyperparameters.get(self.collects) is None:
-            hyperparameters[self.collects] = max(4, longest_episode(env))
+            hyperparameters[self.collects] = max(4, env.steps_per_episode)
         if schedule not in ("linear", "constant"):
             raise UserError(f"agent.schedule must be linear or constant, got {schedule!r}")
         self.env, self.total_steps, self.step, self._linear = env, total_steps, 0, schedule == "linear"
@@ -192,10 +190,10 @@ class SB3Agent(Agent):
         """Share of the run that is left."""
         return max(0.0, 1 - self.step / self.total_steps)
 
-    def update(self, env: Any) -> dict[str, float]:
+    def update(self, source: Any) -> dict[str, float]:
         """Collect one rollout and learn from it. Reward, accuracy and cost are those of the sampled actions, in the
         episodes that ended in it."""
-        if env is not self.env:
+        if source is not self.env:
             raise ValueError("the agent learns in the environment that it was made with")
         with self.randomness.own():
             self._learn()
@@ -214,10 +212,6 @@ class SB3Agent(Agent):
 
     def _learn(self) -> None:
         self.model.learn(self.steps_collected, log_interval=None, reset_num_timesteps=False)
-
-    @torch.no_grad()
-    def act(self, observation: Tensor) -> Tensor:
-        return self.policy.eval().decide(observation)
 
     def state_dict(self) -> dict[str, Any]:
         return {
@@ -295,8 +289,8 @@ class A2C(OnPolicy):
 
     learner = stable_baselines3.A2C
 
-    def update(self, env: Any) -> dict[str, float]:
-        figures = super().update(env)
+    def update(self, source: Any) -> dict[str, float]:
+        figures = super().update(source)
         entropy, value = self.model.ent_coef * figures["entropy"], self.model.vf_coef * figures["value_loss"]
         return figures | {"loss": figures["policy_loss"] - entropy + value}  # which SB3 does not record
 

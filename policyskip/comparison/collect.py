@@ -170,7 +170,7 @@ def _read(run: Run, name: str, decide_again: Callable[[Run], Decisions] | None) 
             raise ValueError("it must hold keys and values")
     except Exception as error:  # damaged files raise whatever the reader stumbles over
         raise UserError(f"{run.folder / 'config.yaml'} is damaged: {' '.join(str(error).split())[:200]}") from error
-    own_decisions = decisions.load(run)
+    own_decisions = decisions.load_decisions(run)
     if own_decisions is None and decide_again is not None:
         try:
             own_decisions = decide_again(run)

@@ -15,8 +15,8 @@ import numpy as np
 
 from policyskip.comparison.collect import Result, is_number
 from policyskip.comparison.tables import Cells, Row
-from policyskip.fronts import comparison_pareto as pareto
-from policyskip.fronts import concave_hull
+from policyskip.fronts import concave_hull, pareto
+from policyskip.static_front import keep_text
 
 COLOURS = ("#3b82c4", "#d9822b", "#2f9e6e", "#c14f7f", "#8a63c9", "#9a8a1f", "#3fa3ad", "#c2543b", "#64748b", "#6b8e23")
 """One for each agent; readable on white and on black."""
@@ -169,7 +169,7 @@ def _example(result: Result, place: int) -> dict[str, Any]:
     decided = result.decisions
     assert decided is not None
     answer, label = int(decided.prediction_N[place]), int(decided.label_N[place])
-    ran = "".join("01"[int(kept)] for kept in decided.ran_NK[place].tolist())
+    ran = keep_text(decided.ran_NK[place].tolist())
     example: dict[str, Any] = {"image": place, "label": decided.classes[label], "right": answer == label, "ran": ran}
     example |= {"answer": decided.classes[answer], "share": round(float(decided.macs_N[place]) / decided.full_macs, 3)}
     return example if decided.kind == "blocks" else example | {"exit": int(decided.exit_N[place])}

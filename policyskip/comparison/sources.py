@@ -15,7 +15,7 @@ from policyskip.data import Images
 from policyskip.errors import UserError
 from policyskip.evaluation.decisions import Decisions
 from policyskip.runs.folder import Run
-from policyskip.tasks import dispatch as tasks
+from policyskip.tasks import dispatch
 
 
 def decide_again(setup: Setup, run: Run) -> Decisions:
@@ -29,10 +29,7 @@ def decide_again(setup: Setup, run: Run) -> Decisions:
         UserError: the folder is damaged.
     """
     print(f"deciding again: {run.folder}", flush=True)
-    try:
-        return tasks.decide_again(setup, run)
-    except (KeyError, TypeError, AttributeError) as error:
-        raise UserError(f"{run.folder} is damaged or not that of a train run: {error!r}") from error
+    return dispatch.judge(setup, run, "test").decisions
 
 
 class ExampleImages:

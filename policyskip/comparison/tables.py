@@ -80,7 +80,7 @@ class Row:
     @cached_property
     def full_correct_N(self) -> NDArray[np.float64]:
         """Share of the seeds whose full network is right on each image, float64 (N,)."""
-        return self._mean_N([d.full_correct_N.double().numpy() for d in self.decisions])
+        return self._mean_N([d.full_correct_N.double().numpy() for d in self.decisions if d.full_correct_N is not None])
 
     @cached_property
     def share_N(self) -> NDArray[np.float64]:

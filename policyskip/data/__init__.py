@@ -17,6 +17,7 @@ from policyskip.data.base import (
     crop_and_flip,
     hold_out,
     sequential,
+    spread_index,
 )
 from policyskip.data.cluttered import digits
 from policyskip.data.folders import FileImages, imagefolder, read_image
@@ -38,6 +39,7 @@ __all__ = [
     "load_data",
     "read_image",
     "sequential",
+    "spread_index",
     "torchvision_data",
 ]
 

@@ -109,6 +109,11 @@ def sequential(length: int, batch_size: int, start: int = 0) -> Iterator[tuple[T
         yield torch.arange(low, min(low + batch_size, length)), 0
 
 
+def spread_index(length: int, limit: int) -> Tensor:
+    """Return at most ``limit`` indices spread evenly over a set, int64 (M,), because folders are sorted by class."""
+    return torch.linspace(0, length - 1, min(length, limit)).round().long()
+
+
 def mix(*numbers: int) -> int:
     """A 63-bit seed that depends on every number."""
     return int.from_bytes(hashlib.blake2b(repr(numbers).encode(), digest_size=8).digest(), "little") >> 1

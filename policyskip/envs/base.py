@@ -5,7 +5,7 @@ Shapes: B images side by side (``num_envs``), S decisions for each image, K bloc
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, ClassVar, Protocol
 
 import gymnasium
 import numpy as np
@@ -14,7 +14,7 @@ from gymnasium.vector import AutoresetMode, VectorEnv
 from gymnasium.vector.utils import batch_space
 from torch import Tensor
 
-from policyskip.backbones import Backbone, count_costs, load
+from policyskip.backbones import Backbone, Costs, ExitCosts, count_costs, load
 from policyskip.backbones.execution import sparse_many
 from policyskip.backbones.folding import folded
 from policyskip.data import Feed, Images, Order, load_data
@@ -23,6 +23,103 @@ from policyskip.rewards import Outcome, Reward, Utilization, reward_of
 
 PIXELS_AT_ONCE = 2**23
 """Decisions are scored in parts of this many pixels, so that many decisions on large images fit into memory."""
+
+
+Step = tuple[Tensor, Tensor, Tensor, Tensor, dict[str, Any]]
+"""What ``step`` returns: the next observation (B, …), reward float32 (B,), terminated and truncated bool (B,), and the
+info. B is the number of images shown before the step; the next observation may have fewer rows."""
+
+
+class DecisionEnv(Protocol):
+    """A vector environment in which a policy decides about images: what agents, the adapter, evaluation and training
+    use of it, whichever of the three environments it is.
+
+    Attributes:
+        family: how policies of this environment are deployed and reported: "blocks" or "exit_policy".
+        key: the environment's name in the configuration (``env=``): block_selection, layer_skip or early_exit.
+        id: the environment's name in Gymnasium, without its namespace: "BlockSelection-v0", ….
+        metadata: Gymnasium's; "autoreset_mode" is in it.
+    """
+
+    family: ClassVar[str]
+    key: ClassVar[str]
+    id: ClassVar[str]
+    metadata: dict[str, Any]
+    num_envs: int
+    single_observation_space: gymnasium.Space[Any]
+    single_action_space: gymnasium.Space[Any]
+
+    @property
+    def device(self) -> torch.device:
+        """Where observations, outcomes and rewards are."""
+        ...
+
+    @property
+    def feed(self) -> Feed:
+        """The feed that the images come from."""
+        ...
+
+    @property
+    def costs(self) -> Costs | ExitCosts:
+        """MACs of the network's blocks or exits."""
+        ...
+
+    @property
+    def reward(self) -> Reward:
+        """The function from outcomes to rewards."""
+        ...
+
+    @property
+    def steps_per_episode(self) -> int:
+        """The largest number of steps that an episode can have: 1, K or N."""
+        ...
+
+    @property
+    def observation(self) -> Tensor:
+        """The observation (B, …) of the images shown; after the last image of a sequential order, B is 0."""
+        ...
+
+    @property
+    def outcome(self) -> Outcome:
+        """The outcome of the episodes that ended at the last step at which any ended."""
+        ...
+
+    @property
+    def cursor(self) -> int:
+        """The position in the order of the images; :meth:`seek` goes back to it."""
+        ...
+
+    def seek(self, cursor: int) -> None:
+        """Show the images from this position in the order on; episodes under way are given up."""
+        ...
+
+    def reset(self, *, seed: int | None = None, options: dict[str, Any] | None = None) -> tuple[Tensor, dict[str, Any]]:
+        """Start episodes; with ``seed``, or in sequential order, at the beginning of the order of the images."""
+        ...
+
+    def step(self, actions: Tensor | np.ndarray) -> Step:
+        """Carry out one action (B, …) for each image shown."""
+        ...
+
+    def advance(self) -> Tensor:
+        """Give up the episodes under way, show the next images, and return their observation (B, …)."""
+        ...
+
+    def score(self, decisions: Tensor, /) -> Outcome:
+        """The outcome that these decisions, bool, would have for the images shown; nothing moves on."""
+        ...
+
+    def rewards(self, outcome: Outcome) -> Tensor:
+        """The reward of each image of an outcome, float32 (B,)."""
+        ...
+
+    def decisions_of(self, outcome: Outcome) -> Tensor | int:
+        """The number of decisions that a policy made about each image of an outcome: int64 (B,), or one int for all."""
+        ...
+
+    def close(self) -> None:
+        """Gymnasium's; there is nothing to release."""
+        ...
 
 
 class ImageVectorEnv(VectorEnv[Tensor, Tensor, Tensor]):
@@ -46,6 +143,10 @@ class ImageVectorEnv(VectorEnv[Tensor, Tensor, Tensor]):
         "autoreset_mode": AutoresetMode.SAME_STEP,
         "render_modes": [],
     }
+    family: ClassVar[str] = "blocks"
+    key: ClassVar[str]
+    id: ClassVar[str]
+    steps_per_episode: int
     outcome: Outcome
     """What came of the episodes that ended last."""
 
@@ -144,6 +245,11 @@ class ImageVectorEnv(VectorEnv[Tensor, Tensor, Tensor]):
         """The reward of each decision in an outcome, float32 (B,)."""
         return reward_of(self.reward, outcome)
 
+    def decisions_of(self, outcome: Outcome) -> int:
+        """The number of decisions that a policy made about each image: the same for all, as all episodes are equally
+        long."""
+        return self.steps_per_episode
+
     def _end(self, outcome: Outcome) -> tuple[Tensor, Tensor, dict[str, Any]]:
         """Every episode ends with ``outcome``: rewards, which episodes end (all), and what ``step`` says of it.
 
@@ -189,7 +295,7 @@ class SingleView(gymnasium.Env[np.ndarray, np.int64]):
         "render_modes": []
     }
 
-    def __init__(self, vector: Any) -> None:
+    def __init__(self, vector: DecisionEnv) -> None:
         self.vector = vector
         self.observation_space = vector.single_observation_space
         self.action_space = vector.single_action_space

@@ -5,7 +5,7 @@ Shapes: B images side by side, K blocks, H W pixels.
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, ClassVar
 
 import gymnasium
 import numpy as np
@@ -25,6 +25,10 @@ class BlockSelectionVectorEnv(ImageVectorEnv):
     in ``info["final_info"]`` (``correct``, ``macs``, ``kept``) and, whole, in ``env.outcome``.
     Arguments: see :class:`ImageVectorEnv`.
     """
+
+    key: ClassVar[str] = "block_selection"
+    id: ClassVar[str] = "BlockSelection-v0"
+    steps_per_episode = 1
 
     def __init__(self, num_envs: int = 256, **kwargs: Any) -> None:
         super().__init__(num_envs, **kwargs)

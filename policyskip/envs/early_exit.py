@@ -7,7 +7,7 @@ D numbers of an observation (C + 3 + N).
 from __future__ import annotations
 
 import math
-from typing import Any
+from typing import Any, ClassVar
 
 import gymnasium
 import numpy as np
@@ -22,6 +22,7 @@ from policyskip.envs.base import SingleView, decisions
 from policyskip.envs.exit_sources import Live, Places, Queue, Replay, Source
 from policyskip.errors import UserError
 from policyskip.exits.cache import CachedExits, cache_exits
+from policyskip.exits.rules import decisions_at
 from policyskip.rewards import Macs, Outcome, Reward, reward_of
 
 
@@ -63,6 +64,9 @@ class EarlyExitVectorEnv(VectorEnv[Tensor, Tensor, Tensor]):
         "autoreset_mode": AutoresetMode.SAME_STEP,
         "render_modes": [],
     }
+    family: ClassVar[str] = "exit_policy"
+    key: ClassVar[str] = "early_exit"
+    id: ClassVar[str] = "EarlyExit-v0"
     outcome: Outcome
 
     def __init__(
@@ -96,6 +100,7 @@ class EarlyExitVectorEnv(VectorEnv[Tensor, Tensor, Tensor]):
             assert images is not None
             self.source = Live(network, Feed(images, num_envs, order, seed))
         self.costs, self.num_exits, self.num_classes = self.source.costs, self.source.num_exits, self.source.num_classes
+        self.steps_per_episode = self.num_exits
         self.queue = Queue(self.source.feed)
         self.device = self.source.feed.batch.images.device
         self._macs_N, self._full_macs = self.costs.cumulative_N.to(self.device), self.costs.full
@@ -107,6 +112,11 @@ class EarlyExitVectorEnv(VectorEnv[Tensor, Tensor, Tensor]):
         self.single_action_space = gymnasium.spaces.Discrete(2)
         self.action_space = batch_space(self.single_action_space, num_envs)
         self.advance()
+
+    @property
+    def feed(self) -> Feed:
+        """The feed that the images come from."""
+        return self.source.feed
 
     @property
     def cursor(self) -> int:
@@ -156,6 +166,14 @@ class EarlyExitVectorEnv(VectorEnv[Tensor, Tensor, Tensor]):
         keep_BN, macs_B = self._ran_NN.index_select(0, exit_B), self._macs_N.index_select(0, exit_B)
         return Outcome(logits_BC, label_B, prediction_B == label_B, keep_BN, macs_B, self._full_macs)
 
+    def rewards(self, outcome: Outcome) -> Tensor:
+        """The reward of each image in an outcome, float32 (B,)."""
+        return reward_of(self.reward, outcome)
+
+    def decisions_of(self, outcome: Outcome) -> Tensor:
+        """The number of decisions that a policy made about each image that left, int64 (B,): none at the last exit."""
+        return decisions_at(outcome.keep_BK.sum(1) - 1, self.num_exits)
+
     @torch.no_grad()
     def step(self, actions: Tensor | np.ndarray) -> tuple[Tensor, Tensor, Tensor, Tensor, dict[str, Any]]:
         """Let images leave where ``actions`` (B,) is 1, show others in their place, and take the rest one exit on."""
@@ -167,7 +185,7 @@ class EarlyExitVectorEnv(VectorEnv[Tensor, Tensor, Tensor]):
         self.outcome = outcome = self._outcome(rows)
         reward_B = torch.zeros(len(leave_B), device=self.device)
         if len(rows):
-            reward_B.index_copy_(0, rows, reward_of(self.reward, outcome))
+            reward_B.index_copy_(0, rows, self.rewards(outcome))
         info = {
             "final_obs": self.observation,
             "_final_obs": leave_B,

@@ -6,7 +6,7 @@ D numbers of an observation (F + K).
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, ClassVar
 
 import gymnasium
 import numpy as np
@@ -36,9 +36,12 @@ class LayerSkipVectorEnv(ImageVectorEnv):
     Arguments: see :class:`ImageVectorEnv`.
     """
 
+    key: ClassVar[str] = "layer_skip"
+    id: ClassVar[str] = "LayerSkip-v0"
+
     def __init__(self, num_envs: int = 256, **kwargs: Any) -> None:
         super().__init__(num_envs, **kwargs)
-        self.num_blocks = self.backbone.num_blocks
+        self.num_blocks = self.steps_per_episode = self.backbone.num_blocks
         self.width = max(_channels(self.backbone, self.feed.batch.images[:1]))
         self._block_KK = torch.eye(self.num_blocks, device=self.device)
         # What a dropped block leaves may be negative, and of any size; infinite bounds are frowned upon by checkers.

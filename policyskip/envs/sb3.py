@@ -24,8 +24,7 @@ from stable_baselines3.common.vec_env import VecEnv
 from torch import Tensor, nn
 
 from policyskip.data import Batch, TensorImages
-from policyskip.envs.base import ImageVectorEnv
-from policyskip.envs.early_exit import EarlyExitVectorEnv
+from policyskip.envs.base import DecisionEnv
 from policyskip.errors import UserError
 
 EXACT = 2**24
@@ -184,10 +183,10 @@ class SB3VecEnv(VecEnv):
             beyond what float32 can number.
     """
 
-    def __init__(self, env: ImageVectorEnv | EarlyExitVectorEnv, remember: int | None = None) -> None:
+    def __init__(self, env: DecisionEnv, remember: int | None = None) -> None:
         if env.metadata.get("autoreset_mode") is not AutoresetMode.SAME_STEP:
             raise UserError("SB3 wants the next episode's observation in the step that ends one: autoreset SAME_STEP")
-        self._feed = env.feed if isinstance(env, ImageVectorEnv) else env.queue.feed
+        self._feed = env.feed
         if self._feed.order != "shuffled":
             raise UserError("SB3 wants as many images at every step, and a sequential order ends: say order=shuffled")
         self.env = env

@@ -8,7 +8,7 @@ N exits, C classes, A actions, D numbers of an observation, H W pixels.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -17,12 +17,9 @@ from torch import Tensor, nn
 from policyskip.backbones import Backbone
 from policyskip.backbones.execution import run_block
 from policyskip.envs import exit_sources, layer_skip
-from policyskip.envs.early_exit import EarlyExitVectorEnv
-from policyskip.envs.layer_skip import LayerSkipVectorEnv
+from policyskip.envs.base import DecisionEnv
 from policyskip.errors import UserError
-from policyskip.exits.rules import decisions_at
 from policyskip.policies.base import Policy
-from policyskip.rewards import Outcome
 
 
 def convolutions(channels: Sequence[int]) -> nn.Sequential:
@@ -131,24 +128,30 @@ class ExitPolicy(GreedyPolicy):
         return self.decide(exit_sources.observe(logits_BC, exit_B, self.arguments["num_exits"]))
 
 
-def longest_episode(env: Any) -> int:
-    """Steps that an episode may have."""
-    if isinstance(env, EarlyExitVectorEnv):
-        return env.num_exits
-    return env.num_blocks if isinstance(env, LayerSkipVectorEnv) else 1
+Build = Callable[[Any, Sequence[int], Sequence[int]], GreedyPolicy]
+"""From an environment, ``net_arch`` and ``channels`` to a fresh policy."""
+POLICIES: dict[str, Build] = {
+    "block_selection": lambda env, net_arch, channels: LookPolicy(env.backbone.num_blocks, channels, net_arch),
+    "layer_skip": lambda env, net_arch, channels: BlockPolicy(env.num_blocks, env.width, net_arch),
+    "early_exit": lambda env, net_arch, channels: ExitPolicy(env.num_exits, env.num_classes, net_arch),
+}
+"""A policy for each environment, by the environment's ``key``."""
 
 
-def decisions_of(env: Any, outcome: Outcome) -> Tensor | int:
-    """How often a policy was asked about each image whose episode ended with ``outcome``: (B,), or one for all."""
-    if isinstance(env, EarlyExitVectorEnv):
-        return decisions_at(outcome.keep_BK.sum(1) - 1, env.num_exits)
-    return longest_episode(env)
+def policy_for(env: DecisionEnv, net_arch: Sequence[int], channels: Sequence[int]) -> GreedyPolicy:
+    """Build a fresh policy that can act in the environment.
 
+    Args:
+        net_arch: widths of the hidden layers.
+        channels: of the convolutions, where images are observed.
 
-def policy_for(env: Any, net_arch: Sequence[int], channels: Sequence[int]) -> GreedyPolicy:
-    """A fresh policy that can act in the environment."""
-    if isinstance(env, EarlyExitVectorEnv):
-        return ExitPolicy(env.num_exits, env.num_classes, net_arch)
-    if isinstance(env, LayerSkipVectorEnv):
-        return BlockPolicy(env.num_blocks, env.width, net_arch)
-    return LookPolicy(env.backbone.num_blocks, channels, net_arch)
+    Raises:
+        UserError: there is no such policy for the environment.
+    """
+    key = getattr(env, "key", None)
+    if key not in POLICIES:
+        raise UserError(
+            f"there is no policy of plain layers for {type(env).__name__}, whose key is {key!r}; "
+            f"it must derive from the environment of {', '.join(POLICIES)}"
+        )
+    return POLICIES[key](env, net_arch, channels)
