@@ -54,7 +54,7 @@ def test_a_collapsed_policy_is_a_warning_in_the_summary_on_screen_and_in_wandb(t
         "front.learner_steps=0",
     ]
     arguments += ["backbone=resnet20", "backbone.checkpoint=random", "tracking.mode=offline", "run.dir=x"]
-    result = typed("train", *arguments, cwd=tmp_path)
+    result = typed("train", *arguments, cwd=tmp_path, drawn=True)
     assert result.returncode == 0, result.stderr
     (warning,) = json.loads((tmp_path / "x/summary.json").read_text())["warnings"]
     assert warning.startswith("the policy has collapsed") and "warning: the policy has collapsed" in result.stdout
@@ -67,7 +67,7 @@ def test_a_collapsed_policy_is_a_warning_in_the_summary_on_screen_and_in_wandb(t
 def test_one_test_image_has_no_interval(tmp_path):
     arguments = [*SMALL, "data.test=1", "backbone=resnet20", "backbone.checkpoint=random", "tracking=none", "run.dir=x"]
     arguments += ["front.budget=1e4", "front.images=20", "front.learner_steps=0", "agent.width=4"]
-    result = typed("train", *arguments, cwd=tmp_path)
+    result = typed("train", *arguments, cwd=tmp_path, drawn=True)
     assert result.returncode == 0 and "± – points" in result.stdout, result.stderr
     summary = json.loads((tmp_path / "x/summary.json").read_text(), parse_constant=pytest.fail)
     assert summary["test/static_margin_ci95"] is None and None in summary["test/kept_by_difficulty"]
@@ -153,7 +153,7 @@ def test_a_folder_that_another_process_writes_into_is_refused(moved):
 def test_runs_that_begin_together_get_folders_of_their_own(tmp_path):
     """Three processes that are let go at the same moment."""
     code = (
-        "import sys, time\nfrom policyskip.runs import create\nprint('ready', flush=True); sys.stdin.readline()\n"
+        "import sys, time\nfrom policyskip.runs.folder import create\nprint('ready', flush=True); sys.stdin.readline()\n"
         "print(create('run', 'policyskip train', 'a: 1').name, flush=True); sys.stdin.readline()"
     )
     pipes = dict(stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
