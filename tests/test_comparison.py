@@ -39,7 +39,7 @@ def workshop(tmp_path_factory) -> Path:
     made_up_run(folder / "runs/msdnet-0", exits, "msdnet", summary={"backbone": "msdnet"})
     (folder / "runs/stopped").mkdir()
     (folder / "runs/stopped/config.yaml").write_text("seed: 0")
-    result = typed("compare", "runs=runs", "output=out", "tracking=none", cwd=folder)
+    result = typed("compare", "runs=runs", "output=out", "tracking=none", cwd=folder, drawn=True)
     assert result.returncode == 0, result.stderr
     (folder / "stdout.txt").write_text(result.stdout)
     return folder

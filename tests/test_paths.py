@@ -55,7 +55,7 @@ def check(run: Callable[..., subprocess.CompletedProcess[str]]) -> None:
 
 
 def test_paths_of_any_letters(folder):
-    check(lambda *words: typed(*words, cwd=folder))
+    check(lambda *words: typed(*words, cwd=folder, drawn=True))
 
 
 @pytest.mark.slow

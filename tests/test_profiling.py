@@ -192,7 +192,7 @@ SMALL = ("data.train=200", "data.validation=60", "data.test=60", "device=cpu")
 
 def test_profile_is_typed_and_read(tmp_path, monkeypatch):
     """A network's table is written, a reward reads it, and a run's own table becomes its plan."""
-    result = typed("profile", "repeats=1", "batch_sizes=[1,4]", *SMALL, "output=t.json", cwd=tmp_path)
+    result = typed("profile", "repeats=1", "batch_sizes=[1,4]", *SMALL, "output=t.json", cwd=tmp_path, drawn=True)
     assert result.returncode == 0, result.stderr
     assert "gather if fewer" in result.stdout and (tmp_path / "t.png").stat().st_size > 10_000
     words = ("+experiment=debug", "reward=latency", "reward.table=t.json", "run.dir=run", "device=cpu")

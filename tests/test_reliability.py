@@ -60,7 +60,7 @@ def test_a_collapsed_policy_is_a_warning_in_the_summary_on_screen_and_in_wandb(t
         "front.learner_steps=0",
     ]
     arguments += ["backbone=resnet20", "backbone.checkpoint=random", "tracking.mode=offline", "run.dir=x"]
-    result = typed("train", *arguments, cwd=tmp_path)
+    result = typed("train", *arguments, cwd=tmp_path, drawn=True)
     assert result.returncode == 0, result.stderr
     (warning,) = json.loads((tmp_path / "x/summary.json").read_text())["warnings"]
     assert warning.startswith("the policy has collapsed") and "warning: the policy has collapsed" in result.stdout
@@ -73,7 +73,7 @@ def test_a_collapsed_policy_is_a_warning_in_the_summary_on_screen_and_in_wandb(t
 def test_one_test_image_has_no_interval(tmp_path):
     arguments = [*SMALL, "data.test=1", "backbone=resnet20", "backbone.checkpoint=random", "tracking=none", "run.dir=x"]
     arguments += ["front.budget=1e4", "front.images=20", "front.learner_steps=0", "agent.width=4"]
-    result = typed("train", *arguments, cwd=tmp_path)
+    result = typed("train", *arguments, cwd=tmp_path, drawn=True)
     assert result.returncode == 0 and "± – points" in result.stdout, result.stderr
     summary = json.loads((tmp_path / "x/summary.json").read_text(), parse_constant=pytest.fail)
     assert summary["test/static_margin_ci95"] is None and None in summary["test/kept_by_difficulty"]
