@@ -20,7 +20,7 @@ from policyskip.errors import UserError
 from policyskip.evaluation.decisions import Decisions
 from policyskip.evaluation.evaluate import evaluate
 from policyskip.evaluation.figures import block_figures
-from policyskip.evaluation.tables import show_block_table
+from policyskip.evaluation.tables import show_blocks
 from policyskip.parallel import processes
 from policyskip.policies.networks import KeepPolicy
 from policyskip.runs.folder import Run
@@ -93,7 +93,7 @@ class BlockTask:
 
     def show(self, summary: dict[str, Any]) -> None:
         """Print the table."""
-        show_block_table(summary)
+        show_blocks(summary)
 
 
 def again(setup: Setup, run: Run, split: str) -> dict[str, Any]:

@@ -22,7 +22,7 @@ from policyskip.evaluation import decisions, exit_plots
 from policyskip.evaluation.decisions import Decisions, collapse_warnings
 from policyskip.evaluation.evaluate import exit_decisions
 from policyskip.evaluation.figures import exit_figures
-from policyskip.evaluation.tables import show_exit_table
+from policyskip.evaluation.tables import show_exits
 from policyskip.exits.cache import CachedExits, cache_exits
 from policyskip.exits.references import static_pairs
 from policyskip.exits.rules import decisions_at, first_exit
@@ -106,7 +106,7 @@ class LeavingTask:
 
     def show(self, summary: dict[str, Any]) -> None:
         """Print the table."""
-        show_exit_table(summary)
+        show_exits(summary)
 
 
 @torch.no_grad()

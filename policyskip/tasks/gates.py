@@ -20,7 +20,7 @@ from policyskip.errors import UserError
 from policyskip.evaluation.decisions import Decisions
 from policyskip.evaluation.evaluate import evaluate_gates
 from policyskip.evaluation.figures import block_figures
-from policyskip.evaluation.tables import show_block_table
+from policyskip.evaluation.tables import show_blocks
 from policyskip.runs.folder import Run
 from policyskip.runs.tracking import Tracker
 from policyskip.static_front import Keep
@@ -82,7 +82,7 @@ class LayerTask:
 
     def show(self, summary: dict[str, Any]) -> None:
         """Print the table."""
-        show_block_table(summary)
+        show_blocks(summary)
         before = 100 * summary["test/before_accuracy"]
         print(f"Before training, all its blocks kept, the network was right on {before:.2f} %.")
 

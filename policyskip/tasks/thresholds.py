@@ -29,7 +29,7 @@ from policyskip.evaluation import decisions, exit_plots
 from policyskip.evaluation.decisions import Decisions, collapse_warnings
 from policyskip.evaluation.evaluate import exit_decisions
 from policyskip.evaluation.figures import exit_figures
-from policyskip.evaluation.tables import console, show_exit_table
+from policyskip.evaluation.tables import console, show_exits
 from policyskip.exits.cache import CachedExits, cache_exits
 from policyskip.exits.calibration import Curve, Point, UnmetError, check_target, choose, curve_of
 from policyskip.exits.placement import probe_blocks, propose_exits
@@ -319,7 +319,7 @@ def show_curve(setup: Setup, run: Run, rows: int = 16) -> None:
 
 def show_table(summary: dict[str, Any]) -> None:
     """Print the figures of a run, and what came of its target."""
-    show_exit_table(summary)
+    show_exits(summary)
     out = console()
     lost = 100 * (summary["test/full_accuracy"] - summary["test/accuracy"])
     if "target/macs_fraction" in summary:
