@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from policyskip.agents.schedules import one_cycle
 from policyskip.backbones import sparse
 from policyskip.backbones.execution import run_block_together
 from policyskip.backbones.resnet import CifarResNet
@@ -19,7 +20,6 @@ from policyskip.errors import UserError
 from policyskip.finite import check_finite, check_gradients
 from policyskip.parallel import processes
 from policyskip.parallel.data_parallel import Divisible
-from policyskip.schedules import one_cycle
 
 
 class Pretrainer(Divisible):
