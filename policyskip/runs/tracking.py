@@ -16,7 +16,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from policyskip.errors import UserError
+from policyskip.errors import UserError, first_line
 from policyskip.parallel import processes
 from policyskip.runs.folder import Run
 
@@ -136,7 +136,7 @@ class Tracker:
         try:
             self.wandb_run = wandb.init(mode=mode, **options)  # type: ignore[arg-type]
         except wandb.errors.Error as error:
-            print(f"W&B cannot be reached ({str(error).splitlines()[0]}); this run is written offline", flush=True)
+            print(f"W&B cannot be reached ({first_line(error)}); this run is written offline", flush=True)
             self.wandb_run = wandb.init(mode="offline", **options)
         self.wandb_run.define_metric("step")
         for prefix in ("train", "val"):
