@@ -14,7 +14,7 @@ import policyskip
 from policyskip.backbones import sparse
 from policyskip.backbones.execution import run_block, run_most
 from policyskip.backbones.resnet_exits import ResNetExits
-from policyskip.deployment.predictors import Predictor
+from policyskip.deployment.predictors import ExitPredictor, Predictor
 from policyskip.deployment.profiling import _counts, _ways, break_even, device_name, profile, side_by_side
 from policyskip.errors import UserError
 from policyskip.evaluation import speed
@@ -305,9 +305,14 @@ def test_calls_take_turns_after_one_round_to_warm_up():
 def test_what_a_run_s_blocks_should_take_by_hand():
     times = {"always_ms": 1.0, "kept_ms": [2.0, 4.0, 3.0], "dropped_ms": [0.0, 1.0, 0.0]}
     keep_BK = torch.tensor([[1, 0, 1], [1, 1, 1]], dtype=torch.bool)
-    assert speed._expected(times, SimpleNamespace(keep_BK=keep_BK)) == pytest.approx((7 + 10) / 2 / 10)
-    exits = SimpleNamespace(exit_B=torch.tensor([0, 2]))
-    assert speed._expected({**times, "dropped_ms": [0.0] * 3}, exits) == pytest.approx((3 + 10) / 2 / 10)
+    assert speed._expected_ratio(times, keep_BK) == pytest.approx((7 + 10) / 2 / 10)
+    predictor, exits = (
+        SimpleNamespace(network=SimpleNamespace(num_exits=3)),
+        SimpleNamespace(exit_B=torch.tensor([0, 2])),
+    )
+    ran_BK = ExitPredictor.ran(predictor, exits)
+    assert ran_BK.tolist() == [[True, False, False], [True, True, True]]
+    assert speed._expected_ratio({**times, "dropped_ms": [0.0] * 3}, ran_BK) == pytest.approx((3 + 10) / 2 / 10)
 
 
 @pytest.mark.parametrize("change", [{"hash": "another"}, {"device": "another"}, {"threads": 99}])
