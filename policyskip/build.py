@@ -24,7 +24,7 @@ from policyskip.agents.base import Agent
 from policyskip.backbones import Backbone, ExitNetwork, Network
 from policyskip.backbones.architectures import record_architecture
 from policyskip.backbones.checkpoints import check_data, seeded
-from policyskip.config import _first_problem, group_of
+from policyskip.config import first_problem, group_of
 from policyskip.data import Data, Images, Order
 from policyskip.errors import UserError
 from policyskip.parallel import processes
@@ -138,7 +138,7 @@ def _converted(key: str, value: Any, hint: Any) -> Any:
     try:
         return TypeAdapter(hint, config=ConfigDict(strict=True)).validate_python(number)
     except ValidationError as error:
-        raise UserError(_first_problem(key, error)) from error
+        raise UserError(first_problem(key, error)) from error
     except Exception:
         return value
 
@@ -227,10 +227,16 @@ class Setup:
         return agent
 
 
-def set_up(config: dict[str, Any], device: torch.device, trusted: bool = True) -> Setup:
-    """Build the data, the backbone and the reward of a ``train`` configuration, the cheapest to check first."""
-    reward = build("reward", config["reward"], trusted) if config.get("reward") else None
-    data, batch_size = build_data(group_of(config, "data"), device, trusted)
+def set_up(
+    config: dict[str, Any], device: torch.device, trusted: bool = True, built: tuple[Data, int] | None = None
+) -> Setup:
+    """Build what a ``train`` configuration names; what is cheap to check comes first.
+
+    Args:
+        built: data and batch size, as :func:`build_data` returns them, if they have been built already.
+    """
+    reward = build("reward", group_of(config, "reward"), trusted) if config.get("reward") else None
+    data, batch_size = built or build_data(group_of(config, "data"), device, trusted)
     backbone = build_backbone(group_of(config, "backbone"), data, device, trusted, seed=config.get("seed", 0))
     return Setup(config, device, data, backbone, reward, batch_size, trusted)
 

@@ -19,7 +19,7 @@ from importlib.metadata import EntryPoint, distributions
 from pathlib import Path
 from typing import Any, get_type_hints
 
-from policyskip.errors import UserError
+from policyskip.errors import UserError, remember_users_class
 
 GROUPS = {
     "data": "policyskip.data",
@@ -93,6 +93,15 @@ def resolve(group: str, target: str, trusted: bool | None = None) -> Callable[..
 def find(group: str, target: str, trusted: bool | None = None) -> Any:
     """Import the object of a group that ``target`` names, of whatever kind; otherwise as :func:`resolve`."""
     source = _source.get() if trusted is None else _Source(trusted, stored=True)
+    found = _found(group, target, source)
+    module = getattr(found, "__module__", None)
+    if not is_own(module):
+        remember_users_class(str(module), f"{group}: {target}")
+    return found
+
+
+def _found(group: str, target: str, source: _Source) -> Any:
+    """Import the object that ``target`` names, from a source of names."""
     own = is_own(target.rpartition(".")[0], group)
     if own or ("." in target and source.trusted):
         with _naming_import(group, target, source):

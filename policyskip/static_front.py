@@ -21,10 +21,10 @@ from torch import Tensor
 from policyskip.backbones import Backbone, Costs
 from policyskip.backbones.checkpoints import WEIGHTS
 from policyskip.backbones.folding import folded
-from policyskip.data import Batch, Images, spread_index
+from policyskip.data import Batch, Images, batch_at, spread_indices
 from policyskip.data.base import IN_MEMORY_BYTES
 from policyskip.errors import UserError
-from policyskip.files import refusing, write
+from policyskip.files import reporting_write_errors, write
 from policyskip.fronts import concave_hull
 from policyskip.memory import release_freed_memory
 
@@ -66,9 +66,9 @@ class SetScorer:
     ) -> None:
         self.backbone = folded(backbone)
         self.on_progress = on_progress or (lambda spent: None)
-        index_N = spread_index(len(images), limit or len(images))
+        index_N = spread_indices(limit or len(images), len(images))
         self.count = len(index_N)
-        height, width = next(images.stream([(index_N[:1], 0)])).images.shape[2:]
+        height, width = batch_at(images, index_N[:1]).images.shape[2:]
         batch_size = max(1, min(batch_size, 2**22 // (height * width)))
         self._images, self._batch_indices = images, index_N.split(batch_size)
         fits_in_memory = self.count * 3 * height * width <= IN_MEMORY_BYTES
@@ -156,7 +156,7 @@ class StaticFront:
         Raises:
             UserError: the file cannot be written.
         """
-        with refusing(path):
+        with reporting_write_errors(path):
             path.parent.mkdir(parents=True, exist_ok=True)
         content = asdict(self) | {"sets": [keep_text(keep) for keep in self.sets]}
         write(path, (json.dumps(content, indent=1) + "\n").encode())

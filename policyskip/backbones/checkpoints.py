@@ -21,7 +21,7 @@ from policyskip.backbones.architectures import build_again, is_users_own
 from policyskip.backbones.base import Backbone, Network
 from policyskip.backbones.resnet import CifarResNet, Shortcut, TorchvisionResNet
 from policyskip.backbones.translation import State, from_cifar_names, from_torchvision_names
-from policyskip.errors import UserError
+from policyskip.errors import UserError, first_line
 from policyskip.files import damaged, write
 from policyskip.sealed import largest_number, read_metadata, sealed, unsealed
 
@@ -275,8 +275,7 @@ def read_tensors(path: Path) -> State:
         else:
             content = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # damaged files raise whatever the reader stumbles over
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
-        raise UserError(f"cannot read {path} as weights (files are never executed): {reason}") from error
+        raise UserError(f"cannot read {path} as weights (files are never executed): {first_line(error)}") from error
     for key in ("state_dict", "resnet", "net", "model"):
         if isinstance(content, dict) and isinstance(content.get(key), dict):
             content = content[key]

@@ -26,7 +26,7 @@ from policyskip.comparison.page import Section, page
 from policyskip.comparison.series import styles
 from policyskip.errors import UserError
 from policyskip.evaluation.decisions import Decisions
-from policyskip.files import refusing
+from policyskip.files import reporting_write_errors
 from policyskip.runs.folder import Run
 
 MARKER_FILE = "comparison.json"
@@ -85,13 +85,13 @@ def compare(
     if not all(patterns):
         raise UserError("runs= names no folder; say runs=. for all runs below this one")
     check_output(output, overwrite)
-    with refusing(output):
+    with reporting_write_errors(output):
         output.parent.mkdir(parents=True, exist_ok=True)
         temporary = Path(tempfile.mkdtemp(prefix=f".{output.name}-", dir=output.parent))
     try:
         collected = collect(patterns, decide_again)
         sections = [_section(group, load_images) for group in groups_of(collected.results)]
-        with refusing(output):
+        with reporting_write_errors(output):
             pictures = _write(temporary, sections, collected, command)
             temporary.chmod(0o755)
             _replace(output, temporary)

@@ -11,11 +11,11 @@ from numpy.typing import NDArray
 from policyskip.build import Setup, build_data
 from policyskip.comparison.collect import Result
 from policyskip.config import group_of
-from policyskip.data import Images
+from policyskip.data import Images, batch_at
 from policyskip.errors import UserError
 from policyskip.evaluation.decisions import Decisions
 from policyskip.runs.folder import Run
-from policyskip.tasks import dispatch as tasks
+from policyskip.tasks import dispatch
 
 
 def decide_again(setup: Setup, run: Run) -> Decisions:
@@ -29,10 +29,7 @@ def decide_again(setup: Setup, run: Run) -> Decisions:
         UserError: the folder is damaged.
     """
     print(f"deciding again: {run.folder}", flush=True)
-    try:
-        return tasks.decide_again(setup, run)
-    except (KeyError, TypeError, AttributeError) as error:
-        raise UserError(f"{run.folder} is damaged or not that of a train run: {error!r}") from error
+    return dispatch.judge(setup, run, "test").decisions
 
 
 class ExampleImages:
@@ -62,7 +59,7 @@ class ExampleImages:
             raise UserError(f"the {result.summary['data']} images that are here now are not those that the runs saw")
         images: dict[int, NDArray[np.uint8]] = {}
         for index_B in torch.tensor(list(indices)).split(64):
-            image_BHWC = next(iter(test.stream([(index_B, 0)]))).images.permute(0, 2, 3, 1).cpu().numpy()
+            image_BHWC = batch_at(test, index_B).images.permute(0, 2, 3, 1).cpu().numpy()
             images.update(zip(index_B.tolist(), image_BHWC, strict=True))
         return images
 

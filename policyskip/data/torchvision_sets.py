@@ -1,4 +1,4 @@
-"""torchvision's small sets, downloaded by it."""
+"""The small data sets that torchvision downloads."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from policyskip.data.base import Data, crop_and_flip, in_memory
-from policyskip.errors import UserError
+from policyskip.errors import UserError, first_line
 from policyskip.parallel import processes
 
 TORCHVISION = {"cifar10": "CIFAR10", "cifar100": "CIFAR100", "fashion_mnist": "FashionMNIST", "mnist": "MNIST"}
@@ -23,9 +23,12 @@ def torchvision_data(
     augment: bool = True,
     download: bool = True,
 ) -> Data:
-    """One of torchvision's small sets, downloaded by it into ``root`` when it is not there.
+    """Load one of torchvision's small sets, which torchvision downloads into ``root`` if it is not there.
 
-    ``validation`` is the share of the training images that is held out.
+    Args:
+        validation: share of the training images that is held out.
+        augment: whether training images are cropped at random and mirrored.
+        download: whether the set may be downloaded.
 
     Raises:
         UserError: unknown name, or the files are not there and cannot be downloaded.
@@ -39,9 +42,8 @@ def torchvision_data(
         with processes.one_a_machine_first():
             train, test = (make(root, train=is_train, download=download) for is_train in (True, False))
     except Exception as error:  # torchvision raises RuntimeError, URLError, OSError, …
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise UserError(
-            f"{name} is not in {Path(root).resolve()} and could not be downloaded ({reason}); "
+            f"{name} is not in {Path(root).resolve()} and could not be downloaded ({first_line(error)}); "
             f"put torchvision's files there, say data.root=FOLDER, or use data=digits"
         ) from error
     return in_memory(
@@ -55,7 +57,7 @@ def torchvision_data(
 
 
 def _as_images(pixels: Any) -> Tensor:
-    """(N, H, W) or (N, H, W, 3) pixels to uint8 (N, 3, H, W)."""
+    """Convert pixels (N, H, W) or (N, H, W, 3) to (N, 3, H, W)."""
     images = torch.as_tensor(pixels)
     if images.dim() == 3:
         return images.unsqueeze(1).expand(-1, 3, -1, -1).contiguous()

@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from policyskip.errors import UserError
-from policyskip.files import damaged, refusing, write
+from policyskip.files import damaged, reporting_write_errors, write
 from policyskip.sealed import sealed, unsealed
 
 try:
@@ -115,7 +115,7 @@ class Run:
         torch.save(state, buffer)
         metrics = self.folder / "metrics.jsonl"
         if metrics.exists():  # a checkpoint must not survive a power failure that its records do not
-            with refusing(metrics), metrics.open("ab") as file:
+            with reporting_write_errors(metrics), metrics.open("ab") as file:
                 os.fsync(file.fileno())
         write(self.folder / "checkpoint.pt", buffer.getvalue())
 
@@ -149,7 +149,7 @@ class Run:
 
     def append_metrics(self, record: dict[str, Any]) -> None:
         """Write one more line to ``metrics.jsonl``."""
-        with refusing(self.folder / "metrics.jsonl"), (self.folder / "metrics.jsonl").open("a") as file:
+        with reporting_write_errors(self.folder / "metrics.jsonl"), (self.folder / "metrics.jsonl").open("a") as file:
             file.write(json.dumps(_without_nonfinite(record), allow_nan=False) + "\n")
 
     def metrics(self) -> list[dict[str, Any]]:
@@ -217,7 +217,7 @@ def create(folder: str, command: str, config: str) -> Run:
     if not path.name:
         raise UserError(f"run.dir={folder} is no folder of its own; name one that is to be made")
     number = 1
-    with refusing(path):
+    with reporting_write_errors(path):
         while True:
             run = Run(path)
             try:
