@@ -285,6 +285,16 @@ def read_tensors(path: Path) -> State:
     return tensors
 
 
+def load_checkpoint(network: Network, checkpoint: str) -> None:
+    """Load the weights of a file into a network of the user's own; with "random", the network keeps those it has.
+
+    Raises:
+        UserError: there is no such file, or its tensors are not the network's.
+    """
+    if checkpoint != RANDOM:
+        load_into(network, read_tensors(find(checkpoint)), checkpoint)
+
+
 def load_into(network: Network, state: State, source: str) -> None:
     """Load a file's tensors into a network, all or none. The normalisation, and counters that old files lack, stay.
 
