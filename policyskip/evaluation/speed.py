@@ -66,7 +66,7 @@ def of_run(setup: Setup, run: Run, batch_sizes: Sequence[int], repeats: int, cou
     _check_output(path)
     run.lock()
     validation = setup.data.validation.plain()
-    index_N = spread_indices(len(validation), count)
+    index_N = spread_indices(count, len(validation))
     if len(index_N) < max(batch_sizes):
         hint = "say images= with more, or batch_sizes= with less"
         raise UserError(f"batches of {max(batch_sizes)} cannot be measured on {len(index_N)} images; {hint}")
