@@ -219,6 +219,6 @@ def some_process_runs(block: Block, rows: Tensor) -> bool:
 def run_block_together(block: Block, x: Tensor, rows: Tensor) -> Tensor:
     """Compute the same as :func:`run_block`, for a network that several processes may train together.
 
-    If no image of this process keeps the block, it runs on a batch of no images where :func:`some_process_runs` says so.
+    Without an image that keeps the block here, it runs on a batch of no images where :func:`some_process_runs` says so.
     """
     return run_block(block, x, rows, even_if_empty=some_process_runs(block, rows))

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from policyskip.backbones import Backbone, ExitNetwork, Network
 from policyskip.build import Setup
-from policyskip.data import spread_index
+from policyskip.data import spread_indices
 from policyskip.deployment import profiling
 from policyskip.deployment.loading import load
 from policyskip.deployment.policy_files import read_policy
@@ -66,7 +66,7 @@ def of_run(setup: Setup, run: Run, batch_sizes: Sequence[int], repeats: int, cou
     _check_output(path)
     run.lock()
     validation = setup.data.validation.plain()
-    index_N = spread_index(len(validation), count)
+    index_N = spread_indices(count, len(validation))
     if len(index_N) < max(batch_sizes):
         hint = "say images= with more, or batch_sizes= with less"
         raise UserError(f"batches of {max(batch_sizes)} cannot be measured on {len(index_N)} images; {hint}")
