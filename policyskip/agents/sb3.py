@@ -213,6 +213,12 @@ class SB3Agent(Agent):
     def _learn(self) -> None:
         self.model.learn(self.steps_collected, log_interval=None, reset_num_timesteps=False)
 
+    @property
+    def optimizer(self) -> torch.optim.Optimizer:
+        """The optimizer of SB3's policy."""
+        optimizer: torch.optim.Optimizer = self.model.policy.optimizer
+        return optimizer
+
     def state_dict(self) -> dict[str, Any]:
         return {
             "policy": self.model.policy.state_dict(),
@@ -228,7 +234,9 @@ class SB3Agent(Agent):
         self.model.policy.load_state_dict(state["policy"])
         self.model.policy.optimizer.load_state_dict(state["optimizer"])
         self.randomness.state = state["randomness"]
-        self.step, self._means = state["step"], state["means"]
+        with self.randomness.own():  # so that a state that the generators do not take is refused now
+            pass
+        self.step, self._means = state["step"], {str(key): float(value) for key, value in state["means"].items()}
         self.model.num_timesteps, self.model._n_updates = state["timesteps"], state["updates"]
 
 

@@ -86,7 +86,7 @@ def _check_optimizer(optimizer: Optimizer) -> None:
 
     Raises:
         Exception: of any type, as the optimizer stumbles over its state; an optimizer that takes no such step without
-            a state either is let pass.
+            a state and with its default settings either is let pass.
     """
     trial = copy.deepcopy(optimizer)
     for group in trial.param_groups:
@@ -96,6 +96,8 @@ def _check_optimizer(optimizer: Optimizer) -> None:
         trial.step()
     except Exception:
         trial.state.clear()
+        for group in trial.param_groups:
+            group.update(trial.defaults)
         if _takes_a_step(trial):
             raise
 
