@@ -68,8 +68,8 @@ def _restore_learner(learner: Any, state: dict[str, Any]) -> None:
     Raises:
         ValueError: the learner could not go on from it. Other exceptions: those of ``load_state_dict``.
     """
-    if (place := find_nonfinite(state)) is not None:
-        raise ValueError(f"{place} holds numbers that are not finite")
+    if (name := find_nonfinite(state)) is not None:
+        raise ValueError(f"{name} holds numbers that are not finite")
     for key, value in learner.state_dict().items():
         if type(value) in (int, float) and isinstance(state.get(key), str | bool | dict | list | tuple | None):
             raise ValueError(f"{key} is {state.get(key)!r:.80}, not a number")

@@ -60,7 +60,7 @@ class ThresholdTask(FamilyTask):
             raise UserError(
                 f"{network.name} has no exits; say backbone=resnet32_exits, or agent=blockdrop to skip blocks"
             )
-        self.target = settings.target.given or {"accuracy_drop": ACCURACY_DROP}
+        self.target = settings.target.chosen or {"accuracy_drop": ACCURACY_DROP}
         check_target(**settings.target.model_copy(update=self.target).model_dump())
         _check_unused(setup)
         self.setup, self.network, self.trained_network = setup, network, network
