@@ -11,15 +11,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from policyskip.agents.schedules import one_cycle
 from policyskip.backbones import sparse
 from policyskip.backbones.execution import run_block_together
 from policyskip.backbones.resnet import CifarResNet
-from policyskip.data import Feed, Images, sequential
+from policyskip.data import Feed, Images, sequential, spread_indices
 from policyskip.errors import UserError
 from policyskip.finite import check_finite, check_gradients
 from policyskip.parallel import processes
 from policyskip.parallel.data_parallel import Divisible
-from policyskip.schedules import one_cycle
 
 
 class Pretrainer(Divisible):
@@ -152,8 +152,8 @@ def pixel_statistics(images: Images, count: int = 5000) -> tuple[list[float], li
 
     They are taken over ``count`` images spread evenly over the set, or over all images if it has fewer.
     """
-    index_N = torch.linspace(0, len(images) - 1, min(count, len(images))).round().long()
-    pixels = [batch.images.float().div(255) for batch in images.stream((part, 0) for part in index_N.split(500))]
+    parts = spread_indices(count, len(images)).split(500)
+    pixels = [batch.images.float().div(255) for batch in images.stream((part, 0) for part in parts)]
     stacked = torch.cat(pixels).double()
     std, mean = torch.std_mean(stacked, dim=(0, 2, 3), correction=0)
     return [round(float(m), 4) for m in mean], [round(float(s), 4) for s in std]

@@ -21,7 +21,7 @@ from torch import Tensor
 from policyskip.backbones import Backbone, Costs
 from policyskip.backbones.checkpoints import WEIGHTS
 from policyskip.backbones.folding import folded
-from policyskip.data import Batch, Images, spread_index
+from policyskip.data import Batch, Images, batch_at, spread_indices
 from policyskip.data.base import IN_MEMORY_BYTES
 from policyskip.errors import UserError
 from policyskip.files import reporting_write_errors, write
@@ -66,9 +66,9 @@ class SetScorer:
     ) -> None:
         self.backbone = folded(backbone)
         self.on_progress = on_progress or (lambda spent: None)
-        index_N = spread_index(len(images), limit or len(images))
+        index_N = spread_indices(limit or len(images), len(images))
         self.count = len(index_N)
-        height, width = next(images.stream([(index_N[:1], 0)])).images.shape[2:]
+        height, width = batch_at(images, index_N[:1]).images.shape[2:]
         batch_size = max(1, min(batch_size, 2**22 // (height * width)))
         self._images, self._batch_indices = images, index_N.split(batch_size)
         fits_in_memory = self.count * 3 * height * width <= IN_MEMORY_BYTES

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from policyskip.backbones import count_costs, sparse
+from policyskip.backbones.base import evaluation_mode
 from policyskip.backbones.costs import count_macs
 from policyskip.backbones.resnet import CifarResNet, TorchvisionResNet
 from policyskip.policies.networks import PolicyNetwork
@@ -43,6 +44,15 @@ def test_blocks_sum_to_a_whole_forward(shortcut):
     assert costs.full == count_macs(backbone, image)
     keep_BK = torch.tensor([[True, False, True, True, False, False]])
     assert costs.of(keep_BK).tolist() == [count_macs(lambda x: sparse(backbone, x, keep_BK), image)]
+
+
+@pytest.mark.parametrize("mode", [True, False])
+def test_a_network_returns_to_its_mode_also_after_an_error(mode):
+    backbone = small_backbone().train(mode)
+    with pytest.raises(ZeroDivisionError), evaluation_mode(backbone):
+        assert not any(module.training for module in backbone.modules())
+        raise ZeroDivisionError
+    assert all(module.training is mode for module in backbone.modules())
 
 
 def test_counting_leaves_the_network_alone():

@@ -17,6 +17,7 @@ from policyskip.data import (
     Feed,
     FileImages,
     TensorImages,
+    batch_at,
     crop_and_flip,
     digits,
     hold_out,
@@ -24,6 +25,7 @@ from policyskip.data import (
     load_data,
     read_image,
     sequential,
+    spread_indices,
     torchvision_data,
 )
 from policyskip.data import cluttered as digits_module
@@ -168,6 +170,20 @@ def test_seek_shows_the_same_batch_again_augmentation_included():
     assert torch.equal(feed.advance().images, shown[4].images)
     feed.seek(0, seed=6)
     assert not torch.equal(feed.batch.index_B, shown[0].index_B)
+
+
+def test_images_are_read_by_index():
+    images, index_B = numbered(7), torch.tensor([5, 0, 5])
+    batch = batch_at(images, index_B)
+    assert batch.label_B.tolist() == batch.index_B.tolist() == [5, 0, 5]
+    assert torch.equal(batch.images, images.images[index_B])
+
+
+def test_indices_are_spread_over_the_whole_set():
+    assert spread_indices(3, 11).tolist() == [0, 5, 10]
+    assert spread_indices(4, 11).tolist() == [0, 3, 7, 10]
+    assert spread_indices(5, 3).tolist() == [0, 1, 2]
+    assert spread_indices(1, 9).tolist() == [0] and spread_indices(1, 9).dtype == torch.int64
 
 
 def test_a_feed_refuses_what_it_cannot_do():

@@ -17,7 +17,7 @@ from policyskip.backbones import ExitNetwork, MSDNet, ResNetExits
 from policyskip.backbones.exits import State
 from policyskip.data import crop_and_flip
 from policyskip.envs.early_exit import EarlyExitEnv, EarlyExitVectorEnv
-from policyskip.envs.exit_sources import observe, read
+from policyskip.envs.exit_sources import observe, split_observation
 from policyskip.errors import UserError
 from policyskip.exits.cache import CachedExits, cache_exits
 from policyskip.rewards import Linear, Macs, Utilization
@@ -95,7 +95,7 @@ def test_an_observation_is_what_the_exit_says():
     ]
     observation = observe(logits, torch.tensor([1, 0]), 2)
     torch.testing.assert_close(observation, torch.tensor(expected))
-    seen = read(observation, 3)
+    seen = split_observation(observation, 3)
     torch.testing.assert_close(seen.probability_BC, logits.exp())
     torch.testing.assert_close(seen.entropy_B, torch.tensor([1.5 * math.log(2), math.log(3)]))
     assert seen.top_B[0] == 0.5 and seen.margin_B[0] == 0.25 and seen.exit_B.tolist() == [1, 0]
@@ -124,7 +124,7 @@ def test_an_image_leaves_in_its_own_time_and_the_next_takes_its_place(cached):
     assert over.tolist() == [True, False, False] and reward[1:].tolist() == [0, 0] and reward[0] != 0
     assert torch.equal(info["final_obs"], first) and torch.equal(info["_final_obs"], over)
     assert env.index_B.tolist() == [3, 1, 2] and env.exit_B.tolist() == [0, 1, 1]
-    assert read(second, C).exit_B.tolist() == [0, 1, 1]
+    assert split_observation(second, C).exit_B.tolist() == [0, 1, 1]
     _, _, over, _, info = env.step(torch.tensor([0, 0, 1]))
     assert over.tolist() == [False, False, True] and info["final_info"]["exit"][2] == 1
     assert env.index_B.tolist() == [3, 1, 4] and env.exit_B.tolist() == [1, 2, 0]
@@ -216,7 +216,7 @@ def test_a_sequential_order_drains():
     observation, reward, over, *_ = env.step(torch.tensor([1, 1, 0]))  # two leave, one image is left to begin
     assert len(reward) == len(over) == 3 and over.tolist() == [True, True, False]
     assert env.index_B.tolist() == [4, 2] and env.exit_B.tolist() == [0, 2]
-    assert len(observation) == 2 and read(observation, C).exit_B.tolist() == [0, 2]
+    assert len(observation) == 2 and split_observation(observation, C).exit_B.tolist() == [0, 2]
     observation, *_ = env.step(torch.tensor([0, 0]))
     assert env.index_B.tolist() == [4] and env.exit_B.tolist() == [1]
     observation, *_ = env.step(torch.tensor([1]))

@@ -148,6 +148,18 @@ def test_the_single_view_agrees_with_the_vector_environment():
         observation, _ = view.reset()
 
 
+def test_the_single_view_keeps_an_image_until_it_is_reset():
+    view = single()
+    observation, _ = view.reset(seed=5)
+    all_blocks, no_blocks = np.ones(6, np.int8), np.zeros(6, np.int8)
+    shown = [view.step(action)[0] for action in (all_blocks, no_blocks)]
+    assert all(np.array_equal(observation, again) for again in shown)
+    assert view.step(all_blocks)[4] == view.step(all_blocks)[4]
+    assert not np.array_equal(view.reset()[0], observation)
+    types = {key: type(value) for key, value in view.step(all_blocks)[4].items()}
+    assert types == {"correct": bool, "macs": float, "kept": int}
+
+
 def test_the_label_is_not_in_the_observation():
     """Same images with other labels: observations stay, rewards change."""
     images = small_images()

@@ -1,4 +1,4 @@
-"""Run folders that stay whole and stand on their own, and what is said when something goes wrong."""
+"""Run folders that stay whole and need no other file, and what is printed when something goes wrong."""
 
 from __future__ import annotations
 
@@ -60,7 +60,7 @@ def test_a_collapsed_policy_is_a_warning_in_the_summary_on_screen_and_in_wandb(t
         "front.learner_steps=0",
     ]
     arguments += ["backbone=resnet20", "backbone.checkpoint=random", "tracking.mode=offline", "run.dir=x"]
-    result = typed("train", *arguments, cwd=tmp_path)
+    result = typed("train", *arguments, cwd=tmp_path, drawn=True)
     assert result.returncode == 0, result.stderr
     (warning,) = json.loads((tmp_path / "x/summary.json").read_text())["warnings"]
     assert warning.startswith("the policy has collapsed") and "warning: the policy has collapsed" in result.stdout
@@ -73,14 +73,14 @@ def test_a_collapsed_policy_is_a_warning_in_the_summary_on_screen_and_in_wandb(t
 def test_one_test_image_has_no_interval(tmp_path):
     arguments = [*SMALL, "data.test=1", "backbone=resnet20", "backbone.checkpoint=random", "tracking=none", "run.dir=x"]
     arguments += ["front.budget=1e4", "front.images=20", "front.learner_steps=0", "agent.width=4"]
-    result = typed("train", *arguments, cwd=tmp_path)
+    result = typed("train", *arguments, cwd=tmp_path, drawn=True)
     assert result.returncode == 0 and "± – points" in result.stdout, result.stderr
     summary = json.loads((tmp_path / "x/summary.json").read_text(), parse_constant=pytest.fail)
     assert summary["test/static_margin_ci95"] is None and None in summary["test/kept_by_difficulty"]
     assert "Every figure is that" in typed("evaluate", "run=x", "device=cpu", cwd=tmp_path).stdout
 
 
-# A run folder stands on its own
+# A run folder needs no other file
 
 
 @pytest.fixture(scope="module")
@@ -215,8 +215,8 @@ def test_an_interruption_that_waits_for_nothing_claims_nothing(saved, tmp_path, 
     monkeypatch.setattr(BlockDrop, "update", interrupted)
     result = typed("train", "+experiment=debug", "device=cpu", "run.dir=x", cwd=tmp_path)
     assert result.returncode == 130 and result.stderr == ""
-    said = "Stopped at once; what came after update 3 is not kept" if saved else "before anything was saved"
-    assert said in result.stdout and "policyskip train run.resume=x" in result.stdout
+    printed = "Stopped at once; what came after update 3 is not kept" if saved else "before anything was saved"
+    assert printed in result.stdout and "policyskip train run.resume=x" in result.stdout
     assert "Stopped and saved" not in result.stdout
     if not saved:
         monkeypatch.setattr(BlockDrop, "update", update)

@@ -153,7 +153,7 @@ def test_attributes_and_methods_are_those_of_the_environment():
 def test_a_set_on_the_device_is_not_copied():
     images = small_images()
     adapter = SB3VecEnv(make("block_selection", images=images))
-    assert adapter.observation_space.numbered.images is images.images
+    assert adapter.observation_space.image_index.images is images.images
     shown = adapter.reset()
     assert shown.shape == (B, 1) and shown.dtype == np.int64
     assert np.array_equal(shown[:, 0], adapter.env.feed.batch.index_B)
@@ -188,7 +188,7 @@ def test_numbers_start_anew_where_float32_ends():
 
     shown = RecentImages(batch(0), remember=6)
     assert shown.capacity == 8
-    shown.shown = EXACT - 4
+    shown.count = EXACT - 4
     numbers = [shown.number(batch(value)) for value in (1, 2)]
     assert torch.cat(numbers).tolist() == [EXACT - 4, EXACT - 3, EXACT - 2, EXACT - 1, 0, 1]
     assert all(number.float().long().tolist() == number.tolist() for number in numbers)
@@ -277,7 +277,7 @@ def test_a_saved_model_holds_no_images_and_is_loaded_with_those_of_an_environmen
     adapter = SB3VecEnv(make("block_selection"))
     model = PPO("MlpPolicy", adapter, n_steps=8, policy_kwargs=LOOK_UP, seed=0, device="cpu")
     space = pickle.loads(pickle.dumps(adapter.observation_space))
-    assert isinstance(space, ImageNumbers) and space.numbered is None and space == adapter.observation_space
+    assert isinstance(space, ImageNumbers) and space.image_index is None and space == adapter.observation_space
     with pytest.raises(UserError, match="the images of a saved observation space are not saved with it"):
         space.find(torch.zeros(1, 1))
     assert len(pickle.dumps(adapter.observation_space)) < 20_000 < small_images(100, size=64).images.nbytes

@@ -1,4 +1,4 @@
-"""Intervals, fronts and agreement against numbers worked out by hand, and the bootstrap against what it promises."""
+"""Intervals, fronts and agreement against numbers worked out by hand, and how often a bootstrap interval is right."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What Weights & Biases gets, read back from its offline file, and what happens without a network."""
+"""What Weights & Biases receives, read back from its offline file, and what happens without a network."""
 
 from __future__ import annotations
 
@@ -59,9 +59,9 @@ def test_the_offline_file_holds_everything_of_a_run(tmp_path):
     assert any(item.get("step") == 20 and item.get("val/accuracy") == 0.75 for item in history)
     metrics = of(records, "metric")
     assert {(m.get("glob_name"), m.get("step_metric")) for m in metrics} >= {("train/*", "step"), ("val/*", "step")}
-    told = {key: value for record in of(records, "summary") for key, value in record["update"].items()}
-    assert told["test/accuracy"] == 0.5 and not any(key.startswith("test/exit_share") for key in told)
-    assert any(key.startswith("plots/gallery") for key in told) and any(key.startswith("examples") for key in told)
+    logged = {key: value for record in of(records, "summary") for key, value in record["update"].items()}
+    assert logged["test/accuracy"] == 0.5 and not any(key.startswith("test/exit_share") for key in logged)
+    assert any(key.startswith("plots/gallery") for key in logged) and any(key.startswith("examples") for key in logged)
     artifacts = of(records, "artifact")
     assert ("policy", "blockdrop-digits") in {(artifact["type"], artifact["name"]) for artifact in artifacts}
     assert len(artifacts) == 2  # the policy, and the table of examples
@@ -78,9 +78,9 @@ def test_a_comparison_is_a_run_of_its_own(tmp_path):
     records = read_back(tmp_path / "out")
     (run,) = of(records, "run")
     assert (run["display_name"], run["job_type"], run["tags"]) == ("out", "compare", ["comparison"])
-    told = {key for record in of(records, "summary") for key in record["update"]}
+    summary_keys = {key for record in of(records, "summary") for key in record["update"]}
     for name in ("comparison", "runs", "differences", "agreement", "plots/pareto_front", "plots/agreement"):
-        assert any(key.startswith(name) for key in told), name
+        assert any(key.startswith(name) for key in summary_keys), name
     assert ("comparison", "out") in {(artifact["type"], artifact["name"]) for artifact in of(records, "artifact")}
 
 

@@ -26,6 +26,7 @@ from policyskip.agents.baselines import (
     value_advantage,
     value_loss,
 )
+from policyskip.agents.schedules import one_cycle
 from policyskip.backbones.costs import count_macs
 from policyskip.envs.block_selection import BlockSelectionVectorEnv
 from policyskip.errors import UserError, check_choice
@@ -33,7 +34,6 @@ from policyskip.finite import check_finite, check_gradients
 from policyskip.parallel import processes
 from policyskip.parallel.data_parallel import Divisible
 from policyskip.policies.networks import KeepPolicy, check_policy, policy_network
-from policyskip.schedules import one_cycle
 
 VALUE_LR = 10
 """The value head's learning rate, as a multiple of the policy's: its weights start at zero, and have to follow the
@@ -167,7 +167,7 @@ class BlockDrop(Agent, Divisible):
             shape = env.observation.shape[1:]
             self.policy: KeepPolicy = policy_network(policy, K, shape, width, pool, initial_keep)
         if start is not None:
-            self.policy.depart_from(start)
+            self.policy.start_from(start)
         self.policy.to(env.device, memory_format=torch.channels_last)  # type: ignore[call-overload]
         self.alpha_range, self.beta, self.samples, self.total_steps = (alpha, alpha_end), beta, samples, total_steps
         self.steps_per_block = curriculum * total_steps / K
@@ -246,7 +246,7 @@ class BlockDrop(Agent, Divisible):
 
     def _forward(self, images: Tensor) -> tuple[Tensor, Tensor | None]:
         """Return the policy's logits, float (B, K), and the value head's, if there is one, expected rewards (B,)."""
-        features_BD, logits_BK = self.policy.look(images)
+        features_BD, logits_BK = self.policy.features_and_logits(images)
         return logits_BK, None if self.value_head is None else self.value_head(features_BD)
 
     def _sample(self, probability_BK: Tensor) -> Tensor:

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from policyskip.agents.base import Agent
 from policyskip.agents.early_exit import OptimizerName
+from policyskip.agents.schedules import SCHEDULES, ScheduleName
 from policyskip.backbones.base import Backbone
 from policyskip.backbones.checkpoints import seeded
 from policyskip.backbones.costs import count_costs
@@ -27,7 +28,6 @@ from policyskip.errors import UserError, check_choice
 from policyskip.finite import check_finite, check_gradients
 from policyskip.parallel import processes
 from policyskip.parallel.data_parallel import Divisible
-from policyskip.schedules import SCHEDULES, ScheduleName
 
 
 def skipnet_returns(ce_B: Tensor, keep_BG: Tensor, cost_G: Tensor, alpha: float) -> Tensor:

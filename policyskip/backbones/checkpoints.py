@@ -28,7 +28,7 @@ from policyskip.sealed import largest_number, read_metadata, sealed, unsealed
 WEIGHTS = Path(__file__).parent.parent / "weights"
 """Weights that ship with the package, each with the command and figures that made it beside it."""
 LARGEST_NUMBER = 10_000
-"""Of what an architecture may say in a file: blocks, channels, classes and the like."""
+"""The largest number that a file may say of one of the package's own networks: of blocks, channels, classes, …"""
 
 State = dict[str, Tensor]
 
@@ -214,7 +214,9 @@ def read_architecture(checkpoint: str) -> dict[str, Any] | None:
         architecture = read_metadata(path)
     except (SafetensorError, OSError, ValueError, TypeError, RecursionError) as error:
         raise UserError(f"cannot read {path} as weights: {error}") from error
-    if architecture is not None and (number := largest_number(architecture)) > LARGEST_NUMBER:
+    if architecture is None or is_users_own(architecture):
+        return architecture
+    if (number := largest_number(architecture)) > LARGEST_NUMBER:
         raise UserError(f"cannot read {path} as weights: no network has a {number} in its architecture")
     return architecture
 

@@ -168,7 +168,7 @@ def _read(run: Run, name: str, decide_again: Callable[[Run], Decisions] | None) 
         config: Any = OmegaConf.to_container(OmegaConf.load(run.folder / "config.yaml"), resolve=True)
         if not isinstance(config, dict):
             raise ValueError("it must hold keys and values")
-    except Exception as error:  # damaged files raise whatever the reader stumbles over
+    except Exception as error:  # readers raise exceptions of every type for damaged files
         raise UserError(f"{run.folder / 'config.yaml'} is damaged: {in_one_line(error)}") from error
     own_decisions = decisions.load_decisions(run)
     if own_decisions is None and decide_again is not None:

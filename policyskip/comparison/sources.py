@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from policyskip.build import Setup, build_data
 from policyskip.comparison.collect import Result
 from policyskip.config import group_of
-from policyskip.data import Images
+from policyskip.data import Images, batch_at
 from policyskip.errors import UserError
 from policyskip.evaluation.decisions import Decisions
 from policyskip.runs.folder import Run
@@ -59,7 +59,7 @@ class ExampleImages:
             raise UserError(f"the {result.summary['data']} images that are here now are not those that the runs saw")
         images: dict[int, NDArray[np.uint8]] = {}
         for index_B in torch.tensor(list(indices)).split(64):
-            image_BHWC = next(iter(test.stream([(index_B, 0)]))).images.permute(0, 2, 3, 1).cpu().numpy()
+            image_BHWC = batch_at(test, index_B).images.permute(0, 2, 3, 1).cpu().numpy()
             images.update(zip(index_B.tolist(), image_BHWC, strict=True))
         return images
 

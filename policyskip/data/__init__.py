@@ -1,4 +1,4 @@
-"""Images and labels: where they come from, how they are split, and how they come in batches."""
+"""Data sets: images and labels, their splits, and their batches."""
 
 from __future__ import annotations
 
@@ -14,10 +14,11 @@ from policyskip.data.base import (
     Images,
     Order,
     TensorImages,
+    batch_at,
     crop_and_flip,
     hold_out,
     sequential,
-    spread_index,
+    spread_indices,
 )
 from policyskip.data.cluttered import digits
 from policyskip.data.folders import FileImages, imagefolder, read_image
@@ -32,6 +33,7 @@ __all__ = [
     "Images",
     "Order",
     "TensorImages",
+    "batch_at",
     "crop_and_flip",
     "digits",
     "hold_out",
@@ -39,13 +41,17 @@ __all__ = [
     "load_data",
     "read_image",
     "sequential",
-    "spread_index",
+    "spread_indices",
     "torchvision_data",
 ]
 
 
 def load_data(name: str, device: torch.device, **options: Any) -> Data:
-    """A data set by name: digits, one of torchvision's small sets, or imagefolder."""
+    """Load a data set by name: digits, imagefolder, or one of torchvision's small sets.
+
+    Raises:
+        UserError: unknown name, bad options, or images that are missing or cannot be read.
+    """
     if name == "digits":
         return digits(device, **options)
     if name == "imagefolder":

@@ -1,8 +1,8 @@
 """Images and labels: uint8 on the device, seeded splits, augmentation in batches.
 
-Small sets live on the device as one tensor (``TensorImages``); large ones are read from files as
-they are needed (``FileImages``). Both give the same two things: a stream of batches and a length.
-Every batch follows from (seed, batch number) alone, so a run can go on anywhere in the stream.
+A small set is one tensor on the device (``TensorImages``); a large one is read from files as it is needed
+(``FileImages``). Both keep the contract of ``Images``. A batch depends on the seed and the batch number alone, so that
+a run can go on from any batch.
 
 Shapes: N images in a set, B images in a batch, H W pixels.
 """
@@ -21,18 +21,20 @@ from policyskip.errors import UserError
 from policyskip.parallel import processes
 
 SPLIT_SEED = 0
-"""Validation images are the same in every run, whatever its seed: weights and thresholds were chosen on them."""
+"""Decides which images are held out for validation. It is the same in every run, whatever the run's seed, because
+weights and thresholds were chosen on these images."""
 IN_MEMORY_BYTES = 2**30
-"""Image folders up to this size, decoded, are held in memory."""
+"""Image folders whose decoded images take at most this many bytes are held in memory."""
 
 
 Order = Literal["shuffled", "sequential"]
 WHOLE = slice(None)
+"""All rows of a batch."""
 
 
 @dataclass(frozen=True)
 class Batch:
-    """Images uint8 (B, 3, H, W), labels int64 (B,), and their places in the set, int64 (B,) on the CPU."""
+    """Images uint8 (B, 3, H, W), labels int64 (B,), and the images' indices in the set, int64 (B,) on the CPU."""
 
     images: Tensor
     label_B: Tensor
@@ -42,34 +44,58 @@ class Batch:
         return len(self.label_B)
 
     def empty(self) -> Batch:
-        """A batch like this one, with no images in it."""
+        """Make a batch with the shapes and devices of this one, and with no images in it."""
         return Batch(self.images[:0], self.label_B[:0], self.index_B[:0])
 
 
 class Images(Protocol):
-    """A set of labelled images that can be streamed."""
+    """A set of N labelled images that is read batch by batch.
+
+    Attributes:
+        difficulty: float32 (N,) on the CPU, from 0 (easy) to 1, or None where it is not known.
+        label_N: int64 (N,).
+    """
 
     difficulty: Tensor | None
     label_N: Tensor
 
     def __len__(self) -> int: ...
 
-    def stream(self, orders: Iterable[tuple[Tensor, int]], part: slice = WHOLE) -> Iterator[Batch]:
-        """A batch for each (index int64 (B,), augmentation seed), or that part of it."""
+    def stream(self, orders: Iterable[tuple[Tensor, int]], rows: slice = WHOLE) -> Iterator[Batch]:
+        """Yield a batch for each pair of indices, int64 (B,), and augmentation seed.
+
+        Args:
+            rows: the rows of each batch to yield; augmentation is drawn for the whole batch all the same.
+        """
         ...
 
     def plain(self) -> Images:
-        """The same set without augmentation."""
+        """Return the same set without augmentation."""
         ...
 
     def fingerprint(self) -> str:
-        """Hash of what is in the set."""
+        """Return a hash of the set's content, as text."""
         ...
+
+
+def batch_at(images: Images, index_B: Tensor) -> Batch:
+    """Read the images with these indices, int64 (B,) on the CPU, as one batch; a random augmentation uses seed 0."""
+    return next(iter(images.stream([(index_B, 0)])))
+
+
+def spread_indices(count: int, size: int) -> Tensor:
+    """Choose ``count`` indices spread evenly over a set of ``size`` images, or all of them if the set is smaller.
+
+    The first ``count`` images would not do: folders are sorted by class.
+
+    Returns: int64 (min(count, size),), ascending.
+    """
+    return torch.linspace(0, size - 1, min(count, size)).round().long()
 
 
 @dataclass(frozen=True)
 class Data:
-    """Three splits of one data set. ``image_shape`` is (3, H, W)."""
+    """The three splits of a data set, its class names, and ``image_shape``, which is (3, H, W)."""
 
     name: str
     train: Images
@@ -79,7 +105,11 @@ class Data:
     image_shape: tuple[int, int, int]
 
     def split(self, name: str) -> Images:
-        """The split of that name: train, validation or test."""
+        """Return the split of that name: train, validation or test.
+
+        Raises:
+            UserError: another name.
+        """
         if name not in ("train", "validation", "test"):
             raise UserError(f"split must be train, validation or test, got {name!r}")
         split: Images = getattr(self, name)
@@ -87,44 +117,48 @@ class Data:
 
 
 def shuffled(length: int, batch_size: int, seed: int, start: int = 0) -> Iterator[tuple[Tensor, int]]:
-    """Endless batches of indices: one random order of the set after another, from batch number ``start`` on."""
+    """Yield batches of indices, int64 (B,), and their augmentation seeds, from batch number ``start`` on and without
+    end: one random order of the set after another."""
     number, epoch, order = start, -1, torch.empty(0, dtype=torch.int64)
     while True:
-        position, parts, needed = number * batch_size, [], batch_size
+        position, pieces, needed = number * batch_size, [], batch_size
         while needed:
             if position // length != epoch:
                 epoch = position // length
                 order = torch.randperm(length, generator=torch.Generator().manual_seed(mix(seed, epoch)))
-            part = order[position % length :][:needed]
-            parts.append(part)
-            position += len(part)
-            needed -= len(part)
-        yield torch.cat(parts), mix(seed, -1 - number)
+            piece = order[position % length :][:needed]
+            pieces.append(piece)
+            position += len(piece)
+            needed -= len(piece)
+        yield torch.cat(pieces), mix(seed, -1 - number)
         number += 1
 
 
 def sequential(length: int, batch_size: int, start: int = 0) -> Iterator[tuple[Tensor, int]]:
-    """Each index once, in order; the last batch may be short."""
+    """Yield batches of indices, int64 (B,), in order, each index once, from batch number ``start`` on; the augmentation
+    seed is 0, and the last batch may be short."""
     for low in range(start * batch_size, length, batch_size):
         yield torch.arange(low, min(low + batch_size, length)), 0
 
 
-def spread_index(length: int, limit: int) -> Tensor:
-    """Return at most ``limit`` indices spread evenly over a set, int64 (M,), because folders are sorted by class."""
-    return torch.linspace(0, length - 1, min(length, limit)).round().long()
-
-
 def mix(*numbers: int) -> int:
-    """A 63-bit seed that depends on every number."""
+    """Mix numbers into one seed of 63 bits that depends on each of them."""
     return int.from_bytes(hashlib.blake2b(repr(numbers).encode(), digest_size=8).digest(), "little") >> 1
 
 
 class Feed:
-    """Batches of a set, one at a time. ``cursor``, the number of the batch shown, is all the state there is.
+    """The batches of a set, shown one at a time. ``cursor``, the number of the batch shown, is its whole state.
 
     Args:
         order: "shuffled" goes on without end; "sequential" shows each image once, with a short last batch and then
             an empty one.
+        seed: decides the shuffled order.
+
+    Attributes:
+        batch: the batch shown.
+
+    Raises:
+        UserError: ``batch_size`` is below 1, or there is no such order.
     """
 
     def __init__(self, images: Images, batch_size: int, order: Order = "shuffled", seed: int = 0) -> None:
@@ -133,38 +167,43 @@ class Feed:
         if order not in ("shuffled", "sequential"):
             raise UserError(f"order must be shuffled or sequential, got {order!r}")
         self.images, self.batch_size, self.order, self.seed = images, batch_size, order, seed
-        self.part = WHOLE
+        self._rows = WHOLE
         self.seek(0)
 
     def divide(self) -> None:
-        """From now on show this process's part of each batch; the parts of all, side by side, are the batch."""
+        """Show only this process's slice of each batch from now on; the slices of all processes make up the batch.
+
+        Raises:
+            UserError: the batch cannot be divided evenly among the processes.
+        """
         size = processes.per_process_batch_size(self.batch_size)
-        self.part = slice(processes.rank() * size, (processes.rank() + 1) * size)
+        self._rows = slice(processes.rank() * size, (processes.rank() + 1) * size)
         self.seek(self.cursor)
 
     def seek(self, cursor: int, seed: int | None = None) -> None:
-        """Show batch number ``cursor`` of the order (of that seed)."""
+        """Show batch number ``cursor``, in the order of ``seed``, or in the present order if that is None."""
         self.seed = self.seed if seed is None else seed
         self.cursor = cursor
         if self.order == "shuffled":
             orders = shuffled(len(self.images), self.batch_size, self.seed, cursor)
         else:
             orders = sequential(len(self.images), self.batch_size, cursor)
-        self._stream = self.images.stream(orders, self.part)
+        self._stream = self.images.stream(orders, self._rows)
         self.batch = next(self._stream)
 
     def advance(self) -> Batch:
-        """Show the next batch and return it; an empty one after the last of a sequential order."""
+        """Show the next batch and return it; after the last batch of a sequential order, an empty one."""
         self.cursor += 1
         self.batch = next(self._stream, self.batch.empty())
         return self.batch
 
 
 Augment = Callable[[Tensor, torch.Generator], Tensor]
+"""Augmentation of a batch: images uint8 (B, 3, H, W) to images of the same shape and dtype."""
 
 
 def crop_and_flip(images: Tensor, generator: torch.Generator, pad: int = 4) -> Tensor:
-    """Random crops of zero-padded images and random mirror images, each image its own; uint8 in, uint8 out."""
+    """Crop zero-padded images, uint8 (B, 3, H, W), at random and mirror half of them, independently for each image."""
     B, _, H, W = images.shape
     padded = torch.nn.functional.pad(images, (pad, pad, pad, pad))
     dy, dx = torch.randint(0, 2 * pad + 1, (2, B, 1), generator=generator)
@@ -180,7 +219,16 @@ def crop_and_flip(images: Tensor, generator: torch.Generator, pad: int = 4) -> T
 
 
 class TensorImages:
-    """A set that lives on the device: images uint8 (N, 3, H, W), labels int64 (N,)."""
+    """A set that is held on the device.
+
+    Args:
+        images: uint8 (N, 3, H, W).
+        label_N: int64 (N,).
+        difficulty: float32 (N,) on the CPU, or None.
+        augment: applied to each batch; None leaves the images as they are.
+        recipe: what rendered images were made from. The fingerprint is taken of it and not of the pixels, whose last
+            bit may differ between machines.
+    """
 
     def __init__(
         self,
@@ -194,18 +242,18 @@ class TensorImages:
         self.label_N = label_N
         self.difficulty = difficulty
         self.augment = augment
-        self.recipe = recipe  # of rendered images, whose last bit may differ between machines
+        self.recipe = recipe
 
     def __len__(self) -> int:
         return len(self.label_N)
 
-    def stream(self, orders: Iterable[tuple[Tensor, int]], part: slice = WHOLE) -> Iterator[Batch]:
+    def stream(self, orders: Iterable[tuple[Tensor, int]], rows: slice = WHOLE) -> Iterator[Batch]:
         for index_B, seed in orders:
             on_device = index_B.to(self.images.device)
             images = self.images[on_device]
             if self.augment is not None:
                 images = self.augment(images, torch.Generator().manual_seed(seed))
-            yield Batch(images[part], self.label_N[on_device[part]], index_B[part])
+            yield Batch(images[rows], self.label_N[on_device[rows]], index_B[rows])
 
     def plain(self) -> TensorImages:
         return TensorImages(self.images, self.label_N, self.difficulty, recipe=self.recipe)
@@ -228,6 +276,17 @@ def in_memory(
     augment: Augment | None,
     device: torch.device,
 ) -> Data:
+    """Make a data set of images held on the device, with ``validation`` of the training images held out.
+
+    Args:
+        train_images, test_images: uint8 (N, 3, H, W).
+        train_labels, test_labels: integers (N,).
+        validation: share of the training images, between 0 and 1.
+        augment: applied to training batches.
+
+    Raises:
+        UserError: ``validation`` is not between 0 and 1, or there is only one training image.
+    """
     held_out, kept = hold_out(len(train_labels), validation)
     images, labels = train_images.to(device), train_labels.long().to(device)
     return Data(
@@ -241,7 +300,13 @@ def in_memory(
 
 
 def hold_out(count: int, share: float) -> tuple[Tensor, Tensor]:
-    """Indices (validation, training), the same on every call; ``share`` of them is held out, at least one each."""
+    """Divide ``count`` images into validation and training images, ``share`` of them and at least one for validation.
+
+    Returns: the indices of the validation and of the training images, int64, ascending, the same on every call.
+
+    Raises:
+        UserError: ``share`` is not between 0 and 1, or there are fewer than two images.
+    """
     if not 0 < share < 1:
         raise UserError(f"data.validation must be a share between 0 and 1, got {share}")
     if count < 2:

@@ -1,12 +1,11 @@
 """Cluttered digits: real handwriting of known difficulty, with no download.
 
-The 1,797 8×8 digits that ship inside scikit-learn (Alpaydin & Kaynak, 1998) are rendered larger
-among pieces cut from other digits, after the cluttered task of Mnih et al. (2014, "Recurrent
-models of visual attention"). A difficulty in [0, 1] is drawn for each image: below ``PLAIN`` the
-digit stands alone, upright and centred; above, it shrinks, turns and wanders among clutter and
-noise, all of which jump to ``EASIEST_CLUTTER`` and grow from there. Digits are divided among the
-splits before anything is rendered, so no digit of a test image, be it target or clutter, appears
-in training.
+The 1,797 8×8 digits that ship inside scikit-learn (Alpaydin & Kaynak, 1998) are rendered larger among pieces cut from
+other digits, after the cluttered task of Mnih et al. (2014, "Recurrent models of visual attention"). A difficulty in
+[0, 1] is drawn for each image. Below ``PLAIN`` the digit stands alone, upright and centred. Above, it is smaller,
+turned and moved, among clutter and noise; all of these start at the level ``EASIEST_CLUTTER`` and grow with the
+difficulty. Digits are divided among the splits before anything is rendered, so that no digit of a test image, whether
+target or clutter, appears in training.
 
 Shapes: N images, M source digits.
 """
@@ -23,21 +22,27 @@ from policyskip.data.base import Data, TensorImages
 from policyskip.errors import UserError
 
 VERSION = 2
-"""Of the recipe below; whatever was measured on images belongs to one version."""
+"""Number of the recipe below; a figure measured on these images holds for one version of them."""
 PLAIN = 0.5
 """Share of the images that show a plain digit."""
 EASIEST_CLUTTER = 0.35
-"""How cluttered the others are at the least, on the scale from 0 (plain) to 1 (heaviest clutter)."""
+"""The least clutter of the other images, on the scale from 0 (plain) to 1 (heaviest clutter)."""
 MAX_PIECES = 8
+"""The most pieces of other digits in an image."""
 SIZE = 20
 """Height and width of an image, in pixels."""
 SOURCES = {"train": 1100, "validation": 300, "test": 397}
+"""Number of scikit-learn's digits from which each split is rendered."""
 _SPLIT_SEED = 1998
 _CHUNK = 4096
 
 
 def digits(device: torch.device, train: int = 20000, validation: int = 2000, test: int = 4000) -> Data:
-    """Cluttered digits: any number of images, made on the spot in seconds."""
+    """Render a data set of cluttered digits, with any number of images in each split, in seconds.
+
+    Raises:
+        UserError: a split with less than one image.
+    """
     splits = {}
     for split, count in {"train": train, "validation": validation, "test": test}.items():
         if count < 1:
@@ -62,17 +67,19 @@ def render_digits(split: str, count: int, seed: int) -> tuple[Tensor, Tensor, Te
 
 
 def _sources(split: str) -> tuple[Tensor, Tensor]:
-    """The split's own digits: float32 (M, 1, 8, 8) in [0, 1] and labels int64 (M,)."""
+    """Load the digits from which a split is rendered: float32 (M, 1, 8, 8) in [0, 1], and labels int64 (M,)."""
     from sklearn.datasets import load_digits
 
     bunch = load_digits()
     order = torch.randperm(len(bunch.target), generator=torch.Generator().manual_seed(_SPLIT_SEED))
-    mine = dict(zip(SOURCES, order.split(list(SOURCES.values())), strict=True))[split]
+    index_M = dict(zip(SOURCES, order.split(list(SOURCES.values())), strict=True))[split]
     digits = torch.from_numpy(bunch.images).float().unsqueeze(1) / 16
-    return digits[mine], torch.from_numpy(bunch.target).long()[mine]
+    return digits[index_M], torch.from_numpy(bunch.target).long()[index_M]
 
 
 def _render(digits: Tensor, labels: Tensor, n: int, generator: torch.Generator) -> tuple[Tensor, Tensor, Tensor]:
+    """Render n images from digits float32 (M, 1, 8, 8) and labels (M,); returns as :func:`render_digits`."""
+
     def uniform(low: float, high: float) -> Tensor:
         return torch.rand(n, generator=generator) * (high - low) + low
 
@@ -111,7 +118,7 @@ def _place(digits: Tensor, size: Tensor, angle: Tensor, dx: Tensor, dy: Tensor) 
 
 
 def _window(n: int, generator: torch.Generator) -> Tensor:
-    """Masks (N, 1, 8, 8) that leave a random 4×4 piece of a digit."""
+    """Draw masks, float32 (n, 1, 8, 8), that leave a random 4×4 piece of a digit."""
     corner = torch.randint(0, 5, (2, n, 1), generator=generator)
     inside = (torch.arange(8) >= corner) & (torch.arange(8) < corner + 4)
     return (inside[0].unsqueeze(2) & inside[1].unsqueeze(1)).unsqueeze(1).float()

@@ -1,4 +1,4 @@
-"""Folders of images, read from their files: held in memory when they fit, else decoded as they are needed.
+"""Folders of images: held in memory if they fit, otherwise read from their files batch by batch.
 
 Shapes: N images in a set, B images in a batch, H W pixels.
 """
@@ -31,19 +31,20 @@ def imagefolder(
     name: str = "imagefolder",
     skip_damaged: bool = False,
 ) -> Data:
-    """Folders of images: ``root/train/<class>/*``, ``root/test/<class>/*`` (or ``root/val``, as ImageNet has it).
+    """Read the data set ``root/train/<class>/*`` and ``root/test/<class>/*`` (or ``root/val``, as ImageNet has it).
 
     Args:
         image_size: height and width that the network sees; None takes the files as they are, if all are of one size.
         validation: share of ``root/train`` that is held out.
-        augment: random crops and mirror images in training.
+        augment: whether training images are cropped at random and mirrored.
         workers: processes that decode images when the set is too large for memory.
-        skip_damaged: leave out files that cannot be read, and say how many; every file is decoded once for that.
+        skip_damaged: whether files that cannot be read are left out, and their number printed; every file is decoded
+            once to find them.
 
     Raises:
         UserError: a folder is missing or empty, classes differ between the splits or are too few, or an image is bad.
     """
-    # What is too large for memory is refused, not warned of.
+    # Pillow warns of images that are so large that decoding them may be an attack: refuse them.
     warnings.filterwarnings("error", category=Image.DecompressionBombWarning)
     folder = Path(root).expanduser()
     test_folder = next((folder / split for split in ("test", "val") if (folder / split).is_dir()), folder / "test")
@@ -56,11 +57,11 @@ def imagefolder(
         )
     if len(classes) < 2:
         raise UserError(f"{folder / 'train'} has one class, {classes[0]}; at least two are needed")
-    first = read_image(train_files[0], None)
-    size = image_size or (first.shape[0] if first.shape[0] == first.shape[1] else None)
+    height, width, _ = read_image(train_files[0], None).shape
+    size = image_size or (height if height == width else None)
     if size is None:
-        raise UserError(f"{train_files[0]} is {first.shape[1]}×{first.shape[0]}; say data.image_size=N, such as 224")
-    if (len(train_files) + len(test_files)) * 3 * size * size <= IN_MEMORY_BYTES and first.shape[:2] == (size, size):
+        raise UserError(f"{train_files[0]} is {width}×{height}; say data.image_size=N, such as 224")
+    if (len(train_files) + len(test_files)) * 3 * size * size <= IN_MEMORY_BYTES and (height, width) == (size, size):
         return in_memory(
             name,
             *(_decode(train_files, size, image_size), train_labels, _decode(test_files, size, image_size), test_labels),
@@ -85,12 +86,16 @@ def imagefolder(
 
 
 LARGEST_IMAGE = 2**26
-"""Pixels: 8192×8192. A small file can claim to be a picture of any size."""
+"""The most pixels that an image may have, 8192×8192: a small file can claim to hold an image of any size."""
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".gif", ".tif", ".tiff", ".webp", ".ppm", ".pgm")
 
 
 def _list_images(folder: Path, skip_damaged: bool = False) -> tuple[tuple[str, ...], list[Path], Tensor]:
-    """Class names, files and labels int64 (N,) of ``folder/<class>/*``, in order of name."""
+    """List class names, files and labels, int64 (N,), of ``folder/<class>/*``, in order of name.
+
+    Raises:
+        UserError: there is no such folder or no class in it, or a class has no images.
+    """
     if not folder.is_dir():
         raise UserError(f"there is no folder {folder}; data.root must hold train/<class>/* and test/<class>/*")
     classes = tuple(sorted(entry.name for entry in folder.iterdir() if entry.is_dir()))
@@ -98,21 +103,21 @@ def _list_images(folder: Path, skip_damaged: bool = False) -> tuple[tuple[str, .
         raise UserError(f"{folder} holds no class folders; it must look like {folder}/<class>/*.png")
     files, labels = [], []
     for label, name in enumerate(classes):
-        found = sorted(file for file in (folder / name).rglob("*") if file.suffix.lower() in IMAGE_SUFFIXES)
-        if not found:
+        images = sorted(file for file in (folder / name).rglob("*") if file.suffix.lower() in IMAGE_SUFFIXES)
+        if not images:
             raise UserError(f"the class folder {folder / name} holds no images ({', '.join(IMAGE_SUFFIXES)})")
         if skip_damaged:
-            found = _readable(found, folder / name)
-        files += found
-        labels += [label] * len(found)
+            images = _readable(images, folder / name)
+        files += images
+        labels += [label] * len(images)
     return classes, files, torch.tensor(labels)
 
 
 def _readable(files: list[Path], folder: Path) -> list[Path]:
-    """Those of a class folder's files that can be read; how many cannot is said.
+    """Keep the files of a class folder that can be read, and print how many cannot.
 
     Raises:
-        UserError: none can.
+        UserError: none of them can be read.
     """
 
     def problem(file: Path) -> UserError | None:
@@ -125,28 +130,39 @@ def _readable(files: list[Path], folder: Path) -> list[Path]:
     with ThreadPoolExecutor() as pool:
         problems = list(pool.map(problem, files))
     good = [file for file, error in zip(files, problems) if error is None]
-    first = next((error for error in problems if error is not None), None)
+    errors = [error for error in problems if error is not None]
     if not good:
-        raise UserError(f"the class folder {folder} holds no images that can be read ({first})")
-    if first is not None:
-        skipped = len(files) - len(good)
-        print(f"warning: {skipped} of {len(files)} images in {folder} are skipped; the first: {first}", flush=True)
+        raise UserError(f"the class folder {folder} holds no images that can be read ({errors[0]})")
+    if errors:
+        print(
+            f"warning: {len(errors)} of {len(files)} images in {folder} are skipped; the first: {errors[0]}", flush=True
+        )
     return good
 
 
 def _decode(files: list[Path], size: int, scale_to: int | None) -> Tensor:
-    """All files as uint8 (N, 3, size, size); those of another size are scaled, or refused when nobody asked for it."""
+    """Decode all files to uint8 (N, 3, size, size); ``scale_to`` is the size to scale them to, or None.
+
+    Raises:
+        UserError: an image cannot be read, or is of another size and not scaled.
+    """
     with ThreadPoolExecutor() as pool:
         pixels = list(pool.map(lambda file: read_image(file, scale_to), files))
     for file, image in zip(files, pixels):
         if image.shape != (size, size, 3):
-            found = f"{image.shape[1]}×{image.shape[0]}"
-            raise UserError(f"{file} is {found}, others are {size}×{size}; say data.image_size={size} to scale them")
+            own_size = f"{image.shape[1]}×{image.shape[0]}"
+            raise UserError(f"{file} is {own_size}, others are {size}×{size}; say data.image_size={size} to scale them")
     return torch.from_numpy(np.stack(pixels)).permute(0, 3, 1, 2).contiguous()
 
 
 class FileImages:
-    """A set read from image files as it is needed, by ``workers`` processes."""
+    """A set whose images ``workers`` processes read from their files, batch by batch.
+
+    Args:
+        label_N: int64 (N,).
+        size: height and width to which images are scaled.
+        augment: whether each image is cropped at random and mirrored.
+    """
 
     def __init__(
         self,
@@ -173,18 +189,18 @@ class FileImages:
         image = read_image(self.files[index], self.size, mix(seed, index) if self.augment else None)
         return torch.from_numpy(image).permute(2, 0, 1), int(self.label_N[index]), index
 
-    def stream(self, orders: Iterable[tuple[Tensor, int]], part: slice = WHOLE) -> Iterator[Batch]:
-        batches: Any = ([(int(i), seed) for i in index_B[part]] for index_B, seed in orders)
+    def stream(self, orders: Iterable[tuple[Tensor, int]], rows: slice = WHOLE) -> Iterator[Batch]:
+        batches: Any = ([(int(i), seed) for i in index_B[rows]] for index_B, seed in orders)
         loader: Any = torch.utils.data.DataLoader(
             self,  # type: ignore[arg-type]
             batch_sampler=batches,
             num_workers=self.workers,
-            generator=torch.Generator(),  # its own, so that the global one is left alone
+            generator=torch.Generator(),  # by default it would draw from the global one
         )
         try:
             for images, label_B, index_B in loader:
                 yield Batch(images.to(self.device), label_B.to(self.device), index_B)
-        except UserError as error:  # a worker's arrives with its traceback in front
+        except UserError as error:  # raised in a worker, whose traceback is put in front of the message
             raise UserError(str(error).strip().splitlines()[-1].removeprefix("policyskip.errors.UserError: ")) from None
 
     def plain(self) -> FileImages:
@@ -198,10 +214,10 @@ class FileImages:
 
 
 def _in_rgb(image: Image.Image) -> Image.Image:
-    """An image of any mode in RGB, 8 bits a channel; of 16 bits, the upper 8 are kept.
+    """Convert an image of any mode to RGB with 8 bits per channel; of 16 bits, the upper 8 are kept.
 
     Raises:
-        ValueError: its values have no range that is known.
+        ValueError: the image's values are neither of 8 nor of 16 bits.
     """
     if not image.mode.startswith(("I", "F")):
         return image.convert("RGB")
@@ -212,7 +228,7 @@ def _in_rgb(image: Image.Image) -> Image.Image:
 
 
 def read_image(file: Path, size: int | None, augment_seed: int | None = None) -> np.ndarray:
-    """An image file as uint8 (H, W, 3).
+    """Read an image file to uint8 (H, W, 3).
 
     Args:
         size: None leaves the image as it is. Otherwise the short side is scaled to 256/224 of ``size`` and the centre

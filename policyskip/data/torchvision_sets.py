@@ -1,4 +1,4 @@
-"""torchvision's small sets, downloaded by it."""
+"""The small data sets that torchvision downloads."""
 
 from __future__ import annotations
 
@@ -23,9 +23,12 @@ def torchvision_data(
     augment: bool = True,
     download: bool = True,
 ) -> Data:
-    """One of torchvision's small sets, downloaded by it into ``root`` when it is not there.
+    """Load one of torchvision's small sets, which torchvision downloads into ``root`` if it is not there.
 
-    ``validation`` is the share of the training images that is held out.
+    Args:
+        validation: share of the training images that is held out.
+        augment: whether training images are cropped at random and mirrored.
+        download: whether the set may be downloaded.
 
     Raises:
         UserError: unknown name, or the files are not there and cannot be downloaded.
@@ -54,7 +57,7 @@ def torchvision_data(
 
 
 def _as_images(pixels: Any) -> Tensor:
-    """(N, H, W) or (N, H, W, 3) pixels to uint8 (N, 3, H, W)."""
+    """Convert pixels (N, H, W) or (N, H, W, 3) to (N, 3, H, W)."""
     images = torch.as_tensor(pixels)
     if images.dim() == 3:
         return images.unsqueeze(1).expand(-1, 3, -1, -1).contiguous()

@@ -1,4 +1,4 @@
-"""What every environment over images shares: a frozen network, its costs, and the images before it.
+"""The environments' protocol, and what those over blocks share: a frozen network, its costs, and the images shown.
 
 Shapes: B images side by side (``num_envs``), S decisions for each image, K blocks, H W pixels.
 """
@@ -22,7 +22,8 @@ from policyskip.memory import BatchSplitter
 from policyskip.rewards import Outcome, Reward, Utilization, reward_of
 
 PIXELS_AT_ONCE = 2**23
-"""Decisions are scored in parts of this many pixels, so that many decisions on large images fit into memory."""
+"""Decisions are scored in chunks of this many pixels (S·B·H·W), so that many decisions on large images fit into
+memory."""
 
 
 Step = tuple[Tensor, Tensor, Tensor, Tensor, dict[str, Any]]
@@ -123,16 +124,17 @@ class DecisionEnv(Protocol):
 
 
 class ImageVectorEnv(VectorEnv[Tensor, Tensor, Tensor]):
-    """Images of a data set side by side, as tensors on the device, before a frozen network.
+    """An environment that shows B images of a data set at once, as tensors on the device, to decide which blocks of a
+    frozen network run for each of them.
 
     Args:
         num_envs: B, the images shown at once.
         backbone: the network, which is frozen here, or the name of shipped weights.
-        images: the set the images come from; None takes the split ``split`` of the set named ``data``.
-        reward: what an outcome is worth; None is BlockDrop's utilization reward.
+        images: the set that the images come from; None takes the split ``split`` of the set named ``data``.
+        reward: the function from an outcome to the reward of each image; None is BlockDrop's utilization reward.
         order: "shuffled" for training, without end; "sequential" shows each image once, with a short last batch and
             then an empty one.
-        seed: decides the shuffled order; ``reset(seed=…)`` starts it anew.
+        seed: decides the shuffled order; ``reset(seed=…)`` starts the order of that seed.
         device: where a backbone and images given by name are put; by default the CPU, or where the backbone is.
 
     Raises:
@@ -148,7 +150,7 @@ class ImageVectorEnv(VectorEnv[Tensor, Tensor, Tensor]):
     id: ClassVar[str]
     steps_per_episode: int
     outcome: Outcome
-    """What came of the episodes that ended last."""
+    """The outcome of the episodes that ended at the last step at which any ended."""
 
     def __init__(
         self,
@@ -168,7 +170,7 @@ class ImageVectorEnv(VectorEnv[Tensor, Tensor, Tensor]):
             images = load_data(data, torch.device(device or backbone.mean.device)).split(split)
         self.num_envs = num_envs
         self.backbone = backbone.freeze()
-        self.executed = folded(self.backbone)  # what is executed
+        self.executed = folded(self.backbone)  # gives the same logits, faster
         self.splitter = BatchSplitter()
         self.device = backbone.mean.device
         self.reward = reward if reward is not None else Utilization()
@@ -185,30 +187,33 @@ class ImageVectorEnv(VectorEnv[Tensor, Tensor, Tensor]):
 
     @property
     def cursor(self) -> int:
-        """Number of the batch shown; :meth:`seek` goes back to it."""
+        """The number of the batch shown; :meth:`seek` goes back to it."""
         return self.feed.cursor
 
     def seek(self, cursor: int, seed: int | None = None) -> None:
-        """Show batch number ``cursor`` of the order (of that seed)."""
+        """Show batch number ``cursor``, in the order of ``seed``, or in the present order if that is None."""
         self.feed.seek(cursor, seed)
         self._begin()
 
     def reset(self, *, seed: int | None = None, options: dict[str, Any] | None = None) -> tuple[Tensor, dict[str, Any]]:
-        """Show images: with ``seed``, or in sequential order, from the start; otherwise those that come next."""
+        """Show the first images of the order, with ``seed`` or if it is sequential; otherwise, those that come next.
+
+        Returns: the observation (B, …), and an empty info.
+        """
         super().reset(seed=seed)
         if seed is not None or self.feed.order == "sequential":
             self.seek(0, seed)
         return self.observation, {}
 
     def advance(self) -> Tensor:
-        """Show the next images and return what is observed of them; none are left after the last of a sequential
-        order."""
+        """Show the next images of the order and return their observation (B, …); B is 0 after the last image of a
+        sequential order."""
         self.feed.advance()
         self._begin()
         return self.observation
 
     def divide(self) -> None:
-        """From now on show this process's part of each batch, where several processes make one run."""
+        """Show only this process's slice of each batch from now on, where several processes train together."""
         self.feed.divide()
         self.num_envs = len(self.observation)
         self.observation_space = batch_space(self.single_observation_space, self.num_envs)
@@ -216,25 +221,30 @@ class ImageVectorEnv(VectorEnv[Tensor, Tensor, Tensor]):
         self._begin()
 
     def _begin(self) -> None:
-        """Other images are shown. An episode of more than one step starts here."""
+        """Start the episodes of the images that the feed now shows; a subclass with several steps overrides this."""
 
     @torch.no_grad()
     def score(self, keep: Tensor) -> Outcome:
-        """What these decisions would earn on the images now shown; nothing moves on.
+        """Compute the outcome that these decisions would have for the images now shown; nothing moves on.
 
         Args:
-            keep: bool (B, K), or (S, B, K) for S decisions an image, answered in one sparsely executed pass.
+            keep: bool (B, K), or (S, B, K) for S decisions per image, executed sparsely in one pass.
 
-        Returns: outcome of B decisions, or of S·B, laid end to end.
+        Returns: the outcome of B decisions, or of S·B: those of the first of the S for all images, then the second, ….
+
+        Raises:
+            ValueError: ``keep`` is of another shape.
         """
         images, label_B = self.feed.batch.images, self.feed.batch.label_B
         if keep.dim() not in (2, 3) or keep.shape[-2:] != (len(label_B), self.backbone.num_blocks):
             expected = f"(…, {len(label_B)}, {self.backbone.num_blocks})"
             raise ValueError(f"keep must be of shape {expected}, got {tuple(keep.shape)}")
         keep_SBK = keep if keep.dim() == 3 else keep.unsqueeze(0)
-        part = max(1, PIXELS_AT_ONCE // (len(keep_SBK) * images[0, 0].numel())) if len(images) else 1
-        parts = self.splitter(lambda of: sparse_many(self.executed, images[of], keep_SBK[:, of]), len(images), part)
-        logits_BC = torch.cat(parts, dim=1).flatten(0, 1)
+        size = max(1, PIXELS_AT_ONCE // (len(keep_SBK) * images[0, 0].numel())) if len(images) else 1
+        chunks = self.splitter(
+            lambda rows: sparse_many(self.executed, images[rows], keep_SBK[:, rows]), len(images), size
+        )
+        logits_BC = torch.cat(chunks, dim=1).flatten(0, 1)
         return self._outcome(logits_BC, label_B.repeat(len(keep_SBK)), keep_SBK.flatten(0, 1))
 
     def _outcome(self, logits_BC: Tensor, label_B: Tensor, keep_BK: Tensor) -> Outcome:
@@ -242,18 +252,24 @@ class ImageVectorEnv(VectorEnv[Tensor, Tensor, Tensor]):
         return Outcome(logits_BC, label_B, correct_B, keep_BK, self.costs.of(keep_BK), self.costs.full)
 
     def rewards(self, outcome: Outcome) -> Tensor:
-        """The reward of each decision in an outcome, float32 (B,)."""
+        """Compute the reward of each decision of an outcome, float32 (B,).
+
+        Raises:
+            UserError: the reward function fails, or returns something other than a finite float tensor (B,).
+        """
         return reward_of(self.reward, outcome)
 
     def decisions_of(self, outcome: Outcome) -> int:
-        """The number of decisions that a policy made about each image: the same for all, as all episodes are equally
-        long."""
+        """Return the number of decisions that a policy made about each image: one for all, since all episodes have the
+        same number of steps."""
         return self.steps_per_episode
 
     def _end(self, outcome: Outcome) -> tuple[Tensor, Tensor, dict[str, Any]]:
-        """Every episode ends with ``outcome``: rewards, which episodes end (all), and what ``step`` says of it.
+        """Make what ``step`` returns when the episodes of all images end with ``outcome``.
 
-        Called before the next images are shown.
+        Must be called before the next images are shown.
+
+        Returns: reward float32 (B,), terminated bool (B,), all true, and the info.
         """
         over_B = torch.ones_like(outcome.correct_B)
         info = {
@@ -269,60 +285,14 @@ class ImageVectorEnv(VectorEnv[Tensor, Tensor, Tensor]):
         return self.rewards(outcome), over_B, info
 
 
-def decisions(actions: Tensor | np.ndarray, device: torch.device | None = None) -> Tensor:
-    """Actions of 0 and 1, of any type, as bool on the device.
+def decisions(actions: Tensor | np.ndarray | np.generic, device: torch.device | None = None) -> Tensor:
+    """Convert actions (…) of 0 and 1, of any dtype, to bool (…) on the device.
 
     Raises:
-        ValueError: other numbers are among them.
+        ValueError: an action is neither 0 nor 1.
     """
     chosen = torch.as_tensor(actions, device=device)
     if chosen.dtype != torch.bool and not ((chosen == 0) | (chosen == 1)).all():
         other = chosen[(chosen != 0) & (chosen != 1)]
         raise ValueError(f"actions must be 0 or 1, got {other[0].item()}")
     return chosen.bool()
-
-
-class SingleView(gymnasium.Env[np.ndarray, np.int64]):
-    """One image at a time, in numpy: a vector environment of B = 1 whose episodes have several steps.
-
-    ``reset`` shows an image; the ``step`` that ends the episode shows what it last showed.
-
-    Args:
-        vector: the vector environment; autoreset ``SAME_STEP``, action Discrete(2).
-    """
-
-    metadata = {  # noqa: RUF012 - Gymnasium declares it so
-        "render_modes": []
-    }
-
-    def __init__(self, vector: DecisionEnv) -> None:
-        self.vector = vector
-        self.observation_space = vector.single_observation_space
-        self.action_space = vector.single_action_space
-        self._shown = False
-
-    def reset(
-        self, *, seed: int | None = None, options: dict[str, Any] | None = None
-    ) -> tuple[np.ndarray, dict[str, Any]]:
-        super().reset(seed=seed)
-        if seed is not None:
-            self.vector.reset(seed=seed)
-        elif self._shown:
-            self.vector.advance()
-        if not len(self.vector.observation):
-            self.vector.reset()  # every image of a sequential order was shown
-        self._shown = True
-        return _numpy(self.vector.observation), {}
-
-    def step(self, action: np.int64) -> tuple[np.ndarray, float, bool, bool, dict[str, Any]]:
-        observation, reward_B, terminated_B, _, info = self.vector.step(torch.as_tensor(action).reshape(1))
-        if not terminated_B:
-            return _numpy(observation), 0.0, False, False, {}
-        self._shown = False  # the next image is there already
-        final = {key: value.item() for key, value in info["final_info"].items()}
-        return _numpy(info["final_obs"]), float(reward_B), True, False, final
-
-
-def _numpy(observation: Tensor) -> np.ndarray:
-    shown: np.ndarray = observation[0].cpu().numpy().copy()
-    return shown

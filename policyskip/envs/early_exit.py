@@ -1,4 +1,4 @@
-"""At every exit of a network: leave here, or go on. ``policyskip/EarlyExit-v0``.
+"""One decision for each image at every exit: leave here, or go on to the next exit. ``policyskip/EarlyExit-v0``.
 
 Shapes: B images side by side, B' of them that leave or begin, N exits, C classes, M images of a set,
 D numbers of an observation (C + 3 + N).
@@ -17,9 +17,10 @@ from gymnasium.vector.utils import batch_space
 from torch import Tensor
 
 from policyskip.backbones import ExitNetwork, load_exits
-from policyskip.data import Feed, Images, Order, load_data
-from policyskip.envs.base import SingleView, decisions
-from policyskip.envs.exit_sources import Live, Places, Queue, Replay, Source
+from policyskip.data import Feed, Images, Order, batch_at, load_data
+from policyskip.envs.base import decisions
+from policyskip.envs.exit_sources import CacheIndices, ExitSource, Live, Queue, Replay
+from policyskip.envs.single_view import SingleView
 from policyskip.errors import UserError
 from policyskip.exits.cache import CachedExits, cache_exits
 from policyskip.exits.rules import decisions_at
@@ -27,37 +28,41 @@ from policyskip.rewards import Macs, Outcome, Reward, reward_of
 
 
 class EarlyExitVectorEnv(VectorEnv[Tensor, Tensor, Tensor]):
-    """Say of each of B images, exit by exit, whether it leaves; an episode is one image and has at most N steps.
+    """An environment in which an action decides, exit by exit and for each of B images, whether the image leaves; an
+    episode is one image and has at most N steps.
 
     **Observation** float32 (B, C + 3 + N), what a deployed system knows at the exit where the image is: the softmax,
-    its entropy in nats, the top probability, the margin between the top two, and which exit this is (one-hot);
-    :func:`~policyskip.envs.exit_sources.read` takes it apart. **Action** Discrete(2), integer or bool (B,): 1 leaves
-    here; at the last exit every action leaves. **Reward** float32 (B,): what ``reward`` makes of the outcome for images
-    that leave (``keep_BK`` there says which of the N segments ran), 0 for those that go on. **Episode end**: each image
-    in its own time. Autoreset is ``SAME_STEP``: where an image left, the observation that ``step`` returns already
-    shows the next one at its first exit. What came of the step is in ``info["final_obs"]`` and ``info["final_info"]``
-    (``correct``, ``macs``, ``exit``; rows where ``terminated``) and, for the images that left, in ``env.outcome``.
+    its entropy in nats, the top probability, the margin between the top two, and the exit's one-hot;
+    :func:`~policyskip.envs.exit_sources.split_observation` splits it again. **Action** Discrete(2), integer or bool
+    (B,): 1 leaves here; at the last exit every action leaves. **Reward** float32 (B,): what ``reward`` gives for the
+    outcome of an image that leaves (``keep_BK`` of the outcome are the N segments that ran), 0 for an image that goes
+    on. **Episode end** when the image leaves, which is at different steps for different images. Autoreset is
+    ``SAME_STEP``: where an image left, the observation that ``step`` returns already shows the next image at its first
+    exit. The outcome of the images that left is in ``env.outcome``; the most important of it (``correct``, ``macs``,
+    ``exit``) and their last observation are in ``info["final_info"]`` and ``info["final_obs"]``, in the rows where
+    ``terminated`` is true.
 
-    In sequential order each image is shown once. When none is left to take a place, the place is closed: the
+    In sequential order each image is shown once. When there is no next image for a row, the row is removed: the
     observation gets shorter, the other images keep their order, and it is empty once all have left.
 
-    Images that left are not computed any further. With ``cached=True`` nothing is computed at all: the outputs of
-    every exit are computed once, when the environment is made, and looked up. Both give the same outcomes.
+    Images that left are not computed any further. With ``cached=True`` the outputs of every exit are computed once,
+    when the environment is made, and looked up from then on. Both give the same outcomes.
 
     Args:
         num_envs: B, the images shown at once.
         network: the network, which is frozen here; the name of shipped weights; or cached outputs to replay, which
             need no images.
-        images: the set the images come from; None takes the split ``split`` of the set named ``data``.
-        reward: what an outcome is worth; None is ``Macs()``.
+        images: the set that the images come from; None takes the split ``split`` of the set named ``data``.
+        reward: the function from an outcome to the reward of each image; None is ``Macs()``.
         order: "shuffled" for training, without end; "sequential" shows each image once.
-        seed: decides the shuffled order; ``reset(seed=…)`` starts it anew.
-        cached: look up instead of computing.
+        seed: decides the shuffled order; ``reset(seed=…)`` starts the order of that seed.
+        cached: whether outputs are looked up, not computed at each step.
         device: where a network and images given by name are put; by default the CPU, or where the network is.
 
     Raises:
         UserError: unknown name, order or split, weights of a network without exits, ``num_envs`` below 1, or
-            ``cached`` with images that are augmented at random.
+            ``cached`` with images that are augmented at random; images whose size the network cannot take, or with
+            more classes than it has.
     """
 
     metadata = {  # noqa: RUF012 - Gymnasium declares it so
@@ -68,6 +73,7 @@ class EarlyExitVectorEnv(VectorEnv[Tensor, Tensor, Tensor]):
     key: ClassVar[str] = "early_exit"
     id: ClassVar[str] = "EarlyExit-v0"
     outcome: Outcome
+    """The outcome of the images that left at the last step; of none, if none left."""
 
     def __init__(
         self,
@@ -93,9 +99,9 @@ class EarlyExitVectorEnv(VectorEnv[Tensor, Tensor, Tensor]):
                 network = cache_exits(network, images)
         self.num_envs = num_envs
         self.reward = reward if reward is not None else Macs()
-        self.source: Source
+        self.source: ExitSource
         if isinstance(network, CachedExits):
-            self.source = Replay(network, Feed(Places(network), num_envs, order, seed))
+            self.source = Replay(network, Feed(CacheIndices(network), num_envs, order, seed))
         else:
             assert images is not None
             self.source = Live(network, Feed(images, num_envs, order, seed))
@@ -120,21 +126,24 @@ class EarlyExitVectorEnv(VectorEnv[Tensor, Tensor, Tensor]):
 
     @property
     def cursor(self) -> int:
-        """Place in the order of the first image that would be shown if the episodes under way were given up."""
-        return self.queue.place - (0 if self._moved else len(self.exit_B))
+        """The position in the order of the images to go on from: that of the first image shown or, once a step was
+        made, that of the next image that was not shown yet."""
+        return self.queue.position - (0 if self._moved else len(self.exit_B))
 
     def seek(self, cursor: int) -> None:
-        """Show the images from place ``cursor`` of the order on, each at its first exit.
+        """Show the images from position ``cursor`` of the order on, each at its first exit.
 
-        Episodes under way are not kept: whoever wants to go on exactly where a run stopped resets before each update.
+        Episodes under way are given up. To continue a run exactly where it stopped, call :meth:`reset` before each
+        update.
         """
         self.queue.seek(cursor)
         self.advance()
 
     def reset(self, *, seed: int | None = None, options: dict[str, Any] | None = None) -> tuple[Tensor, dict[str, Any]]:
-        """Show images at their first exit: with ``seed``, or in sequential order, from the start.
+        """Show images at their first exit: the first of the order, with ``seed`` or if it is sequential; otherwise,
+        those that come next. Episodes under way are given up.
 
-        Otherwise those that come next in the order; episodes under way are given up.
+        Returns: the observation float32 (B, C + 3 + N), and an empty info.
         """
         super().reset(seed=seed)
         if seed is not None or self.queue.feed.order == "sequential":
@@ -146,7 +155,10 @@ class EarlyExitVectorEnv(VectorEnv[Tensor, Tensor, Tensor]):
 
     @torch.no_grad()
     def advance(self) -> Tensor:
-        """Give up the episodes under way, and show the next images of the order at their first exit."""
+        """Give up the episodes under way, and show the next images of the order at their first exit.
+
+        Returns: the observation float32 (B, C + 3 + N).
+        """
         batch = self.queue.take(self.num_envs)
         self.index_B, self.label_B = batch.index_B.to(self.device), batch.label_B
         self.exit_B = torch.zeros_like(self.label_B)
@@ -157,7 +169,8 @@ class EarlyExitVectorEnv(VectorEnv[Tensor, Tensor, Tensor]):
 
     @torch.no_grad()
     def score(self, leave: Tensor) -> Outcome:
-        """What the images at which ``leave``, bool (B,), points would earn if they left now; nothing moves on."""
+        """Compute the outcome that the images where ``leave``, bool (B,), is true would have if they left now; nothing
+        moves on."""
         return self._outcome(leave.nonzero().squeeze(1))
 
     def _outcome(self, rows: Tensor) -> Outcome:
@@ -167,16 +180,26 @@ class EarlyExitVectorEnv(VectorEnv[Tensor, Tensor, Tensor]):
         return Outcome(logits_BC, label_B, prediction_B == label_B, keep_BN, macs_B, self._full_macs)
 
     def rewards(self, outcome: Outcome) -> Tensor:
-        """The reward of each image in an outcome, float32 (B,)."""
+        """Compute the reward of each image of an outcome, float32 (B,).
+
+        Raises:
+            UserError: the reward function fails, or returns something other than a finite float tensor (B,).
+        """
         return reward_of(self.reward, outcome)
 
     def decisions_of(self, outcome: Outcome) -> Tensor:
-        """The number of decisions that a policy made about each image that left, int64 (B,): none at the last exit."""
+        """Count the decisions that a policy made about each image of an outcome, int64 (B,); at the last exit there is
+        nothing to decide."""
         return decisions_at(outcome.keep_BK.sum(1) - 1, self.num_exits)
 
     @torch.no_grad()
     def step(self, actions: Tensor | np.ndarray) -> tuple[Tensor, Tensor, Tensor, Tensor, dict[str, Any]]:
-        """Let images leave where ``actions`` (B,) is 1, show others in their place, and take the rest one exit on."""
+        """Let the images leave whose action, in ``actions`` (B,), is 1, show the next images in their rows, and take
+        the other images to the next exit.
+
+        Raises:
+            ValueError: an action is neither 0 nor 1, or there is not one for each image.
+        """
         leave_B = decisions(actions, self.device)
         if leave_B.shape != self.exit_B.shape:
             raise ValueError(f"actions must be of shape {tuple(self.exit_B.shape)}, got {tuple(leave_B.shape)}")
@@ -202,7 +225,10 @@ class EarlyExitVectorEnv(VectorEnv[Tensor, Tensor, Tensor]):
         return self.observation, reward_B, leave_B, torch.zeros_like(leave_B), info
 
     def _replace(self, leave_B: Tensor, rows: Tensor) -> None:
-        """Show new images in ``rows``, where images left, as far as there are any; the others go on."""
+        """Show the next images in ``rows``, int64 (B',), where images left; the other images go on to the next exit.
+
+        Rows for which there is no next image are removed.
+        """
         batch = self.queue.take(len(rows))
         filled, closed = rows[: len(batch)], rows[len(batch) :]
         self.source.move(self.exit_B, leave_B, filled, batch.images)
@@ -218,23 +244,28 @@ class EarlyExitVectorEnv(VectorEnv[Tensor, Tensor, Tensor]):
 
 
 def check_fit(network: ExitNetwork, images: Images) -> None:
-    """UserError unless a network takes images of this size and has a class for every label."""
-    first = next(images.stream([(torch.tensor([0]), 0)])).images
+    """Check that a network takes images of this size and has a class for every label.
+
+    Raises:
+        UserError: it does not.
+    """
+    image = batch_at(images, torch.tensor([0])).images
     try:
         with torch.no_grad():
-            network(first)
+            network(image)
     except RuntimeError as error:
-        size = "×".join(map(str, first.shape[1:]))
+        size = "×".join(map(str, image.shape[1:]))
         raise UserError(f"{network.name} does not take images of {size}; give images=… that it was made for") from error
     if int(images.label_N.max()) >= network.num_classes:
         raise UserError(f"{network.name} has {network.num_classes} classes, the images have more; give its own images")
 
 
 class EarlyExitEnv(SingleView):
-    """One image at a time, in numpy: the same environment as :class:`EarlyExitVectorEnv` with B = 1.
+    """The same environment as :class:`EarlyExitVectorEnv` with B = 1: one image at a time, in numpy.
 
-    Observation float32 (C + 3 + N,), action Discrete(2), reward float; ``reset`` shows an image at its first exit,
-    ``step`` takes it to the next or, with 1 and at the last exit, ends the episode and shows what it last showed.
+    Observation float32 (C + 3 + N,), action Discrete(2), reward float. ``reset`` shows an image at its first exit.
+    ``step`` takes it to the next exit; with action 1, and at the last exit, ``step`` ends the episode and returns the
+    observation at the exit where the image left.
     """
 
     vector: EarlyExitVectorEnv

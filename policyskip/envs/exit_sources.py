@@ -1,6 +1,6 @@
-"""Where the exit environment gets its images from, and what the exits say of them: computed, or looked up.
+"""The two sources of the exit environment's observations: exits that are computed step by step, and cached outputs.
 
-Shapes: B images side by side, B' of them that begin, N exits, C classes, M images of a set, D numbers of an
+Shapes: B images side by side, B' of them that begin or leave, N exits, C classes, M images of a set, D numbers of an
 observation (C + 3 + N).
 """
 
@@ -20,8 +20,9 @@ from policyskip.exits.cache import CachedExits
 from policyskip.exits.rules import entropy, top_two
 
 
-class Seen(NamedTuple):
-    """An observation taken apart: float32 (B, C) and (B,), and int64 (B,)."""
+class ExitObservation(NamedTuple):
+    """The columns of an observation: the softmax float32 (B, C), three measures of it float32 (B,), and the exit int64
+    (B,)."""
 
     probability_BC: Tensor
     entropy_B: Tensor
@@ -31,9 +32,10 @@ class Seen(NamedTuple):
 
 
 def observe(logits_BC: Tensor, exit_B: Tensor, num_exits: int) -> Tensor:
-    """What is known at exits ``exit_B``, int64 (B,): float32 (B, C + 3 + N).
+    """Make the observation of images at exits ``exit_B``, int64 (B,), with these logits, float (B, C).
 
-    Softmax (C), entropy in nats, top probability, margin between the top two, exit one-hot (N), side by side.
+    Returns: float32 (B, C + 3 + N): softmax (C), entropy in nats, top probability, margin between the top two, and the
+    exit's one-hot (N).
     """
     probability_BC = logits_BC.float().softmax(1)
     top_B, second_B = top_two(probability_BC).unbind(1)
@@ -41,18 +43,18 @@ def observe(logits_BC: Tensor, exit_B: Tensor, num_exits: int) -> Tensor:
     return torch.cat([probability_BC, measures_B3, F.one_hot(exit_B, num_exits).float()], dim=1)
 
 
-def read(observation: Tensor, num_classes: int) -> Seen:
-    """Take an observation (B, C + 3 + N) apart; a threshold rule needs ``probability_BC`` and ``exit_B``."""
+def split_observation(observation: Tensor, num_classes: int) -> ExitObservation:
+    """Split an observation, float32 (B, C + 3 + N), into its columns: the inverse of :func:`observe`."""
     C = num_classes
     entropy_B, top_B, margin_B = observation[:, C : C + 3].unbind(1)
-    return Seen(observation[:, :C], entropy_B, top_B, margin_B, observation[:, C + 3 :].argmax(1))
+    return ExitObservation(observation[:, :C], entropy_B, top_B, margin_B, observation[:, C + 3 :].argmax(1))
 
 
-class Source(Protocol):
-    """What the exits say of the images that are shown.
+class ExitSource(Protocol):
+    """The logits of the images that are shown, each at its present exit.
 
     Attributes:
-        feed: where the images come from.
+        feed: the feed that the images come from.
         costs: MACs of every exit.
     """
 
@@ -62,35 +64,42 @@ class Source(Protocol):
     num_classes: int
 
     def restart(self, images: Tensor) -> None:
-        """Forget what is shown; begin with ``images`` (B, …), of a batch of the feed, each at its first exit."""
+        """Replace all images shown by ``images`` (B, …), taken from batches of the feed, each at its first exit."""
         ...
 
     def move(self, exit_B: Tensor, leave_B: Tensor, rows: Tensor, images: Tensor) -> None:
-        """Images at exits ``exit_B`` that do not leave go on to the next; ``images`` (B', …) begin in ``rows``."""
+        """Take the images that do not leave one exit further, and let other images begin in rows of those that do.
+
+        Args:
+            exit_B: int64 (B,), the exit of each image before the move.
+            leave_B: bool (B,), whether the image leaves.
+            rows: int64 (B',), the rows in which ``images`` (B', …) begin at their first exit.
+        """
         ...
 
     def close(self, open_B: Tensor) -> None:
-        """Only rows where ``open_B`` is true are left."""
+        """Remove the rows where ``open_B``, bool (B,), is false: for them there is no next image."""
         ...
 
     def answer(self, index_B: Tensor, exit_B: Tensor, rows: Tensor) -> tuple[Tensor, Tensor]:
-        """Logits (B', C) and top class, int64 (B',), of the images in ``rows``.
+        """Return logits (B', C) and top class, int64 (B',), of the images in ``rows``, int64 (B',).
 
         Args:
-            index_B, exit_B: int64 (B',), their places in the set and their exits.
+            index_B, exit_B: int64 (B',), the indices of these images in the set, and their exits.
         """
         ...
 
     def observation(self, index_B: Tensor, exit_B: Tensor) -> Tensor:
-        """The observation of all rows, float32 (B, D)."""
+        """Return the observation of all images shown, float32 (B, D), from their indices in the set and their exits,
+        int64 (B,)."""
         ...
 
 
 class Live:
-    """Compute each image as far as it goes.
+    """A source that computes each image up to the exit where it leaves.
 
-    Every image that does not leave goes one exit further with every step. So those at exit n + 1 are those that were at
-    exit n and stayed: a state for each exit is all there is to carry, in the order of the rows.
+    Every image that does not leave goes one exit further with every step. So the images at exit n + 1 are those that
+    were at exit n and stayed: one state per exit, with its images in the order of the rows, is all there is to carry.
     """
 
     def __init__(self, network: ExitNetwork, feed: Feed) -> None:
@@ -110,16 +119,16 @@ class Live:
             self.logits_BC[rows] = self.network.head(0, self._states[0]).float()
 
     def move(self, exit_B: Tensor, leave_B: Tensor, rows: Tensor, images: Tensor) -> None:
-        exit_B, leave_B = exit_B.cpu(), leave_B.cpu()  # one transfer; finding rows would stop the device every time
+        exit_B, leave_B = exit_B.cpu(), leave_B.cpu()  # on a GPU each ``nonzero`` would wait for all it still has to do
         states, self._states = self._states, {}
         for n, state in states.items():
             here = (exit_B == n).nonzero().squeeze(1)
             staying = (~leave_B[here]).nonzero().squeeze(1)
             if len(staying):
-                part = state if len(staying) == len(here) else rows_of(state, staying.to(images.device))
-                self._states[n + 1] = self.network.segment(n + 1, part)
-                there = here[staying].to(images.device)
-                self.logits_BC[there] = self.network.head(n + 1, self._states[n + 1]).float()
+                kept = state if len(staying) == len(here) else rows_of(state, staying.to(images.device))
+                self._states[n + 1] = self.network.segment(n + 1, kept)
+                staying_rows = here[staying].to(images.device)
+                self.logits_BC[staying_rows] = self.network.head(n + 1, self._states[n + 1]).float()
         self._begin(images, rows)
 
     def close(self, open_B: Tensor) -> None:
@@ -134,9 +143,9 @@ class Live:
 
 
 class Replay:
-    """Look up what was computed before: a step is a few look-ups in tables of M·N rows.
+    """A source that looks up cached outputs: a step is a few look-ups in tables of M·N rows.
 
-    ``index_select`` throughout: indexing with brackets takes several times as long.
+    It uses ``index_select`` throughout, because indexing with brackets takes several times as long.
     """
 
     def __init__(self, cache: CachedExits, feed: Feed) -> None:
@@ -164,8 +173,8 @@ class Replay:
         return self._observations.index_select(0, index_B * self.num_exits + exit_B)
 
 
-class Places:
-    """The places of a cache as a set to stream: batches whose ``images`` are just their places, int64 (B,)."""
+class CacheIndices:
+    """The indices of a cache as a set of images: in its batches, ``images`` are indices of the cache, int64 (B,)."""
 
     difficulty: Tensor | None = None
 
@@ -176,45 +185,46 @@ class Places:
     def __len__(self) -> int:
         return len(self.label_N)
 
-    def stream(self, orders: Iterable[tuple[Tensor, int]], part: slice = WHOLE) -> Iterator[Batch]:
-        for index_B in (whole_B[part] for whole_B, _ in orders):
+    def stream(self, orders: Iterable[tuple[Tensor, int]], rows: slice = WHOLE) -> Iterator[Batch]:
+        for index_B in (whole_B[rows] for whole_B, _ in orders):
             on_device = index_B.to(self.label_N.device)
             yield Batch(on_device, self.label_N.index_select(0, on_device), index_B)
 
-    def plain(self) -> Places:
+    def plain(self) -> CacheIndices:
         return self
 
 
 class Queue:
-    """The images of a feed one after the other, whatever its batches. ``place`` is that of the next in the order."""
+    """The images of a feed in its order, taken in any number at a time, whatever the size of the feed's batches."""
 
     def __init__(self, feed: Feed) -> None:
         self.feed = feed
         self._taken = 0
 
     @property
-    def place(self) -> int:
+    def position(self) -> int:
+        """The position, in the order of the images, of the next image to be taken."""
         return self.feed.cursor * self.feed.batch_size + self._taken
 
-    def seek(self, place: int, seed: int | None = None) -> None:
-        """Go to a place in the order (of that seed)."""
-        self.feed.seek(place // self.feed.batch_size, seed)
-        self._taken = place % self.feed.batch_size
+    def seek(self, position: int, seed: int | None = None) -> None:
+        """Go to a position in the order of ``seed``, or in the present order if that is None."""
+        self.feed.seek(position // self.feed.batch_size, seed)
+        self._taken = position % self.feed.batch_size
 
     def take(self, count: int) -> Batch:
-        """The next ``count`` images; fewer, or none, when a sequential order ends."""
-        parts = [self.feed.batch.empty()]
+        """Take the next ``count`` images; fewer, or none, when a sequential order ends."""
+        pieces = [self.feed.batch.empty()]
         while count and len(self.feed.batch):
-            batch, part = self.feed.batch, slice(self._taken, self._taken + count)
-            parts.append(Batch(batch.images[part], batch.label_B[part], batch.index_B[part]))
-            count -= len(parts[-1])
-            self._taken += len(parts[-1])
+            batch, rows = self.feed.batch, slice(self._taken, self._taken + count)
+            pieces.append(Batch(batch.images[rows], batch.label_B[rows], batch.index_B[rows]))
+            count -= len(pieces[-1])
+            self._taken += len(pieces[-1])
             if self._taken == len(batch):
                 self.feed.advance()
                 self._taken = 0
-        if len(parts) <= 2:
-            return parts[-1]
+        if len(pieces) <= 2:
+            return pieces[-1]
         images, label_B, index_B = (
-            torch.cat(column) for column in zip(*((b.images, b.label_B, b.index_B) for b in parts), strict=True)
+            torch.cat(column) for column in zip(*((b.images, b.label_B, b.index_B) for b in pieces), strict=True)
         )
         return Batch(images, label_B, index_B)

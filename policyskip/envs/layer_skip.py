@@ -16,23 +16,25 @@ from torch import Tensor, nn
 
 from policyskip.backbones import Backbone
 from policyskip.backbones.execution import run_block
-from policyskip.envs.base import ImageVectorEnv, SingleView, decisions
+from policyskip.envs.base import ImageVectorEnv, decisions
+from policyskip.envs.single_view import SingleView
 
 
 class LayerSkipVectorEnv(ImageVectorEnv):
-    """Say of each of B images, block by block, whether the block runs; an episode is one image and has K steps.
+    """An environment in which an action decides, block by block and for each of B images, whether the block runs; an
+    episode is one image and has K steps.
 
     **Observation** float32 (B, F + K): the mean over the pixels of each channel of the features that enter block k,
-    zeros up to the F channels of the widest, and which block this is (one-hot). **Action** Discrete(2), integer or bool
-    (B,): 1 runs the block. **Reward** float32 (B,): whatever ``reward`` makes of the outcome, at the last step; 0
-    before. **Episode end** after K steps, for all B images at once. Autoreset is ``SAME_STEP``: the observation that
-    the last ``step`` returns already shows the next images at block 0. What came of the episode is then in
-    ``info["final_obs"]`` (what was observed at block K - 1) and ``info["final_info"]`` (``correct``, ``macs``,
-    ``kept``) and, whole, in ``env.outcome``; at the steps before, ``info`` is empty.
+    zeros up to the F channels of the widest, and the one-hot of k. **Action** Discrete(2), integer or bool (B,): 1 runs
+    the block. **Reward** float32 (B,): what ``reward`` gives for the outcome, at the last step; 0 before. **Episode
+    end** after K steps, for all B images at once. Autoreset is ``SAME_STEP``: the observation that the last ``step``
+    returns already shows the next images at block 0. The outcome of the episodes is then in ``env.outcome``, the most
+    important of it (``correct``, ``macs``, ``kept``) in ``info["final_info"]``, and the observation at block K - 1 in
+    ``info["final_obs"]``; at the steps before, ``info`` is empty.
 
     A block is computed for the images that keep it and for no others; nothing is computed twice. In sequential order
     the last batch is short, and after it the observation is empty.
-    :meth:`score` asks about whole decisions, bool (…, B, K), from block 0 on, wherever the episodes are.
+    :meth:`score` takes decisions about all K blocks, bool (…, B, K), at whatever block the episodes are.
     Arguments: see :class:`ImageVectorEnv`.
     """
 
@@ -44,7 +46,7 @@ class LayerSkipVectorEnv(ImageVectorEnv):
         self.num_blocks = self.steps_per_episode = self.backbone.num_blocks
         self.width = max(_channels(self.backbone, self.feed.batch.images[:1]))
         self._block_KK = torch.eye(self.num_blocks, device=self.device)
-        # What a dropped block leaves may be negative, and of any size; infinite bounds are frowned upon by checkers.
+        # A shortcut's features may be negative and of any size, and Gymnasium's checker warns of infinite bounds.
         high_D = np.full(self.width + self.num_blocks, np.finfo(np.float32).max, np.float32)
         low_D = -high_D
         low_D[self.width :], high_D[self.width :] = 0, 1
@@ -56,18 +58,19 @@ class LayerSkipVectorEnv(ImageVectorEnv):
 
     @property
     def observation(self) -> Tensor:
-        """What is observed at block :attr:`block`, float32 (B, F + K)."""
+        """The observation at block :attr:`block`, float32 (B, F + K)."""
         return self._observation
 
     @property
     def cursor(self) -> int:
-        """Number of the batch that would be shown if the episodes under way were given up."""
+        """The number of the batch to go on from: that of the batch shown or, once a step was made, that of the next."""
         return self.feed.cursor + (1 if self.block else 0)
 
     def reset(self, *, seed: int | None = None, options: dict[str, Any] | None = None) -> tuple[Tensor, dict[str, Any]]:
-        """Show images at block 0: with ``seed``, or in sequential order, from the start.
+        """Show images at block 0: the first of the order, with ``seed`` or if it is sequential; otherwise, those that
+        come next. Episodes under way are given up.
 
-        Otherwise those that come next in the order; episodes under way are given up.
+        Returns: the observation float32 (B, F + K), and an empty info.
         """
         if self.block and seed is None and self.feed.order == "shuffled":
             self.advance()
@@ -86,12 +89,16 @@ class LayerSkipVectorEnv(ImageVectorEnv):
 
     @torch.no_grad()
     def step(self, actions: Tensor | np.ndarray) -> tuple[Tensor, Tensor, Tensor, Tensor, dict[str, Any]]:
-        """Run the block for the images where ``actions`` (B,) is 1, and take all to the next one or, at the end, score
-        them and show the next images."""
+        """Run the block for the images whose action, in ``actions`` (B,), is 1, and go on to the next block; after the
+        last block, end the episodes and show the next images.
+
+        Raises:
+            ValueError: an action is neither 0 nor 1, or there is not one for each image.
+        """
         keep_B = decisions(actions)
         if keep_B.shape != self._kept_BK.shape[:1]:
             raise ValueError(f"actions must be of shape {tuple(self._kept_BK.shape[:1])}, got {tuple(keep_B.shape)}")
-        # Found on the CPU, where SB3's actions are: finding rows on the device would stop it.
+        # On the CPU, where SB3's actions are: ``nonzero`` on a GPU would wait for all that it still has to do.
         rows = keep_B.cpu().nonzero().squeeze(1).to(self.device)
         self._kept_BK[:, self.block] = keep_B.to(self.device)
         self._features = run_block(self.executed.blocks[self.block], self._features, rows)
@@ -106,14 +113,17 @@ class LayerSkipVectorEnv(ImageVectorEnv):
 
 
 def observe(features: Tensor, block_K: Tensor, width: int) -> Tensor:
-    """What is seen of features (B, …) that enter a block, whose one-hot is ``block_K``: float32 (B, width + K)."""
+    """Make the observation of features (B, C, H, W) that enter the block with the one-hot ``block_K`` (K,).
+
+    Returns: float32 (B, width + K): each channel's mean, zeros up to ``width`` channels, and the one-hot.
+    """
     pooled_BF = features.float().mean((2, 3))
     pooled_BF = nn.functional.pad(pooled_BF, (0, width - pooled_BF.shape[1]))
     return torch.cat([pooled_BF, block_K.expand(len(pooled_BF), -1)], dim=1)
 
 
 def _channels(backbone: Backbone, images: Tensor) -> list[int]:
-    """Channels of the features that enter each block; shortcuts alone say so."""
+    """Count the channels of the features that enter each block; running the shortcuts alone shows that."""
     channels = []
     with torch.no_grad():
         x = backbone.features(images)
@@ -124,10 +134,10 @@ def _channels(backbone: Backbone, images: Tensor) -> list[int]:
 
 
 class LayerSkipEnv(SingleView):
-    """One image at a time, in numpy: the same environment as :class:`LayerSkipVectorEnv` with B = 1.
+    """The same environment as :class:`LayerSkipVectorEnv` with B = 1: one image at a time, in numpy.
 
-    Observation float32 (F + K,), action Discrete(2), reward float; ``reset`` shows an image at block 0, the K-th
-    ``step`` ends the episode and shows what it last showed.
+    Observation float32 (F + K,), action Discrete(2), reward float. ``reset`` shows an image at block 0; the K-th
+    ``step`` ends the episode and returns the observation at block K - 1 again.
     """
 
     vector: LayerSkipVectorEnv

@@ -1,10 +1,10 @@
-"""The environments for Stable-Baselines3: ``PPO("MlpPolicy", SB3VecEnv(env), ...)``.
+"""The adapter from the environments to Stable-Baselines3 (SB3): ``PPO("MlpPolicy", SB3VecEnv(env), ...)``.
 
-SB3 moves and stores observations as numpy arrays. Where the observation is an image, the adapter gives it a number
-instead, and :class:`LookUp`, the first layer of the policy, finds the image by its number where it lies on the device:
-no image is copied to the host, and a buffer of 100,000 observations takes 800 KB.
+SB3 moves and stores observations as numpy arrays. Where an observation is an image, the adapter gives SB3 a number in
+its place, and :class:`LookUp`, the first layer of the policy, finds the image with that number on the device: no image
+is copied to the host, and a buffer of 100,000 observations takes 800 KB.
 
-Nothing else in the package imports this module, as nothing else needs SB3.
+Only ``agents/sb3.py`` imports this module, because only SB3's learners need SB3.
 
 Shapes: B images side by side, D numbers of an observation, R images remembered, H W pixels.
 """
@@ -28,23 +28,23 @@ from policyskip.envs.base import DecisionEnv
 from policyskip.errors import UserError
 
 EXACT = 2**24
-"""Numbers below this are exact in float32, which SB3 turns them into on their way to the features extractor."""
+"""Integers below this are exact in float32, to which SB3 converts image numbers before the features extractor."""
 
 
 class ImageIndex(Protocol):
-    """Images that can be found by their number."""
+    """An index that gives images numbers, and finds them by number."""
 
     def number(self, batch: Batch) -> Tensor:
-        """Numbers of images that are shown, int64 (B,) on the CPU."""
+        """Give numbers to the images of a batch that is shown: int64 (B,) on the CPU."""
         ...
 
     def find(self, number_B: Tensor) -> Tensor:
-        """The images with these numbers, int64 (B,): uint8 (B, 3, H, W)."""
+        """Find the images, uint8 (B, 3, H, W), with these numbers, int64 (B,)."""
         ...
 
 
 class DatasetIndex:
-    """A set that lies on the device and shows its images as they are: their places are their numbers."""
+    """The index of a set that is held on the device and not augmented: an image's number is its index in the set."""
 
     def __init__(self, images: TensorImages) -> None:
         self.images = images.images
@@ -57,27 +57,35 @@ class DatasetIndex:
 
 
 class RecentImages:
-    """The last R images that were shown, as they were shown: for sets that are augmented or read from files.
+    """An index that keeps the last R images shown, as they looked: for sets that are augmented or read from files.
 
     Args:
-        first: a batch, which says what an image looks like and where it lies.
-        remember: R at least; rounded up to a power of two, so that numbers may start anew at ``EXACT``.
+        example: a batch whose images have the shape and the device of all that will be shown.
+        remember: the least R; it is rounded up to a power of two, so that numbers can start again from 0 at ``EXACT``.
+
+    Attributes:
+        count: how many images have been numbered.
     """
 
-    def __init__(self, first: Batch, remember: int) -> None:
+    def __init__(self, example: Batch, remember: int) -> None:
         self.capacity = 1 << (remember - 1).bit_length()
-        self.images = first.images.new_empty(self.capacity, *first.images.shape[1:])
-        self.shown = 0
+        self.images = example.images.new_empty(self.capacity, *example.images.shape[1:])
+        self.count = 0
 
     def number(self, batch: Batch) -> Tensor:
-        number_B = (self.shown + torch.arange(len(batch))) % EXACT
+        number_B = (self.count + torch.arange(len(batch))) % EXACT
         self.images.index_copy_(0, (number_B % self.capacity).to(self.images.device), batch.images)
-        self.shown += len(batch)
+        self.count += len(batch)
         return number_B
 
     def find(self, number_B: Tensor) -> Tensor:
-        age = int(((self.shown - 1 - number_B) % EXACT).max()) + 1
-        if age > self.capacity:  # its place was taken: another image would be found there
+        """Find the images, uint8 (B, 3, H, W), with these numbers, int64 (B,).
+
+        Raises:
+            UserError: one of them is no longer kept.
+        """
+        age = int(((self.count - 1 - number_B) % EXACT).max()) + 1
+        if age > self.capacity:  # a later image has taken its row, and would be found instead
             raise UserError(
                 f"an image that was shown {age} images ago is looked up, and {self.capacity} are remembered; "
                 "SB3VecEnv(env, remember=…) must be at least the learner's buffer and one batch more"
@@ -86,39 +94,50 @@ class RecentImages:
 
 
 class ImageNumbers(gymnasium.spaces.Box):
-    """The space of image numbers, int64 (1,), which knows the images. They are left behind when it is pickled.
+    """The space of image numbers, int64 (1,), which can find the images. When it is pickled, its images are not.
 
     Args:
-        numbered: where the images are.
-        image_space: what the images look like, uint8 (3, H, W).
+        image_index: finds the images.
+        image_space: the space of the images, uint8 (3, H, W).
     """
 
-    def __init__(self, numbered: ImageIndex, image_space: gymnasium.spaces.Box) -> None:
+    image_index: ImageIndex | None = None
+
+    def __init__(self, image_index: ImageIndex, image_space: gymnasium.spaces.Box) -> None:
         super().__init__(0, EXACT - 1, (1,), np.int64)
-        self.numbered: ImageIndex | None = numbered
+        self.image_index = image_index
         self.image_space = image_space
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "numbered": None}
+        return {**self.__dict__, "image_index": None}
 
     def find(self, number_B1: Tensor) -> Tensor:
-        """The images uint8 (B, 3, H, W) with these numbers, (B, 1) of any dtype, on the device of the numbers."""
-        if self.numbered is None:
+        """Find the images, uint8 (B, 3, H, W), with these numbers, (B, 1) of any dtype, on the device of the numbers.
+
+        Raises:
+            UserError: the space was pickled and has no images, or one of them is no longer kept.
+        """
+        if self.image_index is None:
             raise UserError(
                 "the images of a saved observation space are not saved with it; "
                 'load(…, custom_objects={"observation_space": env.observation_space}) gives those of env'
             )
-        return self.numbered.find(number_B1[:, 0].long()).to(number_B1.device)
+        return self.image_index.find(number_B1[:, 0].long()).to(number_B1.device)
 
 
 @flatdim.register(ImageNumbers)
 def _no_numbers_as_features(space: ImageNumbers) -> int:
-    """SB3's default features extractor asks for this, and a policy would learn from the numbers themselves."""
+    """Refuse what SB3's default features extractor calls: with it, a policy would learn from the image numbers.
+
+    Raises:
+        UserError: always.
+    """
     raise UserError('image numbers are no features; give policy_kwargs={"features_extractor_class": LookUp}')
 
 
 class SmallConv(BaseFeaturesExtractor):
-    """Three strided convolutions and a mean over the pixels: for images too small for SB3's ``NatureCNN`` (36×36)."""
+    """A features extractor of three strided convolutions and a mean over the pixels, for images that are too small for
+    SB3's ``NatureCNN`` (36×36)."""
 
     def __init__(self, observation_space: gymnasium.spaces.Box, features_dim: int = 64) -> None:
         super().__init__(observation_space, features_dim)
@@ -132,18 +151,18 @@ class SmallConv(BaseFeaturesExtractor):
 
 
 class LookUp(BaseFeaturesExtractor):
-    """Features of images that are given by their numbers: looks them up, and hands them to another extractor.
+    """A features extractor that looks images up by their numbers and passes them to another extractor.
 
-    ``policy_kwargs={"features_extractor_class": LookUp}``, with ``"features_extractor_kwargs": {"extractor": …}`` for
-    another extractor than the small one.
+    It is chosen by ``policy_kwargs={"features_extractor_class": LookUp}``, together with
+    ``"features_extractor_kwargs": {"extractor": …}`` for another extractor than the small one.
 
     Args:
         observation_space: of an :class:`SB3VecEnv` over images.
         extractor: any of SB3's features extractors for images; it sees float32 (B, 3, H, W) in [0, 1].
-        kwargs: its arguments.
+        kwargs: arguments of ``extractor``.
 
     Raises:
-        UserError: the observations are no image numbers.
+        UserError: the observations are not image numbers.
     """
 
     def __init__(
@@ -164,23 +183,25 @@ class LookUp(BaseFeaturesExtractor):
 
 
 class SB3VecEnv(VecEnv):
-    """Any of the three vector environments, for Stable-Baselines3.
+    """Any of the three vector environments as a vector environment of Stable-Baselines3.
 
-    **Observation** image numbers, int64 (B, 1), over ``BlockSelection-v0`` (the policy needs :class:`LookUp`); float32
-    (B, D), as they are, over the others. **Action** as in the environment, numpy. **Reward** float32 (B,).
-    ``infos`` holds, where an episode ended, ``terminal_observation`` and ``TimeLimit.truncated`` as SB3 wants them,
-    ``is_success`` (the prediction was right; SB3 logs it as ``rollout/success_rate``) and ``macs``; elsewhere nothing.
-    All images share one environment: ``get_attr`` and ``env_method`` ask it once and repeat the answer.
+    **Observation** over ``BlockSelection-v0`` image numbers, int64 (B, 1), for which the policy needs :class:`LookUp`;
+    over the other two their own, float32 (B, D). **Action** that of the environment, in numpy. **Reward** float32 (B,).
+    ``infos`` has, for an image whose episode ended, ``terminal_observation`` and ``TimeLimit.truncated`` as SB3
+    defines them, ``is_success`` (whether the prediction was right; SB3 logs it as ``rollout/success_rate``) and
+    ``macs``; for the other images, nothing. All images share one environment: ``get_attr`` and ``env_method`` read or
+    call it once and repeat the result.
 
     Args:
-        env: one of the three vector environments, in shuffled order; not to be stepped by anyone else.
-        remember: needed where images are augmented or read from files, as their numbers say nothing of how they looked:
-            how many of those last shown are kept on the device. At least what the learner's buffer holds, and one batch
-            more: ``n_steps * num_envs + num_envs`` for PPO and A2C, ``buffer_size + num_envs`` for DQN.
+        env: one of the three vector environments, in shuffled order; nothing else may step it.
+        remember: how many of the images last shown are kept on the device. Needed only where images are augmented or
+            read from files, so that an image's index in the set does not determine how it looked. It must be at least
+            the size of the learner's buffer and one batch more: ``n_steps * num_envs + num_envs`` for PPO and A2C,
+            ``buffer_size + num_envs`` for DQN.
 
     Raises:
-        UserError: sequential order (SB3 wants the same number of images at every step), ``remember`` is missing, or is
-            beyond what float32 can number.
+        UserError: the order is sequential (SB3 needs the same number of images at every step), or ``remember`` is
+            missing or larger than float32 can number.
     """
 
     def __init__(self, env: DecisionEnv, remember: int | None = None) -> None:
@@ -191,13 +212,18 @@ class SB3VecEnv(VecEnv):
             raise UserError("SB3 wants as many images at every step, and a sequential order ends: say order=shuffled")
         self.env = env
         space = env.single_observation_space
-        self._numbered: ImageIndex | None = None
+        self._image_index: ImageIndex | None = None
         if isinstance(space, gymnasium.spaces.Box) and space.dtype == np.uint8:
-            self._numbered = self._number_images(remember)
-            space = ImageNumbers(self._numbered, space)
+            self._image_index = self._make_image_index(remember)
+            space = ImageNumbers(self._image_index, space)
         super().__init__(env.num_envs, space, env.single_action_space)
 
-    def _number_images(self, remember: int | None) -> ImageIndex:
+    def _make_image_index(self, remember: int | None) -> ImageIndex:
+        """Make the index by which the images of the environment are found.
+
+        Raises:
+            UserError: ``remember`` is needed, and missing or out of range.
+        """
         images = self._feed.images
         if isinstance(images, TensorImages) and images.augment is None and len(images) <= EXACT:
             return DatasetIndex(images)
@@ -210,12 +236,15 @@ class SB3VecEnv(VecEnv):
         return RecentImages(self._feed.batch, remember)
 
     def reset(self) -> np.ndarray:
-        """Show images: with the first seed that :meth:`seed` gave, if it did, otherwise those that come next."""
+        """Show the first images of the order of the seed that :meth:`seed` set; if it set none, those that come next.
+
+        Returns: the observation (B, …).
+        """
         self.env.reset(seed=self._seeds[0])
         self._reset_seeds()
         self._reset_options()
-        self._shown = self._observe(self.env.observation)
-        return self._shown
+        self._observation = self._observe(self.env.observation)
+        return self._observation
 
     def step_async(self, actions: np.ndarray) -> None:
         self._actions = actions
@@ -224,13 +253,14 @@ class SB3VecEnv(VecEnv):
         observation, reward_B, terminated_B, truncated_B, info = self.env.step(torch.as_tensor(self._actions))
         truncated = truncated_B.cpu().numpy()
         over = terminated_B.cpu().numpy() | truncated
-        infos = _infos(self._shown, over, truncated, info)
-        self._shown = self._observe(observation)
-        return self._shown, reward_B.cpu().numpy(), over, infos
+        infos = _infos(self._observation, over, truncated, info)
+        self._observation = self._observe(observation)
+        return self._observation, reward_B.cpu().numpy(), over, infos
 
     def _observe(self, observation: Tensor) -> np.ndarray:
-        if self._numbered is not None:
-            return self._numbered.number(self._feed.batch).unsqueeze(1).numpy()
+        """Convert the environment's observation to SB3's: image numbers (B, 1), or the observation itself, (B, D)."""
+        if self._image_index is not None:
+            return self._image_index.number(self._feed.batch).unsqueeze(1).numpy()
         return observation.cpu().numpy()
 
     def close(self) -> None:
@@ -245,8 +275,8 @@ class SB3VecEnv(VecEnv):
     def env_method(
         self, method_name: str, *method_args: Any, indices: int | Iterable[int] | None = None, **method_kwargs: Any
     ) -> list[Any]:
-        answer = getattr(self.env, method_name)(*method_args, **method_kwargs)
-        return [answer for _ in self._get_indices(indices)]
+        result = getattr(self.env, method_name)(*method_args, **method_kwargs)
+        return [result for _ in self._get_indices(indices)]
 
     def env_is_wrapped(
         self, wrapper_class: type[gymnasium.Wrapper[Any, Any, Any, Any]], indices: int | Iterable[int] | None = None
@@ -254,16 +284,23 @@ class SB3VecEnv(VecEnv):
         return [False for _ in self._get_indices(indices)]
 
 
-def _infos(shown: np.ndarray, over: np.ndarray, truncated: np.ndarray, info: dict[str, Any]) -> list[dict[str, Any]]:
-    """A dict for each image, its own to change; filled where an episode ended, in as little Python as a list allows."""
+def _infos(
+    observation: np.ndarray, over: np.ndarray, truncated: np.ndarray, info: dict[str, Any]
+) -> list[dict[str, Any]]:
+    """Make the dict of each image, B of them, which SB3 may change; it is filled only where an episode ended.
+
+    Args:
+        observation: (B, …), before the step.
+        over, truncated: bool (B,).
+    """
     infos: list[dict[str, Any]] = [{} for _ in range(len(over))]
     rows = over.nonzero()[0]
     if not len(rows):
         return infos
     correct, macs = info["final_info"]["correct"].tolist(), info["final_info"]["macs"].tolist()
-    for row, ended, at_limit in zip(rows.tolist(), shown[rows], truncated[rows].tolist(), strict=True):
+    for row, last_observation, at_limit in zip(rows.tolist(), observation[rows], truncated[rows].tolist(), strict=True):
         infos[row] = {
-            "terminal_observation": ended,
+            "terminal_observation": last_observation,
             "TimeLimit.truncated": at_limit,
             "is_success": correct[row],
             "macs": macs[row],
