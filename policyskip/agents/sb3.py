@@ -153,6 +153,7 @@ class SB3Agent(Agent):
             self.adapter = EpisodeStatistics(env, remember=self.steps_collected + env.num_envs)
             self.model = self._build(seed, net_arch, channels, hyperparameters)
             self._share_layers()
+        self.optimizer: torch.optim.Optimizer = self.model.policy.optimizer
         self.decision_macs = self.adapter.decision_macs = count_macs(self.policy, env.observation[:1])
         self._means: dict[str, float] = {}
 
@@ -217,16 +218,10 @@ class SB3Agent(Agent):
         """Let SB3 collect one rollout and learn from it."""
         self.model.learn(self.steps_collected, log_interval=None, reset_num_timesteps=False)
 
-    @property
-    def optimizer(self) -> torch.optim.Optimizer:
-        """The optimizer of SB3's policy."""
-        optimizer: torch.optim.Optimizer = self.model.policy.optimizer
-        return optimizer
-
     def state_dict(self) -> dict[str, Any]:
         return {
             "policy": self.model.policy.state_dict(),
-            "optimizer": self.model.policy.optimizer.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
             "randomness": self.randomness.state,
             "step": self.step,
             "timesteps": self.model.num_timesteps,
@@ -236,7 +231,7 @@ class SB3Agent(Agent):
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self.model.policy.load_state_dict(state["policy"])
-        self.model.policy.optimizer.load_state_dict(state["optimizer"])
+        self.optimizer.load_state_dict(state["optimizer"])
         self.randomness.state = state["randomness"]
         with self.randomness.own():  # so that a state that the generators do not take is refused now
             pass

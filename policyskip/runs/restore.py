@@ -74,11 +74,11 @@ def _restore_learner(learner: Any, state: dict[str, Any]) -> None:
         if type(value) in (int, float) and isinstance(state.get(key), str | bool | dict | list | tuple | None):
             raise ValueError(f"{key} is {state.get(key)!r:.80}, not a number")
     learner.load_state_dict(state)
-    attributes = [*vars(learner).values(), getattr(learner, "optimizer", None)]
-    for optimizer in {id(value): value for value in attributes if isinstance(value, Optimizer)}.values():
-        _check_optimizer(optimizer)
-    for schedule in [value for value in attributes if isinstance(value, LRScheduler)]:
-        _check_schedule(schedule)
+    for attribute in vars(learner).values():
+        if isinstance(attribute, Optimizer):
+            _check_optimizer(attribute)
+        elif isinstance(attribute, LRScheduler):
+            _check_schedule(attribute)
 
 
 def _check_optimizer(optimizer: Optimizer) -> None:
