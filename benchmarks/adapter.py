@@ -2,10 +2,10 @@
 
     python benchmarks/adapter.py [threads] [repetitions] [device]      (default: 1 30 cpu; a minute or two)
 
-Two environments over the same images are stepped in turn with the same actions, one by itself and one through the
-adapter, which of them first alternating; a repetition is as many steps as an episode has, or more. Medians over
-repetitions, of the times and of their difference. The networks are the shipped ones; actions are numpy arrays, as
-SB3's are.
+Two environments over the same images take the same actions, one by itself and one through the adapter; in every other
+repetition the adapter's environment steps first. A repetition has at least as many steps as an episode. The figures are
+medians over repetitions, of the times and of their difference. The networks are those of the package; actions are numpy
+arrays, as SB3's are.
 """
 
 from __future__ import annotations
@@ -29,16 +29,16 @@ Make = Callable[[], ImageVectorEnv | EarlyExitVectorEnv]
 
 
 def timed(step: Callable[[np.ndarray], object], action: np.ndarray, device: str) -> float:
-    """Milliseconds of a step, and of what it left the device to do."""
-    start = time.perf_counter()
+    """Return the milliseconds that a step takes, until the device has finished its work too."""
+    started = time.perf_counter()
     step(action)
     if device == "cuda":
         torch.cuda.synchronize()
-    return 1000 * (time.perf_counter() - start)
+    return 1000 * (time.perf_counter() - started)
 
 
 def measure(make: Make, steps: int, repetitions: int, device: str) -> tuple[float, float, float]:
-    """Median milliseconds of a step by itself, through the adapter, and of the difference."""
+    """Return the median milliseconds of a step by itself, of one through the adapter, and of their difference."""
     plain, adapter = make(), SB3VecEnv(make())
     plain.reset(seed=0)
     adapter.seed(0)
@@ -56,7 +56,7 @@ def measure(make: Make, steps: int, repetitions: int, device: str) -> tuple[floa
                 through += timed(adapter.step, action, device)
         return alone / steps, through / steps
 
-    repetition(False)  # warm
+    repetition(False)  # warms up
     pairs = [repetition(bool(i % 2)) for i in range(repetitions)]
     alone, through = zip(*pairs, strict=True)
     return (

@@ -1,9 +1,9 @@
-"""All agents on digits in one table: five seeds each, test split, the best fixed choice of equal cost beside them.
+"""All agents on digits in one table: five seeds each, on test images, beside the best fixed choice of equal cost.
 
     python benchmarks/agents.py [name …]      (default: all of them; two hours on two cores)
 
-Runs go into runs/benchmark-<name>-<seed>; one that is there and finished is not trained again. Writes a row for each to
-benchmarks/results/agents.csv (rows of others stay), and prints the table.
+Runs go into runs/benchmark-<name>-<seed>; a run that has finished there is not trained again. Writes a row for each run
+to benchmarks/results/agents.csv (rows of other runs stay), and prints the table.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from policyskip.intervals import mean_and_half
+from policyskip.intervals import mean_and_half_interval
 
 RESULTS = Path(__file__).parent / "results" / "agents.csv"
 SEEDS = (0, 1, 2, 3, 4)
@@ -25,8 +25,8 @@ AGENTS = (
     *("random", "full", "first", "distributed", "best_static", "oracle"),
 )
 """Rows of the table; each is what ``policyskip train +experiment=digits_<name>`` trains."""
-NO_CHANCE = ("full", "first", "distributed", "best_static", "oracle")
-"""Nothing is drawn: one run says all."""
+DETERMINISTIC = ("full", "first", "distributed", "best_static", "oracle")
+"""Agents that draw no random numbers, so that one run is enough."""
 FIGURES = (
     *("accuracy", "full_accuracy", "macs_fraction", "policy_macs", "full_macs", "unique_decisions"),
     *("static_accuracy", "static_margin", "static_margin_ci95"),
@@ -34,7 +34,7 @@ FIGURES = (
 
 
 def run(name: str, seed: int) -> dict[str, str]:
-    """Train once, unless it was done before; the run's row."""
+    """Train one run, unless its folder is there and finished, and return its row."""
     folder = Path("runs") / f"benchmark-{name}-{seed}"
     if not (folder / "policy.json").exists():
         arguments = [f"+experiment=digits_{name}", f"seed={seed}", f"run.dir={folder}", "tracking=none"]
@@ -46,28 +46,32 @@ def run(name: str, seed: int) -> dict[str, str]:
 
 
 def cell(rows: list[dict[str, str]], figure: str, scale: float = 1, digits: int = 2, sign: str = "") -> str:
-    """Mean over seeds, and half the 95 % interval of it (Student's t) where there are several."""
-    mean, half = mean_and_half([scale * float(row[figure]) for row in rows])
+    """Write the mean over seeds, with ± half its 95 % interval (Student's t) where there are several seeds."""
+    mean, half = mean_and_half_interval([scale * float(row[figure]) for row in rows])
     return f"{mean:{sign}.{digits}f}" if half is None else f"{mean:{sign}.{digits}f} ± {half:.{digits}f}"
 
 
 def table(rows: list[dict[str, str]]) -> str:
-    """Every agent's figures, in Markdown."""
+    """Write the figures of every agent in Markdown."""
     lines = [
         "| agent | environment | its network, whole | accuracy | MACs, its own in | best fixed choice, equal cost "
         "| margin | distinct decisions | seconds |",
         "|---|---|---|---|---|---|---|---|---|",
     ]
     for name in AGENTS:
-        mine: list[dict[str, Any]] = [row for row in rows if row["name"] == name]
-        if mine:
+        own_rows: list[dict[str, Any]] = [row for row in rows if row["name"] == name]
+        if own_rows:
             agent = name.removesuffix("_layer_skip").removesuffix("_early_exit")
-            cells = [agent + (" (sees the label)" if name == "oracle" else ""), mine[0]["env"]]
-            cells += [cell(mine, "full_accuracy", 100), cell(mine, "accuracy", 100), cell(mine, "macs_fraction")]
-            cells += [cell(mine, "static_accuracy", 100), cell(mine, "static_margin", 100, sign="+")]
+            cells = [agent + (" (sees the label)" if name == "oracle" else ""), own_rows[0]["env"]]
             cells += [
-                ", ".join(row["unique_decisions"] for row in mine),
-                cell(mine, "seconds", digits=0).split(" ±")[0],
+                cell(own_rows, "full_accuracy", 100),
+                cell(own_rows, "accuracy", 100),
+                cell(own_rows, "macs_fraction"),
+            ]
+            cells += [cell(own_rows, "static_accuracy", 100), cell(own_rows, "static_margin", 100, sign="+")]
+            cells += [
+                ", ".join(row["unique_decisions"] for row in own_rows),
+                cell(own_rows, "seconds", digits=0).split(" ±")[0],
             ]
             lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines)
@@ -79,7 +83,7 @@ def main() -> None:
     if unknown:
         sys.exit(f"there is no agent {unknown[0]} here; there are {', '.join(AGENTS)}")
     for name in names:
-        for seed in (0,) if name in NO_CHANCE else SEEDS:
+        for seed in (0,) if name in DETERMINISTIC else SEEDS:
             row = run(name, seed)
             known = list(csv.DictReader(RESULTS.open())) if RESULTS.exists() else []
             rows = [other for other in known if (other["name"], other["seed"]) != (name, str(seed))] + [row]

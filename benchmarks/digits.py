@@ -25,7 +25,7 @@ FIGURES = (
 
 
 def run(penalty: str, seed: int) -> dict[str, str]:
-    """Train once; the run's row."""
+    """Train one run in a temporary folder, and return its row."""
     with tempfile.TemporaryDirectory() as folder:
         arguments = ["agent=blockdrop", f"reward.penalty={penalty}", f"seed={seed}", f"run.dir={folder}/run"]
         command = [sys.executable, "-m", "policyskip", "train", *arguments, "tracking=none"]
@@ -34,7 +34,7 @@ def run(penalty: str, seed: int) -> dict[str, str]:
 
 
 def row(penalty: str, summary: dict[str, Any]) -> dict[str, str]:
-    """A run's row: its settings and its test figures."""
+    """Return a run's row: its settings and its test figures."""
     seed = summary["seed"]
     row = {"penalty": penalty, "seed": str(seed), "steps": str(summary["steps"]), "seconds": str(summary["seconds"])}
     row |= {name: f"{summary[f'test/{name}']:.6g}" for name in FIGURES}
@@ -43,24 +43,24 @@ def row(penalty: str, summary: dict[str, Any]) -> dict[str, str]:
 
 
 def table(rows: list[dict[str, str]]) -> str:
-    """Mean and standard deviation over seeds for each penalty, in Markdown."""
+    """Write the means and standard deviations over seeds for each penalty in Markdown."""
     lines = [
         "| γ | full network | policy | best static choice of equal cost | margin | blocks kept "
         "| easiest → hardest quarter | MACs, policy's own in | decisions |",
         "|---|---|---|---|---|---|---|---|---|",
     ]
     for penalty in sorted({row["penalty"] for row in rows}, key=float):
-        mine = [row for row in rows if row["penalty"] == penalty]
+        own_rows = [row for row in rows if row["penalty"] == penalty]
 
-        def mean(name: str, scale: float = 1, mine: list[dict[str, str]] = mine) -> str:
-            values = [scale * float(row[name]) for row in mine]
+        def mean(name: str, scale: float = 1, own_rows: list[dict[str, str]] = own_rows) -> str:
+            values = [scale * float(row[name]) for row in own_rows]
             spread = statistics.stdev(values) if len(values) > 1 else 0.0
             return f"{statistics.mean(values):.2f} ± {spread:.2f}"
 
-        quarters = [statistics.mean(float(row[f"kept_quarter_{i}"]) for row in mine) for i in (1, 4)]
+        quarters = [statistics.mean(float(row[f"kept_quarter_{i}"]) for row in own_rows) for i in (1, 4)]
         cells = [penalty, mean("full_accuracy", 100), mean("accuracy", 100), mean("static_accuracy", 100)]
         cells += [mean("static_margin", 100), mean("kept_mean"), f"{quarters[0]:.1f} → {quarters[1]:.1f}"]
-        cells += [mean("macs_fraction"), ", ".join(row["unique_decisions"] for row in mine)]
+        cells += [mean("macs_fraction"), ", ".join(row["unique_decisions"] for row in own_rows)]
         lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines)
 

@@ -2,8 +2,8 @@
 
     python benchmarks/early_exit_steps.py [threads]      (default: 1; seconds)
 
-Made-up outputs of 20,000 images; what they say makes no difference to the speed. Every image's step counts as one.
-The processor's time is stated beside the wall's, which is longer where other processes run.
+The cached outputs of 20,000 images are random numbers, which does not change the speed. The step of one image counts as
+one step. Processor time is stated beside wall time, which is longer where other processes run.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ SIDE_BY_SIDE, IMAGES, STEPS = 4096, 20000, 300
 
 
 def measure(exits: int, classes: int) -> tuple[float, float]:
-    """Environment steps a second of wall time, and of processor time."""
+    """Return the environment steps in a second of wall time, and in a second of processor time."""
     costs = ExitCosts(torch.ones(exits, dtype=torch.float64), torch.ones(exits, dtype=torch.float64))
     cache = CachedExits(torch.randn(IMAGES, exits, classes), torch.randint(0, classes, (IMAGES,)), costs)
     env = EarlyExitVectorEnv(SIDE_BY_SIDE, network=cache)

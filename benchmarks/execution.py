@@ -1,21 +1,23 @@
-"""Is skipping really faster? Sparse execution beside the masked one of earlier systems, and beside what is ideal.
+"""Is skipping really faster? Sparse execution beside the masked execution of earlier systems, and beside the ideal.
 
     python benchmarks/execution.py [--device cpu|cuda] [--run runs/x …] [--depth 110] [--repeats 9]      (minutes)
 
-Every ratio is a median of ratios, measured interleaved in one process; all but predict over a ResNet-110, 32×32, and
-random decisions for each image that keep 31 % of the blocks:
+Every figure is a median of ratios, measured in turn in one process. All but those of ``predict`` are measured with a
+ResNet-110 on images of 32×32 pixels, and with random decisions for each image that keep 31 % of the blocks:
 
-- rollouts_vs_masked: images a second, against the originals' way (``published``); rollouts_vs_masked_folded: against
-  ``dense``, with the folded network, its memory layout, and a ReLU and a shortcut that convolutions take in;
-- rollouts_vs_ideal, rollouts_vs_ideal_batch1: against the whole network's fastest forward over the share of MACs kept;
-- step_vs_masked, step_vs_masked_folded: a BlockDrop update (one sample), against the same with masked rollouts in two
-  passes, of these two kinds; at alpha 0.95, where samples keep 34 %, and (…_alpha80) at 0.8, where they keep 39 %;
-- predict_time_over_macs_batch1, …256: ``predict`` of a run (the policy's time in it) against its whole network, time
-  ratio over MAC ratio; of more runs after the first, the same keys with their folders' names;
-- env_overhead: time of a vector step beyond that of the forward it asks for;
-- peak_memory_vs_dense: of a sparse forward, against ``dense`` with the same network.
+- rollouts_vs_masked: images a second, against masked execution as the originals do it (``published``);
+  rollouts_vs_masked_folded: against ``dense`` with the folded network, its memory layout, and convolutions that include
+  the ReLU and the shortcut;
+- rollouts_vs_ideal, rollouts_vs_ideal_batch1: against the fastest forward of the whole network, divided by the share of
+  the MACs that are kept;
+- step_vs_masked, step_vs_masked_folded: a BlockDrop update (one sample), against an update with masked rollouts in two
+  passes, of the same two kinds; at alpha 0.95, where samples keep 34 %, and (…_alpha80) at 0.8, where they keep 39 %;
+- predict_time_over_macs_batch1, …256: ``predict`` of a run (with the time of its policy) against its whole network, as
+  the ratio of times over the ratio of MACs; keys of further runs end in the names of their folders;
+- env_overhead: the time of a vector step beyond that of the forward pass in it;
+- peak_memory_vs_dense: the peak memory of a sparse forward pass, against ``dense`` with the same network.
 
-Writes benchmarks/results/execution-<machine>.json: these keys, and the raw repeats.
+Writes benchmarks/results/execution-<machine>.json with these keys and the raw repeats.
 """
 
 from __future__ import annotations
@@ -48,20 +50,21 @@ from policyskip.rewards import Outcome
 
 RESULTS = Path(__file__).parent / "results"
 KEPT = 0.31
-"""Share of the blocks that run."""
+"""The share of the blocks that run."""
 
 
-def median_ratio(over: list[float], under: list[float]) -> float:
-    """Median of the ratios of what was measured side by side."""
-    return statistics.median(a / b for a, b in zip(over, under, strict=True))
+def median_ratio(numerators: list[float], denominators: list[float]) -> float:
+    """Return the median of the ratios of times that were measured side by side."""
+    return statistics.median(a / b for a, b in zip(numerators, denominators, strict=True))
 
 
 def random_keep(B: int, K: int) -> Tensor:
+    """Draw decisions, bool (B, K), that keep a share ``KEPT`` of the blocks."""
     return torch.rand(B, K) < KEPT
 
 
 def published(network: Backbone, images: Tensor, keep_BK: Tensor) -> Tensor:
-    """Logits (B, C) by the originals' formula: every block for every image, then blended by multiplication."""
+    """Return logits (B, C) by the originals' formula: every block for every image, then blended by multiplication."""
     x = network.features(images)
     for block, keep_B in zip(network.blocks, keep_BK.float().unbind(1), strict=True):
         shortcut, mask = block.shortcut(x), keep_B.view(-1, 1, 1, 1)
@@ -69,7 +72,8 @@ def published(network: Backbone, images: Tensor, keep_BK: Tensor) -> Tensor:
     return network.head(x)
 
 
-def pictures(B: int, device: torch.device, size: int = 32) -> Tensor:
+def random_images(B: int, device: torch.device, size: int = 32) -> Tensor:
+    """Draw images, uint8 (B, 3, H, W)."""
     return torch.randint(0, 256, (B, 3, size, size), dtype=torch.uint8, device=device)
 
 
@@ -77,9 +81,12 @@ def pictures(B: int, device: torch.device, size: int = 32) -> Tensor:
 def rollouts(
     network: Backbone, batch: int, rounds: int, repeats: int, masked: bool = True
 ) -> tuple[dict[str, list[float]], float]:
-    """Seconds of ``rounds`` batches, sparse, whole and masked, and the share of MACs that the keep matrices need."""
+    """Measure the seconds of ``rounds`` batches with sparse, whole and masked execution.
+
+    Returns: the seconds of each repeat, by the way of execution; and the share of the MACs that the decisions need.
+    """
     device, K = network.mean.device, network.num_blocks
-    fast, images = folded(network), pictures(batch, network.mean.device)
+    fast, images = folded(network), random_images(batch, network.mean.device)
     costs = count_costs(network, (3, 32, 32))
     keep = [random_keep(batch, K).to(device) for _ in range(rounds)]
     calls: dict[str, Callable[[], object]] = {
@@ -94,7 +101,7 @@ def rollouts(
 
 
 class MaskedEnv(BlockSelectionVectorEnv):
-    """The originals' execution: each rollout in a pass of its own, every block for every image, then blended."""
+    """An environment with the originals' execution: a pass for each rollout, and every block for every image."""
 
     @torch.no_grad()
     def score(self, keep: Tensor) -> Outcome:
@@ -108,7 +115,7 @@ class MaskedEnv(BlockSelectionVectorEnv):
 
 
 class MaskedFoldedEnv(MaskedEnv):
-    """The same with the folded network."""
+    """An environment with masked execution of the folded network."""
 
     def masked(self, images: Tensor, keep_BK: Tensor) -> Tensor:
         return dense(self.executed, images, keep_BK)
@@ -117,9 +124,12 @@ class MaskedFoldedEnv(MaskedEnv):
 def training_step(
     network: Backbone, batch: int, alpha: float, repeats: int
 ) -> tuple[dict[str, list[float]], dict[str, float]]:
-    """Seconds of BlockDrop updates whose greedy decisions, each image's its own, keep 31 %, and what they kept."""
+    """Measure the seconds of BlockDrop updates whose greedy decisions are random for each image and keep 31 %.
+
+    Returns: the seconds of each repeat, and the share of the blocks that was kept, both by the way of execution.
+    """
     device, K = network.mean.device, network.num_blocks
-    images = TensorImages(pictures(4 * batch, device), torch.randint(0, 10, (4 * batch,), device=device))
+    images = TensorImages(random_images(4 * batch, device), torch.randint(0, 10, (4 * batch,), device=device))
     decided_BK = torch.where(random_keep(batch, K), 10.0, -10.0).to(device)
     calls: dict[str, Callable[[], object]] = {}
     kept: dict[str, float] = {}
@@ -135,16 +145,19 @@ def training_step(
 
 @torch.no_grad()
 def predict(run: Path, batch: int, count: int, repeats: int, device: torch.device) -> tuple[dict[str, Any], float]:
-    """Seconds of a run's ``predict`` and of its whole network on test images, and the MAC ratio."""
+    """Measure the seconds of a run's ``predict`` and of its whole network on ``count`` test images.
+
+    Returns: the seconds of each repeat, and the MACs of ``predict`` as a share of the whole network's.
+    """
     predictor = policyskip.load(run, device=str(device))
     assert isinstance(predictor, Predictor)
     data, _ = build_data(yaml.safe_load((run / "config.yaml").read_text())["data"], device)
-    spread_N = torch.linspace(0, len(data.test) - 1, count).round().long()  # folders come class by class
-    images = next(iter(data.test.plain().stream([(spread_N, 0)]))).images
-    parts = images.split(batch)
+    index_N = torch.linspace(0, len(data.test) - 1, count).round().long()  # of all classes, which folders sort by
+    images = next(iter(data.test.plain().stream([(index_N, 0)]))).images
+    batches = images.split(batch)
     calls: dict[str, Callable[[], object]] = {
-        "predict": lambda: [predictor.predict(part) for part in parts],
-        "whole": lambda: [predictor.backbone(part) for part in parts],
+        "predict": lambda: [predictor.predict(batch_images) for batch_images in batches],
+        "whole": lambda: [predictor.backbone(batch_images) for batch_images in batches],
     }
     macs = float(predictor.predict(images).macs_B.mean()) / predictor.costs.full
     return side_by_side(calls, repeats, device), macs
@@ -152,9 +165,9 @@ def predict(run: Path, batch: int, count: int, repeats: int, device: torch.devic
 
 @torch.no_grad()
 def stepping(network: Backbone, batch: int, repeats: int) -> dict[str, list[float]]:
-    """Seconds of vector steps, and of the forwards alone."""
+    """Measure the seconds of vector steps, and of their forward passes alone."""
     device = network.mean.device
-    images = TensorImages(pictures(4 * batch, device), torch.randint(0, 10, (4 * batch,), device=device))
+    images = TensorImages(random_images(4 * batch, device), torch.randint(0, 10, (4 * batch,), device=device))
     env = BlockSelectionVectorEnv(batch, backbone=network, images=images)
     keep_BK = random_keep(batch, network.num_blocks).to(device)
     calls: dict[str, Callable[[], object]] = {
@@ -166,9 +179,9 @@ def stepping(network: Backbone, batch: int, repeats: int) -> dict[str, list[floa
 
 @torch.no_grad()
 def peak(way: str, depth: int, batch: int, device: str) -> float:
-    """Bytes that one forward needs at most, beyond network and images; call it in a fresh process."""
+    """Return the peak memory of one forward pass in bytes, without network and images. Call it in a fresh process."""
     network = cifar_resnet(10, depth, checkpoint="random").freeze().to(device)
-    images, keep_BK = pictures(batch, torch.device(device)), random_keep(batch, network.num_blocks).to(device)
+    images, keep_BK = random_images(batch, torch.device(device)), random_keep(batch, network.num_blocks).to(device)
     fast = folded(network)
     execute: Callable[[], Tensor] = {
         "sparse": lambda: sparse(fast, images, keep_BK),
@@ -181,14 +194,14 @@ def peak(way: str, depth: int, batch: int, device: str) -> float:
         execute()
         return float(torch.cuda.max_memory_allocated() - before)
     before = resident("VmRSS")
-    Path("/proc/self/clear_refs").write_text("5")  # the peak starts anew
+    Path("/proc/self/clear_refs").write_text("5")  # resets the peak that the system remembers
     execute()
     return resident("VmHWM") - before
 
 
-def resident(what: str) -> float:
-    """Bytes of this process in memory: now ("VmRSS") or at most ("VmHWM")."""
-    status = Path("/proc/self/status").read_text().split(what + ":")[1]
+def resident(key: str) -> float:
+    """Return the bytes of this process that are in memory now ("VmRSS"), or were at the peak ("VmHWM")."""
+    status = Path("/proc/self/status").read_text().split(key + ":")[1]
     return 1024.0 * float(status.split()[0])
 
 
@@ -200,55 +213,55 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=256)
     parser.add_argument("--repeats", type=int, default=9)
     parser.add_argument("--peak", choices=("sparse", "dense"), help=argparse.SUPPRESS)
-    asked = parser.parse_args()
+    options = parser.parse_args()
     keep_freed_memory()
     torch.manual_seed(0)
-    if asked.peak:
-        print(peak(asked.peak, asked.depth, asked.batch, asked.device))
+    if options.peak:
+        print(peak(options.peak, options.depth, options.batch, options.device))
         return
-    device = torch.device(asked.device)
-    network = cifar_resnet(10, asked.depth, checkpoint="random").freeze()
-    network = network.to(device)  # laid out in memory as torch does it, which is how the masked way was published
+    device = torch.device(options.device)
+    network = cifar_resnet(10, options.depth, checkpoint="random").freeze()
+    network = network.to(device)  # in torch's own memory layout, with which masked execution was published
     figures: dict[str, Any] = {}
     raw: dict[str, Any] = {}
 
-    raw["rollouts"], share = rollouts(network, asked.batch, 1, asked.repeats)
+    raw["rollouts"], share = rollouts(network, options.batch, 1, options.repeats)
     figures["rollouts_vs_masked"] = median_ratio(raw["rollouts"]["masked"], raw["rollouts"]["sparse"])
     figures["rollouts_vs_masked_folded"] = median_ratio(raw["rollouts"]["masked_folded"], raw["rollouts"]["sparse"])
     figures["rollouts_vs_ideal"] = share * median_ratio(raw["rollouts"]["whole"], raw["rollouts"]["sparse"])
-    raw["rollouts_batch1"], share = rollouts(network, 1, 20, asked.repeats, masked=False)
+    raw["rollouts_batch1"], share = rollouts(network, 1, 20, options.repeats, masked=False)
     figures["rollouts_vs_ideal_batch1"] = share * median_ratio(
         raw["rollouts_batch1"]["whole"], raw["rollouts_batch1"]["sparse"]
     )
     for alpha, suffix in ((0.95, ""), (0.8, "_alpha80")):
-        raw[f"step{suffix}"], raw[f"step{suffix}_kept"] = training_step(network, asked.batch, alpha, asked.repeats)
+        raw[f"step{suffix}"], raw[f"step{suffix}_kept"] = training_step(network, options.batch, alpha, options.repeats)
         for way in ("masked", "masked_folded"):
             ratio = median_ratio(raw[f"step{suffix}"][way], raw[f"step{suffix}"]["sparse"])
             figures[f"step_vs_{way}{suffix}"] = ratio
-    for n, run in enumerate(map(Path, asked.run)):
+    for n, run in enumerate(map(Path, options.run)):
         if not (run / "policy.json").is_file():
             print(f"no run {run}, so its predict is not measured; make it with `policyskip train run.dir={run}`")
             continue
         for batch, count in ((1, 300), (256, 2048)):
             name = f"batch{batch}" + (f"_{run.name}" if n else "")
-            raw[f"predict_{name}"], macs = predict(run, batch, count, asked.repeats, device)
+            raw[f"predict_{name}"], macs = predict(run, batch, count, options.repeats, device)
             ratio = median_ratio(*(raw[f"predict_{name}"][way] for way in ("predict", "whole")))
             raw[f"predict_{name}"]["macs"] = macs
             figures[f"predict_time_over_macs_{name}"] = ratio / macs
-    raw["stepping"] = stepping(network, asked.batch, 3 * asked.repeats)
+    raw["stepping"] = stepping(network, options.batch, 3 * options.repeats)
     figures["env_overhead"] = median_ratio(raw["stepping"]["step"], raw["stepping"]["forward"]) - 1
-    same = ["--device", asked.device, "--depth", str(asked.depth), "--batch", str(asked.batch)]
-    command = [sys.executable, __file__, *same]
-    needed = {
+    same_options = ["--device", options.device, "--depth", str(options.depth), "--batch", str(options.batch)]
+    command = [sys.executable, __file__, *same_options]
+    peak_bytes = {
         way: float(subprocess.run([*command, "--peak", way], check=True, capture_output=True, text=True).stdout)
         for way in ("sparse", "dense")
     }
-    raw["peak_bytes"] = needed
-    figures["peak_memory_vs_dense"] = needed["sparse"] / needed["dense"]
+    raw["peak_bytes"] = peak_bytes
+    figures["peak_memory_vs_dense"] = peak_bytes["sparse"] / peak_bytes["dense"]
 
     name = platform.machine() if device.type == "cpu" else device_name(device).replace(" ", "-")
     about = {"machine": device_name(device), "threads": torch.get_num_threads(), "torch": torch.__version__}
-    content = {**figures, **about, "depth": asked.depth, "batch": asked.batch, "kept": KEPT, "raw": raw}
+    content = {**figures, **about, "depth": options.depth, "batch": options.batch, "kept": KEPT, "raw": raw}
     RESULTS.mkdir(exist_ok=True)
     (RESULTS / f"execution-{name}.json").write_text(json.dumps(content, indent=1) + "\n")
     print("| figure | value |\n|---|---|")

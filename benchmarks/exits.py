@@ -2,12 +2,12 @@
 
     python benchmarks/exits.py [agent …]      (default: msdnet branchynet cdl distiller; minutes a seed)
 
-Runs go into runs/benchmark-<agent>-<seed>; one that is there and finished is not trained again. Writes a row for each
-to benchmarks/results/exits.csv (rows of other agents stay), and prints the table.
+Runs go into runs/benchmark-<agent>-<seed>; a run that has finished there is not trained again. Writes a row for each
+run to benchmarks/results/exits.csv (rows of other agents stay), and prints the table.
 
-A row also says, of the run's network on the test images: how far the budgets used are from those asked for, at most
-(``budget_gap``, share of the full cost, over ``BUDGETS``), and for how many images really stopping and replaying cached
-outputs differ in exit or answer (``differ``).
+A row also has two figures of the run's network on the test images: ``budget_gap``, the largest difference between a
+budget of ``BUDGETS`` and the cost that is reached with it, as a share of the full cost; and ``differ``, the number of
+images whose exit or answer is not the same when the network really stops and when cached outputs are replayed.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ import torch
 import policyskip
 from policyskip.backbones import run_until
 from policyskip.data import digits
-from policyskip.deployment.predictors import ExitPredictor
+from policyskip.deployment.predictors import ThresholdPredictor
 from policyskip.exits.cache import cache_exits
 from policyskip.exits.calibration import choose, curve_of
 from policyskip.exits.rules import exit_of
@@ -41,7 +41,7 @@ FIGURES = (
 
 
 def run(agent: str, seed: int) -> dict[str, str]:
-    """Train once, unless it was done before; the run's row."""
+    """Train one run, unless its folder is there and finished, and return its row."""
     folder = Path("runs") / f"benchmark-{agent}-{seed}"
     if not (folder / "policy.json").exists():
         arguments = [f"agent={agent}", f"seed={seed}", f"run.dir={folder}", "tracking=none"]
@@ -55,9 +55,9 @@ def run(agent: str, seed: int) -> dict[str, str]:
 
 @torch.no_grad()
 def checks(folder: Path) -> dict[str, str]:
-    """Budgets asked for and used, and whether simulated and real leaving are the same."""
+    """Compute ``budget_gap`` and ``differ`` of a run, and its accuracy and cost at a budget of 0.6."""
     predictor = policyskip.load(folder)
-    assert isinstance(predictor, ExitPredictor)
+    assert isinstance(predictor, ThresholdPredictor)
     data = digits(torch.device("cpu"), train=1, validation=2000, test=4000)
     network, rule = predictor.network, predictor.policy.rule
     validation, test = cache_exits(network, data.validation), cache_exits(network, data.test)
@@ -70,15 +70,15 @@ def checks(folder: Path) -> dict[str, str]:
         if budget == 0.6:
             row = {"accuracy_60": f"{accuracy.item():.6g}", "macs_60": f"{macs.item() / test.costs.full:.4f}"}
         policy = ThresholdPolicy(point.rule, point.thresholds)
-        parts = [run_until(network, part, policy.leave) for part in data.test.images.split(256)]
-        logits_MC, real_M = (torch.cat(column) for column in zip(*parts, strict=True))
+        results = [run_until(network, images, policy.leave) for images in data.test.images.split(256)]
+        logits_MC, real_M = (torch.cat(column) for column in zip(*results, strict=True))
         answer_M = test.logits_MNC.argmax(2).gather(1, exit_M.unsqueeze(1)).squeeze(1)
         differ += int(((real_M != exit_M) | (logits_MC.argmax(1) != answer_M)).sum())
     return row | {"budget_gap": f"{max(gaps):.4f}", "differ": str(differ)}
 
 
 def table(rows: list[dict[str, str]]) -> str:
-    """Mean and standard deviation over seeds for each agent, in Markdown."""
+    """Write the means and standard deviations over seeds for each agent in Markdown."""
     lines = [
         "| agent | its last exit | each image its own exit | MACs of that, heads included "
         "| at a budget of 0.60: accuracy, MACs | best fixed exits, equal cost | margin "
@@ -86,18 +86,18 @@ def table(rows: list[dict[str, str]]) -> str:
         "|---|---|---|---|---|---|---|---|---|---|",
     ]
     for agent in dict.fromkeys(row["agent"] for row in rows):
-        mine = [row for row in rows if row["agent"] == agent]
+        own_rows = [row for row in rows if row["agent"] == agent]
 
-        def mean(name: str, scale: float = 100, mine: list[dict[str, str]] = mine) -> str:
-            values = [scale * float(row[name]) for row in mine]
+        def mean(name: str, scale: float = 100, own_rows: list[dict[str, str]] = own_rows) -> str:
+            values = [scale * float(row[name]) for row in own_rows]
             spread = statistics.stdev(values) if len(values) > 1 else 0.0
             return f"{statistics.mean(values):.2f} ± {spread:.2f}"
 
-        oracle = statistics.mean(float(row["oracle_macs"]) / float(row["full_macs"]) for row in mine)
+        oracle = statistics.mean(float(row["oracle_macs"]) / float(row["full_macs"]) for row in own_rows)
         cells = [agent, mean("full_accuracy"), mean("accuracy"), mean("macs_fraction", 1)]
         cells += [f"{mean('accuracy_60')}, {mean('macs_60', 1)}", mean("static_accuracy")]
         cells += [mean("static_margin"), mean("random_accuracy"), f"{mean('oracle_accuracy')} at {oracle:.2f}"]
-        lines.append("| " + " | ".join([*cells, f"{max(float(row['budget_gap']) for row in mine):.3f}"]) + " |")
+        lines.append("| " + " | ".join([*cells, f"{max(float(row['budget_gap']) for row in own_rows):.3f}"]) + " |")
     return "\n".join(lines)
 
 

@@ -1,12 +1,14 @@
-"""Does leaving early save time? ``predict`` against the same network to its last exit, side by side.
+"""Does leaving early save time? ``predict`` against the same network run to its last exit, side by side.
 
     python benchmarks/stopping.py [RUN …]      (default: the runs of benchmarks/exits.py with seed 0)
 
-For each run its deployed thresholds and a budget of half the cost, at batch 1 and batch 256, on its own test images.
-The two are interleaved in one process; medians over repeats of the ratio of their times, with the ratio of their MACs
-beside it. Both are executed alike: folded, channels last. A MAC does not take the same time everywhere in a network, so
-there is a third ratio: the share of the whole network's time that its parts take which the images go through, as
-measured on the way to the last exit. What is above it is the price of leaving. Writes benchmarks/results/stopping.csv.
+Each run is measured on its own test images, with its deployed thresholds and with a budget of half the cost, at batch
+sizes 1 and 256. ``predict`` and the whole network take turns in one process, and both are folded and channels last. The
+figures are medians over repeats of the ratio of their times (time_ratio), and beside it the ratio of their MACs
+(mac_ratio). A MAC does not take the same time everywhere in a network, so there is a third ratio (parts_ratio): the
+share of the whole network's time that is spent in the segments and heads that the images go through, as measured on the
+way to the last exit. If the time ratio is above it, the difference is the price of leaving. Writes
+benchmarks/results/stopping.csv.
 """
 
 from __future__ import annotations
@@ -25,7 +27,7 @@ import yaml
 import policyskip
 from policyskip.backbones import ExitNetwork
 from policyskip.build import build_data
-from policyskip.deployment.predictors import ExitPredictor
+from policyskip.deployment.predictors import ThresholdPredictor
 from policyskip.exits.cache import cache_exits
 from policyskip.exits.calibration import choose, curve_of
 from policyskip.policies.thresholds import ThresholdPolicy
@@ -36,12 +38,12 @@ SIZES = ((1, 300, 9), (256, 2048, 15))
 """Batch size, images, and repeats."""
 
 
-def to_the_end(network: ExitNetwork, parts: Sequence[torch.Tensor]) -> list[float]:
-    """Seconds that each exit's part of the network takes, over all the images."""
+def to_the_end(network: ExitNetwork, batches: Sequence[torch.Tensor]) -> list[float]:
+    """Run the network to its last exit, and return the seconds of each segment and its head for all images."""
     seconds = [0.0] * network.num_exits
-    for part in parts:
+    for images in batches:
         before = time.perf_counter()
-        state = network.begin(part)
+        state = network.begin(images)
         for n in range(network.num_exits):
             state = network.segment(n, state)
             network.head(n, state)
@@ -51,28 +53,28 @@ def to_the_end(network: ExitNetwork, parts: Sequence[torch.Tensor]) -> list[floa
     return seconds
 
 
-def leaving(predictor: ExitPredictor, parts: Sequence[torch.Tensor]) -> float:
-    """Seconds that all the images take when each leaves where it may."""
+def leaving(predictor: ThresholdPredictor, batches: Sequence[torch.Tensor]) -> float:
+    """Return the seconds that all images take when each leaves where the policy lets it."""
     started = time.perf_counter()
-    for part in parts:
-        predictor.predict(part)
+    for images in batches:
+        predictor.predict(images)
     return time.perf_counter() - started
 
 
 @torch.no_grad()
-def compare(predictor: ExitPredictor, images: torch.Tensor, batch: int, repeats: int) -> dict[str, str]:
-    """Rates and ratios."""
-    parts = images.split(batch)
+def compare(predictor: ThresholdPredictor, images: torch.Tensor, batch: int, repeats: int) -> dict[str, str]:
+    """Measure one predictor at one batch size, and return the figures of its row."""
+    batches = images.split(batch)
     prediction = predictor.predict(images)
     reached = [float((prediction.exit_B >= n).double().mean()) for n in range(predictor.network.num_exits)]
     full, early, ratios, expected = [], [], [], []
     for repeat in range(repeats + 1):
-        seconds, spent = to_the_end(predictor.network, parts), leaving(predictor, parts)
-        if repeat:  # the first warms up
+        seconds, spent = to_the_end(predictor.network, batches), leaving(predictor, batches)
+        if repeat:  # round 0 warms up
             full.append(len(images) / sum(seconds))
             early.append(len(images) / spent)
             ratios.append(spent / sum(seconds))
-            expected.append(sum(share * part for share, part in zip(reached, seconds, strict=True)) / sum(seconds))
+            expected.append(sum(share * s for share, s in zip(reached, seconds, strict=True)) / sum(seconds))
     macs, ratio = float(prediction.macs_B.mean()) / predictor.costs.full, statistics.median(ratios)
     parts_ratio = statistics.median(expected)
     return {
@@ -94,7 +96,7 @@ def main() -> None:
         saved = yaml.safe_load((Path(run) / "config.yaml").read_text())
         data, _ = build_data(saved["data"], torch.device("cpu"))
         predictor = policyskip.load(run)
-        assert isinstance(predictor, ExitPredictor)
+        assert isinstance(predictor, ThresholdPredictor)
         curve = curve_of(
             cache_exits(predictor.network, data.validation.plain()), predictor.policy.rule.name, predictor.search
         )
@@ -103,8 +105,8 @@ def main() -> None:
         for name, policy in (("deployed", predictor.policy), ("0.5", ThresholdPolicy(half.rule, half.thresholds))):
             predictor.policy = policy
             for batch, count, repeats in SIZES:
-                found = compare(predictor, images[:count], batch, repeats)
-                rows.append({"run": Path(run).name, "thresholds": name} | found)
+                figures = compare(predictor, images[:count], batch, repeats)
+                rows.append({"run": Path(run).name, "thresholds": name} | figures)
     machine = f"{platform.machine()}, {torch.get_num_threads()} threads, torch {torch.__version__}"
     with RESULTS.open("w", newline="") as file:
         writer = csv.DictWriter(file, fieldnames=[*rows[0], "machine"])

@@ -1,9 +1,10 @@
-"""What tracking in Weights & Biases (offline) adds to a training run: the same command with it and without, in turn.
+"""How much time tracking in Weights & Biases (offline) adds to a training run: the same command with and without it.
 
     python benchmarks/tracking.py [repeats] [argument …]      (default: 3; eight minutes on two idle cores)
 
-Arguments are those of ``policyskip train``. Prints the medians of the ratios: of the seconds spent learning, and of the
-whole command, whose end waits for W&B to write pictures, tables and files.
+Arguments are those of ``policyskip train``. The two commands take turns. Prints medians of the ratios of their times:
+of the seconds spent learning, and of the whole command, which at its end waits for W&B to write pictures, tables and
+files.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from pathlib import Path
 
 
 def train(tracking: list[str], arguments: list[str]) -> tuple[float, float]:
-    """Seconds spent learning, and seconds of the whole command."""
+    """Train one run, and return the seconds spent learning and those of the whole command."""
     with tempfile.TemporaryDirectory() as folder:
         command = [sys.executable, "-m", "policyskip", "train", "agent=blockdrop", *arguments, f"run.dir={folder}/run"]
         started = time.perf_counter()

@@ -1,9 +1,10 @@
-"""The tables and picture of docs/variance.md: what BlockDrop's baselines do to the gradient's variance and to learning.
+"""The tables and picture of docs/variance.md: how BlockDrop's baselines change the gradient's variance, and learning.
 
     python benchmarks/variance.py [gradients|learning]      (default: both, one after the other)
 
 Writes benchmarks/results/variance_gradients.csv, benchmarks/results/variance_learning.csv and docs/images/variance.png,
-and prints the tables. Digits, the shipped ResNet-32, the settings of `policyskip train agent=blockdrop`.
+and prints the tables. Data, network and settings are those of `policyskip train agent=blockdrop`: digits, and the
+package's ResNet-32.
 
 Shapes: B images, S decisions for each image in one estimate, M decisions drawn in all, R = ⌊M/S⌋ estimates, K blocks,
 D features, P parameters.
@@ -43,7 +44,7 @@ SAMPLES, DRAWN = (2, 3, 8), 192
 
 
 def set_up_digits() -> tuple[Setup, BlockSelectionVectorEnv, BlockDrop]:
-    """Data, environment and a fresh agent, as `policyskip train agent=blockdrop` makes them."""
+    """Make the data, the environment and a new agent of `policyskip train agent=blockdrop`."""
     overrides = ["run.dir=none", "device=cpu", f"train.steps={TRAINED_FOR}", "agent.alpha_end=0.8"]
     with initialize_config_module("policyskip.configs", version_base="1.3"):
         config = plain(compose("train", overrides))
@@ -57,52 +58,63 @@ def set_up_digits() -> tuple[Setup, BlockSelectionVectorEnv, BlockDrop]:
 
 @torch.no_grad()
 def draw(agent: BlockDrop, env: BlockSelectionVectorEnv, count: int) -> tuple[Tensor, Tensor, Tensor]:
-    """``count`` decisions (M, B, K) for the images shown, their rewards (M, B), and the greedy decision's (B,)."""
+    """Draw ``count`` decisions for the environment's present images.
+
+    Returns: the decisions, bool (M, B, K); their rewards, float (M, B); and the greedy decision's reward, float (B,).
+    """
     logits_BK = agent.policy(env.observation)
     agent.samples = count
     keep_MBK = agent._sample(logits_BK.sigmoid())
-    asked = torch.cat([keep_MBK, agent.policy.greedy(logits_BK).unsqueeze(0)])
-    reward = torch.cat([env.rewards(env.score(part)).view(len(part), -1) for part in asked.split(16)])
+    with_greedy = torch.cat([keep_MBK, agent.policy.greedy(logits_BK).unsqueeze(0)])
+    reward = torch.cat([env.rewards(env.score(keep)).view(len(keep), -1) for keep in with_greedy.split(16)])
     return keep_MBK, reward[:-1], reward[-1]
 
 
 @torch.no_grad()
 def fitted_values(agent: BlockDrop, env: BlockSelectionVectorEnv, batches: int = 8) -> Tensor:
-    """V (B,) of the images shown: the policy's features, fitted to the rewards of the batches that come next by least
-    squares. The best that the value head can be at this policy."""
+    """Return the best values V, float (B,), that the value head can have for the environment's present images.
+
+    V is linear in the policy's features, and fitted by least squares to the rewards of the ``batches`` that come next.
+    """
     cursor = env.cursor
     features_BD = agent.policy.look(env.observation)[0]
-    seen, rewards = [], []
+    features, rewards = [], []
     for _ in range(batches):
         env.advance()
-        seen.append(agent.policy.look(env.observation)[0])
+        features.append(agent.policy.look(env.observation)[0])
         rewards.append(draw(agent, env, 3)[1].mean(0))
     env.seek(cursor)
-    x, y = torch.cat(seen).double(), torch.cat(rewards).double()
+    x, y = torch.cat(features).double(), torch.cat(rewards).double()
     x = torch.cat([x, torch.ones(len(x), 1)], 1)
     weight = torch.linalg.solve(x.T @ x + 1e-3 * len(x) * torch.eye(x.shape[1]), x.T @ y)
     return (features_BD.double() @ weight[:-1] + weight[-1]).float()
 
 
 def gradients(agent: BlockDrop, images: Tensor, keep_RSBK: Tensor, advantage_RSB: Tensor) -> Tensor:
-    """The policy's gradient (R, P) that each of R estimates gives, entropy left out (it has no variance)."""
+    """Return the policy's gradient, float64 (R, P), by each of R estimates, without the entropy (it has no variance).
+
+    Args:
+        images: uint8 (B, 3, H, W).
+        keep_RSBK: bool, the decisions of each estimate.
+        advantage_RSB: float, their advantages.
+    """
     logits_BK = agent.policy(images)
     parameters = list(agent.policy.parameters())
     rows = []
     for keep_SBK, advantage_SB in zip(keep_RSBK, advantage_RSB, strict=True):
         loss = reinforce_loss(logits_BK, keep_SBK, advantage_SB, agent.policy.free_K, agent.alpha, 0.0)
-        found = torch.autograd.grad(loss, parameters, retain_graph=True)
-        rows.append(torch.cat([gradient.flatten() for gradient in found]))
+        parameter_gradients = torch.autograd.grad(loss, parameters, retain_graph=True)
+        rows.append(torch.cat([gradient.flatten() for gradient in parameter_gradients]))
     return torch.stack(rows).double()
 
 
 def measure(agent: BlockDrop, env: BlockSelectionVectorEnv, policy: str) -> list[dict[str, Any]]:
-    """The variance of the gradient at a fixed policy, on one batch of images: a row for each baseline and S.
+    """Measure the variance of the gradient at a fixed policy on one batch of images: a row for each baseline and S.
 
-    All baselines are given the same decisions. ``variance`` is the sum over parameters, ``signal`` the squared norm of
-    the expected gradient (from all decisions, its own noise taken off). Beside them: the mean of the rewards of the
-    decisions, their standard deviation within and between images, and ``value_r2``, the share of the variance between
-    images that V explains.
+    All baselines use the same decisions. ``variance`` is the sum over parameters, ``signal`` the squared norm of the
+    expected gradient (estimated from all decisions, less the variance of that estimate). A row also has the mean of the
+    decisions' rewards, their standard deviation within and between images, and ``value_r2``, the share of the variance
+    between images that V explains.
     """
     agent.policy.train()
     keep_MBK, reward_MB, greedy_B = draw(agent, env, DRAWN)
@@ -135,7 +147,7 @@ def measure(agent: BlockDrop, env: BlockSelectionVectorEnv, policy: str) -> list
 
 
 def measure_gradients() -> list[dict[str, Any]]:
-    """At the policy that training starts from, and at the one that it has made after some updates."""
+    """Measure the gradient's variance at the policy before training, and at that after ``TRAINED_FOR`` updates."""
     torch.manual_seed(0)
     _, env, agent = set_up_digits()
     rows = measure(agent, env, "start")
@@ -147,7 +159,7 @@ def measure_gradients() -> list[dict[str, Any]]:
 
 
 def measure_learning() -> list[dict[str, Any]]:
-    """Validation figures while BlockDrop learns: a row for each look, seed and baseline."""
+    """Train BlockDrop with each seed and baseline, and return a row for each validation."""
     rows = []
     for seed in SEEDS:
         for baseline in BASELINES:
@@ -166,7 +178,8 @@ def measure_learning() -> list[dict[str, Any]]:
 
 
 def gradient_table(rows: list[dict[str, str]]) -> str:
-    """Variances in Markdown, beside greedy's: of one estimate, and where each may score as many decisions as greedy."""
+    """Write the variances in Markdown, also as ratios to the greedy baseline's: for one estimate, and at equal cost,
+    where an estimate may score as many decisions as one with the greedy baseline."""
     lines = [
         "| policy | decisions an image | baseline | variance of the gradient | of greedy's "
         "| of greedy's, at equal cost | variance / squared norm of the expected gradient |",
@@ -178,9 +191,9 @@ def gradient_table(rows: list[dict[str, str]]) -> str:
             for other in rows
             if (other["policy"], other["samples"], other["baseline"]) == (row["policy"], row["samples"], "greedy")
         ]
-        # Every advantage is compared with the same expected gradient, best known where its variance is least.
-        alike = [other for other in rows if other["policy"] == row["policy"]]
-        signal = float(min(alike, key=lambda other: float(other["variance"]) / int(other["estimates"]))["signal"])
+        # All baselines have the same expected gradient; it is taken from the row that knows it best.
+        same_policy = [other for other in rows if other["policy"] == row["policy"]]
+        signal = float(min(same_policy, key=lambda other: float(other["variance"]) / int(other["estimates"]))["signal"])
         variance, share = float(row["variance"]), float(row["variance"]) / float(greedy["variance"])
         equal = share * int(row["scored"]) / int(greedy["scored"])
         cells = [row["policy"], row["samples"], row["baseline"], f"{variance:.3g}", f"{share:.2f}", f"{equal:.2f}"]
@@ -189,24 +202,24 @@ def gradient_table(rows: list[dict[str, str]]) -> str:
 
 
 def learning_table(rows: list[dict[str, str]]) -> str:
-    """Validation reward at three tenths, half and the end of the updates, mean ± standard deviation over seeds."""
-    looks = [UPDATES * 3 // 10, UPDATES // 2, UPDATES]
+    """Write validation rewards in Markdown, after three tenths, half and all of the updates: mean ± sd over seeds."""
+    steps = [UPDATES * 3 // 10, UPDATES // 2, UPDATES]
     lines = [
-        "| baseline | " + " | ".join(f"reward after {look}" for look in looks) + " |",
-        "|---|" + "---|" * len(looks),
+        "| baseline | " + " | ".join(f"reward after {step}" for step in steps) + " |",
+        "|---|" + "---|" * len(steps),
     ]
     for baseline in BASELINES:
         cells = []
-        for look in looks:
-            mine = [float(r["reward"]) for r in rows if r["baseline"] == baseline and int(r["update"]) == look]
-            spread = statistics.stdev(mine) if len(mine) > 1 else 0.0
-            cells.append(f"{statistics.mean(mine):.3f} ± {spread:.3f}" if mine else "not measured")
+        for step in steps:
+            rewards = [float(r["reward"]) for r in rows if r["baseline"] == baseline and int(r["update"]) == step]
+            spread = statistics.stdev(rewards) if len(rewards) > 1 else 0.0
+            cells.append(f"{statistics.mean(rewards):.3f} ± {spread:.3f}" if rewards else "not measured")
         lines.append(f"| {baseline} | " + " | ".join(cells) + " |")
     return "\n".join(lines)
 
 
 def picture(gradient_rows: list[dict[str, str]], learning_rows: list[dict[str, str]]) -> None:
-    """Variance against decisions an image at each policy; validation reward against updates."""
+    """Draw the variance at each policy against the decisions for an image, and validation rewards against updates."""
     policies = list(dict.fromkeys(row["policy"] for row in gradient_rows))
     panels = len(policies) + bool(learning_rows)
     if not panels:
@@ -216,8 +229,8 @@ def picture(gradient_rows: list[dict[str, str]], learning_rows: list[dict[str, s
     colors = dict(zip(BASELINES, ("#1b6ca8", "#c8701a", "#4a8c3f", "#777777"), strict=True))
     for axes, policy in zip(axes_A, policies, strict=False):
         for baseline, color in colors.items():
-            mine = [r for r in gradient_rows if (r["policy"], r["baseline"]) == (policy, baseline)]
-            points = [(int(r["samples"]), float(r["variance"])) for r in mine]
+            own_rows = [r for r in gradient_rows if (r["policy"], r["baseline"]) == (policy, baseline)]
+            points = [(int(r["samples"]), float(r["variance"])) for r in own_rows]
             axes.loglog(*zip(*points, strict=True), "o-", color=color, label=baseline)
         axes.set(title=f"gradient: {policy}", xlabel="decisions sampled for each image", ylabel="variance")
         axes.set_xticks(SAMPLES, [str(samples) for samples in SAMPLES])
@@ -226,9 +239,9 @@ def picture(gradient_rows: list[dict[str, str]], learning_rows: list[dict[str, s
     if learning_rows:
         axes = axes_A[-1]
         for baseline, color in colors.items():
-            mine = [r for r in learning_rows if r["baseline"] == baseline]
-            updates = sorted({int(r["update"]) for r in mine})
-            rewards = [[float(r["reward"]) for r in mine if int(r["update"]) == update] for update in updates]
+            own_rows = [r for r in learning_rows if r["baseline"] == baseline]
+            updates = sorted({int(r["update"]) for r in own_rows})
+            rewards = [[float(r["reward"]) for r in own_rows if int(r["update"]) == update] for update in updates]
             axes.plot(updates, [statistics.mean(r) for r in rewards], color=color, label=baseline)
             axes.fill_between(updates, [min(r) for r in rewards], [max(r) for r in rewards], color=color, alpha=0.15)
         axes.set(title="learning", xlabel="update", ylabel="validation reward")
@@ -241,6 +254,7 @@ def picture(gradient_rows: list[dict[str, str]], learning_rows: list[dict[str, s
 
 
 def write(path: Path, rows: list[dict[str, Any]]) -> None:
+    """Write rows as a CSV file."""
     path.parent.mkdir(exist_ok=True)
     with path.open("w", newline="") as file:
         writer = csv.DictWriter(file, fieldnames=list(rows[0]))
@@ -249,11 +263,11 @@ def write(path: Path, rows: list[dict[str, Any]]) -> None:
 
 
 def main() -> None:
-    wanted = sys.argv[1:] or ["gradients", "learning"]
+    measurements = sys.argv[1:] or ["gradients", "learning"]
     started = time.monotonic()
-    if "gradients" in wanted:
+    if "gradients" in measurements:
         write(GRADIENTS, measure_gradients())
-    if "learning" in wanted:
+    if "learning" in measurements:
         write(LEARNING, measure_learning())
     gradient_rows, learning_rows = (
         list(csv.DictReader(path.open())) if path.exists() else [] for path in (GRADIENTS, LEARNING)

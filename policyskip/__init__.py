@@ -17,7 +17,7 @@ if sys.argv[:1] == ["-m"] or Path(*sys.argv[:1]).stem == "policyskip":
 import gymnasium
 
 if TYPE_CHECKING:
-    from policyskip.deployment.policy_files import load
+    from policyskip.deployment.loading import load
     from policyskip.deployment.predictors import Predictor
     from policyskip.rewards import Outcome
 
@@ -44,7 +44,7 @@ gymnasium.register(
 def __getattr__(name: str) -> Any:
     """Import the public names when they are first used: torch takes seconds, and ``--help`` needs none of it."""
     if name == "load":
-        from policyskip.deployment.policy_files import load
+        from policyskip.deployment.loading import load
 
         return load
     if name == "Predictor":

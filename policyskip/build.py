@@ -6,12 +6,10 @@ against its signature here, so that a wrong key or value is one clear line.
 
 from __future__ import annotations
 
-import importlib
 import inspect
-import os
 from collections.abc import Callable
+from contextlib import nullcontext, suppress
 from dataclasses import dataclass
-from importlib.metadata import entry_points
 from typing import Any, get_type_hints
 
 import torch
@@ -21,53 +19,78 @@ from pydantic import (
     ValidationError,
 )
 
+from policyskip import registry
 from policyskip.agents.base import Agent
-from policyskip.backbones import ExitNetwork, Network
-from policyskip.backbones.checkpoints import check_data
-from policyskip.config import _first_problem, group_of
+from policyskip.backbones import Backbone, ExitNetwork, Network
+from policyskip.backbones.architectures import record_architecture
+from policyskip.backbones.checkpoints import check_data, seeded
+from policyskip.config import first_problem, group_of
 from policyskip.data import Data, Images, Order
 from policyskip.errors import UserError
 from policyskip.parallel import processes
 from policyskip.rewards import Reward
 from policyskip.static_front import Keep, StaticFront
 
-GROUPS = {
-    "data": "policyskip.data",
-    "backbone": "policyskip.backbones",
-    "env": "policyskip.envs",
-    "reward": "policyskip.rewards",
-    "agent": "policyskip.agents",
-    "pretrain": "policyskip.pretraining",
-}
-"""The groups, and where the package keeps its own choices for each."""
+
+@dataclass(frozen=True)
+class Call:
+    """A class or function that a group's ``_target_`` names, and the checked arguments to call it with.
+
+    Attributes:
+        label: group and target, for messages.
+    """
+
+    label: str
+    target: Callable[..., Any]
+    arguments: dict[str, Any]
+
+    def result(self) -> Any:
+        """What the call returns.
+
+        Raises:
+            UserError: it failed.
+        """
+        with registry.naming_failures(self.label):
+            return self.target(**self.arguments)
 
 
 def build(
     group: str, node: dict[str, Any], trusted: bool = True, optional: dict[str, Any] | None = None, **given: Any
 ) -> Any:
-    """Call a group's ``_target_`` with its other keys and with those of ``given`` that it takes.
-
-    Args:
-        optional: given too, but only by the names that it declares: nothing that ``**kwargs`` would swallow.
-        trusted: False refuses targets that are not policyskip's own for the group: the configuration came with a run
-            folder, and calling what it names would execute its author's code.
+    """Call a group's ``_target_`` with its other keys as arguments. Arguments as for :func:`check_call`.
 
     Raises:
         UserError: the target cannot be imported, does not take these arguments, or fails on them.
     """
-    arguments = {str(key): value for key, value in node.items() if key != "_target_"}
+    with registry.trusting(trusted, stored=False):
+        return check_call(group, node, optional, **given).result()
+
+
+def check_call(group: str, node: dict[str, Any], optional: dict[str, Any] | None = None, **given: Any) -> Call:
+    """Check the keys of a group's configuration against the signature of its ``_target_``, and convert their values.
+
+    Args:
+        group: the group's name, such as ``agent``.
+        node: the group's part of the configuration: ``_target_``, and arguments.
+        optional: more arguments, passed only if the target declares a parameter of that name.
+        given: more arguments, passed if the target declares a parameter of that name or takes any (``**kwargs``).
+
+    Raises:
+        UserError: the target cannot be imported, or does not take these arguments.
+    """
+    from_settings = {str(key): value for key, value in node.items() if key != "_target_"}
     target = node.get("_target_")
     if not isinstance(target, str):
         raise UserError(f"{group}._target_ must name a class or function as package.module.Name, got {target!r}")
-    call = _resolve(group, target, trusted)
+    function = registry.resolve(group, target)
     try:
-        signature = inspect.signature(call)
+        signature = inspect.signature(function)
     except (TypeError, ValueError) as error:
         raise UserError(f"{group}._target_={target} cannot be called: {error}") from error
     takes_any = any(p.kind is p.VAR_KEYWORD for p in signature.parameters.values())
     given |= {key: value for key, value in (optional or {}).items() if key in signature.parameters}
     settable = [name for name in signature.parameters if name not in given]
-    unknown = [key for key in arguments if key not in settable]
+    unknown = [key for key in from_settings if key not in settable]
     if unknown and not takes_any:
         raise UserError(f"{group} has no key {unknown[0]}; {target} takes {', '.join(settable) or 'none'}")
     given = {key: value for key, value in given.items() if takes_any or key in signature.parameters}
@@ -75,87 +98,57 @@ def build(
         name
         for name, p in signature.parameters.items()
         if p.default is p.empty and p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)
-        if name not in arguments and name not in given
+        if name not in from_settings and name not in given
     ]
     if missing:
         raise UserError(f"{group}.{missing[0]} is not set; {target} needs it")
-    hints = _hints(call)
-    for key, value in arguments.items():
-        if key in hints:
-            try:
-                arguments[key] = TypeAdapter(hints[key], config=ConfigDict(strict=True)).validate_python(
-                    _as_declared(value, hints[key])
-                )
-            except ValidationError as error:
-                raise UserError(_first_problem(f"{group}.{key}", error)) from error
-            except Exception:
-                continue
-    try:
-        return call(**arguments, **given)
-    except UserError:
-        raise
-    except Exception as error:  # whatever the user's class, or torch, raises for these arguments
-        raise UserError(f"{group}: {target} failed with {type(error).__name__}: {error}") from error
+    hints = _hints(function)
+    converted = {
+        key: _converted(f"{group}.{key}", value, hints[key]) if key in hints else value
+        for key, value in from_settings.items()
+    }
+    if both := [key for key in converted if key in given]:
+        raise UserError(f"{group} has no key {both[0]}; {target} takes {', '.join(settable) or 'none'}")
+    return Call(f"{group}: {target}", function, {**converted, **given})
 
 
 def class_of(config: dict[str, Any], group: str, trusted: bool = True) -> Any:
-    """What a group's ``_target_`` names.
+    """The class or function that a group's ``_target_`` names.
 
     Raises:
         UserError: it cannot be imported, or has to be trusted for it.
     """
-    return _resolve(group, str(group_of(config, group).get("_target_")), trusted)
+    with registry.trusting(trusted, stored=False):
+        return registry.resolve(group, str(group_of(config, group).get("_target_")))
 
 
-def _as_declared(value: Any, hint: Any) -> Any:
-    """YAML reads 1 and 1e-3 for a float alike as it pleases; nothing else is converted."""
+def _converted(key: str, value: Any, hint: Any) -> Any:
+    """A configuration's value as its parameter's annotation declares it.
+
+    Hydra leaves ``1e-3`` a string: it is converted where a float is declared, and nothing else is. An annotation that
+    pydantic cannot check lets every value pass.
+
+    Raises:
+        UserError: the value is of another type.
+    """
+    number = value
     if isinstance(value, str) and "float" in str(hint):
-        try:
-            return float(value)
-        except ValueError:
-            return value
-    return value
-
-
-def _hints(call: Any) -> dict[str, Any]:
+        with suppress(ValueError):
+            number = float(value)
     try:
-        return get_type_hints(call.__init__ if inspect.isclass(call) else call)
+        return TypeAdapter(hint, config=ConfigDict(strict=True)).validate_python(number)
+    except ValidationError as error:
+        raise UserError(first_problem(key, error)) from error
+    except Exception:
+        return value
+
+
+def _hints(function: Any) -> dict[str, Any]:
+    """The annotations of a function's parameters, or of a class's constructor; empty if one of them makes no sense."""
+    try:
+        return get_type_hints(function.__init__ if inspect.isclass(function) else function)
     except Exception:
         return {}
-
-
-def _resolve(group: str, target: str, trusted: bool) -> Callable[..., Any]:
-    """Import ``package.module.Name``, or an entry point's name from the group ``policyskip.<group>s``."""
-    if "." not in target:
-        points = entry_points(group=f"policyskip.{group}s")
-        if target not in points.names:
-            known = ", ".join(sorted(points.names)) or "none is installed"
-            raise UserError(f"{group}._target_={target} is no installed {group} ({known}); or say package.module.Name")
-        target = points[target].value.replace(":", ".")
-    module_name, _, name = target.rpartition(".")
-    if not trusted and not _ours(group, module_name):
-        raise UserError(
-            f"the run's {group} {target} is not one of policyskip's own; say trust=true "
-            "(when resuming: run.trust=true) to execute it"
-        )
-    try:
-        found = getattr(importlib.import_module(module_name), name)
-    except Exception as error:  # whatever the user's module raises while it is imported
-        raise UserError(
-            f"could not import {group}._target_={target}: {type(error).__name__}: {error} "
-            f"(current folder: {os.getcwd()})"
-        ) from error
-    if not trusted and not _ours(group, getattr(found, "__module__", "")):
-        raise UserError(f"the run's {group} {target} is not one of policyskip's own")
-    if not callable(found):
-        raise UserError(f"{group}._target_={target} is no class or function")
-    checked: Callable[..., Any] = found
-    return checked
-
-
-def _ours(group: str, module: str) -> bool:
-    """Whether a module is, or is inside, the package's own for the group."""
-    return f"{module}.".startswith(f"{GROUPS[group]}.")
 
 
 def find_device(name: str) -> torch.device:
@@ -204,13 +197,22 @@ class Setup:
         return build("env", group_of(self.config, "env"), self.trusted, num_envs=count, **given)
 
     def agent(self, env: Any, front: StaticFront | None = None, best: Keep | None = None) -> Agent:
-        """The agent, about to learn in an environment. ``front`` is the static front and ``best`` its set with the
-        highest reward, for agents that keep to it, or can start from it (and are not told otherwise)."""
+        """A fresh agent for an environment.
+
+        Args:
+            env: the environment that the agent will learn in.
+            front: the static front, for agents that declare it as a parameter.
+            best: the set of the front with the highest reward: for agents that declare it, and, if
+                ``agent.warm_start`` is true, the set that the agent starts from.
+
+        Raises:
+            UserError: ``agent.warm_start`` is neither true nor false, or the configuration's agent cannot be made.
+        """
         node = dict(group_of(self.config, "agent"))
         warm_start = node.pop("warm_start", False)
         if not isinstance(warm_start, bool):
             raise UserError(f"agent.warm_start must be true or false, got {warm_start!r}")
-        agent: Agent = build(
+        agent = build(
             "agent",
             node,
             self.trusted,
@@ -220,37 +222,73 @@ class Setup:
             optional={"best": best, "front": front},
             **({"start": best} if warm_start else {}),
         )
+        if not isinstance(agent, Agent):
+            raise UserError(_wrong_kind("agent", node, agent, "policyskip.agents.base.Agent"))
         return agent
 
 
-def set_up(config: dict[str, Any], device: torch.device, trusted: bool = True) -> Setup:
-    """Build what a ``train`` configuration names; what is cheap to check comes first."""
-    reward = build("reward", config["reward"], trusted) if config.get("reward") else None
-    data, batch_size = build_data(group_of(config, "data"), device, trusted)
+def set_up(
+    config: dict[str, Any], device: torch.device, trusted: bool = True, built: tuple[Data, int] | None = None
+) -> Setup:
+    """Build what a ``train`` configuration names; what is cheap to check comes first.
+
+    Args:
+        built: data and batch size, as :func:`build_data` returns them, if they have been built already.
+    """
+    reward = build("reward", group_of(config, "reward"), trusted) if config.get("reward") else None
+    data, batch_size = built or build_data(group_of(config, "data"), device, trusted)
     backbone = build_backbone(group_of(config, "backbone"), data, device, trusted, seed=config.get("seed", 0))
     return Setup(config, device, data, backbone, reward, batch_size, trusted)
 
 
 def build_data(node: dict[str, Any], device: torch.device, trusted: bool = True) -> tuple[Data, int]:
-    """The data set, and the number of images side by side."""
+    """Build the data set of a configuration; return it, and the number of images in a batch.
+
+    Raises:
+        UserError: the batch size is no positive integer, or the data set cannot be made.
+    """
     node = dict(node)
     batch_size = node.pop("batch_size", 256)
     if not isinstance(batch_size, int) or batch_size < 1:
         raise UserError(f"data.batch_size must be a positive integer, got {batch_size!r}")
-    processes.per_process_batch_size(batch_size)  # found before there is data
-    return build("data", node, trusted, device=device), batch_size
+    processes.per_process_batch_size(batch_size)  # refuses a batch that cannot be divided, before the data is read
+    data = build("data", node, trusted, device=device)
+    if not isinstance(data, Data):
+        raise UserError(_wrong_kind("data", node, data, "policyskip.data.Data"))
+    return data, batch_size
 
 
 def build_backbone(
-    node: dict[str, Any], data: Data, device: torch.device, trusted: bool = True, **given: Any
+    node: dict[str, Any], data: Data, device: torch.device, trusted: bool = True, seed: int | None = None
 ) -> Network:
-    """The backbone for a data set's classes and images, on the device, in the memory format that convolutions like
-    best.
+    """Build a configuration's backbone for a data set's classes and images.
+
+    A backbone that is not the package's own draws its random weights by ``seed``, and gets an ``architecture`` from
+    which a file with its weights can be read again.
+
+    Returns: the network on the device, in the memory format in which convolutions are fastest.
 
     Raises:
-        UserError: shipped weights that were trained on other data.
+        UserError: shipped weights that were trained on other data, or the network cannot be made.
     """
     check_data(node.get("checkpoint"), data.name)
-    given |= dict(num_classes=len(data.classes), image_shape=data.image_shape)
-    backbone: Network = build("backbone", node, trusted, **given)
+    with registry.trusting(trusted, stored=False):
+        given: dict[str, Any] = dict(num_classes=len(data.classes), image_shape=data.image_shape)
+        if seed is not None:
+            given["seed"] = seed
+        call = check_call("backbone", node, **given)
+        own = registry.is_own(getattr(call.target, "__module__", None))
+        with nullcontext() if own else seeded(seed or 0):
+            backbone = call.result()
+            if not isinstance(backbone, Backbone | ExitNetwork):
+                kinds = "policyskip.backbones.Backbone or ExitNetwork"
+                raise UserError(_wrong_kind("backbone", node, backbone, kinds))
+            if not own:
+                path = registry.path_of("backbone", node["_target_"])
+                record_architecture(backbone, path, call.target, call.arguments)
     return backbone.to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
+
+
+def _wrong_kind(group: str, node: dict[str, Any], made: Any, kind: str) -> str:
+    """The message for a target that made an object of another class than its group needs."""
+    return f"{group}._target_={node['_target_']} gave a {type(made).__name__}; it must be a {kind}"

@@ -1,4 +1,4 @@
-"""The settings that can be typed, and their types. Nothing here needs torch."""
+"""The settings that can be typed, with their types. This module must not import torch, which takes seconds."""
 
 from __future__ import annotations
 
@@ -21,11 +21,13 @@ from policyskip.errors import UserError
 class _Section(BaseModel):
     model_config = ConfigDict(extra="forbid", strict=True)
     groups: ClassVar[tuple[str, ...]] = ()
-    """The groups that a command has beside its settings."""
+    """The groups of a command's configuration, which are checked when they are built."""
+    required_group: ClassVar[str | None] = None
+    """A group that tells the command's configuration from those of other commands."""
 
 
 class TrainSection(_Section):
-    steps: NonNegativeInt  # 0 for agents that have nothing to learn; see tasks.start
+    steps: NonNegativeInt  # 0 for agents that have nothing to learn; see tasks/dispatch.py
     validate_every: PositiveInt
     log_every: PositiveInt
     choose_after: Annotated[float, Field(ge=0, le=1, strict=False)]
@@ -50,7 +52,7 @@ class TargetSection(_Section):
 
     @property
     def given(self) -> dict[str, Any]:
-        """What was asked for; empty if nothing was."""
+        """Return the targets that were set; an empty dictionary if none was."""
         return {key: value for key, value in self.model_dump().items() if value is not None and value is not False}
 
 
@@ -61,7 +63,7 @@ class TrackingSection(_Section):
 
 
 class Settings(_Section):
-    """The keys of ``train`` that are no group, with their types."""
+    """The settings of ``train``."""
 
     groups: ClassVar[tuple[str, ...]] = ("data", "backbone", "reward", "env", "agent")
     seed: Annotated[int, Field(ge=0, lt=2**63)]
@@ -74,13 +76,14 @@ class Settings(_Section):
 
 
 class PretrainSettings(Settings):
-    """Those of ``pretrain``."""
+    """The settings of ``pretrain``."""
 
     groups = ("data", "backbone", "pretrain")
+    required_group = "pretrain"
 
 
 class CalibrateSettings(_Section):
-    """Those of ``calibrate``."""
+    """The settings of ``calibrate``."""
 
     run: str
     device: str
@@ -89,7 +92,7 @@ class CalibrateSettings(_Section):
 
 
 class FrontSettings(_Section):
-    """Those of ``front``."""
+    """The settings of ``front``."""
 
     groups = ("data", "backbone", "env")
     device: str
@@ -98,7 +101,7 @@ class FrontSettings(_Section):
 
 
 class CompareSettings(_Section):
-    """Those of ``compare``."""
+    """The settings of ``compare``."""
 
     runs: str | list[str]
     output: str
@@ -111,7 +114,7 @@ class CompareSettings(_Section):
 
 
 class EvaluateSettings(_Section):
-    """Those of ``evaluate``."""
+    """The settings of ``evaluate``."""
 
     run: str
     split: Literal["train", "validation", "test"]
@@ -120,7 +123,7 @@ class EvaluateSettings(_Section):
 
 
 class ProfileSettings(_Section):
-    """Those of ``profile``."""
+    """The settings of ``profile``."""
 
     groups = ("data", "backbone")
     run: str | None
@@ -136,20 +139,23 @@ Checked = TypeVar("Checked", bound=_Section)
 
 
 def settings_of(config: DictConfig, section: type[Checked]) -> Checked:
-    """The checked settings of a configuration, its command's groups aside.
+    """Check the settings of a configuration; its groups are left to those who build them.
 
     Raises:
-        UserError: the first key that is unknown or has a wrong value.
+        UserError: naming the first key that is unknown or has a wrong value, or the group that is missing.
     """
-    content = {key: value for key, value in plain(config).items() if key not in section.groups}
+    content = plain(config)
+    if section.required_group is not None:
+        group_of(content, section.required_group)
+    content = {key: value for key, value in content.items() if key not in section.groups}
     try:
         return section.model_validate(content)
     except ValidationError as error:
-        raise UserError(_first_problem("", error)) from error
+        raise UserError(first_problem("", error)) from error
 
 
 def plain(config: DictConfig) -> dict[str, Any]:
-    """The resolved configuration as plain dictionaries.
+    """Resolve a configuration into plain dictionaries.
 
     Raises:
         UserError: a key that has no default is not set.
@@ -163,10 +169,10 @@ def plain(config: DictConfig) -> dict[str, Any]:
 
 
 def group_of(content: dict[str, Any], group: str) -> dict[str, Any]:
-    """A group's part of a configuration.
+    """Return a group's part of a configuration.
 
     Raises:
-        UserError: it has none.
+        UserError: the configuration does not have the group.
     """
     node = content.get(group)
     if not isinstance(node, dict):
@@ -174,13 +180,13 @@ def group_of(content: dict[str, Any], group: str) -> dict[str, Any]:
     return node
 
 
-def _first_problem(prefix: str, error: ValidationError) -> str:
+def first_problem(prefix: str, error: ValidationError) -> str:
+    """Describe the first problem that pydantic found with the values below the key ``prefix``."""
     problem = error.errors()[0]
-    place = ".".join(
-        [*([prefix] if prefix else []), *(str(part) for part in problem["loc"] if not isinstance(part, int))]
-    )
+    names = [str(name) for name in problem["loc"] if not isinstance(name, int)]
+    key = ".".join([prefix, *names] if prefix else names)
     if problem["type"] == "extra_forbidden":
-        return f"there is no key {place}"
+        return f"there is no key {key}"
     if problem["type"] == "missing":
-        return f"there must be a key {place}"
-    return f"{place}: {problem['msg'][0].lower()}{problem['msg'][1:]}, got {problem['input']!r}"
+        return f"there must be a key {key}"
+    return f"{key}: {problem['msg'][0].lower()}{problem['msg'][1:]}, got {problem['input']!r}"

@@ -1,5 +1,78 @@
-"""The one exception for what a user can cause and put right."""
+"""Errors that a user can put right, the text of an exception in one line, and whose code raised it."""
+
+from __future__ import annotations
+
+import os
+import traceback
+from collections.abc import Iterable, Iterator
+
+TRACEBACK = "POLICYSKIP_TRACEBACK"
+"""The environment variable that asks for tracebacks: any value but "" and "0"."""
 
 
 class UserError(ValueError):
     """Bad input. Its message says what was given and what is allowed; the command line prints it and exits with 2."""
+
+
+def check_choice(key: str, value: str, allowed: Iterable[str]) -> None:
+    """Refuse a value of a configuration key that is none of the allowed ones.
+
+    Raises:
+        UserError: naming the key, what is allowed and the value.
+    """
+    if value not in (choices := tuple(allowed)):
+        raise UserError(f"{key} must be one of {', '.join(choices)}, got {value!r}")
+
+
+def first_line(error: BaseException) -> str:
+    """Return the first line of an exception's text that is not blank; without one, the name of its type."""
+    return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
+
+
+def in_one_line(error: BaseException, most: int = 200) -> str:
+    """Return an exception's text with its lines joined, cut to ``most`` characters; without text, its type's name."""
+    return " ".join(str(error).split())[:most] or type(error).__name__
+
+
+_users_classes: dict[str, str] = {}
+
+
+def remember_users_class(module: str, description: str) -> None:
+    """Remember a class outside policyskip that a configuration names, so that its exceptions are reported as its own.
+
+    Args:
+        module: the module that the class is in.
+        description: the class and its group, such as "agent: my_agents.Mine".
+    """
+    _users_classes[module] = description
+
+
+def users_problem(error: BaseException) -> str | None:
+    """Describe an exception that a user's own class raised, or something that this class called.
+
+    Returns: a line such as "agent: my_agents.Mine failed with IndexError: …"; None if no such class took part, or if
+        the error is a :class:`UserError`, which says itself what is wrong.
+    """
+    if isinstance(error, UserError):
+        return None
+    modules = [str(frame.f_globals.get("__name__")) for frame, _ in traceback.walk_tb(error.__traceback__)]
+    description = next((_users_classes[name] for name in reversed(modules) if name in _users_classes), None)
+    return f"{description} failed with {type(error).__name__}: {in_one_line(error)}" if description else None
+
+
+def traceback_hint(error: BaseException) -> str:
+    """Return what to append to an error's message if a user's own class is behind it and no traceback was printed."""
+    behind = any(users_problem(cause) for cause in _chain(error))
+    return f"; set {TRACEBACK}=1 to see where" if behind and not traceback_wanted() else ""
+
+
+def traceback_wanted() -> bool:
+    """Return whether the user has asked for the tracebacks of errors that are otherwise one line."""
+    return os.environ.get(TRACEBACK, "") not in ("", "0")
+
+
+def _chain(error: BaseException | None) -> Iterator[BaseException]:
+    """Yield an exception, its cause or the exception that was being handled, and so on."""
+    while error is not None:
+        yield error
+        error = error.__cause__ or (None if error.__suppress_context__ else error.__context__)

@@ -1,4 +1,4 @@
-"""Writing files so that nothing is lost: whole or not at all, and with one clear line when it cannot be done."""
+"""Files that are written whole or not at all, and errors of reading and writing in one line."""
 
 from __future__ import annotations
 
@@ -9,12 +9,16 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from policyskip.errors import UserError
+from policyskip.errors import UserError, in_one_line, users_problem
 
 
 @contextmanager
-def refusing(path: Path) -> Iterator[None]:
-    """Turns an OSError into a line for the user."""
+def reporting_write_errors(path: Path) -> Iterator[None]:
+    """Turn an OSError into a UserError that says that ``path`` cannot be written, and why.
+
+    Raises:
+        UserError: the body raised an OSError.
+    """
     try:
         yield
     except OSError as error:
@@ -22,19 +26,29 @@ def refusing(path: Path) -> Iterator[None]:
 
 
 @contextmanager
-def damaged(path: Path) -> Iterator[None]:
-    """Turns whatever a reader stumbles over in a damaged file, or in somebody else's, into a line for the user."""
+def damaged(path: Path, otherwise: str = "not ours") -> Iterator[None]:
+    """Turn any exception of a body that only reads ``path`` into a UserError that says that the file is damaged.
+
+    Exceptions of a user's own class pass: its code failed, whatever is in the file.
+
+    Args:
+        otherwise: what else can be wrong with the file, such as "of another version".
+
+    Raises:
+        UserError: the body raised an exception.
+    """
     try:
         yield
     except UserError:
         raise
-    except Exception as error:
-        reason = " ".join(str(error).split())[:200] or type(error).__name__
-        raise UserError(f"{path} is damaged or not ours: {reason}") from error
+    except Exception as error:  # readers raise exceptions of every type for damaged files
+        if users_problem(error):
+            raise
+        raise UserError(f"{path} is damaged or {otherwise}: {in_one_line(error)}") from error
 
 
 def shell_argument(key: str, path: Path) -> str:
-    """``key=path`` as it has to be typed, so that both a shell and Hydra read it, whatever is in the path."""
+    """Return ``key=path`` quoted so that both a shell and Hydra read it, whatever characters the path has."""
     if re.fullmatch(r"[\w./@%+-]+", str(path), re.ASCII):
         return f"{key}={path}"
     escaped = re.sub(r"(\\+)(?='|$)", r"\1\1", str(path)).replace("'", r"\'")
@@ -43,27 +57,27 @@ def shell_argument(key: str, path: Path) -> str:
 
 
 def write(path: Path, content: bytes) -> None:
-    """Write a file whole or not at all: beside its place, then renamed into it.
+    """Write a file whole or not at all: under a temporary name in the same folder, then renamed.
 
     Raises:
-        UserError: the disk is full, or the folder cannot be written; what was there before stays.
+        UserError: the disk is full, or the folder cannot be written; the file keeps its former content.
     """
     temporary = path.with_name(path.name + ".tmp")
-    with refusing(path):
+    with reporting_write_errors(path):
         try:
             with temporary.open("wb") as file:
                 file.write(content)
                 file.flush()
                 os.fsync(file.fileno())
             temporary.replace(path)
-            _remember(path.parent)
+            _flush_folder(path.parent)
         finally:
-            with suppress(OSError):  # what went wrong before is what has to be said
+            with suppress(OSError):  # the first error is the one to report
                 temporary.unlink(missing_ok=True)
 
 
-def _remember(folder: Path) -> None:
-    """Have the system write down which files a folder holds; a new name is else lost when the power fails."""
+def _flush_folder(folder: Path) -> None:
+    """Write a folder's list of files to the disk, so that a renamed file survives a power failure."""
     with suppress(OSError):  # not every system can
         descriptor = os.open(folder, os.O_RDONLY)
         try:

@@ -1,18 +1,28 @@
-"""Points of accuracy against cost: the concave hull, the Pareto front, and the knee.
+"""Points of cost (MACs) and accuracy: which of them are worth having.
 
-Shapes: P points.
+All functions take P costs and the P accuracies that belong to them.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 
-import torch
-from torch import Tensor
+
+def pareto(macs: Sequence[float], accuracy: Sequence[float]) -> list[int]:
+    """Return the indices of the points on the Pareto front, the cheapest first.
+
+    A point is on the front if it is more accurate than every cheaper one and than every other of its cost; of points
+    equal in both, the first is.
+    """
+    front: list[int] = []
+    for i in sorted(range(len(macs)), key=lambda i: (macs[i], -accuracy[i])):
+        if not front or accuracy[i] > accuracy[front[-1]]:
+            front.append(i)
+    return front
 
 
 def concave_hull(macs: Sequence[float], accuracy: Sequence[float]) -> list[int]:
-    """Places of the points on the upper concave hull, by MACs, up to the highest accuracy."""
+    """Return the indices of the points on the upper concave hull, the cheapest first, up to the highest accuracy."""
 
     def slope(i: int, j: int) -> float:
         return (accuracy[j] - accuracy[i]) / (macs[j] - macs[i])
@@ -28,35 +38,21 @@ def concave_hull(macs: Sequence[float], accuracy: Sequence[float]) -> list[int]:
     return hull
 
 
-def pareto(accuracy_P: Tensor, macs_P: Tensor) -> Tensor:
-    """Index, int64, of the points that no other beats, by rising cost: each is more accurate than all cheaper ones.
+def knee(macs: Sequence[float], accuracy: Sequence[float]) -> int:
+    """Return the index of the point of a Pareto front where computing more stops paying.
 
-    Of points equal in both, the first.
+    That is the point farthest above the line between the front's two ends, with accuracy and cost scaled to [0, 1]
+    between these ends, so that the units do not matter (Satopää et al. 2011; BranchyNet's authors chose the knee by
+    eye). Of several, the cheapest; 0 for a front of one or two points.
+
+    Args:
+        macs, accuracy: of a front as :func:`pareto` orders it, both rising.
     """
-    by_accuracy = accuracy_P.argsort(descending=True, stable=True)
-    order = by_accuracy[macs_P[by_accuracy].argsort(stable=True)]
-    accuracy = accuracy_P[order]
-    best_before = torch.cat([accuracy.new_full((1,), -torch.inf), accuracy.cummax(0).values[:-1]])
-    return order[accuracy > best_before]
-
-
-def knee(accuracy_P: Tensor, macs_P: Tensor) -> int:
-    """The place on a front where more computing stops paying: farthest above the line between the front's two ends.
-
-    Accuracy and cost are scaled to [0, 1] between the ends, so that the units do not matter. BranchyNet's authors chose
-    it by eye; the distance to the chord is the definition of Satopää et al. 2011. The first of equals; 0 for a front of
-    one or two points.
-    """
-    if len(macs_P) < 2:
+    if len(macs) < 2:
         return 0
-    accuracy, macs = ((x - x[0]) / (x[-1] - x[0]) for x in (accuracy_P, macs_P))
-    return int((accuracy - macs).argmax())
 
+    def height(i: int) -> float:
+        accuracy_gained = (accuracy[i] - accuracy[0]) / (accuracy[-1] - accuracy[0])
+        return accuracy_gained - (macs[i] - macs[0]) / (macs[-1] - macs[0])
 
-def comparison_pareto(macs_P: Sequence[float], accuracy_P: Sequence[float]) -> list[int]:
-    """Places of the points that no other is at least as good as in both, and better in one; the cheapest first."""
-    front: list[int] = []
-    for place in sorted(range(len(macs_P)), key=lambda p: (macs_P[p], -accuracy_P[p])):
-        if not front or accuracy_P[place] > accuracy_P[front[-1]]:
-            front.append(place)
-    return front
+    return max(range(len(macs)), key=height)

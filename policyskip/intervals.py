@@ -1,6 +1,6 @@
-"""Intervals of means: by the normal approximation, by Student's t over seeds, and by the bootstrap over images.
+"""95 % intervals of means: by the normal approximation, by Student's t over seeds, and by the bootstrap over images.
 
-Shapes: N images, B draws.
+Shapes: N images, V different values, D draws of the bootstrap.
 """
 
 from __future__ import annotations
@@ -12,21 +12,32 @@ from numpy.typing import NDArray
 from scipy.special import stdtrit
 from torch import Tensor
 
+LEVEL = 0.95
+"""How often an interval holds the mean that it is an interval of."""
+DRAWS = 10_000
+"""How often the bootstrap draws the images anew."""
+
 
 def half_interval(difference_N: Tensor) -> float | None:
-    """Half of the 95 % interval of a mean over N images (normal approximation); None for one image, which has none."""
+    """Return half the width of the 95 % interval of a mean over images, by the normal approximation.
+
+    Args:
+        difference_N: float (N,), one number for each image.
+
+    Returns: a float; None for a single image, which has no interval.
+    """
     N = len(difference_N)
     return 1.96 * difference_N.std().item() / N**0.5 if N > 1 else None
 
 
-DRAWS = 10_000
+def mean_and_half_interval(values: Sequence[float]) -> tuple[float, float | None]:
+    """Return the mean over seeds, and half the width of its 95 % interval by Student's t.
 
+    Args:
+        values: one number for each seed.
 
-LEVEL = 0.95
-
-
-def mean_and_half(values: Sequence[float]) -> tuple[float, float | None]:
-    """Mean over seeds and half the width of its 95 % interval by Student's t; None for a single seed."""
+    Returns: two floats; the second is None for a single seed, which has no interval.
+    """
     x = np.asarray(values, dtype=np.float64)
     if len(x) < 2:
         return float(x.mean()), None
@@ -35,12 +46,18 @@ def mean_and_half(values: Sequence[float]) -> tuple[float, float | None]:
 
 
 def bootstrap(value_N: NDArray[np.float64], draws: int = DRAWS, seed: int = 0) -> tuple[float, float]:
-    """The 95 % percentile interval of the mean over images, by resampling them with replacement.
+    """Return the ends of the 95 % percentile interval of a mean over images, which are drawn with replacement.
 
-    For differences between two runs on the same images pass the differences, image by image: that is what pairs them.
-    How often each *value* is drawn is multinomial, and differences of answers have few values, so no image is touched.
+    For a difference between two runs on the same images, pass the differences image by image: this pairs the images.
+    Few different values occur among such differences, so it is counted how often each *value* is drawn, which is
+    multinomial; the images themselves are not drawn.
+
+    Args:
+        value_N: float64 (N,), one number for each image.
+        draws: how often the N images are drawn.
+        seed: of the draws.
     """
-    values, counts = np.unique(np.round(value_N, 12), return_counts=True)
-    drawn_BV = np.random.default_rng(seed).multinomial(len(value_N), counts / len(value_N), size=draws)
-    low, high = np.quantile(drawn_BV @ values / len(value_N), [0.5 - LEVEL / 2, 0.5 + LEVEL / 2])
+    value_V, count_V = np.unique(np.round(value_N, 12), return_counts=True)
+    count_DV = np.random.default_rng(seed).multinomial(len(value_N), count_V / len(value_N), size=draws)
+    low, high = np.quantile(count_DV @ value_V / len(value_N), [0.5 - LEVEL / 2, 0.5 + LEVEL / 2])
     return float(low), float(high)

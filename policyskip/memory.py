@@ -1,8 +1,9 @@
 """Memory: freed memory that stays with the process, and batches that are halved when a GPU is full.
 
-glibc gives the memory of a large tensor back to the system as soon as it is freed, and the next tensor of that size is
-paid for page by page: a fifth of the time of a small network on a CPU. Sparse execution makes tensors of many sizes,
-and these fragment a heap that keeps everything; so the free part of the heap is released from time to time in a run.
+glibc returns the memory of a large tensor to the system as soon as the tensor is freed. The memory of the next such
+tensor is then set up page by page, which takes a fifth of the time of a small network on a CPU. So this package keeps
+freed memory. Sparse execution makes tensors of many sizes, which fragment a heap that keeps everything; so long runs
+release the heap's free memory from time to time.
 """
 
 from __future__ import annotations
@@ -17,65 +18,66 @@ import torch
 
 from policyskip.errors import UserError
 
-TRIM_THRESHOLD, MMAP_THRESHOLD = -1, -3  # of glibc's malloc.h
+TRIM_THRESHOLD, MMAP_THRESHOLD = -1, -3
+"""Names of two parameters in glibc's malloc.h."""
+KEPT_BYTES = 2**30
+"""Free bytes at the end of the heap that stay with the process, and the size up to which a tensor lies in the heap."""
+KEPT_BYTES_OLD_GLIBC = 2**25
+"""The largest such size that older versions of glibc accept."""
 
-
-HELD = 2**30
-"""Bytes at the end of the heap that stay with the process, and size up to which a tensor lies there."""
-
-
-OLD_MOST = 2**25
-"""The largest such size in older versions of glibc, which refuse others."""
+Result = TypeVar("Result")
 
 
 def keep_freed_memory() -> None:
     """Keep freed memory, up to 1 GiB, for the tensors to come; where there is no glibc, do nothing."""
     with suppress(OSError, AttributeError):
         libc = ctypes.CDLL(None)
-        for threshold in (HELD, OLD_MOST):
+        for threshold in (KEPT_BYTES, KEPT_BYTES_OLD_GLIBC):
             if libc.mallopt(MMAP_THRESHOLD, threshold):
-                libc.mallopt(TRIM_THRESHOLD, HELD)
+                libc.mallopt(TRIM_THRESHOLD, KEPT_BYTES)
                 return
 
 
 def release_freed_memory() -> None:
-    """Return what is free in glibc's heap; elsewhere, do nothing."""
+    """Return the free memory of glibc's heap to the system; where there is no glibc, do nothing."""
     with suppress(OSError, AttributeError):
         ctypes.CDLL(None).malloc_trim(0)
 
 
-Result = TypeVar("Result")
-
-
 class BatchSplitter:
-    """Calls something for parts of a batch: as large as asked for, until a GPU runs out of memory, then half as
-    large, which is said once."""
+    """Halves the batch when the GPU runs out of memory and warns once.
+
+    Attributes:
+        largest_batch: the number of images that is not exceeded any more; None until the memory has run out.
+    """
 
     def __init__(self) -> None:
-        self.most: int | None = None
+        self.largest_batch: int | None = None
 
-    def __call__(self, call: Callable[[slice], Result], count: int, part: int) -> list[Result]:
-        """Results of ``call`` for each part of ``count`` images, at most ``part`` at a time; one of none, if there are
-        none.
+    def __call__(self, call: Callable[[slice], Result], count: int, batch_size: int) -> list[Result]:
+        """Return the results of ``call`` for consecutive slices of ``count`` images, ``batch_size`` each at most.
+
+        Of no images there is one slice, which is empty.
 
         Raises:
-            UserError: ``part`` is no positive whole number. torch.OutOfMemoryError: one image alone is too much.
+            UserError: ``batch_size`` is no positive whole number.
+            torch.OutOfMemoryError: a single image is too much.
         """
-        if type(part) is not int or part < 1:
-            raise UserError(f"batch_size must be a whole number, 1 at least, got {part!r}")
+        if type(batch_size) is not int or batch_size < 1:
+            raise UserError(f"batch_size must be a whole number, 1 at least, got {batch_size!r}")
         results: list[Result] = []
-        start = 0
-        while start < count or not results:
-            size = min(part, self.most or part, count - start)
+        begin = 0
+        while begin < count or not results:
+            size = min(batch_size, self.largest_batch or batch_size, count - begin)
             try:
-                results.append(call(slice(start, start + size)))
-                start += size
+                results.append(call(slice(begin, begin + size)))
+                begin += size
                 continue
             except torch.OutOfMemoryError:
                 if size <= 1:
                     raise
-            torch.cuda.empty_cache()  # what the failed call held is free only out here
-            if self.most is None:
+            torch.cuda.empty_cache()  # out here, because inside "except" the failed call's tensors are not yet freed
+            if self.largest_batch is None:
                 print("warning: the GPU ran out of memory; batches are split from now on", file=sys.stderr)
-            self.most = size // 2
+            self.largest_batch = size // 2
         return results

@@ -1,4 +1,4 @@
-"""Tensors in a file that notices when it has been changed: safetensors with a SHA-256 of everything in them.
+"""Sealed files: safetensors files with a SHA-256 digest of their content, so that a change is noticed.
 
 The digest finds damage, not malice: whoever changes a file on purpose can change the digest too. Nothing in such a file
 is ever executed.
@@ -16,12 +16,13 @@ from safetensors import safe_open
 from safetensors.torch import save
 from torch import Tensor
 
-ABOUT, SEAL = "policyskip", "sha256"
-"""The one entry of a file's metadata, a JSON object, and its key for the digest."""
+METADATA_KEY, DIGEST_KEY = "policyskip", "sha256"
+"""The metadata entry that is a JSON object, ``content``, and the digest's key in it. In a file without ``content`` the
+digest is a metadata entry of its own."""
 
 
 def digest_of(tensors: dict[str, Tensor], content: dict[str, Any] | None) -> str:
-    """SHA-256 of what is said about tensors on the CPU, and of their names, types, shapes and bytes."""
+    """Return the SHA-256 digest of ``content``, and of the names, dtypes, shapes and bytes of tensors on the CPU."""
     digest = hashlib.sha256(json.dumps(content).encode())
     for name, value in sorted(tensors.items()):
         digest.update(f"{name} {value.dtype} {tuple(value.shape)}\n".encode())
@@ -30,49 +31,51 @@ def digest_of(tensors: dict[str, Tensor], content: dict[str, Any] | None) -> str
 
 
 def sealed(tensors: dict[str, Tensor], content: dict[str, Any] | None = None) -> bytes:
-    """A file with these tensors, and ``content``, of which JSON can be made, about them."""
-    plain = {name: value.detach().cpu().contiguous() for name, value in tensors.items()}
+    """Return the bytes of a file that holds tensors, their digest, and ``content``, which JSON must be able to hold."""
+    on_cpu = {name: value.detach().cpu().contiguous() for name, value in tensors.items()}
     if content is None:
-        return save(plain, metadata={SEAL: digest_of(plain, None)})
-    return save(plain, metadata={ABOUT: json.dumps({**content, SEAL: digest_of(plain, content)})})
+        return save(on_cpu, metadata={DIGEST_KEY: digest_of(on_cpu, None)})
+    return save(on_cpu, metadata={METADATA_KEY: json.dumps({**content, DIGEST_KEY: digest_of(on_cpu, content)})})
 
 
 def read_metadata(path: Path) -> dict[str, Any] | None:
-    """What a file says about its tensors, less the digest; None if it is not ours.
+    """Return the ``content`` that a file was sealed with; None if the file has none.
 
     Raises:
-        ValueError, TypeError, RecursionError: it says something else.
+        ValueError, TypeError, RecursionError: the metadata is no JSON object.
         OSError, safetensors.SafetensorError: the file cannot be read.
     """
     with safe_open(path, "pt") as file:
-        text = (file.metadata() or {}).get(ABOUT)
+        text = (file.metadata() or {}).get(METADATA_KEY)
     if text is None:
         return None
     content = dict(json.loads(text))
-    content.pop(SEAL, None)
+    content.pop(DIGEST_KEY, None)
     return content
 
 
 def unsealed(path: Path) -> dict[str, Tensor]:
-    """The tensors of a safetensors file. Those without a digest are taken as they are.
+    """Return the tensors of a safetensors file, after a comparison with its digest if it has one.
 
     Raises:
-        ValueError: they are not those that were sealed.
+        ValueError: tensors or metadata are not those that were sealed.
         OSError, safetensors.SafetensorError: the file cannot be read.
     """
     with safe_open(path, "pt") as file:
-        metadata = file.metadata() or {}
-        tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - it is no dictionary
-    said = json.loads(metadata.get(ABOUT, "null"))
-    seal = said.get(SEAL) if isinstance(said, dict) else metadata.get(SEAL)
-    content = {key: value for key, value in said.items() if key != SEAL} if isinstance(said, dict) else None
-    if seal is not None and seal != digest_of(tensors, content):
+        entries = file.metadata() or {}
+        tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - the file is no dictionary
+    metadata = json.loads(entries.get(METADATA_KEY, "null"))
+    digest = metadata.get(DIGEST_KEY) if isinstance(metadata, dict) else entries.get(DIGEST_KEY)
+    content = (
+        {key: value for key, value in metadata.items() if key != DIGEST_KEY} if isinstance(metadata, dict) else None
+    )
+    if digest is not None and digest != digest_of(tensors, content):
         raise ValueError("its content has been changed since it was written")
     return tensors
 
 
 def largest_number(content: Any) -> int:
-    """The largest whole number, by size, anywhere in what JSON can say; 0 if there is none."""
+    """Return the largest absolute value of all whole numbers in a JSON value, however deep; 0 if there are none."""
     if isinstance(content, dict | list):
         inner = content.values() if isinstance(content, dict) else content
         return max(map(largest_number, inner), default=0)

@@ -1,11 +1,10 @@
 """Fixed keep-sets: the best that can be done without looking at the image.
 
-A policy that decides per image has to beat the best *fixed* choice of equal cost, and backward
-greedy elimination alone is a weak one. The search here eliminates with a beam (or tries every set,
-where there are few), takes in the sets that an image-independent learner found, and swaps blocks
-in and out until nothing helps; all of it on validation images.
+A policy that decides per image has to beat the best *fixed* choice of equal cost, and backward greedy elimination alone
+finds a weak one. The search here eliminates with a beam (or tries every set, where there are few), takes in the sets
+that an image-independent learner found, and swaps blocks in and out until nothing helps; all on validation images.
 
-Shapes: N images, F sets on the front, K blocks.
+Shapes: N images, B images in a batch, F sets on the front, K blocks.
 """
 
 from __future__ import annotations
@@ -22,21 +21,39 @@ from torch import Tensor
 from policyskip.backbones import Backbone, Costs
 from policyskip.backbones.checkpoints import WEIGHTS
 from policyskip.backbones.folding import folded
-from policyskip.data.base import IN_MEMORY_BYTES, Batch, Images, batch_at, spread_indices
+from policyskip.data import Batch, Images, batch_at, spread_indices
+from policyskip.data.base import IN_MEMORY_BYTES
 from policyskip.errors import UserError
-from policyskip.files import refusing, write
+from policyskip.files import reporting_write_errors, write
 from policyskip.fronts import concave_hull
 from policyskip.memory import release_freed_memory
 
 Keep = tuple[bool, ...]
+"""A keep-set: for each of the K blocks, whether it runs."""
+
+
+def keep_text(keep: Iterable[bool]) -> str:
+    """Write a keep-set as text, a 1 for each block that runs and a 0 for each that is skipped: "1101"."""
+    return "".join("01"[kept] for kept in keep)
 
 
 class SetScorer:
     """Counts, for fixed keep-sets, the images that the network gets right.
 
-    Sets are answered together, along the tree of their decisions: what two sets have in common up to some block is
-    computed once. ``spent`` counts images times blocks (residual branches) computed, and is what a budget bounds;
-    ``tell`` hears of it batch by batch.
+    Many sets are scored in one pass along the tree of their decisions: as long as two sets agree, from the first block
+    on, their features are computed once.
+
+    Args:
+        backbone: the network; it stays as it is.
+        images: the set to score on.
+        limit: use this many of the images, spread over the set; None: all.
+        batch_size: images in a batch, fewer where they are large.
+        on_progress: called after every batch with what has been spent so far.
+
+    Attributes:
+        count: N, the number of images used.
+        known: for each keep-set scored so far, whether each image is classified rightly, bool (N,) on the CPU.
+        spent: images times blocks (residual branches) computed so far, which is what a budget bounds.
     """
 
     def __init__(
@@ -45,66 +62,68 @@ class SetScorer:
         images: Images,
         limit: int | None = None,
         batch_size: int = 250,
-        tell: Callable[[int], object] | None = None,
+        on_progress: Callable[[int], object] | None = None,
     ) -> None:
         self.backbone = folded(backbone)
-        self.tell = tell or (lambda spent: None)
+        self.on_progress = on_progress or (lambda spent: None)
         index_N = spread_indices(limit or len(images), len(images))
         self.count = len(index_N)
         height, width = batch_at(images, index_N[:1]).images.shape[2:]
         batch_size = max(1, min(batch_size, 2**22 // (height * width)))
-        self._images, self._parts = images, list(index_N.split(batch_size))
-        in_memory = self.count * 3 * height * width <= IN_MEMORY_BYTES
-        self._batches: list[Batch] | None = list(self._stream()) if in_memory else None
+        self._images, self._batch_indices = images, index_N.split(batch_size)
+        fits_in_memory = self.count * 3 * height * width <= IN_MEMORY_BYTES
+        self._batches: list[Batch] | None = list(self._stream()) if fits_in_memory else None
         self.known: dict[Keep, Tensor] = {}
         self.spent = 0
 
     def _stream(self) -> Iterator[Batch]:
-        return self._images.stream((part, 0) for part in self._parts)
+        return self._images.stream((index_B, 0) for index_B in self._batch_indices)
 
     def correct(self, sets: Iterable[Keep]) -> list[Tensor]:
-        """Whether each image is classified rightly, bool (N,) on the CPU, for each set."""
+        """Return for each set whether each image is classified rightly, bool (N,) on the CPU."""
         sets = list(sets)
         new = sorted(set(sets) - set(self.known))
         if new:
-            parts: dict[Keep, list[Tensor]] = {keep: [] for keep in new}
+            correct: dict[Keep, list[Tensor]] = {keep: [] for keep in new}
             with torch.no_grad():
                 for batch in self._batches or self._stream():
-                    self._descend(self.backbone.features(batch.images), batch.label_B, 0, new, parts)
-                    self.tell(self.spent)
+                    self._descend(self.backbone.features(batch.images), batch.label_B, 0, new, correct)
+                    self.on_progress(self.spent)
                     release_freed_memory()
-            self.known.update({keep: torch.cat(part) for keep, part in parts.items()})
+            self.known.update({keep: torch.cat(batches) for keep, batches in correct.items()})
         return [self.known[keep] for keep in sets]
 
     def accuracy(self, sets: Iterable[Keep]) -> list[float]:
-        """Share of the images classified rightly, for each set."""
+        """Return for each set the fraction of the images classified rightly."""
         return [correct_N.double().mean().item() for correct_N in self.correct(sets)]
 
-    def _descend(self, x: Tensor, label_B: Tensor, k: int, sets: list[Keep], parts: dict[Keep, list[Tensor]]) -> None:
+    def _descend(self, x: Tensor, label_B: Tensor, k: int, sets: list[Keep], correct: dict[Keep, list[Tensor]]) -> None:
+        """Run the blocks from k on for all ``sets``, which agree on the blocks before; append to ``correct`` what comes
+        out, bool (B,) on the CPU for each set. ``x`` holds the features that enter block k."""
         if k == self.backbone.num_blocks:
-            parts[sets[0]].append((self.backbone.head(x).argmax(1) == label_B).cpu())
+            correct[sets[0]].append((self.backbone.head(x).argmax(1) == label_B).cpu())
             return
         block = self.backbone.blocks[k]
         dropping = [keep for keep in sets if not keep[k]]
         keeping = [keep for keep in sets if keep[k]]
         if dropping:
-            self._descend(block.shortcut(x), label_B, k + 1, dropping, parts)
+            self._descend(block.shortcut(x), label_B, k + 1, dropping, correct)
         if keeping:
             self.spent += len(x)
-            self._descend(block(x), label_B, k + 1, keeping, parts)
+            self._descend(block(x), label_B, k + 1, keeping, correct)
 
 
 @dataclass(frozen=True)
 class StaticFront:
-    """The best fixed keep-set found of every size, from no block to all K, and any other on the hull over MACs.
+    """The best fixed keep-set found of every size, from no block to all K, and every other on the hull over MACs.
 
     Attributes:
-        sets: F tuples of K booleans.
-        accuracy: of each on the validation images it was chosen on.
-        macs: of each.
+        sets: F keep-sets.
+        accuracy: of each set, on the validation images that it was chosen on.
+        macs: of each set.
         images: number of validation images.
         finished: False if the search ran out of its budget.
-        backbone, data: content hash and fingerprint of what it was searched on.
+        backbone, data: content hash and fingerprint of the network and the images of the search.
     """
 
     sets: list[Keep]
@@ -116,31 +135,38 @@ class StaticFront:
     data: str
 
     def mix_at(self, macs: float) -> list[tuple[int, float]]:
-        """Places and weights of the one or two sets that, mixed at random, cost ``macs`` and were best on validation.
+        """Find the one or two sets that, mixed at random, cost ``macs`` and are most accurate on validation images.
 
         Mixing two fixed sets reaches every point on the line between them, so the best static choice at a given cost
         lies on the upper concave hull of the front. A cost outside the front's range gives the nearest end.
+
+        Returns: pairs (index of the set, weight in (0, 1]); the weights sum to 1.
         """
         hull = concave_hull(self.macs, self.accuracy)
-        above = next((place for place, i in enumerate(hull) if self.macs[i] > macs), None)
+        above = next((position for position, i in enumerate(hull) if self.macs[i] > macs), None)
         if above is None or above == 0:
             return [(hull[-1 if above is None else 0], 1.0)]
         low, high = hull[above - 1], hull[above]
         weight = (macs - self.macs[low]) / (self.macs[high] - self.macs[low])
-        return [(place, share) for place, share in ((low, 1 - weight), (high, weight)) if share > 0]
+        return [(i, weight_i) for i, weight_i in ((low, 1 - weight), (high, weight)) if weight_i > 0]
 
     def save(self, path: Path) -> None:
-        with refusing(path):
+        """Write the front as JSON.
+
+        Raises:
+            UserError: the file cannot be written.
+        """
+        with reporting_write_errors(path):
             path.parent.mkdir(parents=True, exist_ok=True)
-        content = asdict(self) | {"sets": ["".join("01"[kept] for kept in keep) for keep in self.sets]}
+        content = asdict(self) | {"sets": [keep_text(keep) for keep in self.sets]}
         write(path, (json.dumps(content, indent=1) + "\n").encode())
 
     @staticmethod
     def load(path: Path) -> StaticFront:
-        """The front in a file.
+        """Read the front in a file.
 
         Raises:
-            OSError, ValueError, TypeError, KeyError: it is not there, or is no front.
+            OSError, ValueError, TypeError, KeyError: the file is not there, or holds no front.
         """
         content: dict[str, Any] = json.loads(path.read_bytes())
         content["sets"] = [tuple(mark == "1" for mark in keep) for keep in content["sets"]]
@@ -158,50 +184,54 @@ class StaticFront:
 def search(
     scorer: SetScorer, budget: float, beam: int = 3, hints: Sequence[Keep] = ()
 ) -> tuple[list[Keep], list[float], bool]:
-    """The best keep-set of every size: sets, their accuracies, and whether the search finished.
+    """Search the best keep-set of every size.
 
     Every set is tried if that fits the budget. Otherwise: backward elimination with a beam; then, for every size,
     swaps of one block for another and the neighbours of better sets at the next sizes, until none helps.
 
     Args:
+        scorer: scores sets on validation images.
         budget: bound on images times blocks computed; checked between steps.
+        beam: sets of each size that the elimination goes on from.
         hints: sets found elsewhere, such as by an image-independent learner.
+
+    Returns: sets, the smallest first; their accuracies; and whether the search finished within the budget.
     """
     K = scorer.backbone.num_blocks
     if tries_every_set(K, scorer.count, budget):
         every = [tuple(bool(code >> k & 1) for k in range(K)) for code in range(2**K)]
         scorer.accuracy(every)
-        return *_best_by_size(scorer, K), True
+        return *_best_by_size(scorer), True
 
     level: list[Keep] = [(True,) * K]
     scorer.accuracy([*level, (False,) * K, *hints])
     for _ in range(K - 1):
         if scorer.spent > budget:
-            return *_best_by_size(scorer, K), False
+            return *_best_by_size(scorer), False
         children = sorted({child for keep in level for child in _without_one(keep)})
         accuracy = dict(zip(children, scorer.accuracy(children), strict=True))
         level = sorted(children, key=lambda keep: -accuracy[keep])[:beam]
 
-    best, _ = _best_by_size(scorer, K)
+    best, _ = _best_by_size(scorer)
     todo = list(best)
     while todo:
         if scorer.spent > budget:
-            return *_best_by_size(scorer, K), False
+            return *_best_by_size(scorer), False
         keep = todo.pop(0)
         scorer.accuracy({*_swaps(keep), *_without_one(keep), *_with_one(keep)})
-        better, _ = _best_by_size(scorer, K)
+        better, _ = _best_by_size(scorer)
         todo = [new for new in better if new in todo or new not in best]
         best = better
-    return *_best_by_size(scorer, K), True
+    return *_best_by_size(scorer), True
 
 
 def tries_every_set(K: int, count: int, budget: float) -> bool:
-    """Whether :func:`search` can afford all 2^K sets on ``count`` images."""
+    """Return whether :func:`search` can afford all 2^K sets on ``count`` images."""
     return 2 ** (K + 1) * count <= budget
 
 
-def _best_by_size(scorer: SetScorer, K: int) -> tuple[list[Keep], list[float]]:
-    """The most accurate known set of each size that has one; of equals, the first in order of the sets."""
+def _best_by_size(scorer: SetScorer) -> tuple[list[Keep], list[float]]:
+    """Return the most accurate known set of each size and its accuracy; of equals, the first in order of the sets."""
     best: dict[int, tuple[float, Keep]] = {}
     for keep in sorted(scorer.known):
         accuracy = scorer.known[keep].double().mean().item()
@@ -211,8 +241,8 @@ def _best_by_size(scorer: SetScorer, K: int) -> tuple[list[Keep], list[float]]:
     return [keep for _, keep in ordered], [accuracy for accuracy, _ in ordered]
 
 
-def _flip(keep: Keep, *places: int) -> Keep:
-    return tuple(kept != (k in places) for k, kept in enumerate(keep))
+def _flip(keep: Keep, *blocks: int) -> Keep:
+    return tuple(kept != (k in blocks) for k, kept in enumerate(keep))
 
 
 def _without_one(keep: Keep) -> list[Keep]:
@@ -234,12 +264,21 @@ def find_front(
     budget: float,
     limit: int,
     hints: Sequence[Keep] = (),
-    tell: Callable[[int], object] | None = None,
+    on_progress: Callable[[int], object] | None = None,
 ) -> StaticFront:
-    """Search the static front of a backbone on ``limit`` validation images; ``tell`` hears what has been spent."""
+    """Search the static front of a backbone on at most ``limit`` validation images.
+
+    Args:
+        costs: of the backbone's blocks.
+        budget, hints: see :func:`search`.
+        on_progress: see :class:`SetScorer`.
+
+    Raises:
+        UserError: ``budget`` is negative, or ``limit`` below 1.
+    """
     if budget < 0 or limit < 1:
         raise UserError(f"front.budget must not be negative and front.images at least 1, got {budget} and {limit}")
-    scorer = SetScorer(backbone, images, limit, tell=tell)
+    scorer = SetScorer(backbone, images, limit, on_progress=on_progress)
     by_size, _, finished = search(scorer, budget, hints=hints)
     tried = sorted(scorer.known)
     hull = concave_hull(costs.of(torch.tensor(tried)).tolist(), scorer.accuracy(tried))
@@ -249,13 +288,13 @@ def find_front(
 
 
 def known_front(backbone: Backbone, images: Images, cache: Path) -> StaticFront | None:
-    """A front searched earlier on this very network and these very images: one that ships, or one in ``cache``."""
-    asked = (backbone.content_hash(), images.fingerprint())
-    for path in [*sorted(WEIGHTS.glob("*.front.json")), cache / f"{asked[0]}-{asked[1]}.json"]:
+    """Find a front searched earlier on this very network and these very images: one that ships, or one in ``cache``."""
+    searched_on = (backbone.content_hash(), images.fingerprint())
+    for path in [*sorted(WEIGHTS.glob("*.front.json")), cache / f"{searched_on[0]}-{searched_on[1]}.json"]:
         try:
             front = StaticFront.load(path)
         except (OSError, ValueError, TypeError, KeyError):
             continue  # absent, or damaged: it is searched anew
-        if (front.backbone, front.data) == asked:
+        if (front.backbone, front.data) == searched_on:
             return front
     return None

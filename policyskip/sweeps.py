@@ -1,8 +1,8 @@
-"""Many runs from one command: ``--multirun seed=0,1,2``. Each job has a folder that tells it apart, a log, and one line
-on the screen; a job that fails does not end the others, and is named at the end.
+"""Many runs from one command: ``--multirun seed=0,1,2``. Each job has a folder of its own, a log, and two lines on the
+screen; a job that fails does not end the others, and is named at the end.
 
-A job may run in another process or on another machine (Hydra's launchers), so what it has to say it writes into the
-sweep's folder.
+A job may run in another process or on another machine (Hydra's launchers), so it reports its failure in a file of the
+sweep's folder. This module must not import torch, which takes seconds.
 """
 
 from __future__ import annotations
@@ -15,31 +15,34 @@ import traceback
 from collections.abc import Callable
 from math import prod
 from pathlib import Path
-from typing import Any
 
-from policyskip.files import refusing, shell_argument
+from hydra._internal.utils import get_args_parser
+from hydra.core.hydra_config import HydraConfig
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.errors import HydraException
+from omegaconf import DictConfig
+
+from policyskip.errors import in_one_line, traceback_wanted, users_problem
+from policyskip.files import reporting_write_errors, shell_argument
 
 FAILED = "failed.jsonl"
+"""The file of a sweep's folder that names the jobs that failed, one a line."""
 FLAGS = {"-m", "--multirun"}
-"""What makes a command a sweep."""
+"""The arguments that make a command a sweep."""
 SWEEP = "POLICYSKIP_SWEEP"
-"""What a job is told in its environment: the number of jobs and the swept keys, such as "6 agent seed"."""
+"""The variable in a job's environment that holds the number of jobs and the swept keys, such as "6 agent seed"."""
 NAMES = {
     "train": "${hydra:runtime.choices.agent}-${hydra:runtime.choices.data}",
     "pretrain": "pretrain-${hydra:runtime.choices.backbone}-${hydra:runtime.choices.data}",
 }
-"""The commands that make run folders, and what a folder's name starts with."""
+"""The commands that make run folders, and the start of a folder's name."""
 
 
 def prepare(command: str, arguments: list[str]) -> tuple[list[str], Path | None]:
-    """What to pass to Hydra so that every job has a folder of its own, in one for the sweep, and a W&B group.
+    """Make a sweep's folder, and add to the arguments a folder inside it for every job, and a W&B group.
 
-    Returns: the arguments, and the sweep's folder; None where nothing is swept or the command makes no runs.
+    Returns: the arguments for Hydra, and the sweep's folder; None if nothing is swept or the command makes no runs.
     """
-    from hydra._internal.utils import get_args_parser
-    from hydra.core.override_parser.overrides_parser import OverridesParser
-    from hydra.errors import HydraException
-
     if command not in NAMES or FLAGS.isdisjoint(arguments):
         return arguments, None
     try:
@@ -47,69 +50,68 @@ def prepare(command: str, arguments: list[str]) -> tuple[list[str], Path | None]
         sweeps = [o for o in overrides if o.is_sweep_override()]
         jobs = prod(len(list(o.sweep_string_iterator())) for o in sweeps)
     except HydraException:
-        return arguments, None  # Hydra says what is wrong with them
+        return arguments, None  # when Hydra reads them, it says what is wrong
     stamp = time.strftime("%Y%m%d-%H%M%S")
-    given = {o.key_or_group for o in overrides}
-    runs = Path("runs").absolute() if "hydra/launcher" in given else Path("runs")  # workers start in other folders
+    typed = {o.key_or_group for o in overrides}
+    runs = Path("runs").absolute() if "hydra/launcher" in typed else Path("runs")  # workers start in other folders
     folder = _new_folder(runs / f"sweep-{stamp}")
     keys = [o.key_or_group for o in sweeps]
     added = [f"hydra.sweep.dir={folder}", f"+hydra.job.env_set.{SWEEP}='{' '.join([str(jobs), *keys])}'"]
-    if "run.dir" not in given:
+    if "run.dir" not in typed:
         paths = {o.key_or_group for o in sweeps if any("/" in value for value in o.sweep_string_iterator())}
         added.append(f"run.dir='{folder}/{_name(command, keys, paths)}'")
-    if "tracking.group" not in given:
+    if "tracking.group" not in typed:
         added.append(f"tracking.group={folder.name}")
     return [*arguments, *added], folder
 
 
-def _new_folder(wanted: Path) -> Path:
+def _new_folder(path: Path) -> Path:
     """Make a folder that no other sweep has, with -2, -3, … behind its name if need be."""
-    folder, number = wanted, 1
-    with refusing(wanted):
+    folder, number = path, 1
+    with reporting_write_errors(path):
         while True:
             try:
                 folder.mkdir(parents=True)
                 return folder
             except FileExistsError:
                 number += 1
-                folder = wanted.with_name(f"{wanted.name}-{number}")
+                folder = path.with_name(f"{path.name}-{number}")
 
 
 def _name(command: str, keys: list[str], paths: set[str]) -> str:
-    """A folder's name, to be filled in by each job: the command's own, and every swept key with its value; with the
-    job's number for ``paths``, keys whose values would be folders of their own."""
-    shown = [key for key in keys if key not in ("agent", "data", *paths)]
+    """Return the pattern of a run folder's name, which Hydra fills in for each job.
+
+    The name is the command's own, followed by every swept key with its value; the job's number stands for ``paths``,
+    the keys whose values have a "/", and so would be folders of their own.
+    """
+    named = [key for key in keys if key not in ("agent", "data", *paths)]
     groups = ("backbone", "env", "reward", "experiment")
-    values = [f"${{hydra:runtime.choices.{key}}}" if key in groups else f"{key}=${{{key}}}" for key in shown]
+    values = [f"${{hydra:runtime.choices.{key}}}" if key in groups else f"{key}=${{{key}}}" for key in named]
     values += ["${hydra:job.num}"] if paths else []
     return "-".join([NAMES[command], *values])
 
 
 def is_one_of_many() -> bool:
-    """Whether this is a job of a sweep that :func:`prepare` prepared."""
-    from hydra.core.hydra_config import HydraConfig
-
+    """Return whether this is a job of a sweep that :func:`prepare` prepared."""
     hydra = HydraConfig.get()
     return hydra.mode is not None and hydra.mode.name == "MULTIRUN" and SWEEP in (hydra.job.env_set or {})
 
 
-def run_job(command: Callable[[Any], int], config: Any, refused: Callable[[Exception], bool]) -> int:
-    """One job of a sweep: its output goes to a log, and one line at its start and one at its end to the screen.
+def run_job(command: Callable[[DictConfig], int], config: DictConfig, is_refusal: Callable[[Exception], bool]) -> int:
+    """Run one job of a sweep: its output goes to a log, and one line at its start and one at its end to the screen.
 
     Args:
-        refused: whether an error is one that the user can put right, so that its message says all.
+        is_refusal: returns whether an error is one that the user can put right, so that its message says all.
 
-    Returns: 0, or the exit code of the job; a failure is noted in the sweep's folder.
+    Returns: 0, or the exit code of a job that was stopped; a failure is noted in the sweep's folder.
     """
-    from hydra.core.hydra_config import HydraConfig
-
     hydra = HydraConfig.get()
     jobs, *keys = str(hydra.job.env_set[SWEEP]).split()
     name = " ".join(word for word in hydra.overrides.task if word.partition("=")[0].lstrip("+~") in keys)
     number, folder = hydra.job.num + 1, Path(hydra.sweep.dir)
     label = f"[{number}/{jobs}] {name}"
     log = folder / "logs" / f"{number:03d}.txt"
-    with refusing(log):
+    with reporting_write_errors(log):
         log.parent.mkdir(parents=True, exist_ok=True)
     print(f"{label}: started, {log}", flush=True)
     started = time.monotonic()
@@ -119,9 +121,10 @@ def run_job(command: Callable[[Any], int], config: Any, refused: Callable[[Excep
             status = command(config)
         except Exception as error:
             status = 2
-            problem = " ".join(str(error).split())[:300] or type(error).__name__
-            if not refused(error):
-                problem = f"{type(error).__name__}: {problem}"
+            refusal = is_refusal(error)
+            text = in_one_line(error, most=300)
+            problem = text if refusal else users_problem(error) or f"{type(error).__name__}: {text}"
+            if not refusal or traceback_wanted():
                 traceback.print_exc(file=file)
     if problem:
         with (folder / FAILED).open("a") as file:
@@ -135,18 +138,18 @@ def run_job(command: Callable[[Any], int], config: Any, refused: Callable[[Excep
 
 
 def _figures(folder: Path) -> str:
-    """A run's figures in a few words."""
+    """Return a finished run's accuracy and cost in a few words; "" if it has none."""
     try:
         summary = json.loads((folder / "summary.json").read_bytes())
-        share = summary.get("test/macs_fraction")
-        cost = f" at {share:.3f} of the MACs" if share is not None else ""
+        fraction = summary.get("test/macs_fraction")
+        cost = f" at {fraction:.3f} of the MACs" if fraction is not None else ""
         return f"test accuracy {100 * summary['test/accuracy']:.2f} %{cost}, "
     except (OSError, ValueError, KeyError, TypeError):
         return ""
 
 
 def forget(folder: Path) -> None:
-    """Take away the folder of a sweep that Hydra refused before its first job."""
+    """Delete the folder of a sweep that Hydra refused before its first job."""
     if folder.is_dir() and {path.name for path in folder.iterdir()} <= {"multirun.yaml"}:
         (folder / "multirun.yaml").unlink(missing_ok=True)
         folder.rmdir()

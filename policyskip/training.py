@@ -1,7 +1,7 @@
 """The one training loop: update, validate, checkpoint, resume.
 
-It drives anything that learns from a stream of images: agents in an environment, and the networks
-that ``policyskip pretrain`` makes.
+It drives everything that learns from a stream of images: agents in an environment, and the networks that
+``policyskip pretrain`` trains.
 """
 
 from __future__ import annotations
@@ -10,24 +10,26 @@ import signal
 import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from typing import Any, Protocol, TypeVar
 
 import torch
+from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
+from rich.progress import Progress as ProgressBar
 from torch import Tensor
 
-from policyskip.errors import UserError
-from policyskip.files import damaged
+from policyskip.errors import UserError, users_problem
 from policyskip.finite import NotFiniteError, find_nonfinite
 from policyskip.memory import release_freed_memory
 from policyskip.parallel import processes
 from policyskip.rewards import Adaptive
 from policyskip.runs.folder import Run
+from policyskip.runs.restore import Progress, restore
 from policyskip.runs.tracking import Tracker
 
 
 class Source(Protocol):
-    """What is learned from: an environment or a feed. Its cursor is all of its state."""
+    """An environment or a feed that a learner learns from. Its cursor is all of its state."""
 
     @property
     def cursor(self) -> int: ...
@@ -39,7 +41,7 @@ S = TypeVar("S", bound=Source, contravariant=True)
 
 
 class Learner(Protocol[S]):
-    """What learns: an agent, or a network in pretraining."""
+    """An agent, or a network in pretraining."""
 
     def update(self, source: S) -> dict[str, float]: ...
 
@@ -48,7 +50,8 @@ class Learner(Protocol[S]):
     def load_state_dict(self, state: dict[str, Any]) -> None: ...
 
 
-Show = Callable[[int, dict[str, float]], None]
+ShowProgress = Callable[[int, dict[str, float]], None]
+"""Shows an update's number and figures."""
 
 
 def train(
@@ -67,49 +70,35 @@ def train(
     resume: bool = False,
     begun: Callable[[], None] | None = None,
 ) -> bool:
-    """Learn for ``steps`` updates; keep the best weights by validation, and enough to go on from anywhere.
+    """Learn for ``steps`` updates; keep the best weights by validation, and enough to go on from any update.
 
     Args:
-        validate: figures on the validation images; the weights with the highest ``choose_by`` are kept.
-        choose_after: share of the training, in [0, 1], before which no weights are kept: of many early ones, one looks
-            good by luck, and a fixed keep-set chosen on the same images looks better on them than it is.
-        deployable: the tensors that are kept.
+        validate: returns figures on the validation images; the weights with the highest ``choose_by`` are kept.
+        choose_after: fraction of the training, in [0, 1], before which no weights are kept: of many early ones, one
+            looks good by luck, and a fixed keep-set chosen on the same images looks better on them than it is.
+        deployable: returns the tensors that are kept.
         resume: go on from the run's checkpoint.
         begun: called once, when a checkpoint has been read and learning is about to start.
 
     Returns: whether it finished; False after Ctrl-C or SIGTERM, with a checkpoint of that very step.
 
     Raises:
-        UserError: numbers went wrong, or the learner was given what it cannot learn from. It says at which update, and
-            which checkpoint was the last; nothing that came after that is kept.
+        UserError: numbers went wrong, or the learner cannot learn from what it was given. The message says at which
+            update, and which checkpoint was the last; nothing that came after that checkpoint is kept.
     """
     if steps < 1 or validate_every < 1 or log_every < 1:
         raise UserError(
             f"train.steps, train.validate_every and train.log_every must be at least 1, "
             f"got {steps}, {validate_every} and {log_every}"
         )
-    step, best, elapsed, window = 0, float("-inf"), 0.0, []
     reward = getattr(source, "reward", None)
-    if resume:
-        state = processes.first(run.load_checkpoint)
-        with damaged(run.folder / "checkpoint.pt"):
-            step, best, elapsed = int(state["step"]), float(state["best"]), float(state["seconds"])
-            window = [{str(key): float(value) for key, value in means.items()} for means in state["window"]]
-            learner.load_state_dict(state["learner"])
-            source.seek(state["cursor"])
-            if isinstance(reward, Adaptive):
-                reward.load_state_dict(state["reward"])
-        if step > steps:
-            raise UserError(f"{run.folder} has done {step} updates already; train.steps={steps} is below that")
-        if best > float("-inf"):  # damaged weights would be missed only at the end
-            kept, own = processes.first(run.load_best), deployable()
-            if {name: t.shape for name, t in kept.items()} != {name: t.shape for name, t in own.items()}:
-                raise UserError(f"{run.folder / 'best.safetensors'} is not of what this run learns")
-        run.rewind_metrics(step)
+    adaptive = reward if isinstance(reward, Adaptive) else None
+    progress = _resumed(learner, source, adaptive, deployable, run, steps) if resume else Progress()
+    step, best, window = progress.step, progress.best, progress.window
     if begun is not None:
         begun()
-    saved = step if resume else None
-    started = time.monotonic() - elapsed
+    saved_step = step if resume else None
+    started = time.monotonic() - progress.seconds
 
     def check() -> None:
         place = find_nonfinite(learner.state_dict())
@@ -117,7 +106,7 @@ def train(
             raise NotFiniteError(f"{name_of(learner)} has non-finite numbers after update {step}, in {place}")
 
     def save() -> None:
-        nonlocal saved
+        nonlocal saved_step
         check()
         run.save_checkpoint(
             {
@@ -127,25 +116,23 @@ def train(
                 "window": window,
                 "cursor": source.cursor,
                 "learner": learner.state_dict(),
-                "reward": reward.state_dict() if isinstance(reward, Adaptive) else {},
+                "reward": {} if adaptive is None else adaptive.state_dict(),
             }
         )
-        saved = step
+        saved_step = step
 
     def last_good() -> str:
         return (
             "no checkpoint had been written"
-            if saved is None
-            else f"the last good checkpoint is {run.folder / 'checkpoint.pt'}, of update {saved}"
+            if saved_step is None
+            else f"the last good checkpoint is {run.folder / 'checkpoint.pt'}, of update {saved_step}"
         )
 
-    with _with_checkpoint_hint(last_good), _stop_requests() as stop_asked, _progress(steps, step) as show:
+    with _with_checkpoint_hint(last_good), _stop_requests() as stop_requested, _progress(steps, step) as show:
         while step < steps:
-            # An optimizer's state is looked at only in the first update.
-            with damaged(run.folder / "checkpoint.pt") if resume and step == saved else nullcontext():
-                window.append(processes.average(learner.update(source)))
-            if isinstance(reward, Adaptive):
-                window[-1] |= reward.adapt(window[-1])
+            window.append(processes.average(learner.update(source)))
+            if adaptive is not None:
+                window[-1] |= adaptive.adapt(window[-1])
             step += 1
             show(step, window[-1])
             if step % log_every == 0 or step == steps:
@@ -155,16 +142,41 @@ def train(
                 release_freed_memory()
             if step % validate_every == 0 or step == steps:
                 check()
-                figures = processes.first(lambda: _judged(validate(), reward))
+                figures = processes.first(lambda: _with_selection_score(validate(), adaptive))
                 tracker.log(step, time.monotonic() - started, {f"val/{key}": value for key, value in figures.items()})
                 if figures[choose_by] > best and step >= min(choose_after, 1.0) * steps:
                     best = figures[choose_by]
                     run.save_best(deployable())
                 save()
-            if processes.any_process(stop_asked()):
-                processes.first(save)  # nobody ends before it is done
+            if processes.any_process(stop_requested()):
+                processes.first(save)  # no process ends before the first one has saved
                 return step == steps
     return True
+
+
+def _resumed(
+    learner: Learner[S],
+    source: S,
+    reward: Adaptive | None,
+    deployable: Callable[[], dict[str, Tensor]],
+    run: Run,
+    steps: int,
+) -> Progress:
+    """Restore a run from its checkpoint, and drop the records of ``metrics.jsonl`` that came after it.
+
+    Raises:
+        UserError: the checkpoint or the best weights are damaged or do not fit; more than ``steps`` updates are done.
+    """
+    state = processes.first(run.load_checkpoint)
+    progress = restore(state, run.folder / "checkpoint.pt", learner, source, reward)
+    if progress.step > steps:
+        raise UserError(f"{run.folder} has done {progress.step} updates already; train.steps={steps} is below that")
+    if progress.best > float("-inf"):  # best weights that are damaged would be noticed only at the end
+        best, own = processes.first(run.load_best), deployable()
+        if {name: t.shape for name, t in best.items()} != {name: t.shape for name, t in own.items()}:
+            raise UserError(f"{run.folder / 'best.safetensors'} is not of what this run learns")
+    run.rewind_metrics(progress.step)
+    return progress
 
 
 def evaluate_only(
@@ -177,14 +189,14 @@ def evaluate_only(
     *,
     resume: bool = False,
 ) -> bool:
-    """What :func:`train` does for a learner that has nothing to learn: validate once, and write the same files.
+    """Validate a learner that has nothing to learn once, and write the files that :func:`train` writes.
 
     Returns: True.
     """
     reward = getattr(source, "reward", None)
     if not resume:
         started = time.monotonic()
-        figures = _judged(validate(), reward)
+        figures = _with_selection_score(validate(), reward if isinstance(reward, Adaptive) else None)
         seconds = time.monotonic() - started
         tracker.log(0, seconds, {f"val/{key}": value for key, value in figures.items()})
         run.save_best(deployable())
@@ -194,77 +206,89 @@ def evaluate_only(
 
 
 def name_of(learner: Any) -> str:
-    """What a learner is called."""
+    """Return a learner's ``name``; without one, the name of its class."""
     name = getattr(learner, "name", None)
     return name if isinstance(name, str) else type(learner).__name__.lower()
 
 
 @contextmanager
 def _with_checkpoint_hint(last_good: Callable[[], str]) -> Iterator[None]:
-    """What goes wrong while learning is said together with what there is to go on from."""
+    """Add what ``last_good`` says of the last checkpoint to what goes wrong while learning.
+
+    Raises:
+        UserError: the body raised one, or an exception that the user can do something about.
+    """
     try:
         yield
-    except UserError as error:
-        raise UserError(f"{error}; {last_good()}") from error
-    except torch.OutOfMemoryError as error:
-        raise UserError(f"the device ran out of memory; a smaller data.batch_size needs less; {last_good()}") from error
-    except RuntimeError as error:
-        if processes.is_lost_process(error):
-            raise UserError(f"{processes.lost_process_message(error)}; {last_good()}") from error
-        if "without overflow" not in str(error):  # torch's, for a learning rate that float32 does not hold
+    except Exception as error:
+        if not isinstance(error, UserError) and "more than 1 value per channel" in str(error):
+            reason = "batch normalisation of 1×1 features needs two images at least"
+            raise UserError(f"{reason}: give a larger data.batch_size or larger images") from error
+        problem = _problem(error)
+        if problem is None:
             raise
-        raise UserError(f"a number of the optimizer is too large; {last_good()}") from error
-    except ValueError as error:
-        if "more than 1 value per channel" not in str(error):
-            raise
-        reason = "batch normalisation of 1×1 features needs two images at least"
-        raise UserError(f"{reason}: give a larger data.batch_size or larger images") from error
+        raise UserError(f"{problem}; {last_good()}") from error
 
 
-def _judged(figures: dict[str, Any], reward: Any) -> dict[str, Any]:
-    """Figures on validation images, with where they stand in the place of a reward that moves."""
-    return {**figures, "reward": reward.selection_score(figures)} if isinstance(reward, Adaptive) else figures
+def _problem(error: Exception) -> str | None:
+    """Describe an exception of an update that the user can do something about; None for every other one."""
+    if isinstance(error, UserError):
+        return str(error)
+    if isinstance(error, torch.OutOfMemoryError):
+        return "the device ran out of memory; a smaller data.batch_size needs less"
+    if isinstance(error, RuntimeError) and processes.is_lost_process(error):
+        return processes.lost_process_message(error)
+    if isinstance(error, RuntimeError) and "without overflow" in str(error):  # torch's, for a rate beyond float32
+        return "a number of the optimizer is too large"
+    return users_problem(error)
+
+
+def _with_selection_score(figures: dict[str, Any], reward: Adaptive | None) -> dict[str, Any]:
+    """Return validation figures; under a reward that adapts, with its selection score as the ``reward``."""
+    return figures if reward is None else {**figures, "reward": reward.selection_score(figures)}
 
 
 @contextmanager
 def _stop_requests() -> Iterator[Callable[[], bool]]:
-    """Turn the first Ctrl-C or SIGTERM into a request met between updates; a second Ctrl-C interrupts at once."""
-    asked = False
+    """Note the first Ctrl-C or SIGTERM, for the loop to stop between updates; a second Ctrl-C interrupts at once.
 
-    def ask(number: int, frame: object) -> None:
-        nonlocal asked
-        if asked and processes.world() == 1:  # torchrun, and Slurm around it, may say the same thing twice
+    Yields: a function that returns whether a stop was requested.
+    """
+    requested = False
+
+    def request(number: int, frame: object) -> None:
+        nonlocal requested
+        if requested and processes.world() == 1:  # torchrun, and Slurm around it, may send one request twice
             raise KeyboardInterrupt
-        asked = True
+        requested = True
 
     try:
-        previous = {number: signal.signal(number, ask) for number in (signal.SIGINT, signal.SIGTERM)}
+        previous = {number: signal.signal(number, request) for number in (signal.SIGINT, signal.SIGTERM)}
     except ValueError:  # not in the main thread, where signals cannot be caught
         previous = {}
     try:
-        yield lambda: asked
+        yield lambda: requested
     finally:
         for number, handler in previous.items():
             signal.signal(number, handler)
 
 
-SHOWN = ("reward", "sampled_reward", "accuracy", "kept", "loss")
+SHOWN_FIGURES = ("reward", "sampled_reward", "accuracy", "kept", "loss")
+"""The figures of an update that its progress line shows, where the learner has them."""
 
 
 @contextmanager
-def _progress(steps: int, done: int) -> Iterator[Show]:
-    """A progress bar on a terminal, about twenty plain lines elsewhere; figures are running means."""
+def _progress(steps: int, done: int) -> Iterator[ShowProgress]:
+    """Show a progress bar on a terminal, about twenty plain lines elsewhere; figures are running means."""
     means: dict[str, float] = {}
 
     def text(metrics: dict[str, float]) -> str:
-        for key in SHOWN:
+        for key in SHOWN_FIGURES:
             if key in metrics:
                 means[key] = 0.9 * means.get(key, metrics[key]) + 0.1 * metrics[key]
         return "  ".join(f"{key} {value:.3f}" for key, value in means.items())
 
     if sys.stdout.isatty():
-        from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-
         columns = [
             TextColumn("step"),
             MofNCompleteColumn(),
@@ -272,17 +296,17 @@ def _progress(steps: int, done: int) -> Iterator[Show]:
             TimeRemainingColumn(),
             TextColumn("{task.description}"),
         ]
-        with Progress(*columns) as bar:
+        with ProgressBar(*columns) as bar:
             task = bar.add_task("", total=steps, completed=done)
             yield lambda step, metrics: bar.update(task, completed=step, description=text(metrics))
         return
 
-    started, every = time.monotonic(), max(1, steps // 20)
+    started, interval = time.monotonic(), max(1, steps // 20)
 
     def show(step: int, metrics: dict[str, float]) -> None:
         line = text(metrics)
-        if step % every == 0 or step == steps:
-            left = (time.monotonic() - started) / (step - done) * (steps - step)
-            print(f"step {step}/{steps}  {line}  {left:.0f} s left", flush=True)
+        if step % interval == 0 or step == steps:
+            remaining = (time.monotonic() - started) / (step - done) * (steps - step)
+            print(f"step {step}/{steps}  {line}  {remaining:.0f} s left", flush=True)
 
     yield show

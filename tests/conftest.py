@@ -8,6 +8,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 os.environ.setdefault("WANDB_MODE", "offline")
 os.environ.setdefault("WANDB_SILENT", "true")
@@ -16,6 +17,9 @@ import matplotlib.font_manager  # noqa: F401 - its cache of fonts is made before
 import pytest
 import torch
 import torch.nn.functional as F
+from matplotlib.figure import Figure
+from matplotlib.layout_engine import ConstrainedLayoutEngine
+from PIL import Image
 from torch import Tensor, nn
 
 from policyskip import cli
@@ -25,7 +29,10 @@ from policyskip.data import TensorImages
 from policyskip.exits.cache import CachedExits
 
 WORKERS = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))
-torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", max(1, 2 // WORKERS))))
+THREADS = os.environ.get("OMP_NUM_THREADS", str(max(1, 2 // WORKERS)))
+torch.set_num_threads(int(THREADS))
+if WORKERS > 1:
+    os.environ["OMP_NUM_THREADS"] = THREADS  # for the processes that tests start: more threads wait for each other
 
 
 def small_backbone(
@@ -87,8 +94,16 @@ def images() -> Tensor:
     return small_images(7).images
 
 
-def typed(*arguments: str, cwd: Path) -> subprocess.CompletedProcess[str]:
-    """``policyskip`` with these arguments in folder ``cwd``, as the shell would run it, but in this process."""
+def blank_picture(figure: Figure, path: Path, **options: Any) -> None:
+    """Write a picture of one pixel in the figure's place."""
+    Image.new("RGB", (1, 1)).save(path)
+
+
+def typed(*arguments: str, cwd: Path, drawn: bool = False) -> subprocess.CompletedProcess[str]:
+    """``policyskip`` with these arguments in folder ``cwd``, as the shell would run it, but in this process.
+
+    Figures are made in full, but laid out and painted, which takes a third of the time of a small run, only if ``drawn``.
+    """
     printed, errors = io.StringIO(), io.StringIO()
     with (
         pytest.MonkeyPatch.context() as patch,
@@ -96,6 +111,9 @@ def typed(*arguments: str, cwd: Path) -> subprocess.CompletedProcess[str]:
         contextlib.redirect_stderr(errors),
     ):
         patch.chdir(cwd)
+        if not drawn:
+            patch.setattr(ConstrainedLayoutEngine, "execute", lambda engine, figure: None)
+            patch.setattr(Figure, "savefig", blank_picture)
         patch.setattr(sys, "argv", ["policyskip", *arguments])
         patch.setattr(sys, "path", list(sys.path))
         patch.setenv("HYDRA_FULL_ERROR", "")

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from policyskip.evaluation.decisions import Decisions, record
+from policyskip.evaluation.decisions import Decisions, save_decisions
 from policyskip.runs.folder import Run
 
 DIGITS = {"_target_": "policyskip.data.digits", "batch_size": 32, "train": 1, "validation": 1, "test": 60}
@@ -70,10 +70,10 @@ def made_up_run(
     folder.mkdir(parents=True)
     config = {"seed": seed, "run": {"dir": str(folder)}, "data": DIGITS, "agent": {"name": agent, **settings}}
     (folder / "config.yaml").write_text(f"# policyskip train agent={agent}\n{json.dumps(config)}")
-    told = record(decisions, Run(folder))
+    from_record = save_decisions(decisions, Run(folder))
     if not recorded:
         (folder / "decisions.safetensors").unlink()
-        told = {}
+        from_record = {}
     blocks = decisions.kind == "blocks"
     share_K = [*decisions.ran_NK.double().mean(0).tolist(), 0.0]
     figures = {
@@ -91,7 +91,7 @@ def made_up_run(
         figures |= {"exit_share": [a - b for a, b in pairwise(share_K)]}
         figures |= {"oracle_macs": 1.0, "oracle_accuracy": 0.99}
     content = {"agent": agent, "env": "BlockSelection-v0" if blocks else "EarlyExit-v0", "backbone": "net"}
-    content |= {"data": "digits", "seed": seed, "seconds": 10.0 + seed, **told}
+    content |= {"data": "digits", "seed": seed, "seconds": 10.0 + seed, **from_record}
     content |= {f"test/{key}": value for key, value in figures.items()}
     (folder / "summary.json").write_text(json.dumps(content | (summary or {})))
     records = [{"step": s, "val/accuracy": 0.5 + s / 100 + seed / 100, "val/macs_fraction": 0.6} for s in (10, 20, 30)]

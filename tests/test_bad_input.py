@@ -46,7 +46,7 @@ def empty_folder(tmp_path, monkeypatch) -> Path:
 
 def run(*arguments: str) -> int:
     """The exit code of ``policyskip`` with these arguments."""
-    result = typed(*arguments, cwd=Path.cwd())
+    result = typed(*arguments, cwd=Path.cwd(), drawn="data.root=photos" in arguments)
     print(result.stdout, end="")
     print(result.stderr, end="", file=sys.stderr)
     return result.returncode

@@ -10,7 +10,7 @@ import torch
 from policyskip.backbones import load
 from policyskip.data import TensorImages, digits
 from policyskip.envs.block_selection import BlockSelectionVectorEnv
-from policyskip.evaluation.decisions import Evaluation
+from policyskip.evaluation.decisions import Decisions
 from policyskip.static_front import StaticFront, known_front
 from policyskip.tasks import fronts as report
 from tests.conftest import small_backbone
@@ -22,14 +22,12 @@ def test_the_margin_is_paired_with_the_mix_of_equal_cost(monkeypatch):
     sets = [(False, False), (True, False)]
     right = {sets[0]: torch.tensor([1, 1, 0, 0]).bool(), sets[1]: torch.tensor([1, 1, 1, 0]).bool()}
     front = StaticFront(sets, [0.5, 0.75], [10.0, 20.0], 4, True, "backbone", "data")
-    result = Evaluation(
+    result = Decisions(
+        kind="blocks",
         label_N=torch.tensor([0, 0, 0, 0]),
         prediction_N=torch.tensor([0, 1, 0, 0]),
-        full_correct_N=None,
-        keep_NK=torch.ones(4, 2, dtype=torch.bool),
+        ran_NK=torch.ones(4, 2, dtype=torch.bool),
         macs_N=torch.tensor([5.0, 15.0, 15.0, 25.0], dtype=torch.float64),
-        reward_N=torch.zeros(4),
-        difficulty_N=None,
         policy_macs=1.0,
         full_macs=30.0,
     )

@@ -124,15 +124,15 @@ def test_quotas_spend_what_was_asked(rule):
 def test_the_front_by_hand():
     macs_P = torch.tensor([1.0, 2, 2, 3, 4, 4, 5])
     accuracy_P = torch.tensor([0.5, 0.6, 0.7, 0.7, 0.8, 0.8, 0.75])
-    assert pareto(accuracy_P, macs_P).tolist() == [0, 2, 4]
+    assert pareto(macs_P.tolist(), accuracy_P.tolist()) == [0, 2, 4]
     shuffled = torch.tensor([6, 3, 0, 5, 4, 2, 1])
-    front = pareto(accuracy_P[shuffled], macs_P[shuffled])
+    front = pareto(macs_P[shuffled].tolist(), accuracy_P[shuffled].tolist())
     assert macs_P[shuffled][front].tolist() == [1, 2, 4]
 
 
 def test_the_front_of_random_points_is_what_nothing_dominates():
     accuracy_P, macs_P = torch.randint(0, 10, (2, 60), generator=torch.Generator().manual_seed(0)).double()
-    front = pareto(accuracy_P, macs_P)
+    front = pareto(macs_P.tolist(), accuracy_P.tolist())
     points = {(a, m) for a, m in zip(accuracy_P.tolist(), macs_P.tolist())}
     best = {(a, m) for a, m in points if not any((b >= a and n <= m) and (b, n) != (a, m) for b, n in points)}
     assert {(float(accuracy_P[i]), float(macs_P[i])) for i in front} == best and len(front) == len(best)
@@ -140,10 +140,10 @@ def test_the_front_of_random_points_is_what_nothing_dominates():
 
 def test_the_knee_by_hand():
     """Scaled: MACs 0, 1/4, 1/2, 1; accuracy 0, 3/4, 7/8, 1. Above the chord by 0, 1/2, 3/8, 0."""
-    accuracy_P, macs_P = torch.tensor([0.5, 0.8, 0.85, 0.9]), torch.tensor([10.0, 20, 30, 50])
-    assert knee(accuracy_P, macs_P) == 1
-    assert knee(100 * accuracy_P, 1e6 * macs_P) == 1  # whatever the units
-    assert knee(torch.tensor([0.5]), torch.tensor([1.0])) == 0
+    accuracy, macs = [0.5, 0.8, 0.85, 0.9], [10.0, 20, 30, 50]
+    assert knee(macs, accuracy) == 1
+    assert knee([1e6 * m for m in macs], [100 * a for a in accuracy]) == 1  # whatever the units
+    assert knee([1.0], [0.5]) == 0
     curve = Curve(
         "entropy",
         torch.zeros(5, 1),

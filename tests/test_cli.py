@@ -40,7 +40,7 @@ def workshop(tmp_path_factory) -> Path:
     arguments = ["agent=blockdrop", *SMALL, "run.dir=runs/policy", "tracking.mode=offline"]
     arguments += ["backbone=resnet20", "backbone.checkpoint=runs/net/backbone.safetensors"]
     arguments += ["front.budget=2e5", "front.images=50", "front.learner_steps=4"]
-    trained = typed("train", *arguments, cwd=folder)
+    trained = typed("train", *arguments, cwd=folder, drawn=True)
     assert trained.returncode == 0, trained.stderr
     (folder / "stdout.txt").write_text(trained.stdout)
     return folder

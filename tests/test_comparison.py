@@ -1,4 +1,4 @@
-"""``policyskip compare``: what is compared with what, the figures by hand, and what a user can get wrong."""
+"""``policyskip compare``: how runs are grouped, their figures worked out by hand, and what is refused."""
 
 from __future__ import annotations
 
@@ -15,8 +15,9 @@ import torch
 
 from policyskip.comparison.collect import collect, groups_of
 from policyskip.comparison.compare import compare
+from policyskip.comparison.formats import display_table
 from policyskip.comparison.series import band, static_front, styles, use
-from policyskip.comparison.tables import differences, disagreements, rows_of, shown, table
+from policyskip.comparison.tables import differences, disagreements, rows_of, table
 from policyskip.data import digits
 from policyskip.errors import UserError
 from policyskip.evaluation import decisions
@@ -38,7 +39,7 @@ def workshop(tmp_path_factory) -> Path:
     made_up_run(folder / "runs/msdnet-0", exits, "msdnet", summary={"backbone": "msdnet"})
     (folder / "runs/stopped").mkdir()
     (folder / "runs/stopped/config.yaml").write_text("seed: 0")
-    result = typed("compare", "runs=runs", "output=out", "tracking=none", cwd=folder)
+    result = typed("compare", "runs=runs", "output=out", "tracking=none", cwd=folder, drawn=True)
     assert result.returncode == 0, result.stderr
     (folder / "stdout.txt").write_text(result.stdout)
     return folder
@@ -88,7 +89,7 @@ def test_figures_are_those_of_the_runs(workshop):
     assert (row["of"], row["choice"]) == ("6", "blocks")
 
 
-def test_labels_tell_as_much_as_is_needed(tmp_path):
+def test_labels_have_as_many_keys_as_tell_rows_apart(tmp_path):
     keep = [[1, 0]] * 4
     for name, settings in (("p", dict(a=1, b=1)), ("q", dict(a=1, b=2)), ("r", dict(a=2, b=2, c=3))):
         made_up_run(tmp_path / name, made_up_decisions(keep), "x", **settings)
@@ -121,8 +122,8 @@ def test_rows_differ_by_what_their_images_say(tmp_path):
     assert curve is not None and curve.step_T == [10, 20, 30]
     assert curve.low_T[0] == pytest.approx(0.6) and curve.mean_T[0] == pytest.approx(0.605)
     assert static_front(rows) == [(0.0, 0.1, "net"), (2.0, 0.9, "net")]
-    header, (first, *_) = shown(table(rows, "g"))
-    assert first[header.index("accuracy, %")] == "87.50 ± 158.83" and "latency, ms" not in header
+    header, (line, *_) = display_table(table(rows, "g"))
+    assert line[header.index("accuracy, %")] == "87.50 ± 158.83" and "latency, ms" not in header
 
 
 def test_runs_on_other_images_or_over_other_weights_stand_apart(tmp_path):
@@ -152,11 +153,11 @@ def test_versions_and_missing_decisions_are_warned_of(tmp_path):
     two_agents(tmp_path)
     made_up_run(tmp_path / "old", made_up_decisions([[1, 0]] * 4), "old", summary={"version": "0.0.9"}, recorded=False)
     found = collect([str(tmp_path)])
-    told = " ".join(found.warnings)
-    assert "different versions" in told and "0.0.9 (1 run)" in told
-    assert "1 of 4 runs have no decisions.safetensors (old)" in told
-    again = collect([str(tmp_path)], lambda run: made_up_decisions([[1, 0]] * 4))
-    assert all(result.decisions is not None for result in again.results)
+    warnings = " ".join(found.warnings)
+    assert "different versions" in warnings and "0.0.9 (1 run)" in warnings
+    assert "1 of 4 runs have no decisions.safetensors (old)" in warnings
+    decided = collect([str(tmp_path)], lambda run: made_up_decisions([[1, 0]] * 4))
+    assert all(result.decisions is not None for result in decided.results)
 
 
 def test_runs_without_decisions_are_compared_by_their_summaries(tmp_path):
@@ -198,8 +199,8 @@ def test_what_is_refused(tmp_path, monkeypatch):
         output = [] if any(a.startswith("output") for a in arguments) else ["output=out"]
         result = typed("compare", *arguments, *output, "tracking=none", cwd=tmp_path)
         assert result.returncode == 2, arguments
-        told = [line for line in result.stderr.splitlines() if line.strip()]
-        assert len(told) in (1, 2) and message in told[0], (arguments, told)
+        errors = [line for line in result.stderr.splitlines() if line.strip()]
+        assert len(errors) in (1, 2) and message in errors[0], (arguments, errors)
         assert sorted(str(path) for path in tmp_path.rglob("*")) == before
 
 
@@ -229,9 +230,9 @@ def test_a_comparison_is_overwritten_when_asked_and_whole_when_interrupted(tmp_p
     def fail_in_place(path: Path, target: Path) -> Path:
         return fail() if target == tmp_path / "out" and not path.name.endswith("-before") else rename(path, target)
 
-    for place, failing in (("policyskip.comparison.page", fail), ("pathlib.Path.rename", fail_in_place)):
+    for target, failing in (("policyskip.comparison.compare.page", fail), ("pathlib.Path.rename", fail_in_place)):
         with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
-            patched.setattr(place, failing)
+            patched.setattr(target, failing)
             compare([str(runs)], tmp_path / "out", overwrite=True)
     assert (tmp_path / "out/index.html").read_bytes() == before
     assert sorted(path.name for path in tmp_path.iterdir()) == ["out", "runs"]
@@ -260,7 +261,7 @@ DAMAGE = {
 def test_damaged_decisions_are_refused_by_name(damage, tmp_path):
     made_up_run(tmp_path / "a", made_up_decisions([[1, 0], [1, 1]]), "a")
     damaged = dataclasses.replace(made_up_decisions([[1, 0], [1, 1]]), **damage)
-    decisions.record(damaged, Run(tmp_path / "a"))
+    decisions.save_decisions(damaged, Run(tmp_path / "a"))
     with pytest.raises(UserError, match=r"a/decisions\.safetensors is damaged or not ours: its"):
         collect([str(tmp_path)])
 
@@ -277,8 +278,8 @@ def test_damaged_summaries_are_refused_by_name(key, value, tmp_path):
 
 
 def test_warnings_of_runs_are_passed_on(tmp_path):
-    told = {"warnings": ["the policy has collapsed"], "test/static_search_finished": False}
-    made_up_run(tmp_path / "a", made_up_decisions([[1, 0]]), "a", summary=told)
+    summary = {"warnings": ["the policy has collapsed"], "test/static_search_finished": False}
+    made_up_run(tmp_path / "a", made_up_decisions([[1, 0]]), "a", summary=summary)
     collapsed, unfinished = collect([str(tmp_path)]).warnings
     assert collapsed == "a: the policy has collapsed" and unfinished.endswith("ran out of front.budget")
 
@@ -291,7 +292,7 @@ def test_images_that_the_runs_did_not_see_are_not_shown(tmp_path):
 
 
 def test_no_two_rows_look_alike_however_many_agents():
-    """Eleven colours there are not: the eleventh agent has the first one's, and another marker."""
+    """There are ten colours: the eleventh agent has the colour of the first one, and another marker."""
     rows = [SimpleNamespace(agent=f"agent{n // 2}", label=f"row {n}") for n in range(40)]
     found = styles(rows)
     assert len(found) == 40 == len({(style.colour, style.marker) for style in found.values()})

@@ -1,4 +1,4 @@
-"""The figures of a comparison, each against a case small enough to do by hand."""
+"""The figures of a comparison, each in a case that is small enough to work out by hand."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from policyskip.comparison import figures
 from policyskip.comparison.collect import collect
 from policyskip.comparison.series import front_of, gallery, static_front, use
 from policyskip.comparison.tables import Row, agreement, differences, disagreement_table, disagreements, rows_of, table
-from policyskip.fronts import comparison_pareto as pareto
+from policyskip.fronts import pareto
 from tests.made_up import made_up_decisions, made_up_run
 from tests.test_comparison import two_agents
 
@@ -70,13 +70,13 @@ def test_opposite_spending_over_other_networks(tmp_path):
 
 
 def test_disagreements_by_hand(tmp_path):
-    """Image 2 comes before 1, as divided in answers but more in what is spent: nothing by a, all by b."""
+    """Image 2 comes before 1: the answers differ as much on both, and what is spent differs more on 2, nothing and all."""
     rows = rows_in(two_agents(tmp_path))
     assert rows[0].share_N.tolist() == [0.5, 1, 0, 1] and disagreements(rows) == [2, 1, 3]
-    first, second, *_ = disagreement_table(rows, [2, 1, 3], "g")
-    place = {"group": "g", "image": 2, "label": "0"}
-    assert first == place | {"row": "a", "answer": "0", "right_share_of_seeds": 1.0, "macs_share": 0.0}
-    assert second["answer"] == "1"
+    line_a, line_b, *_ = disagreement_table(rows, [2, 1, 3], "g")
+    image = {"group": "g", "image": 2, "label": "0"}
+    assert line_a == image | {"row": "a", "answer": "0", "right_share_of_seeds": 1.0, "macs_share": 0.0}
+    assert line_b["answer"] == "1"
 
 
 def test_fronts_by_hand(tmp_path):

@@ -98,7 +98,7 @@ def test_importing_the_core_needs_neither_hydra_nor_wandb():
         "import sys, policyskip, policyskip.rewards, policyskip.backbones, policyskip.envs.block_selection, "
         "policyskip.envs.layer_skip, policyskip.envs.early_exit, "
         "policyskip.agents.blockdrop, policyskip.agents.skipnet, policyskip.static_front, policyskip.policies.perceptrons, "
-        "policyskip.deployment.policy_files\n"
+        "policyskip.deployment.loading\n"
         "print([name for name in ('hydra', 'omegaconf', 'wandb', 'stable_baselines3', 'matplotlib') if name in sys.modules])"
     )
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "[]\n"

@@ -5,11 +5,11 @@ from __future__ import annotations
 import pytest
 import torch
 
-from policyskip.agents.blockdrop import PolicyNetwork
 from policyskip.backbones import count_costs, sparse
 from policyskip.backbones.base import evaluation_mode
 from policyskip.backbones.costs import count_macs
 from policyskip.backbones.resnet import CifarResNet, TorchvisionResNet
+from policyskip.policies.networks import PolicyNetwork
 from tests.conftest import small_backbone
 
 IMAGE = torch.zeros(1, 3, 32, 32, dtype=torch.uint8)

@@ -41,7 +41,7 @@ def start(*module: str, cwd: Path, processes: int = 2) -> subprocess.Popen[str]:
 
 
 def together(*module: str, cwd: Path, processes: int = 2) -> subprocess.CompletedProcess[str]:
-    """The same to its end."""
+    """Start the processes and wait for their end."""
     with start(*module, cwd=cwd, processes=processes) as process:
         try:
             printed, errors = process.communicate(timeout=120)
@@ -51,7 +51,7 @@ def together(*module: str, cwd: Path, processes: int = 2) -> subprocess.Complete
 
 
 def ours(errors: str) -> list[str]:
-    """What policyskip said, of all that torchrun says."""
+    """Return the lines that policyskip printed, of all those that torchrun printed."""
     return [line for line in errors.splitlines() if line.startswith("policyskip train: ")]
 
 
@@ -76,7 +76,7 @@ def records(run: Run) -> list[dict[str, Any]]:
     return [{key: value for key, value in record.items() if key != "seconds"} for record in run.metrics()]
 
 
-# The same result
+# The same weights and figures
 
 NAMES = [name for name in LEARNERS if name != "branchynet"]  # Adam makes steps out of gradients that are but rounding
 
@@ -107,11 +107,11 @@ def test_four_processes_do_too(tmp_path):
         assert learn(name, one) and close(learned(one), learned(Run(tmp_path / name)))
 
 
-# BatchSplitter of a batch
+# Slices of a batch
 
 
-def parts(make: Callable[[], Any], monkeypatch: pytest.MonkeyPatch) -> list[Any]:
-    """What each of three processes makes."""
+def in_three_processes(make: Callable[[], Any], monkeypatch: pytest.MonkeyPatch) -> list[Any]:
+    """Return what ``make`` returns in each of three processes."""
     monkeypatch.setattr(processes, "world", lambda: 3)
     made = []
     for rank in range(3):
@@ -123,10 +123,10 @@ def parts(make: Callable[[], Any], monkeypatch: pytest.MonkeyPatch) -> list[Any]
 
 def files(folder: Path) -> FileImages:
     """Training images that are decoded as they are needed."""
-    for place in range(20):
-        pixels = np.random.default_rng(place).integers(0, 256, (9, 9, 3), dtype=np.uint8)
+    for number in range(20):
+        pixels = np.random.default_rng(number).integers(0, 256, (9, 9, 3), dtype=np.uint8)
         for split in ("train", "test"):
-            path = folder / split / "ab"[place % 2] / f"{place}.png"
+            path = folder / split / "ab"[number % 2] / f"{number}.png"
             path.parent.mkdir(parents=True, exist_ok=True)
             Image.fromarray(pixels).save(path)
     images = imagefolder(torch.device("cpu"), str(folder), image_size=8, workers=0).train
@@ -135,7 +135,7 @@ def files(folder: Path) -> FileImages:
 
 
 @pytest.mark.parametrize("kind", ["in memory", "files"])
-def test_the_parts_side_by_side_are_the_batch(kind, tmp_path, monkeypatch):
+def test_the_slices_side_by_side_are_the_batch(kind, tmp_path, monkeypatch):
     images = augmented() if kind == "in memory" else files(tmp_path)
 
     def feed() -> Feed:
@@ -143,37 +143,38 @@ def test_the_parts_side_by_side_are_the_batch(kind, tmp_path, monkeypatch):
         made.advance()
         return made
 
-    def part() -> Feed:
+    def divided_feed() -> Feed:
         made = feed()
         made.divide()
         made.advance()
         return made
 
-    whole, divided = feed().advance(), [made.batch for made in parts(part, monkeypatch)]
+    whole, divided = feed().advance(), [made.batch for made in in_three_processes(divided_feed, monkeypatch)]
     assert [len(batch) for batch in divided] == [4, 4, 4]
     for name in ("images", "label_B", "index_B"):
         assert torch.equal(torch.cat([getattr(batch, name) for batch in divided]), getattr(whole, name)), name
     assert len({int(i) for batch in divided for i in batch.index_B}) == 12  # no image twice
 
 
-def test_an_environment_shows_its_part(monkeypatch):
+def test_an_environment_shows_its_slice(monkeypatch):
     def env() -> BlockSelectionVectorEnv:
         made = BlockSelectionVectorEnv(12, backbone=small_backbone(), images=small_images())
         made.divide()
         return made
 
-    shown = parts(env, monkeypatch)
+    divided = in_three_processes(env, monkeypatch)
     whole = BlockSelectionVectorEnv(12, backbone=small_backbone(), images=small_images())
-    assert torch.equal(torch.cat([made.observation for made in shown]), whole.observation)
-    assert all(made.num_envs == 4 and made.action_space.shape[0] == 4 for made in shown)
+    assert torch.equal(torch.cat([made.observation for made in divided]), whole.observation)
+    assert all(made.num_envs == 4 and made.action_space.shape[0] == 4 for made in divided)
     assert torch.equal(
-        torch.cat(parts(lambda: processes.this_process_slice(torch.arange(6)), monkeypatch)), torch.arange(6)
+        torch.cat(in_three_processes(lambda: processes.this_process_slice(torch.arange(6)), monkeypatch)),
+        torch.arange(6),
     )
 
 
 def test_a_batch_that_cannot_be_divided_is_refused(monkeypatch):
     with pytest.raises(UserError, match="must be a multiple of their number, 3; got 16"):
-        parts(lambda: Feed(small_images(), 16).divide(), monkeypatch)
+        in_three_processes(lambda: Feed(small_images(), 16).divide(), monkeypatch)
 
 
 # From the command line
@@ -228,7 +229,7 @@ def test_another_number_of_processes_can_go_on(folder, tmp_path):
 
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory) -> Path:
-    """The folder of a run that two processes made, and nobody stopped."""
+    """The folder of a run by two processes that was not stopped."""
     folder = tmp_path_factory.mktemp("whole") / "w"
     folder.mkdir()
     assert together("policyskip", *LONG, cwd=folder).returncode == 0
@@ -272,10 +273,10 @@ def test_a_killed_process_ends_the_run_and_the_folder_goes_on(rank, whole, folde
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("told", ["one process", "torchrun"])
-def test_sigterm_saves_first_and_all_stop_at_one_update(told, folder):
+@pytest.mark.parametrize("signalled", ["one process", "torchrun"])
+def test_sigterm_saves_first_and_all_stop_at_one_update(signalled, folder):
     def stop(process: subprocess.Popen[str]) -> None:
-        os.kill(process.pid if told == "torchrun" else worker(process, 1), signal.SIGTERM)
+        os.kill(process.pid if signalled == "torchrun" else worker(process, 1), signal.SIGTERM)
 
     result = stopped(folder, stop)
     assert result.returncode != 0 and ours(result.stderr) == []
@@ -309,8 +310,8 @@ def test_what_is_refused_is_said_once_and_leaves_nothing(words, folder):
 @pytest.mark.slow
 def test_what_goes_wrong_in_one_process_ends_all_and_is_said_once(folder):
     (folder / "my_rewards.py").write_text(
-        "import os\n\n\nclass Mine:\n    asked = 0\n\n    def __call__(self, outcome):\n        self.asked += 1\n"
-        "        wrong = os.environ['RANK'] == '1' and self.asked == 9\n"
+        "import os\n\n\nclass Mine:\n    calls = 0\n\n    def __call__(self, outcome):\n        self.calls += 1\n"
+        "        wrong = os.environ['RANK'] == '1' and self.calls == 9\n"
         "        return outcome.correct_B.float() / (0 if wrong else 1)\n"
     )
     words = [*DEBUG, "reward._target_=my_rewards.Mine", "train.steps=30"]

@@ -8,15 +8,18 @@ from torch import Tensor
 
 from policyskip.agents.base import Agent
 from policyskip.envs.block_selection import BlockSelectionVectorEnv
-from policyskip.evaluation.decisions import Evaluation
-from policyskip.evaluation.evaluate import evaluate
+from policyskip.evaluation.decisions import Decisions
+from policyskip.evaluation.evaluate import evaluate, exit_decisions
+from policyskip.evaluation.figures import block_figures, exit_figures
 from tests.conftest import small_backbone, small_images
+from tests.test_exit_baselines import answers
 
-RESULT = Evaluation(
+RESULT = Decisions(
+    kind="blocks",
     label_N=torch.tensor([0, 0, 1, 1]),
     prediction_N=torch.tensor([0, 1, 1, 1]),
     full_correct_N=torch.tensor([True, True, True, False]),
-    keep_NK=torch.tensor([[1, 1], [1, 0], [1, 0], [0, 0]]).bool(),
+    ran_NK=torch.tensor([[1, 1], [1, 0], [1, 0], [0, 0]]).bool(),
     macs_N=torch.tensor([110.0, 70.0, 70.0, 30.0], dtype=torch.float64),
     reward_N=torch.tensor([0.0, -1.0, 0.5, 1.0]),
     difficulty_N=torch.tensor([0.9, 0.5, 0.6, 0.1]),
@@ -26,7 +29,7 @@ RESULT = Evaluation(
 
 
 def test_figures_by_hand():
-    assert RESULT.figures() == {
+    assert block_figures(RESULT) == {
         "accuracy": 0.75,
         "full_accuracy": 0.75,
         "reward": 0.125,
@@ -40,6 +43,47 @@ def test_figures_by_hand():
         "policy_macs": 10.0,
         "unique_decisions": 3,
         "kept_by_difficulty": [0.0, 1.0, 1.0, 2.0],
+    }
+
+
+def test_figures_of_exits_by_hand():
+    """Exits cost 3, 8 and 13, straight to them 3, 7 and 10, and a decision of the policy half a MAC: it makes 1, 2, 2 and
+    1 of them, so images cost 3.5, 9, 14 and 3.5, 7.5 on average. Fixed exits at 7.5: on the validation images, where the
+    exits are right on none, 3/4 and all, five sixths of exit 1 and a sixth of exit 2 are best. On these images that is
+    right on 1/6, 1, 1/6 and 0, a third on average; the policy is right on all four."""
+    cache = answers(torch.tensor([[1, 0, 1], [0, 1, 1], [0, 0, 1], [1, 0, 0]]))
+    validation = answers(torch.tensor([[0, 1, 1], [0, 1, 1], [0, 1, 1], [0, 0, 1]]))
+    decisions = exit_decisions(torch.tensor([0, 1, 2, 0]), cache, decision_macs=0.5)
+    assert decisions.ran_NK.int().tolist() == [[1, 0, 0], [1, 1, 0], [1, 1, 1], [1, 0, 0]]
+    assert decisions.exit_N.tolist() == [0, 1, 2, 0] and decisions.prediction_N.tolist() == [0, 0, 0, 0]
+    assert decisions.macs_N.tolist() == [3.5, 9.0, 14.0, 3.5] and decisions.policy_macs == 0.75
+    figures = exit_figures(decisions, cache, validation)
+    margin_N = torch.tensor([5 / 6, 0, 5 / 6, 1])
+    assert figures == {
+        "accuracy": 1.0,
+        "full_accuracy": 0.75,
+        "macs_mean": 7.5,
+        "macs_sd": pytest.approx((76.5 / 4) ** 0.5),  # 4, 1.5, 6.5 and 4 from the mean
+        "full_macs": 13.0,
+        "macs_fraction": 7.5 / 13,
+        "policy_macs": 0.75,
+        "unique_decisions": 3,
+        "exits": 3,
+        "exit_share": [0.5, 0.25, 0.25],
+        "exit_accuracy": [1.0, 1.0, 1.0],
+        "exit_macs": [3.0, 8.0, 13.0],
+        "exit_alone_accuracy": [0.5, 0.25, 0.75],
+        "exit_alone_macs": [3.0, 7.0, 10.0],
+        "static_accuracy": pytest.approx(1 / 3),
+        "static_macs": pytest.approx(7.5),
+        "static_margin": pytest.approx(2 / 3),
+        "static_margin_ci95": pytest.approx(1.96 * margin_N.std().item() / 2),
+        "random_accuracy": 0.5 * 0.5 + 0.25 * 0.25 + 0.25 * 0.75,
+        "random_macs": 0.5 * 3 + 0.25 * 7 + 0.25 * 10,
+        "oracle_accuracy": 1.0,
+        "oracle_macs": (3 + 8 + 13 + 3) / 4,
+        "label_oracle_accuracy": 1.0,  # a logit of 1 against 0 is a loss of 0.31 nats, so the first right exit is taken
+        "label_oracle_macs": (3 + 8 + 13 + 3) / 4,
     }
 
 
@@ -67,7 +111,7 @@ def test_every_image_is_judged_by_its_own_decision(batch_size):
     env = BlockSelectionVectorEnv(batch_size, backbone=backbone, images=images, order="sequential")
     result = evaluate(Parity(), env)
     keep_NK = Parity().act(images.images)
-    assert torch.equal(result.keep_NK, keep_NK) and torch.equal(result.label_N, images.label_N)
+    assert torch.equal(result.ran_NK, keep_NK) and torch.equal(result.label_N, images.label_N)
     with torch.no_grad():
         assert torch.equal(result.prediction_N, backbone(images.images, keep_NK).argmax(1))
         assert torch.equal(result.full_correct_N, backbone(images.images).argmax(1) == images.label_N)

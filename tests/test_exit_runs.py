@@ -28,7 +28,7 @@ BUDGET = ["target.macs_fraction=0.6"]
 def workshop(tmp_path_factory) -> Path:
     """A folder with a trained MSDNet in runs/x."""
     folder = tmp_path_factory.mktemp("exits")
-    result = typed("train", "agent=msdnet", *SMALL, *STEPS, *BUDGET, "run.dir=runs/x", cwd=folder)
+    result = typed("train", "agent=msdnet", *SMALL, *STEPS, *BUDGET, "run.dir=runs/x", cwd=folder, drawn=True)
     assert result.returncode == 0, result.stderr
     for words in ("each image its own exit", "all straight to exit 4", "oracle", "Budget asked for 0.600"):
         assert words in result.stdout
@@ -184,7 +184,7 @@ def test_a_target_that_training_cannot_meet_is_said_and_the_run_is_whole(tmp_pat
 
 def test_cdl_without_a_head_that_pays_deploys_the_network_alone(tmp_path):
     arguments = ["agent=cdl", *SMALL, "train.steps=1", "agent.delta=1.0", "agent.lr=1e-6", "run.dir=x"]
-    result = typed("train", *arguments, cwd=tmp_path)
+    result = typed("train", *arguments, cwd=tmp_path, drawn=True)
     assert result.returncode == 0, result.stderr
     assert "no head saves operations at agent.delta=1" in result.stdout
     summary = json.loads((tmp_path / "x/summary.json").read_text())

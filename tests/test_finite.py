@@ -1,4 +1,4 @@
-"""Numbers that go wrong stop a run before they are learned from or saved."""
+"""Numbers that are NaN or infinite stop a run before it learns from them or saves them."""
 
 from __future__ import annotations
 
@@ -79,10 +79,10 @@ def test_every_learner_stops_before_the_update(name, what, tmp_path):
     run = create(str(tmp_path / "run"), "policyskip train", "")
     with pytest.raises(UserError) as refused:
         learn(name, run, spoil=spoil)
-    said = str(refused.value)
+    message = str(refused.value)
     agent = name.split(" ")[0]
-    assert re.search(rf"{agent} stops before update 5: its \w+", said), said
-    assert f"the last good checkpoint is {run.folder / 'checkpoint.pt'}, of update 3" in said and "\n" not in said
+    assert re.search(rf"{agent} stops before update 5: its \w+", message), message
+    assert f"the last good checkpoint is {run.folder / 'checkpoint.pt'}, of update 3" in message and "\n" not in message
     for old, new in zip(before, weights(seen[0]), strict=True):
         assert torch.equal(old.nan_to_num(9), new.nan_to_num(9))
     state = run.load_checkpoint()

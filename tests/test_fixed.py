@@ -20,6 +20,7 @@ from policyskip.data import digits
 from policyskip.envs.block_selection import BlockSelectionVectorEnv
 from policyskip.errors import UserError
 from policyskip.evaluation.evaluate import evaluate
+from policyskip.evaluation.figures import block_figures
 from policyskip.policies.fixed import RandomPolicy, image_hashes
 from policyskip.rewards import Linear, Macs, Utilization
 from policyskip.static_front import StaticFront
@@ -127,9 +128,9 @@ def test_the_oracle_beats_every_set_of_the_front_and_a_policy_in_reward(reward):
     for keep in front.sets:
         same = evaluate(fixed.best_static(make_env(reward), best=keep), make_env(reward))
         assert (oracle.reward_N >= same.reward_N).all()
-    assert oracle.figures()["sees_the_label"] is True and oracle.policy_macs == 0.0
+    assert block_figures(oracle)["sees_the_label"] is True and oracle.policy_macs == 0.0
     learner = evaluate(BlockDrop(make_env(reward), 1, width=4), make_env(reward))
-    assert oracle.reward_N.mean() >= learner.reward_N.mean() and "sees_the_label" not in learner.figures()
+    assert oracle.reward_N.mean() >= learner.reward_N.mean() and "sees_the_label" not in block_figures(learner)
 
 
 def test_of_equal_rewards_the_cheapest_is_taken():
@@ -171,7 +172,8 @@ def workshop(tmp_path_factory) -> Path:
 def test_a_run_from_end_to_end(agent, workshop, monkeypatch):
     run = workshop / "runs" / agent
     blocks = [] if agent in ("full", "oracle", "best_static") else ["agent.blocks=4"]
-    trained = typed("train", f"agent={agent}", *SMALL, *blocks, f"run.dir={run}", cwd=workshop)
+    words = ["train", f"agent={agent}", *SMALL, *blocks, f"run.dir={run}"]
+    trained = typed(*words, cwd=workshop, drawn=agent == "oracle")
     assert trained.returncode == 0, trained.stderr
     summary = json.loads((run / "summary.json").read_text())
     assert summary["agent"] == agent and summary["steps"] == 0 and summary["test/policy_macs"] == 0

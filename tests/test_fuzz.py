@@ -83,7 +83,7 @@ def emptied(folder: Path) -> Path:
 def judge(words: list[str], here: Path, tried: object) -> int:
     """Run a command that may be refused; if it is, it says so in a line or two, and every file is as it was."""
     before = contents(here)
-    result = typed(*words, cwd=here)
+    result = typed(*words, cwd=here, drawn=True)
     said = [line for line in result.stderr.splitlines() if line.strip()]
     assert not (here / "marker").exists(), "code from a file was executed"
     assert result.returncode in (0, 2) and "Traceback" not in result.stdout + result.stderr

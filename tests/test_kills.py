@@ -69,10 +69,10 @@ def run(processes: Any, folder: Path, arguments: list[str]) -> None:
 def wait_for(moment: str, run_folder: Path, seconds: float, chance: random.Random) -> Iterator[bool]:
     """False until the moment has come."""
     started, end = time.monotonic(), chance.uniform(0, seconds)
-    wanted, seen, last = chance.randint(1, 12), 0, 0
-    while seen < wanted:
+    count, seen, last = chance.randint(1, 12), 0, 0
+    while seen < count:
         if moment == "anywhere":
-            seen = wanted if time.monotonic() - started > end else 0
+            seen = count if time.monotonic() - started > end else 0
         elif moment == "while writing":
             there = run_folder.is_dir() and any(name.endswith(".tmp") for name in os.listdir(run_folder))
             seen, last = seen + (there and not last), there
@@ -86,7 +86,7 @@ def wait_for(moment: str, run_folder: Path, seconds: float, chance: random.Rando
 
 
 def check_loads(folder: Path, name: str) -> str:
-    """What a killed run left can be read, or is said not to be there; how far it had come."""
+    """Check that the files of a killed run can be read, and return how far the run had come."""
     if not (folder / "config.yaml").exists():
         return "nothing"
     run = Run(folder)
@@ -104,7 +104,7 @@ def check_loads(folder: Path, name: str) -> str:
 
 
 def outcome(folder: Path) -> dict[str, Any]:
-    """All that a run comes to, less the seconds it took."""
+    """Return all results of a run, without the seconds that it took."""
     run = Run(folder)
     state = {key: value for key, value in run.load_checkpoint().items() if key != "seconds"}
     files = {path.name: json.loads(path.read_text()) for path in folder.glob("*.json")}
@@ -115,7 +115,7 @@ def outcome(folder: Path) -> dict[str, Any]:
 
 @pytest.fixture(scope="module")
 def whole(processes, tmp_path_factory) -> dict[str, tuple[dict[str, Any], float]]:
-    """What each command comes to when nobody kills it, and how long it takes, its fronts being known."""
+    """The outcome of each command when it is not killed, and how long it takes once its static front is known."""
     results = {}
     for name, arguments in COMMANDS.items():
         folder = tmp_path_factory.mktemp(name)

@@ -10,6 +10,7 @@ from policyskip.agents.blockdrop import BlockDrop
 from policyskip.data import TensorImages
 from policyskip.envs.block_selection import BlockSelectionVectorEnv
 from policyskip.evaluation.evaluate import evaluate
+from policyskip.evaluation.figures import block_figures
 from policyskip.rewards import Outcome
 from tests.conftest import small_backbone
 
@@ -36,4 +37,4 @@ def test_it_finds_the_known_best_decision_for_each_kind_of_image(curriculum):
     held = BlockSelectionVectorEnv(32, backbone=env.backbone, images=images, reward=matching, order="sequential")
     result = evaluate(agent, held)
     assert result.reward_N.mean() > 0.95
-    assert result.figures()["unique_decisions"] >= 2
+    assert block_figures(result)["unique_decisions"] >= 2

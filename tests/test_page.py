@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from policyskip.comparison.compare import compare
-from policyskip.comparison.sources import Pictures
+from policyskip.comparison.sources import ExampleImages
 from policyskip.data import digits
 from tests.made_up import drawn, made_up_run
 
@@ -27,7 +27,9 @@ def page(tmp_path_factory) -> Path:
     made_up_run(folder / "runs/evil", drawn(5, images=images), "</script><b>evil", summary={"backbone": "<i>net"})
     exits = drawn(0, "msdnet", kind="exits", network="", images=images)
     made_up_run(folder / "runs/msdnet-0", exits, "msdnet", summary={"backbone": "msdnet"})
-    made = compare([str(folder / "runs")], folder / "out", pictures=Pictures(), command="policyskip compare a<b")
+    made = compare(
+        [str(folder / "runs")], folder / "out", load_images=ExampleImages(), command="policyskip compare a<b"
+    )
     return made.folder / "index.html"
 
 

@@ -1,4 +1,4 @@
-"""A device that runs out of memory gets smaller parts, and the answers stay what they were."""
+"""Batches are halved where a device runs out of memory, and the answers stay the same."""
 
 from __future__ import annotations
 
@@ -18,33 +18,33 @@ from tests.conftest import small_backbone, small_images
 
 
 def scarce(call: Callable, most: int, sizes: list[int]) -> Callable:
-    """``call``, on a device whose memory holds ``most`` images; ``sizes`` is told what it was asked."""
+    """``call``, on a device whose memory holds ``most`` images; the size of every batch is appended to ``sizes``."""
 
-    def limited(network, images, *rest):
+    def limited(network, images, *arguments):
         sizes.append(len(images))
         if len(images) > most:
             raise torch.OutOfMemoryError("CUDA out of memory")
-        return call(network, images, *rest)
+        return call(network, images, *arguments)
 
     return limited
 
 
-def test_parts_halve_until_they_fit_and_stay_so(capsys):
-    sizes, parts, numbers = [], BatchSplitter(), torch.arange(10)
-    call = scarce(lambda network, part: part, 3, sizes)
+def test_batches_are_halved_until_they_fit_and_stay_so(capsys):
+    sizes, splitter, numbers = [], BatchSplitter(), torch.arange(10)
+    call = scarce(lambda network, batch: batch, 3, sizes)
     for expected in ([8, 4, 2, 2, 2, 2, 2], [2, 2, 2, 2, 2]):
         sizes.clear()
-        assert torch.equal(torch.cat(parts(lambda of: call(None, numbers[of]), 10, 8)), numbers)
+        assert torch.equal(torch.cat(splitter(lambda rows: call(None, numbers[rows]), 10, 8)), numbers)
         assert sizes == expected
     assert capsys.readouterr().err.count("batches are split") == 1
 
 
-def test_nothing_is_one_part_and_one_image_too_many_is_an_error():
-    assert BatchSplitter()(lambda of: torch.ones(0)[of].shape, 0, 4) == [(0,)]
+def test_no_images_are_one_batch_and_one_image_too_large_is_an_error():
+    assert BatchSplitter()(lambda rows: torch.ones(0)[rows].shape, 0, 4) == [(0,)]
     with pytest.raises(UserError, match="batch_size must be a whole number, 1 at least, got 0"):
-        BatchSplitter()(lambda of: of, 3, 0)
+        BatchSplitter()(lambda rows: rows, 3, 0)
     with pytest.raises(torch.OutOfMemoryError):
-        BatchSplitter()(lambda of: scarce(lambda network, part: part, 0, [])(None, torch.ones(4)[of]), 4, 4)
+        BatchSplitter()(lambda rows: scarce(lambda network, batch: batch, 0, [])(None, torch.ones(4)[rows]), 4, 4)
 
 
 def test_environments_and_predictors_go_on(monkeypatch):

@@ -35,10 +35,10 @@ def folder(tmp_path) -> Path:
     """A folder of a difficult name, with images of difficult names."""
     folder = tmp_path / "wörk 中 spàce"
     for split, count in (("train", 12), ("test", 6)):
-        for place, name in enumerate(("ä b", "c")):
+        for number, name in enumerate(("ä b", "c")):
             (folder / "bilder ü" / split / name).mkdir(parents=True)
             for i in range(count):
-                pixels = np.random.default_rng(100 * place + i).integers(0, 256, (20, 20, 3), dtype=np.uint8)
+                pixels = np.random.default_rng(100 * number + i).integers(0, 256, (20, 20, 3), dtype=np.uint8)
                 Image.fromarray(pixels).save(folder / "bilder ü" / split / name / f"bild {i} é.png")
     return folder
 
@@ -55,7 +55,7 @@ def check(run: Callable[..., subprocess.CompletedProcess[str]]) -> None:
 
 
 def test_paths_of_any_letters(folder):
-    check(lambda *words: typed(*words, cwd=folder))
+    check(lambda *words: typed(*words, cwd=folder, drawn=True))
 
 
 @pytest.mark.slow

@@ -61,9 +61,9 @@ def test_most_is_gathered(k, grad, images):
     with torch.set_grad_enabled(grad):
         x = backbone.blocks[0](backbone.features(images))
         x = x if k == 1 else backbone.blocks[1](x)
-        rows, rest = torch.tensor([0, 2, 3, 5]), torch.tensor([1, 4, 6])
+        rows, dropping = torch.tensor([0, 2, 3, 5]), torch.tensor([1, 4, 6])
         gathered = run_block(backbone.blocks[k], x.clone(), rows)
-        everything = run_most(backbone.blocks[k], x.clone(), rest)
+        everything = run_most(backbone.blocks[k], x.clone(), dropping)
     torch.testing.assert_close(everything, gathered, rtol=1e-4, atol=1e-5)
     if grad:
         both = [torch.autograd.grad((y**2).sum(), x, retain_graph=True)[0] for y in (everything, gathered)]
@@ -78,7 +78,7 @@ def test_the_plan_decides_which_way_a_block_is_run(images):
     keep_BK = torch.ones(len(images), K, dtype=torch.bool)
     keep_BK[:2, 1] = False  # 5 of 7 keep block 1
     keep_BK[:5, 2] = False  # 2 of 7 keep block 2
-    predictor.policy.decide = lambda part: keep_BK
+    predictor.policy.decide = lambda images: keep_BK
     rows: list[list[int]] = [[] for _ in range(K)]
     for block, seen in zip(predictor.backbone.blocks, rows, strict=True):
         block.residual[0].register_forward_hook(lambda module, args, output, seen=seen: seen.append(len(output)))
@@ -131,7 +131,7 @@ def test_latency_by_hand(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("write", "said"),
+    ("write", "message"),
     [
         (lambda path: None, "cannot be read; `policyskip profile output="),
         (lambda path: path.write_text("{}"), "is no table of `policyskip profile`"),
@@ -143,9 +143,9 @@ def test_latency_by_hand(tmp_path):
         (lambda path: table(path, always_ms=0, kept_ms=[0, 0, 0]), "not all 0"),
     ],
 )
-def test_what_is_no_table_is_refused(tmp_path, write, said):
+def test_what_is_no_table_is_refused(tmp_path, write, message):
     write(tmp_path / "t.json")
-    with pytest.raises(UserError, match=said):
+    with pytest.raises(UserError, match=message):
         Latency(str(tmp_path / "t.json"), batch_size=1)
 
 
@@ -164,9 +164,9 @@ def test_budget_by_hand():
     assert reward.adapt({"macs_fraction": 0.7}) == pytest.approx({"multiplier": 0.22, "price": 0.62})
     assert reward(batch).tolist() == pytest.approx([0.38, 0.845, -0.155])
     assert reward.adapt({"macs_fraction": 0.4}) == pytest.approx({"multiplier": 0.21, "price": 0.01})
-    again = Budget(0.5, rate=0.1, gain=2.0)
-    again.load_state_dict(reward.state_dict())
-    assert again.price == reward.price and again.multiplier == reward.multiplier
+    copy = Budget(0.5, rate=0.1, gain=2.0)
+    copy.load_state_dict(reward.state_dict())
+    assert copy.price == reward.price and copy.multiplier == reward.multiplier
     assert reward.adapt({"macs_fraction": 0.2}) == pytest.approx({"multiplier": 0.18, "price": 0.0})  # never below
     assert reward.adapt({}) == pytest.approx({"multiplier": 0.18, "price": 0.18})  # nothing has ended yet
     assert reward.selection_score({"accuracy": 0.9, "macs_fraction": 0.504}) == pytest.approx(0.9)
@@ -192,7 +192,7 @@ SMALL = ("data.train=200", "data.validation=60", "data.test=60", "device=cpu")
 
 def test_profile_is_typed_and_read(tmp_path, monkeypatch):
     """A network's table is written, a reward reads it, and a run's own table becomes its plan."""
-    result = typed("profile", "repeats=1", "batch_sizes=[1,4]", *SMALL, "output=t.json", cwd=tmp_path)
+    result = typed("profile", "repeats=1", "batch_sizes=[1,4]", *SMALL, "output=t.json", cwd=tmp_path, drawn=True)
     assert result.returncode == 0, result.stderr
     assert "gather if fewer" in result.stdout and (tmp_path / "t.png").stat().st_size > 10_000
     words = ("+experiment=debug", "reward=latency", "reward.table=t.json", "run.dir=run", "device=cpu")
@@ -226,7 +226,7 @@ def test_profile_is_typed_and_read(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("words", "said"),
+    ("words", "message"),
     [
         (["run=none"], "the run folder none does not exist"),
         (["batch_sizes=[]"], "batch_sizes"),
@@ -237,9 +237,9 @@ def test_profile_is_typed_and_read(tmp_path, monkeypatch):
         (["output=/proc/t.json"], "cannot write /proc/t.json"),
     ],
 )
-def test_what_cannot_be_profiled_is_refused(tmp_path, words, said):
+def test_what_cannot_be_profiled_is_refused(tmp_path, words, message):
     result = typed("profile", *SMALL, *words, cwd=tmp_path)
-    assert result.returncode == 2 and result.stderr.count("\n") == 1 and said in result.stderr, result.stderr
+    assert result.returncode == 2 and result.stderr.count("\n") == 1 and message in result.stderr, result.stderr
     assert not list(tmp_path.iterdir())
 
 
@@ -315,10 +315,10 @@ def test_a_plan_of_another_machine_or_network_is_not_gone_by(tmp_path, change):
     result = typed("train", "+experiment=debug", "run.dir=run", "device=cpu", cwd=tmp_path)
     assert result.returncode == 0, result.stderr
     network = json.loads((tmp_path / "run" / "policy.json").read_text())["backbone"]["hash"]
-    share = {"break_even": [0.5] * 15}
+    times = {"break_even": [0.5] * 15}
     content = {"hash": network, "device": device_name(torch.device("cpu")), "threads": torch.get_num_threads()}
-    for extra, expected in (({}, {4: share["break_even"]}), (change, {})):
-        (tmp_path / "run" / "profile.json").write_text(json.dumps({**content, "batches": {"4": share}, **extra}))
+    for extra, expected in (({}, {4: times["break_even"]}), (change, {})):
+        (tmp_path / "run" / "profile.json").write_text(json.dumps({**content, "batches": {"4": times}, **extra}))
         assert policyskip.load(tmp_path / "run").plan == expected
     assert policyskip.load(tmp_path / "run", precision="bfloat16").plan == {}
 

@@ -1,4 +1,4 @@
-"""Run folders that stay whole and stand on their own, and what is said when something goes wrong."""
+"""Run folders that stay whole and need no other file, and what is printed when something goes wrong."""
 
 from __future__ import annotations
 
@@ -17,10 +17,11 @@ import yaml
 import policyskip
 from policyskip.backbones.checkpoints import save
 from policyskip.errors import UserError
-from policyskip.evaluation.decisions import block_warnings, exit_warnings
+from policyskip.evaluation.decisions import collapse_warnings
 from policyskip.runs.folder import Run, create, open_run
 from tests.conftest import typed
 from tests.learners import exits, learn
+from tests.made_up import made_up_decisions
 from tests.test_cli import SMALL
 
 EXITS = ["agent=cdl", "backbone.exits=[5,9,12]", "agent.delta=0.3", "target.macs_fraction=0.95", "tracking=none"]
@@ -34,13 +35,18 @@ COMMAND = [sys.executable, "-m", "policyskip"]
 def test_collapsed_policies_are_named():
     every, none = torch.ones(4, 3, dtype=torch.bool), torch.zeros(4, 3, dtype=torch.bool)
     one = torch.tensor([[True, False, True]]).expand(4, 3)
-    assert "all 3 blocks run for every image" in block_warnings(every)[0]
-    assert "none of the 3 blocks" in block_warnings(none)[0]
-    assert "the same for every image, 101" in block_warnings(one)[0]
-    assert block_warnings(torch.cat([one, every])) == [] and block_warnings(every[:1]) == []
-    assert "leaves at exit 1" in exit_warnings(torch.tensor([1, 1]), 3)[0]
-    assert "leaves at the last exit" in exit_warnings(torch.tensor([2, 2]), 3)[0]
-    assert exit_warnings(torch.tensor([0, 2]), 3) == [] == exit_warnings(torch.tensor([0, 0]), 1)
+
+    def warnings(ran_NK: torch.Tensor, kind: str = "blocks") -> list[str]:
+        return collapse_warnings(made_up_decisions(ran_NK.int().tolist(), kind=kind))
+
+    assert "all 3 blocks run for every image" in warnings(every)[0]
+    assert "none of the 3 blocks" in warnings(none)[0]
+    assert "the same for every image, 101" in warnings(one)[0]
+    assert warnings(torch.cat([one, every])) == [] == warnings(every[:1])
+    first_NK, second_NK = (torch.tensor([ran]).expand(2, 3) for ran in ([1, 0, 0], [1, 1, 0]))
+    assert "leaves at exit 1" in warnings(second_NK, "exits")[0]
+    assert "leaves at the last exit" in warnings(every, "exits")[0]
+    assert warnings(torch.cat([first_NK, second_NK]), "exits") == [] == warnings(torch.ones(2, 1), "exits")
 
 
 def test_a_collapsed_policy_is_a_warning_in_the_summary_on_screen_and_in_wandb(tmp_path):
@@ -54,7 +60,7 @@ def test_a_collapsed_policy_is_a_warning_in_the_summary_on_screen_and_in_wandb(t
         "front.learner_steps=0",
     ]
     arguments += ["backbone=resnet20", "backbone.checkpoint=random", "tracking.mode=offline", "run.dir=x"]
-    result = typed("train", *arguments, cwd=tmp_path)
+    result = typed("train", *arguments, cwd=tmp_path, drawn=True)
     assert result.returncode == 0, result.stderr
     (warning,) = json.loads((tmp_path / "x/summary.json").read_text())["warnings"]
     assert warning.startswith("the policy has collapsed") and "warning: the policy has collapsed" in result.stdout
@@ -67,14 +73,14 @@ def test_a_collapsed_policy_is_a_warning_in_the_summary_on_screen_and_in_wandb(t
 def test_one_test_image_has_no_interval(tmp_path):
     arguments = [*SMALL, "data.test=1", "backbone=resnet20", "backbone.checkpoint=random", "tracking=none", "run.dir=x"]
     arguments += ["front.budget=1e4", "front.images=20", "front.learner_steps=0", "agent.width=4"]
-    result = typed("train", *arguments, cwd=tmp_path)
+    result = typed("train", *arguments, cwd=tmp_path, drawn=True)
     assert result.returncode == 0 and "± – points" in result.stdout, result.stderr
     summary = json.loads((tmp_path / "x/summary.json").read_text(), parse_constant=pytest.fail)
     assert summary["test/static_margin_ci95"] is None and None in summary["test/kept_by_difficulty"]
     assert "Every figure is that" in typed("evaluate", "run=x", "device=cpu", cwd=tmp_path).stdout
 
 
-# A run folder stands on its own
+# A run folder needs no other file
 
 
 @pytest.fixture(scope="module")
@@ -129,7 +135,7 @@ def test_what_has_no_effect_or_cannot_work_is_refused(moved, words, message):
 
 
 def test_a_folder_that_another_process_writes_into_is_refused(moved):
-    code = "import time; from policyskip.runs.folder import open_run\nrun = open_run('x'); run.hold(); print('held', flush=True); time.sleep(99)"
+    code = "import time; from policyskip.runs.folder import open_run\nrun = open_run('x'); run.lock(); print('held', flush=True); time.sleep(99)"
     holder = subprocess.Popen([sys.executable, "-c", code], cwd=moved, stdout=subprocess.PIPE, text=True)
     try:
         assert holder.stdout is not None and holder.stdout.readline() == "held\n"
@@ -146,14 +152,14 @@ def test_a_folder_that_another_process_writes_into_is_refused(moved):
         holder.wait()
         holder.stdout.close()
     run = open_run(str(moved / "x"))
-    run.hold()  # a killed process leaves no lock behind
-    run.release()
+    run.lock()  # a killed process leaves no lock behind
+    run.unlock()
 
 
 def test_runs_that_begin_together_get_folders_of_their_own(tmp_path):
     """Three processes that are let go at the same moment."""
     code = (
-        "import sys, time\nfrom policyskip.runs import create\nprint('ready', flush=True); sys.stdin.readline()\n"
+        "import sys, time\nfrom policyskip.runs.folder import create\nprint('ready', flush=True); sys.stdin.readline()\n"
         "print(create('run', 'policyskip train', 'a: 1').name, flush=True); sys.stdin.readline()"
     )
     pipes = dict(stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
@@ -209,8 +215,8 @@ def test_an_interruption_that_waits_for_nothing_claims_nothing(saved, tmp_path, 
     monkeypatch.setattr(BlockDrop, "update", interrupted)
     result = typed("train", "+experiment=debug", "device=cpu", "run.dir=x", cwd=tmp_path)
     assert result.returncode == 130 and result.stderr == ""
-    said = "Stopped at once; what came after update 3 is not kept" if saved else "before anything was saved"
-    assert said in result.stdout and "policyskip train run.resume=x" in result.stdout
+    printed = "Stopped at once; what came after update 3 is not kept" if saved else "before anything was saved"
+    assert printed in result.stdout and "policyskip train run.resume=x" in result.stdout
     assert "Stopped and saved" not in result.stdout
     if not saved:
         monkeypatch.setattr(BlockDrop, "update", update)

@@ -192,7 +192,7 @@ def test_what_a_policy_costs_is_counted_at_every_decision():
     assert agent.decision_macs == (env.width + 3) * 16 + 16 * 2
     result = evaluate(agent, make("layer_skip", "sequential"))
     assert result.policy_macs == 3 * agent.decision_macs
-    assert torch.equal(result.macs_N, env.costs.of(result.keep_NK) + 3 * agent.decision_macs)
+    assert torch.equal(result.macs_N, env.costs.of(result.ran_NK) + 3 * agent.decision_macs)
 
 
 def test_block_by_block_is_what_the_environment_does():
@@ -201,7 +201,7 @@ def test_block_by_block_is_what_the_environment_does():
     result = evaluate(agent, env)
     with torch.no_grad():
         logits_BC, keep_BK = agent.policy.run(env.backbone, env.feed.images.images)
-    assert torch.equal(keep_BK, result.keep_NK) and torch.equal(logits_BC.argmax(1), result.prediction_N)
+    assert torch.equal(keep_BK, result.ran_NK) and torch.equal(logits_BC.argmax(1), result.prediction_N)
 
 
 def test_leaving_is_what_the_environment_does():

@@ -44,7 +44,8 @@ def runs(tmp_path_factory) -> Path:
     """A folder with a trained run of every pair in runs/<agent>-<env>."""
     folder = tmp_path_factory.mktemp("sb3")
     for agent, env in PAIRS:
-        result = typed("train", *arguments(agent, env), f"run.dir=runs/{agent}-{env}", cwd=folder)
+        drawn = (agent, env) == ("ppo", "early_exit")
+        result = typed("train", *arguments(agent, env), f"run.dir=runs/{agent}-{env}", cwd=folder, drawn=drawn)
         assert result.returncode == 0, result.stderr
         words = "own cost included" if env != "early_exit" else "heads and policy included"
         assert words in result.stdout and "Deciding per image" in result.stdout

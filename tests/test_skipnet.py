@@ -180,7 +180,7 @@ def test_evaluation_is_the_gates_own_pass():
     torch.nn.init.normal_(agent.network.gates.answer.weight, 0, 5, generator=torch.Generator().manual_seed(0))
     result = evaluate_gates(agent, images, 16)
     keep_NK = agent.act(images.images)
-    assert torch.equal(result.keep_NK, keep_NK) and torch.equal(result.label_N, images.label_N)
+    assert torch.equal(result.ran_NK, keep_NK) and torch.equal(result.label_N, images.label_N)
     assert torch.equal(result.macs_N, agent.costs.of(keep_NK) + agent.decision_macs)
     with torch.no_grad():
         full = agent.network.backbone(images.images).argmax(1) == images.label_N
@@ -198,7 +198,7 @@ def test_it_learns_to_skip_what_does_not_matter():
     for _ in range(60):
         agent.update(feed)
     result = evaluate_gates(agent, images, 32)
-    assert result.accuracy == 1.0 and result.keep_NK.sum(1).float().mean() < 2.5  # it started with 6
+    assert result.accuracy == 1.0 and result.ran_NK.sum(1).float().mean() < 2.5  # it started with 6
 
 
 @pytest.mark.parametrize(

@@ -27,7 +27,8 @@ RANDOM = ["backbone=resnet20", "backbone.checkpoint=random"]
 def workshop(tmp_path_factory) -> Path:
     """A folder with a SkipNet in runs/x."""
     folder = tmp_path_factory.mktemp("gates")
-    result = typed("train", "agent=skipnet", *SMALL, *STEPS, *RANDOM, "agent.lr=0.03", "run.dir=runs/x", cwd=folder)
+    words = ["agent=skipnet", *SMALL, *STEPS, *RANDOM, "agent.lr=0.03", "run.dir=runs/x"]
+    result = typed("train", *words, cwd=folder, drawn=True)
     assert result.returncode == 0, result.stderr
     for words in ("gates that cost 0.009 M more", "policy, its own cost included", "Before training"):
         assert words in result.stdout

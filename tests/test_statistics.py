@@ -1,4 +1,4 @@
-"""Intervals, fronts and agreement against numbers worked out by hand, and the bootstrap against what it promises."""
+"""Intervals, fronts and agreement against numbers worked out by hand, and how often a bootstrap interval is right."""
 
 from __future__ import annotations
 
@@ -9,17 +9,17 @@ import pytest
 import torch
 
 from policyskip.comparison.agreement import cost_ranks, mean_over_pairs, same_answers, same_choices
-from policyskip.fronts import comparison_pareto as pareto
-from policyskip.intervals import bootstrap, mean_and_half
+from policyskip.fronts import pareto
+from policyskip.intervals import bootstrap, mean_and_half_interval
 from tests.made_up import made_up_decisions
 
 
 def test_the_t_interval_is_that_of_the_tables():
-    mean, half = mean_and_half([1.0, 2.0, 3.0])
+    mean, half = mean_and_half_interval([1.0, 2.0, 3.0])
     assert mean == 2.0 and half == pytest.approx(4.302653 / 3**0.5, rel=1e-6)  # t(0.975, 2) = 4.302653
-    mean, half = mean_and_half([0.5, 0.7, 0.6, 0.8])
+    mean, half = mean_and_half_interval([0.5, 0.7, 0.6, 0.8])
     assert half == pytest.approx(3.182446 * np.std([0.5, 0.7, 0.6, 0.8], ddof=1) / 2, rel=1e-6)
-    assert mean_and_half([0.25]) == (0.25, None)
+    assert mean_and_half_interval([0.25]) == (0.25, None)
 
 
 def test_the_bootstrap_is_that_of_resampled_images():

@@ -11,7 +11,7 @@ from types import SimpleNamespace
 import pytest
 
 from policyskip import sweeps
-from policyskip.evaluation.decisions import load
+from policyskip.evaluation.decisions import load_decisions
 from policyskip.runs.folder import Run
 from tests.conftest import typed
 
@@ -53,7 +53,7 @@ def test_folders_and_lines_tell_jobs_apart(swept):
 
 def test_a_sweep_can_be_compared_and_decided_again(swept):
     folder, sweep, _ = swept
-    recorded = load(Run(sweep / "cdl-digits-seed=0"))
+    recorded = load_decisions(Run(sweep / "cdl-digits-seed=0"))
     assert recorded is not None and len(recorded) == 40 and recorded.kind == "exits" and recorded.network == ""
     summary = json.loads((sweep / "cdl-digits-seed=0/summary.json").read_text())
     assert recorded.correct_N.double().mean().item() == pytest.approx(summary["test/accuracy"])
@@ -84,7 +84,7 @@ def test_every_agent_writes_the_metrics_that_are_compared(tmp_path):
         run = Run(tmp_path / f"r{number}")
         names = {key for record in run.metrics() for key in record}
         assert names >= {"step", "seconds", "train/accuracy", "train/loss", "val/accuracy", "val/macs_fraction"}
-        decided = load(run)
+        decided = load_decisions(run)
         assert decided is not None and (decided.network == "") == (arguments[0] in ("agent=skipnet", "agent=cdl"))
     result = typed("compare", "runs=r*", "output=out", "tracking=none", cwd=tmp_path)
     assert result.returncode == 0, result.stderr

@@ -1,4 +1,4 @@
-"""What Weights & Biases gets, read back from its offline file, and what happens without a network."""
+"""What Weights & Biases receives, read back from its offline file, and what happens without a network."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from PIL import Image
 
 from policyskip.comparison.compare import compare
 from policyskip.runs.folder import Run
-from policyskip.runs.tracking import Examples, Tracker, _answers, _named, log_comparison
+from policyskip.runs.tracking import Examples, Tracker, _by_name, _server_answers, log_comparison
 from tests.made_up import drawn, made_up_run
 
 
@@ -59,9 +59,9 @@ def test_the_offline_file_holds_everything_of_a_run(tmp_path):
     assert any(item.get("step") == 20 and item.get("val/accuracy") == 0.75 for item in history)
     metrics = of(records, "metric")
     assert {(m.get("glob_name"), m.get("step_metric")) for m in metrics} >= {("train/*", "step"), ("val/*", "step")}
-    told = {key: value for record in of(records, "summary") for key, value in record["update"].items()}
-    assert told["test/accuracy"] == 0.5 and not any(key.startswith("test/exit_share") for key in told)
-    assert any(key.startswith("plots/gallery") for key in told) and any(key.startswith("examples") for key in told)
+    logged = {key: value for record in of(records, "summary") for key, value in record["update"].items()}
+    assert logged["test/accuracy"] == 0.5 and not any(key.startswith("test/exit_share") for key in logged)
+    assert any(key.startswith("plots/gallery") for key in logged) and any(key.startswith("examples") for key in logged)
     artifacts = of(records, "artifact")
     assert ("policy", "blockdrop-digits") in {(artifact["type"], artifact["name"]) for artifact in artifacts}
     assert len(artifacts) == 2  # the policy, and the table of examples
@@ -78,14 +78,14 @@ def test_a_comparison_is_a_run_of_its_own(tmp_path):
     records = read_back(tmp_path / "out")
     (run,) = of(records, "run")
     assert (run["display_name"], run["job_type"], run["tags"]) == ("out", "compare", ["comparison"])
-    told = {key for record in of(records, "summary") for key in record["update"]}
+    summary_keys = {key for record in of(records, "summary") for key in record["update"]}
     for name in ("comparison", "runs", "differences", "agreement", "plots/pareto_front", "plots/agreement"):
-        assert any(key.startswith(name) for key in told), name
+        assert any(key.startswith(name) for key in summary_keys), name
     assert ("comparison", "out") in {(artifact["type"], artifact["name"]) for artifact in of(records, "artifact")}
 
 
 def test_pictures_in_a_folder_of_their_own_have_its_name(tmp_path):
-    found = _named([tmp_path / "plots/x.png", tmp_path / "plots/group2/x.png"])
+    found = _by_name([tmp_path / "plots/x.png", tmp_path / "plots/group2/x.png"])
     assert list(found) == ["x", "group2/x"]
 
 
@@ -109,12 +109,12 @@ def test_a_server_that_does_not_answer_is_noticed():
     with socket.socket() as silent, HTTPServer(("127.0.0.1", 0), Refuses) as server:
         silent.bind(("127.0.0.1", 0))
         silent.listen()
-        assert not _answers(f"http://127.0.0.1:{silent.getsockname()[1]}", seconds=0.2)
+        assert not _server_answers(f"http://127.0.0.1:{silent.getsockname()[1]}", seconds=0.2)
         thread = threading.Thread(target=server.handle_request)
         thread.start()
-        assert _answers(f"http://127.0.0.1:{server.server_port}")
+        assert _server_answers(f"http://127.0.0.1:{server.server_port}")
         thread.join()
-    assert not _answers("http://127.0.0.1:9") and not _answers("nonsense")
+    assert not _server_answers("http://127.0.0.1:9") and not _server_answers("nonsense")
 
 
 @pytest.mark.parametrize("mode", ["auto", pytest.param("online", marks=pytest.mark.slow)])

@@ -13,6 +13,7 @@ from policyskip.agents.blockdrop import BlockDrop
 from policyskip.envs.block_selection import BlockSelectionVectorEnv
 from policyskip.errors import UserError
 from policyskip.evaluation.evaluate import evaluate
+from policyskip.evaluation.figures import block_figures
 from policyskip.files import write
 from policyskip.runs.folder import Run, create, open_run
 from policyskip.runs.tracking import Tracker
@@ -37,7 +38,7 @@ def learn(run: Run, steps: int = 8, stop_at: int | None = None, resume: bool = F
     return train(
         agent,
         env,
-        lambda: evaluate(agent, validation, full=False).figures(),
+        lambda: block_figures(evaluate(agent, validation, full=False)),
         agent.policy.state_dict,
         run,
         Tracker(run, "none", {}),
@@ -99,7 +100,7 @@ def test_the_best_weights_are_those_of_the_best_validation_reward(tmp_path):
     assert run.load_checkpoint()["best"] == max(rewards)
     agent, validation = judges()
     agent.policy.load_state_dict(run.load_best())
-    assert evaluate(agent, validation, full=False).figures()["reward"] == max(rewards)
+    assert block_figures(evaluate(agent, validation, full=False))["reward"] == max(rewards)
 
 
 def judges() -> tuple[BlockDrop, BlockSelectionVectorEnv]:

@@ -1,6 +1,6 @@
-"""The contract of an agent: a policy and the way it learns.
+"""The contract of an agent: a policy, the way it learns, and what a run has to know of it beforehand.
 
-Shapes: B images, K blocks, C classes, H W pixels.
+Shapes: B images.
 """
 
 from __future__ import annotations
@@ -8,47 +8,69 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from typing import Any, ClassVar
 
+import torch
 from torch import Tensor
 
 from policyskip.policies.base import Policy
 
 
 class Agent(ABC):
-    """A policy that learns.
+    """A policy and the way it learns.
+
+    A subclass that learns defines :meth:`update`, :meth:`state_dict` and :meth:`load_state_dict`, and sets ``policy``
+    and ``decision_macs`` in its ``__init__``. One without learning is a :class:`~policyskip.agents.fixed.FixedAgent`.
+    Agents declare the class attributes, because a run is checked and set up by them before there is an agent.
 
     Attributes:
-        environments: those it can act in, by the names of ``env=``.
-        policy: what decides, and what is deployed.
+        family: what is decided, and so how a run is judged and deployed: "blocks", "gates", "thresholds" or
+            "exit_policy"; None takes the family of the environment.
+        learns: whether it takes updates; one that does not runs with ``train.steps=0``.
+        trains_network: whether its updates change the network that classifies, so that the run's own weights of the
+            network are deployed.
+        environments: names (as in ``env=``) of the environments it can act in.
+        sees_the_label: whether it decides with the label in view; such an agent, an oracle, cannot be deployed.
+        policy: maps observations to decisions, and is what is deployed; the families gates and thresholds deploy their
+            ``network``.
         decision_macs: MACs that one decision costs.
-        sees_the_label: whether it decides with the label in view: an oracle, which is no policy to deploy.
     """
 
+    family: ClassVar[str | None] = None
+    learns: ClassVar[bool] = True
+    trains_network: ClassVar[bool] = False
     environments: ClassVar[tuple[str, ...]] = ("block_selection",)
+    sees_the_label: ClassVar[bool] = False
     policy: Policy
     decision_macs: float
-    sees_the_label = False
 
     @property
     def name(self) -> str:
-        """What it is called in summaries."""
+        """The agent's name in summaries; by default its class's name in lower case."""
         return type(self).__name__.lower()
 
     @abstractmethod
-    def update(self, env: Any) -> dict[str, float]:
-        """One learning step on the images that the environment shows; the one place with ``backward()``."""
+    def update(self, source: Any) -> dict[str, float]:
+        """Take one learning step on the images that ``source`` shows, and let it show the next ones.
 
-    @abstractmethod
+        Args:
+            source: what the run learns from: the environment, or a :class:`~policyskip.data.Feed` of labelled images
+                for the families gates and thresholds.
+
+        Returns: figures of this step by name; they are averaged and logged as ``train/<name>``.
+        """
+
+    @torch.no_grad()
     def act(self, observation: Tensor) -> Tensor:
-        """The greedy action (B, …) for an observation (B, …); no gradient, evaluation mode."""
+        """Decide greedily: the action (B, …) for an observation (B, …), without gradients, in evaluation mode."""
+        return self.policy.eval().decide(observation)
 
     def decide(self, env: Any) -> Tensor:
-        """The greedy action (B, …) for what an environment shows: that of :meth:`act`, but for an oracle."""
+        """Decide greedily for what an environment shows: as :meth:`act` does, except that an oracle sees the label."""
         return self.act(env.observation)
 
     @abstractmethod
     def state_dict(self) -> dict[str, Any]:
-        """Everything needed to go on learning: tensors, numbers, strings, lists and dicts only."""
+        """Return all that is needed to go on learning: tensors, numbers, strings, lists and dictionaries only."""
 
     @abstractmethod
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Restore what :meth:`state_dict` gave."""
+        """Restore what :meth:`state_dict` returned."""

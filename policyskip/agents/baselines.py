@@ -1,4 +1,4 @@
-"""What a reward is compared with: four baselines for REINFORCE.
+"""Four baselines for REINFORCE: numbers that are subtracted from a decision's reward.
 
 The gradient of E[R] is E[(R − b) ∇log π(u)] for every b that does not depend on u (Williams 1992), so none of the four
 changes what is learned in expectation. They change its variance: docs/variance.md.
@@ -17,7 +17,9 @@ Baseline = Literal["greedy", "leave_one_out", "value", "none"]
 
 
 def greedy_advantage(reward_SB: Tensor, greedy_B: Tensor) -> Tensor:
-    """``A_s = R(u_s) − R(ũ)``, ũ the image's greedy decision (Rennie et al. 2017, self-critical; Wu et al. 2018).
+    """Compute ``A_s = R(u_s) − R(ũ)``, ũ the image's greedy decision.
+
+    Sources: Rennie et al. 2017 (self-critical), Wu et al. 2018.
 
     Args:
         reward_SB: float (S, B), of each sampled decision.
@@ -34,7 +36,8 @@ def greedy_advantage(reward_SB: Tensor, greedy_B: Tensor) -> Tensor:
 
 
 def leave_one_out_advantage(reward_SB: Tensor) -> Tensor:
-    """``A_s = R_s − 1/(S−1) Σ_{j≠s} R_j`` (Kool et al. 2019; RLOO). A sample's own reward is not in its baseline.
+    """Compute ``A_s = R_s − 1/(S−1) Σ_{j≠s} R_j`` (Kool et al. 2019; RLOO): a sample's own reward is not in its
+    baseline.
 
     Args:
         reward_SB: float (S, B) with S of at least 2.
@@ -50,11 +53,11 @@ def leave_one_out_advantage(reward_SB: Tensor) -> Tensor:
 
 
 def value_advantage(reward_SB: Tensor, value_B: Tensor) -> Tensor:
-    """``A_s = R_s − V(x)``, V(x) the reward expected of the image before a decision is drawn (Williams 1992).
+    """Compute ``A_s = R_s − V(x)``, V(x) the reward expected of the image before a decision is drawn (Williams 1992).
 
     Args:
         reward_SB: float (S, B).
-        value_B: float (B,); no gradient flows into it from here.
+        value_B: float (B,), V(x); no gradient flows into it.
 
     Returns: float (S, B).
 
@@ -69,11 +72,11 @@ def value_advantage(reward_SB: Tensor, value_B: Tensor) -> Tensor:
 
 
 def value_loss(value_B: Tensor, reward_SB: Tensor) -> Tensor:
-    """``(V(x) − R_s)²``, mean over decisions and images: what makes V(x) the expected reward.
+    """Compute ``(V(x) − R_s)²``, mean over decisions and images: V(x) at its minimum is the expected reward.
 
     Args:
-        value_B: float (B,).
-        reward_SB: float (S, B), no gradient flows into it.
+        value_B: float (B,), V(x).
+        reward_SB: float (S, B); no gradient flows into it.
 
     Returns: a scalar.
 
@@ -88,9 +91,9 @@ def value_loss(value_B: Tensor, reward_SB: Tensor) -> Tensor:
 
 
 class ValueHead(nn.Module):
-    """``V(x)``: one linear layer on the policy's features, which it does not change. It starts at 0.
+    """A head that computes ``V(x)`` by one linear layer on the policy's features. Its weights start at 0.
 
-    It belongs to the learner, not to the policy: nothing of it is deployed, and it costs no decision anything.
+    No gradient flows from the head into the features. It is not deployed, and is no part of a decision's cost.
     """
 
     def __init__(self, features: int) -> None:
@@ -99,5 +102,5 @@ class ValueHead(nn.Module):
         self.bias = nn.Parameter(torch.zeros(()))
 
     def forward(self, features_BD: Tensor) -> Tensor:
-        """Values float (B,) of features float (B, D)."""
+        """Return V(x), float (B,), of features float (B, D)."""
         return features_BD.detach() @ self.weight_D + self.bias

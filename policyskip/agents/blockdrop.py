@@ -1,8 +1,8 @@
-"""BlockDrop: one look at the image, one decision for every block, learned by REINFORCE.
+"""BlockDrop: a policy sees the image and decides about all blocks at once; it learns by REINFORCE.
 
-Wu et al., "BlockDrop: Dynamic Inference Paths in Residual Networks", CVPR 2018. Where the published
-code departs from the paper or from sense (half an entropy, entropy on frozen blocks, tuning on the
-test set), this follows the paper; docs/agents/blockdrop.md lists the differences.
+Wu et al., "BlockDrop: Dynamic Inference Paths in Residual Networks", CVPR 2018. Where the published code departs from
+the paper or from sense (half an entropy, entropy on frozen blocks, tuning on the test set), this follows the paper;
+docs/agents/blockdrop.md lists the differences.
 
 Shapes: B images, S sampled decisions for each image, K blocks, H W pixels.
 """
@@ -29,24 +29,32 @@ from policyskip.agents.baselines import (
 from policyskip.agents.schedules import one_cycle
 from policyskip.backbones.costs import count_macs
 from policyskip.envs.block_selection import BlockSelectionVectorEnv
-from policyskip.errors import UserError
+from policyskip.errors import UserError, check_choice
 from policyskip.finite import check_finite, check_gradients
 from policyskip.parallel import processes
 from policyskip.parallel.data_parallel import Divisible
-from policyskip.policies.networks import ConstantPolicy, PolicyNetwork
+from policyskip.policies.networks import KeepPolicy, check_policy, policy_network
 
 VALUE_LR = 10
-"""The value head's learning rate, in units of the policy's: it starts at zero, and has to follow the rewards."""
+"""The value head's learning rate, as a multiple of the policy's: its weights start at zero, and have to follow the
+rewards."""
 
 
 def bounded(probability: Tensor, alpha: float) -> Tensor:
-    """``s' = αs + (1−α)(1−s)``, in [1−α, α]: keeps exploring when the policy is sure (paper)."""
+    """Compute ``s' = αs + (1−α)(1−s)``, elementwise, in [1−α, α], which explores even if the policy is sure (paper)."""
     return alpha * probability + (1 - alpha) * (1 - probability)
 
 
 def log_probability(logits_BK: Tensor, keep_SBK: Tensor, alpha: float) -> Tensor:
-    """``log[s'u + (1−s')(1−u)]`` of each decision, float (S, B, K) (paper)."""
-    # Bernoulli(s) chosen with weight α, its complement with 1−α: in logs, exact also where s rounds to 0 or 1.
+    """Compute ``log π(u) = log[s'u + (1−s')(1−u)]`` of each decision u (paper).
+
+    Args:
+        logits_BK: float (B, K); s is their sigmoid, and s' is :func:`bounded` by ``alpha``.
+        keep_SBK: bool (S, B, K), the decisions u.
+
+    Returns: float (S, B, K).
+    """
+    # s' mixes Bernoulli(s), with weight α, and its complement; in logs this is exact also where s rounds to 0 or 1.
     log_s = torch.where(keep_SBK, F.logsigmoid(logits_BK), F.logsigmoid(-logits_BK))
     if alpha == 1:
         return log_s
@@ -57,17 +65,20 @@ def log_probability(logits_BK: Tensor, keep_SBK: Tensor, alpha: float) -> Tensor
 def reinforce_loss(
     logits_BK: Tensor, keep_SBK: Tensor, advantage_SB: Tensor, free_K: Tensor, alpha: float, beta: float
 ) -> Tensor:
-    """``−A Σ_k log π(u_k) − β Σ_k H(s'_k)`` over the free blocks, mean over decisions and images (paper).
+    """Compute ``−A Σ_k log π(u_k) − β Σ_k H(s'_k)`` over the free blocks, mean over decisions and images (paper).
 
     Args:
-        logits_BK: float (B, K), the policy's answer before the sigmoid.
+        logits_BK: float (B, K), the policy's output before the sigmoid.
         keep_SBK: bool (S, B, K), decisions sampled from ``bounded(sigmoid(logits))``.
-        advantage_SB: float (S, B), reward of each decision less the image's baseline; no gradient flows into it.
+        advantage_SB: float (S, B), the reward of each decision minus its baseline; no gradient flows into it.
         free_K: bool (K,), the blocks that the curriculum leaves to the policy.
         alpha: the bound on the probabilities, in (0.5, 1].
         beta: weight of the Bernoulli entropy, in nats.
 
     Returns: a scalar.
+
+    Raises:
+        ValueError: the shapes do not belong together.
     """
     S, B, K = keep_SBK.shape
     if logits_BK.shape != (B, K) or advantage_SB.shape != (S, B) or free_K.shape != (K,):
@@ -79,35 +90,39 @@ def reinforce_loss(
 
 
 def bernoulli_entropy(probability: Tensor) -> Tensor:
-    """``−p log p − (1−p) log(1−p)`` in nats, elementwise."""
+    """Compute ``−p log p − (1−p) log(1−p)`` in nats, elementwise."""
     return -(torch.xlogy(probability, probability) + torch.xlogy(1 - probability, 1 - probability))
 
 
 class BlockDrop(Agent, Divisible):
-    """REINFORCE with a baseline, under a curriculum that frees the last blocks first.
+    """An agent that learns by REINFORCE with a baseline, under a curriculum that frees the last blocks first.
 
     The defaults here are the paper's; those of ``configs/agent/blockdrop.yaml`` learn in minutes.
 
     Args:
-        env: the environment it will learn in (for its sizes and device).
+        env: the environment that the agent will learn in (for its sizes and device).
         total_steps: learning updates of the whole run; the schedules scale with it.
-        seed: decides initial weights and samples.
+        seed: decides the initial weights and the samples.
         lr: highest learning rate of Adam.
         schedule: "onecycle" (up over the first tenth, then down to zero) or "constant" (the paper).
         alpha, alpha_end: bound on the sampling probabilities, in (0.5, 1], at the first update and at the last. At 0.8
-            a sample differs from the greedy decision in a fifth of the blocks at least, so what is learned is the best
-            decision *under that noise*; towards 1 it becomes the greedy decision itself.
+            a sample differs from the greedy decision in a fifth of the blocks at least, so that the policy learns the
+            best decision *under that noise*; towards 1 it learns the best greedy decision.
         beta: weight of the entropy.
-        baseline: what a decision's reward is compared with: "greedy", the reward of the image's greedy decision (the
-            paper); "leave_one_out", the mean of its other samples'; "value", what a linear layer on the policy's
-            features expects of the image; "none", 0. See ``agents/baselines.py``.
+        baseline: the number subtracted from a decision's reward: "greedy", the reward of the image's greedy decision
+            (the paper); "leave_one_out", the mean reward of the image's other samples; "value", the reward that a
+            linear layer on the policy's features expects of the image; "none", 0. See ``agents/baselines.py``.
         samples: decisions sampled for each image in each update.
-        curriculum: share of the training over which the K blocks are freed one after another, last block first.
-        policy: "cifar" or "imagenet" (:class:`PolicyNetwork`), or "constant" (:class:`ConstantPolicy`).
+        curriculum: fraction of the training over which the K blocks are freed one after another, last block first.
+        policy: the policy network: "cifar", "imagenet", "constant", or the name of one of the user's own; see
+            :func:`~policyskip.policies.networks.policy_network`.
         width, pool: of the policy network.
         initial_keep: probability with which a fresh policy keeps a block.
-        start: a fixed keep-set to depart from: a fresh policy keeps its blocks with probability ``initial_keep`` and
-            others with the complement. None: every block with ``initial_keep``.
+        start: a fixed keep-set to begin from: a fresh policy keeps the blocks of the set with probability
+            ``initial_keep`` and the others with the complement. None: it keeps every block with ``initial_keep``.
+
+    Raises:
+        UserError: a value that is not allowed.
     """
 
     def __init__(
@@ -123,7 +138,7 @@ class BlockDrop(Agent, Divisible):
         baseline: Baseline = "greedy",
         samples: int = 1,
         curriculum: float = 0.01,
-        policy: Literal["cifar", "imagenet", "constant"] = "cifar",
+        policy: str = "cifar",
         width: int = 16,
         pool: int = 1,
         initial_keep: float = 0.5,
@@ -138,8 +153,7 @@ class BlockDrop(Agent, Divisible):
                 f"agent.samples must be at least 1, agent.curriculum in [0, 1], agent.lr positive and agent.beta "
                 f"not negative; got {samples}, {curriculum}, {lr} and {beta}"
             )
-        if baseline not in get_args(Baseline):
-            raise UserError(f"agent.baseline must be one of {', '.join(get_args(Baseline))}, got {baseline!r}")
+        check_choice("agent.baseline", baseline, get_args(Baseline))
         if baseline == "leave_one_out" and samples < 2:
             raise UserError(
                 f"agent.baseline=leave_one_out compares an image's samples with each other, so agent.samples must be "
@@ -150,20 +164,18 @@ class BlockDrop(Agent, Divisible):
         K = env.backbone.num_blocks
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
-            self.policy: PolicyNetwork | ConstantPolicy = (
-                ConstantPolicy(K, initial_keep)
-                if policy == "constant"
-                else PolicyNetwork(K, policy, width, pool, initial_keep)
-            )
+            shape = env.observation.shape[1:]
+            self.policy: KeepPolicy = policy_network(policy, K, shape, width, pool, initial_keep)
         if start is not None:
             self.policy.depart_from(start)
         self.policy.to(env.device, memory_format=torch.channels_last)  # type: ignore[call-overload]
-        self.alphas, self.beta, self.samples, self.total_steps = (alpha, alpha_end), beta, samples, total_steps
+        self.alpha_range, self.beta, self.samples, self.total_steps = (alpha, alpha_end), beta, samples, total_steps
         self.steps_per_block = curriculum * total_steps / K
         self.step = 0
         self.generator = torch.Generator().manual_seed(seed)  # on the CPU, so that a run goes on on any device
         self.baseline = baseline
-        self.value_head = ValueHead(self.policy.num_features).to(env.device) if baseline == "value" else None
+        num_features = check_policy(self.policy, env.observation[:1], K)
+        self.value_head = ValueHead(num_features).to(env.device) if baseline == "value" else None
         groups: list[dict[str, Any]] = [{"params": self.policy.parameters()}]
         if self.value_head is not None:
             groups.append({"params": self.value_head.parameters(), "lr": VALUE_LR * lr})
@@ -175,22 +187,22 @@ class BlockDrop(Agent, Divisible):
         self.decision_macs = count_macs(self.policy, env.observation[:1])
         self._free_blocks()
 
-    def update(self, env: BlockSelectionVectorEnv) -> dict[str, float]:
-        """Sample decisions, score them in one pass (beside the greedy one, if that is the baseline), and follow the
-        gradient."""
+    def update(self, source: BlockSelectionVectorEnv) -> dict[str, float]:
+        """Sample decisions, score them in one pass (with the greedy one, if that is the baseline), and take a step down
+        the loss."""
         self._free_blocks()
         self.policy.train()
-        logits_BK, value_B = self.forward_through_ddp(self._look, env.observation)
+        logits_BK, value_B = self.forward_through_ddp(self._forward, source.observation)
         probability_BK = logits_BK.detach().sigmoid()
         keep_SBK = self._sample(probability_BK)
         greedy_BK = self.policy.greedy(logits_BK)
 
-        asked = [keep_SBK, greedy_BK.unsqueeze(0)] if self.baseline == "greedy" else [keep_SBK]
-        outcome = env.score(torch.cat(asked))
-        reward = env.rewards(outcome).view(-1, len(logits_BK))
+        to_score = [keep_SBK, greedy_BK.unsqueeze(0)] if self.baseline == "greedy" else [keep_SBK]
+        outcome = source.score(torch.cat(to_score))
+        reward = source.rewards(outcome).view(-1, len(logits_BK))
         reward_SB = reward[: self.samples]
         metrics = {"sampled_reward": reward_SB.mean().item()}
-        fit: Tensor | float = 0.0
+        value_fit: Tensor | float = 0.0
         if self.baseline == "greedy":
             advantage_SB = greedy_advantage(reward_SB, reward[-1])
             correct_B = outcome.correct_B[-len(logits_BK) :]
@@ -198,58 +210,54 @@ class BlockDrop(Agent, Divisible):
         elif self.baseline == "leave_one_out":
             advantage_SB = leave_one_out_advantage(reward_SB)
         elif value_B is not None:
-            advantage_SB, fit = value_advantage(reward_SB, value_B), value_loss(value_B, reward_SB)
-            metrics["value_loss"] = fit.item()
+            advantage_SB, value_fit = value_advantage(reward_SB, value_B), value_loss(value_B, reward_SB)
+            metrics["value_loss"] = value_fit.item()
         else:
             advantage_SB = reward_SB
 
         loss = reinforce_loss(logits_BK, keep_SBK, advantage_SB, self.policy.free_K, self.alpha, self.beta)
-        check_finite(self.name, self.step + 1, logits=logits_BK, rewards=reward, loss=loss + fit)
+        check_finite(self.name, self.step + 1, logits=logits_BK, rewards=reward, loss=loss + value_fit)
         self.optimizer.zero_grad(set_to_none=True)
-        (loss + fit).backward()
+        (loss + value_fit).backward()
         check_gradients(self.name, self.step + 1, self.optimizer)
         self.optimizer.step()
         self.schedule.step()
         self.step += 1
-        env.advance()
+        source.advance()
 
         return metrics | {
             "loss": loss.item(),
             "kept": greedy_BK.sum(1).float().mean().item(),
-            "macs_fraction": (env.costs.of(greedy_BK).mean().item() + self.decision_macs) / env.costs.full,
+            "macs_fraction": (source.costs.of(greedy_BK).mean().item() + self.decision_macs) / source.costs.full,
             "entropy": bernoulli_entropy(probability_BK).mean().item(),
             "free_blocks": float(self.policy.free_K.sum()),
             "lr": float(self.schedule.get_last_lr()[0]),
         }
 
-    @torch.no_grad()
-    def act(self, observation: Tensor) -> Tensor:
-        return self.policy.eval().decide(observation)
-
     @property
     def alpha(self) -> float:
-        """The bound on the sampling probabilities at this update."""
-        first, last = self.alphas
-        return first + (last - first) * min(1.0, self.step / self.total_steps)
+        """The bound on the sampling probabilities at this update: it moves linearly from ``alpha`` to ``alpha_end``."""
+        low, high = self.alpha_range
+        return low + (high - low) * min(1.0, self.step / self.total_steps)
 
     @property
     def trainable_modules(self) -> list[nn.Module]:
         return [self.policy] if self.value_head is None else [self.policy, self.value_head]
 
-    def _look(self, images: Tensor) -> tuple[Tensor, Tensor | None]:
-        """Logits (B, K), and what the value head, if there is one, expects of each image, (B,)."""
+    def _forward(self, images: Tensor) -> tuple[Tensor, Tensor | None]:
+        """Return the policy's logits, float (B, K), and the value head's, if there is one, expected rewards (B,)."""
         features_BD, logits_BK = self.policy.look(images)
         return logits_BK, None if self.value_head is None else self.value_head(features_BD)
 
     def _sample(self, probability_BK: Tensor) -> Tensor:
-        """Decisions bool (S, B, K) from the bounded Bernoulli; blocks not yet free are kept."""
+        """Sample decisions, bool (S, B, K), from the bounded Bernoulli; blocks that are not yet free are kept."""
         B, K = probability_BK.shape
-        whole = torch.rand(self.samples, processes.world() * B, K, generator=self.generator)
-        uniform = processes.this_process_slice(whole, 1).to(probability_BK.device)
+        whole_batch = torch.rand(self.samples, processes.world() * B, K, generator=self.generator)
+        uniform = processes.this_process_slice(whole_batch, 1).to(probability_BK.device)
         return (uniform < bounded(probability_BK, self.alpha)) | ~self.policy.free_K
 
     def _free_blocks(self) -> None:
-        """In curriculum epoch e, counted from 0, the last e+1 blocks are free (paper)."""
+        """Free the last e+1 blocks in curriculum epoch e, counted from 0 (paper)."""
         K = len(self.policy.free_K)
         epoch = int(self.step / self.steps_per_block) if self.steps_per_block else K
         self.policy.free_K.copy_(torch.arange(K) >= K - 1 - epoch)

@@ -1,4 +1,5 @@
-"""BranchyNet: the trunk first, then trunk and branches together, earlier exits weighing more; images leave by entropy.
+"""BranchyNet: the trunk learns first, then trunk and branches together, earlier exits weighing more; images leave by
+entropy.
 
 Teerapittayanon, McDanel, Kung, "BranchyNet: Fast Inference via Early Exiting from Deep Neural Networks", ICPR 2016
 (arXiv 1709.01686). The paper's networks are in ``backbones/branchynet.py``; this learner trains any network with exits.
@@ -14,25 +15,24 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from policyskip.agents.early_exit import EarlyExitAgent, OptimizerName, ScheduleName
+from policyskip.agents.early_exit import EarlyExitAgent, OptimizerName
+from policyskip.agents.schedules import ScheduleName
 from policyskip.backbones.exits import ExitNetwork
 from policyskip.errors import UserError
 
 
 class BranchyNet(EarlyExitAgent):
-    """``Σ_n w_n CE_n`` after the trunk has learned alone; entropy thresholds screened on validation images.
+    """The agent of BranchyNet: its loss is the last exit's alone at first, then ``Σ_n w_n CE_n``.
 
     Args:
         network, total_steps, lr, optimizer, weight_decay, schedule, rule, search: see :class:`EarlyExitAgent`.
-        trunk_share: share of the updates in which only the last exit counts (the paper pretrains the main network).
+        trunk_share: fraction of the updates in which only the last exit counts (the paper pretrains the main network).
         exit_weights: w_n for each exit; None falls evenly from 1 at the first to 0.3 at the last, the two weights
             that the paper found best for two exits.
 
     Raises:
-        UserError: not one positive weight for each exit, or a share outside [0, 1).
+        UserError: not one weight for each exit, a negative one, or all 0; or ``trunk_share`` is outside [0, 1).
     """
-
-    name = "branchynet"
 
     def __init__(
         self,

@@ -1,18 +1,21 @@
 """Conditional Deep Learning: linear heads on a frozen network, admitted while they save operations.
 
 Panda, Sengupta, Roy, "Conditional Deep Learning for Energy-Efficient and Enhanced Pattern Recognition", DATE 2016
-(arXiv 1509.08971). This is our reading of the paper, whose code was never published; docs/agents/cdl.md says where we
-had to choose.
+(arXiv 1509.08971). The code of the paper was never published; docs/agents/cdl.md lists what it leaves open and how we
+read it.
 
 Shapes: M images of a set, N exits, E early exits (N - 1).
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
-from policyskip.agents.early_exit import EarlyExitAgent, OptimizerName, ScheduleName
+from policyskip.agents.early_exit import EarlyExitAgent, OptimizerName
+from policyskip.agents.schedules import ScheduleName
 from policyskip.backbones.exits import ExitNetwork
 from policyskip.backbones.resnet_exits import ResNetExits
 from policyskip.errors import UserError
@@ -22,24 +25,25 @@ from policyskip.exits.rules import rule_named
 
 
 class CDL(EarlyExitAgent):
-    """Each head learns on its own from the frozen network's features; then heads are admitted stage by stage.
+    """The agent of Conditional Deep Learning: heads learn from the frozen network's features, each on its own.
+
+    Heads are admitted afterwards, stage by stage.
 
     Args:
         network: a residual network with exits; its backbone is frozen here, and its heads should be linear.
         total_steps, lr, optimizer, weight_decay, schedule: see :class:`EarlyExitAgent`.
-        delta: the threshold at which heads are admitted; whoever deploys the network may choose another.
-        epsilon: the gain that a head must exceed, in MACs an image (0: it must save something).
+        delta: the threshold at which heads are admitted; the threshold that is deployed may be another.
+        epsilon: the gain that a head must exceed, in MACs per image (0: it must save something).
 
     Attributes:
-        stages: what became of each head, once :meth:`admit_heads` has been called.
+        stages: for each head, its gain and whether it was admitted; empty before :meth:`admit_heads`.
 
     Raises:
         UserError: a network that is no residual network with exits, or a delta outside (0, 1].
     """
 
     network: ResNetExits
-
-    name = "cdl"
+    trains_trunk = False
 
     def __init__(
         self,
@@ -65,18 +69,31 @@ class CDL(EarlyExitAgent):
 
     def weights(self) -> Tensor:
         weight_N = torch.ones(self.network.num_exits)
-        weight_N[-1] = 0  # the network's own head does not learn
+        weight_N[-1] = 0  # the network's own head is frozen
         return weight_N
 
-    def admit_heads(self, validation: CachedExits) -> list[int]:
-        """Judge the heads one after the other on validation images and drop those without a gain.
+    def network_to_deploy(self, validation: Callable[[], CachedExits]) -> tuple[ExitNetwork, list[str]]:
+        """Return the network with the admitted heads and no others, and a line about each head."""
+        admitted = self.admit_heads(validation())
+        lines = []
+        for e, stage in enumerate(self.stages):
+            verdict = "admitted" if stage.admitted else "dropped"
+            lines.append(
+                f"head {e}: {stage.resolved} of {stage.resolved + stage.passed} validation images leave, "
+                f"gain {stage.gain / 1e6:+.3f} M MACs an image: {verdict}"
+            )
+        if not admitted:
+            lines.append(
+                f"warning: no head saves operations at agent.delta={self.delta:g}: the network is deployed without "
+                "early exits"
+            )
+        return self.network.only(admitted), lines
 
-        Returns: the places, among the early exits, of those that stay; maybe none.
+    def admit_heads(self, validation: CachedExits) -> list[int]:
+        """Judge the heads one after the other on validation images, and set :attr:`stages`.
+
+        Returns: the indices, among the early exits, of the heads that are admitted; there may be none.
         """
-        leave_ME = self.rule_at(validation)
+        leave_ME = rule_named("delta").leaves(validation.probability_MNC[:, :-1], self.delta)
         self.stages = admit(leave_ME, validation.costs.trunk_N, validation.costs.head_N, self.epsilon)
         return [e for e, stage in enumerate(self.stages) if stage.admitted]
-
-    def rule_at(self, validation: CachedExits) -> Tensor:
-        """Whether each early exit, asked about each image, would let it leave at ``delta``: bool (M, E)."""
-        return rule_named("delta").leaves(validation.probability_MNC[:, :-1], self.delta)

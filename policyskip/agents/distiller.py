@@ -1,8 +1,8 @@
-"""Distiller's early exit: each early exit takes a share of the loss, the last one the rest.
+"""Distiller's early exit: every early exit has a weight in the loss, and the last exit has what is left of 1.
 
-Zmora et al., "Neural Network Distiller", 2019 (arXiv 1910.12232). Its published criterion compares the cross-entropy
-*with the label* to a threshold, which no deployed system can: here that is ``exits.baselines.label_oracle`` and is
-reported as an oracle; images really leave by entropy or confidence.
+Zmora et al., "Neural Network Distiller", 2019 (arXiv 1910.12232). Distiller's published criterion compares the
+cross-entropy *with the label* to a threshold, which no deployed system can: here that is
+``exits.references.label_oracle``, which is reported as an oracle, and images leave by entropy or confidence.
 
 Shapes: N exits, E early exits (N - 1).
 """
@@ -14,24 +14,23 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from policyskip.agents.early_exit import EarlyExitAgent, OptimizerName, ScheduleName
+from policyskip.agents.early_exit import EarlyExitAgent, OptimizerName
+from policyskip.agents.schedules import ScheduleName
 from policyskip.backbones.exits import ExitNetwork
 from policyskip.errors import UserError
 
 
 class Distiller(EarlyExitAgent):
-    """``Σ_k w_k CE_k + (1 - Σ_k w_k) CE_last`` over the early exits k.
+    """The agent of Distiller: its loss is ``Σ_k w_k CE_k + (1 - Σ_k w_k) CE_last`` over the early exits k.
 
     Args:
         network, total_steps, lr, optimizer, weight_decay, schedule, rule, search: see :class:`EarlyExitAgent`.
         lossweights: w_k for each early exit (Distiller's ``--earlyexit_lossweights``); their sum is below 1.
-            None gives all exits the same share.
+            None gives all exits the same weight.
 
     Raises:
         UserError: not one weight in (0, 1) for each early exit, or weights that sum to 1 or more.
     """
-
-    name = "distiller"
 
     def __init__(
         self,

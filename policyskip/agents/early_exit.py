@@ -1,7 +1,7 @@
-"""What the agents that leave early share: a joint loss over exits, and a threshold at each exit.
+"""The family ``thresholds``: agents that train a network with exits by a joint loss, and a threshold at each exit.
 
-They learn by supervision from a feed of labelled images; when to leave is chosen afterwards, on the
-cached outputs of validation images (``exits/calibration.py``), and can be chosen anew without learning.
+They learn by supervision from a feed of labelled images. The thresholds are chosen afterwards, on the cached outputs of
+validation images (``exits/calibration.py``), and can be chosen again without learning.
 
 Shapes: B images, N exits, E early exits (N - 1), C classes.
 """
@@ -9,14 +9,16 @@ Shapes: B images, N exits, E early exits (N - 1), C classes.
 from __future__ import annotations
 
 import math
-from abc import ABC, abstractmethod
+from abc import abstractmethod
+from collections.abc import Callable
 from typing import Any, ClassVar, Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from policyskip.agents.schedules import SCHEDULES
+from policyskip.agents.base import Agent
+from policyskip.agents.schedules import SCHEDULES, ScheduleName
 from policyskip.backbones.exits import ExitNetwork
 from policyskip.data import Feed
 from policyskip.errors import UserError
@@ -30,16 +32,16 @@ from policyskip.policies.thresholds import ThresholdPolicy
 OptimizerName = Literal["sgd", "adam"]
 
 
-ScheduleName = Literal["onecycle", "steps", "constant"]
-
-
 def joint_loss(logits_BNC: Tensor, label_B: Tensor, weight_N: Tensor) -> Tensor:
-    """``Σ_n w_n CE_n``: the weighted sum over exits of the mean cross-entropy (nats), a scalar.
+    """Compute ``Σ_n w_n CE_n``: the weighted sum over exits of the mean cross-entropy (nats), a scalar.
 
     Args:
         logits_BNC: float (B, N, C).
         label_B: int64 (B,).
         weight_N: float (N,); an exit of weight 0 gets no gradient.
+
+    Raises:
+        ValueError: the shapes do not belong together.
     """
     B, N, _ = logits_BNC.shape
     if label_B.shape != (B,) or weight_N.shape != (N,):
@@ -49,26 +51,35 @@ def joint_loss(logits_BNC: Tensor, label_B: Tensor, weight_N: Tensor) -> Tensor:
     return weight_N @ entropy_NB.mean(1)
 
 
-class EarlyExitAgent(Divisible, ABC):
-    """A network that learns to answer at every exit, and the rule by which images leave.
+class EarlyExitAgent(Agent, Divisible):
+    """An agent that trains a network to classify at every exit, and lets images leave by a rule.
+
+    A subclass defines :meth:`weights`.
 
     Args:
-        network: the network with exits; it learns, except for what is frozen.
+        network: the network with exits; its parameters learn, except for those that are frozen.
         total_steps: learning updates of the whole run; the schedule scales with it.
         lr: highest learning rate.
         optimizer: "sgd" (Nesterov momentum 0.9) or "adam".
         weight_decay: of the optimizer.
         schedule: "onecycle", "steps" (divided by 10 at half and at three quarters, as MSDNet is trained) or "constant".
-        rule, search: how images leave and how its thresholds are searched; see ``exits/calibration.py``.
+        rule: the rule by which images leave: confidence, entropy or delta (see ``exits/rules.py``).
+        search: how thresholds are searched: quota, grid or common (see ``exits/calibration.py``).
 
     Attributes:
-        environments: the one it is judged in, by the name of ``env=``.
+        trains_trunk: whether the trunk learns with the heads; if not, the heads alone learn.
         policy: None until thresholds have been chosen.
-        decision_macs: 0; what the heads cost is in the network's exit costs.
+        decision_macs: 0, because the network's exit costs include the heads.
+
+    Raises:
+        UserError: a value that is not allowed, or a network of which every parameter is frozen.
     """
 
-    name: ClassVar[str]
-    environments: ClassVar[tuple[str, ...]] = ("early_exit",)
+    family = "thresholds"
+    trains_network = True
+    trains_trunk: ClassVar[bool] = True
+    environments = ("early_exit",)
+    policy: ThresholdPolicy | None  # type: ignore[assignment]  # there is none before thresholds are chosen
     decision_macs = 0.0
 
     def __init__(
@@ -94,15 +105,15 @@ class EarlyExitAgent(Divisible, ABC):
         rule_named(rule)
         check_search(rule, search, network.num_exits)
         self.network, self.total_steps, self.rule, self.search = network, total_steps, rule, search
-        self.policy: ThresholdPolicy | None = None
+        self.policy = None
         self.step = 0
-        learning = [parameter for parameter in network.parameters() if parameter.requires_grad]
-        if not learning:
+        trainable = [parameter for parameter in network.parameters() if parameter.requires_grad]
+        if not trainable:
             raise UserError("nothing is left to learn: every parameter of the network is frozen")
         self.optimizer: torch.optim.Optimizer = (
-            torch.optim.SGD(learning, lr, momentum=0.9, weight_decay=weight_decay, nesterov=True)
+            torch.optim.SGD(trainable, lr, momentum=0.9, weight_decay=weight_decay, nesterov=True)
             if optimizer == "sgd"
-            else torch.optim.Adam(learning, lr, weight_decay=weight_decay)
+            else torch.optim.Adam(trainable, lr, weight_decay=weight_decay)
         )
         self.schedule = torch.optim.lr_scheduler.LambdaLR(
             self.optimizer, lambda step: SCHEDULES[schedule](step / total_steps)
@@ -110,11 +121,11 @@ class EarlyExitAgent(Divisible, ABC):
 
     @abstractmethod
     def weights(self) -> Tensor:
-        """The weight of each exit's loss at this update, float (N,)."""
+        """Return the weight of each exit's loss at this update, float (N,)."""
 
-    def update(self, feed: Feed) -> dict[str, float]:
-        """One step down the joint loss on the batch that the feed shows."""
-        batch = feed.batch
+    def update(self, source: Feed) -> dict[str, float]:
+        """Take one step down the joint loss on the batch that the feed shows."""
+        batch = source.batch
         self.network.train()
         logits_BNC = self.forward_through_ddp(self.network, batch.images)
         loss = joint_loss(logits_BNC, batch.label_B, self.weights().to(logits_BNC))
@@ -125,7 +136,7 @@ class EarlyExitAgent(Divisible, ABC):
         self.optimizer.step()
         self.schedule.step()
         self.step += 1
-        feed.advance()
+        source.advance()
         correct_N = (logits_BNC.argmax(-1) == batch.label_B.unsqueeze(1)).float().mean(0)
         metrics = {"loss": loss.item(), "accuracy": correct_N[-1].item(), "lr": self.schedule.get_last_lr()[0]}
         return metrics | {f"accuracy_exit{n}": accuracy for n, accuracy in enumerate(correct_N.tolist())}
@@ -135,13 +146,25 @@ class EarlyExitAgent(Divisible, ABC):
         return [self.network]
 
     def act(self, observation: Tensor) -> Tensor:
-        """The action for observations of ``policyskip/EarlyExit-v0``, bool (B,): True leaves."""
+        """Decide for observations of ``policyskip/EarlyExit-v0``, float32 (B, C + 3 + N): bool (B,), True leaves.
+
+        Raises:
+            UserError: no thresholds have been chosen yet.
+        """
         if self.policy is None:
             raise UserError("this agent has no thresholds yet; calibrate it first")
         return self.policy.decide(observation)
 
+    def network_to_deploy(self, validation: Callable[[], CachedExits]) -> tuple[ExitNetwork, list[str]]:
+        """Return the network with the exits that are deployed, and lines to print about them: all exits, and no line.
+
+        Args:
+            validation: computes the cached outputs of validation images, for agents that choose by them.
+        """
+        return self.network, []
+
     def curve(self, validation: CachedExits) -> Curve:
-        """Choices of thresholds, fitted to the cached outputs of validation images."""
+        """Search thresholds on the cached outputs of validation images: return the curve to choose a point from."""
         return curve_of(validation, self.rule, self.search)
 
     def state_dict(self) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""MSDNet's training: every exit counts the same, and images leave by confidence.
+"""MSDNet's training: every exit has the same weight in the loss, and images leave by confidence.
 
 Huang et al., "Multi-Scale Dense Networks for Resource Efficient Image Classification", ICLR 2018 (arXiv 1703.09844).
 The network itself is ``backbones/msdnet.py``; this learner trains any network with exits.
@@ -11,12 +11,15 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from policyskip.agents.early_exit import EarlyExitAgent, OptimizerName, ScheduleName
+from policyskip.agents.early_exit import EarlyExitAgent, OptimizerName
+from policyskip.agents.schedules import ScheduleName
 from policyskip.backbones.exits import ExitNetwork
 
 
 class MSDNetAgent(EarlyExitAgent):
-    """The plain sum of the exits' cross-entropies; thresholds on the top probability by quota (budgeted batch).
+    """The agent of MSDNet: its loss is the plain sum of the exits' cross-entropies.
+
+    Its thresholds on the top probability are searched by quota, for budgeted batch classification.
 
     Arguments: see :class:`EarlyExitAgent`. The defaults are the paper's.
     """

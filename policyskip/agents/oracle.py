@@ -1,9 +1,9 @@
 """The oracle: for each image the best set of blocks that a search can find when it may see the label.
 
-It is no policy and cannot be deployed; it says how much deciding per image could gain at most, or rather at least: the
-search tries the static front's sets and changes them block by block, not all 2^K.
+The oracle cannot be deployed. It shows how much deciding per image could gain: at least this much, since the search
+tries the static front's sets and changes them block by block, but not all 2^K sets.
 
-Shapes: B images, F sets on the front, K blocks.
+Shapes: B images, F sets on the front, S decisions for each image, K blocks.
 """
 
 from __future__ import annotations
@@ -18,11 +18,11 @@ from policyskip.static_front import StaticFront
 
 
 class Oracle(FixedAgent):
-    """Searches, image by image, the keep-set with the highest reward, the cheapest of those that earn the same.
+    """An agent that searches for each image the keep-set with the highest reward, and of equals the cheapest.
 
     Args:
-        env: the environment it will act in (for its sizes).
-        front: the static front, whose sets are tried first; None: all blocks and none.
+        env: the environment that the agent will act in (for its sizes).
+        front: the static front, whose sets are tried first; None: all blocks and no block are tried first.
     """
 
     sees_the_label = True
@@ -33,9 +33,11 @@ class Oracle(FixedAgent):
         self.sets_FK = torch.tensor([(False,) * K, (True,) * K] if front is None else front.sets)
 
     def decide(self, env: BlockSelectionVectorEnv) -> Tensor:
-        """The best of the front's sets for each image shown; then single blocks are flipped while that helps any.
+        """Find the best of the front's sets for each image shown, then flip single blocks as long as a flip helps.
 
-        Returns: bool (B, K). Each flip is judged by the reward, which sees the label.
+        The reward, which sees the label, judges every flip.
+
+        Returns: bool (B, K).
         """
         keep_BK = best_of(env, self.sets_FK.unsqueeze(1).expand(-1, len(env.observation), -1).to(env.device))
         flip_K1K = torch.eye(keep_BK.shape[1], dtype=torch.bool, device=env.device).unsqueeze(1)
@@ -47,7 +49,8 @@ class Oracle(FixedAgent):
 
 
 def best_of(env: BlockSelectionVectorEnv, keep_SBK: Tensor) -> Tensor:
-    """Of S decisions for each image shown, the one that earns most; of equals the cheapest, and of these the first.
+    """Pick for each image shown, of its S decisions, the one with the highest reward; of equals the cheapest, and of
+    these the first.
 
     Args:
         keep_SBK: bool (S, B, K).
@@ -57,6 +60,6 @@ def best_of(env: BlockSelectionVectorEnv, keep_SBK: Tensor) -> Tensor:
     S, B, _ = keep_SBK.shape
     outcome = env.score(keep_SBK)
     reward_SB, macs_SB = env.rewards(outcome).view(S, B), outcome.macs_B.view(S, B)
-    equal_SB = reward_SB == reward_SB.amax(0)
-    place_B = macs_SB.masked_fill(~equal_SB, torch.inf).argmin(0)
-    return keep_SBK[place_B, torch.arange(B, device=place_B.device)]
+    is_highest_SB = reward_SB == reward_SB.amax(0)
+    index_B = macs_SB.masked_fill(~is_highest_SB, torch.inf).argmin(0)
+    return keep_SBK[index_B, torch.arange(B, device=index_B.device)]

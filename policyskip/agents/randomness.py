@@ -1,4 +1,4 @@
-"""Global generators, lent to an agent."""
+"""A state of the global random generators that belongs to one learner."""
 
 from __future__ import annotations
 
@@ -11,37 +11,43 @@ import torch
 
 
 class Randomness:
-    """For learners that draw from the global generators of torch and numpy.
+    """A learner's own state of torch's and numpy's global generators, from which the learner's library draws.
 
-    Within :meth:`own` these are in :attr:`state`, which is the learner's own and can be saved; outside, they are as
-    they were.
+    Within :meth:`own` the global generators are in :attr:`state`; afterwards they are as they were before.
+
+    Attributes:
+        state: the learner's state, which can be saved and set.
     """
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
-        self.state = self._now()
+        self.state = self._read()
 
     @contextmanager
     def own(self) -> Iterator[None]:
-        outside = self._now()
-        self._set(self.state)
+        """Put the global generators into the learner's state, and back again at the end."""
+        outside = self._read()
+        self._write(self.state)
         try:
             yield
         finally:
-            self.state = self._now()
-            self._set(outside)
+            self.state = self._read()
+            self._write(outside)
 
-    def _now(self) -> dict[str, Any]:
-        _, key, *rest = np.random.get_state(legacy=True)
+    def _read(self) -> dict[str, Any]:
+        """Return the state that the global generators are in."""
+        _, key, *position = np.random.get_state(legacy=True)
         assert isinstance(key, np.ndarray)
-        state: dict[str, Any] = {"torch": torch.get_rng_state(), "numpy": [torch.tensor(key.astype(np.int64)), *rest]}
+        numpy_state = [torch.tensor(key.astype(np.int64)), *position]
+        state: dict[str, Any] = {"torch": torch.get_rng_state(), "numpy": numpy_state}
         if self.device.type == "cuda":
             state["cuda"] = torch.cuda.get_rng_state(self.device)
         return state
 
-    def _set(self, state: dict[str, Any]) -> None:
-        key, *rest = state["numpy"]
+    def _write(self, state: dict[str, Any]) -> None:
+        """Put the global generators into a state."""
+        key, *position = state["numpy"]
         torch.set_rng_state(state["torch"])
-        np.random.set_state(("MT19937", key.numpy().astype(np.uint32), *rest))
+        np.random.set_state(("MT19937", key.numpy().astype(np.uint32), *position))
         if self.device.type == "cuda" and "cuda" in state:  # a run may go on on another kind of device
             torch.cuda.set_rng_state(state["cuda"], self.device)

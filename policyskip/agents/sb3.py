@@ -1,9 +1,9 @@
-"""PPO, A2C and DQN: the learners of Stable-Baselines3 (SB3) behind the names that every agent here has.
+"""PPO, A2C and DQN: the learners of Stable-Baselines3 (SB3) as agents.
 
-SB3 collects, stores and learns. What it learned is a :class:`~policyskip.agents.greedy.GreedyPolicy` of plain layers,
-which shares its parameters, is judged, and is deployed without SB3. Nothing is ever loaded from SB3's own files, which
-execute what they hold. The one module of the agents that imports SB3; it is imported when one of its agents is asked
-for.
+SB3 collects, stores and learns. A :class:`~policyskip.policies.perceptrons.GreedyPolicy` of plain layers shares the
+parameters of SB3's policy; that policy is judged, and is deployed without SB3. Nothing is ever loaded from SB3's own
+files, because loading them executes code that they contain. No other module of the agents imports SB3, and this one is
+imported only for a run of one of its agents.
 
 Shapes: B images side by side, K blocks, N exits.
 """
@@ -16,10 +16,10 @@ import warnings
 from collections.abc import Sequence
 from typing import Any, ClassVar, Literal
 
-import gymnasium
 import numpy as np
 import stable_baselines3
 import torch
+from gymnasium.spaces import Box, Discrete, MultiBinary, Space
 from stable_baselines3.common.base_class import BaseAlgorithm
 from stable_baselines3.common.logger import Logger
 from stable_baselines3.common.torch_layers import BaseFeaturesExtractor
@@ -28,23 +28,18 @@ from torch import Tensor, nn
 from policyskip.agents.base import Agent
 from policyskip.agents.randomness import Randomness
 from policyskip.backbones.costs import count_macs
+from policyskip.envs.base import DecisionEnv
 from policyskip.envs.sb3 import LookUp, SB3VecEnv
 from policyskip.errors import UserError
 from policyskip.finite import NotFiniteError
-from policyskip.policies.perceptrons import (
-    ExitPolicy,
-    GreedyPolicy,
-    LookPolicy,
-    convolutions,
-    policy_for,
-)
+from policyskip.policies.perceptrons import ExitPolicy, GreedyPolicy, LookPolicy, convolutions, policy_for
 
-OURS = {"self", "policy", "env", "policy_kwargs", "seed", "device", "verbose", "tensorboard_log", "stats_window_size"}
-OURS |= {"use_sde", "sde_sample_freq", "rollout_buffer_class", "rollout_buffer_kwargs", "_init_setup_model"}
-OURS |= {"replay_buffer_class", "replay_buffer_kwargs", "optimize_memory_usage"}
-"""Arguments of SB3's learners that are settled here; every other is a key of ``agent``."""
+RESERVED = {"self", "policy", "env", "policy_kwargs", "seed", "device", "verbose", "tensorboard_log", "use_sde"}
+RESERVED |= {"stats_window_size", "sde_sample_freq", "rollout_buffer_class", "rollout_buffer_kwargs"}
+RESERVED |= {"replay_buffer_class", "replay_buffer_kwargs", "optimize_memory_usage", "_init_setup_model"}
+"""Arguments of SB3's learners that this module chooses; every other argument is a key of ``agent``."""
 
-NAMES = {
+FIGURE_NAMES = {
     "train/loss": "loss",
     "train/policy_gradient_loss": "policy_loss",
     "train/policy_loss": "policy_loss",
@@ -55,30 +50,32 @@ NAMES = {
     "train/learning_rate": "lr",
     "rollout/exploration_rate": "exploration_rate",
 }
-"""What SB3 calls a figure, and what it is called here."""
+"""SB3's names of figures, and ours."""
 
 
 class EpisodeStatistics(SB3VecEnv):
-    """The adapter, which also adds up what came of the episodes that ended since it was last asked."""
+    """The adapter to SB3, which also collects the outcomes of episodes that end."""
 
     decision_macs = 0.0
-    """What one decision of the policy costs."""
+    """MACs that one decision of the policy costs."""
 
-    def __init__(self, env: Any, remember: int) -> None:
+    def __init__(self, env: DecisionEnv, remember: int) -> None:
         super().__init__(env, remember)
         self._ended: list[Tensor] = []
 
     def step_wait(self) -> tuple[np.ndarray, np.ndarray, np.ndarray, list[dict[str, Any]]]:
-        shown, rewards, over, infos = super().step_wait()
-        if over.any():
-            out, reward_B = self.env.outcome, torch.from_numpy(rewards[over])
-            kept_B = out.keep_BK.sum(1).float()
-            share_B = out.macs_fraction_B + self.decision_macs * self.env.decisions_of(out) / out.full_macs
-            self._ended.append(torch.stack([reward_B, out.correct_B.float().cpu(), kept_B.cpu(), share_B.cpu()], 1))
-        return shown, rewards, over, infos
+        observation, rewards, done, infos = super().step_wait()
+        if done.any():
+            outcome = self.env.outcome
+            kept_B = outcome.keep_BK.sum(1).float()
+            policy_macs = self.decision_macs * self.env.decisions_of(outcome)
+            fraction_B = outcome.macs_fraction_B + policy_macs / outcome.full_macs
+            columns = (torch.from_numpy(rewards[done]), outcome.correct_B.float().cpu(), kept_B.cpu(), fraction_B.cpu())
+            self._ended.append(torch.stack(columns, 1))
+        return observation, rewards, done, infos
 
     def means(self) -> dict[str, float]:
-        """Means over these episodes; empty if none has ended."""
+        """Return means over the episodes that ended since the last call; empty if none has ended."""
         if not self._ended:
             return {}
         mean_4 = torch.cat(self._ended).double().mean(0).tolist()
@@ -87,9 +84,9 @@ class EpisodeStatistics(SB3VecEnv):
 
 
 class Convolutions(BaseFeaturesExtractor):
-    """The convolutions of :class:`~policyskip.agents.greedy.LookPolicy` as an extractor of SB3's, behind ``LookUp``."""
+    """The convolutions of a ``LookPolicy`` as an extractor for SB3, behind ``LookUp``."""
 
-    def __init__(self, observation_space: gymnasium.spaces.Box, channels: Sequence[int]) -> None:
+    def __init__(self, observation_space: Box, channels: Sequence[int]) -> None:
         super().__init__(observation_space, channels[-1])
         self.layers = convolutions(channels)
 
@@ -98,29 +95,37 @@ class Convolutions(BaseFeaturesExtractor):
 
 
 class SB3Agent(Agent):
-    """One of SB3's learners. An update is one of its rollouts, and the learning that follows.
+    """An agent that one of SB3's learners trains. An update is one rollout of SB3, and the learning that follows.
 
     Args:
-        env: the environment it will learn in; its images are shown to nobody else.
+        env: the environment that the agent will learn in, which nobody else may step.
         total_steps: updates of the whole run; schedules scale with it.
-        seed: decides initial weights and everything that is drawn.
+        seed: decides the initial weights and everything that is drawn.
         schedule: "linear" (the learning rate falls to zero) or "constant".
-        net_arch: widths of the hidden layers, of the policy and of what estimates values.
-        channels: of the convolutions that look at images; where features are observed, there are none.
-        hyperparameters: SB3's own, by its own names.
+        net_arch: widths of the hidden layers, both of the policy and of the network that estimates values.
+        channels: of the convolutions, where images are observed.
+        hyperparameters: of SB3's learner, by SB3's names.
+
+    Attributes:
+        learner: SB3's class.
+        action_spaces: kinds of action space that the learner can act in.
+        steps_key: SB3's name for the number of steps that an update collects; if it is null, that number is the steps
+            of the longest episode, and at least 4.
+        policy_kwargs: further arguments of SB3's policy.
 
     Raises:
         UserError: a key that SB3's learner does not have, or an environment whose actions it cannot take.
     """
 
     learner: ClassVar[type[BaseAlgorithm]]
-    collects: ClassVar[str]
-    """SB3's name for the steps that an update collects; null is the longest episode, and 4 at least."""
+    action_spaces: ClassVar[tuple[type[Space[Any]], ...]] = (Discrete, MultiBinary)
+    steps_key: ClassVar[str]
+    policy_kwargs: ClassVar[dict[str, Any]] = {}
     policy: GreedyPolicy
 
     def __init__(
         self,
-        env: Any,
+        env: DecisionEnv,
         total_steps: int,
         seed: int,
         schedule: Literal["linear", "constant"],
@@ -129,14 +134,14 @@ class SB3Agent(Agent):
         **hyperparameters: Any,
     ) -> None:
         name = type(self).__name__
-        allowed = sorted(set(inspect.signature(self.learner.__init__).parameters) - OURS)
+        allowed = sorted(set(inspect.signature(self.learner.__init__).parameters) - RESERVED)
         unknown = [key for key in hyperparameters if key not in allowed]
         if unknown:
             raise UserError(f"agent has no key {unknown[0]}; {name} takes {', '.join(allowed)}")
-        if not isinstance(env.single_action_space, self.learner_spaces()):
+        if not isinstance(env.single_action_space, self.action_spaces):
             raise UserError(f"agent={name.lower()} cannot take actions from {env.single_action_space}")
-        if hyperparameters.get(self.collects) is None:
-            hyperparameters[self.collects] = max(4, env.steps_per_episode)
+        if hyperparameters.get(self.steps_key) is None:
+            hyperparameters[self.steps_key] = max(4, env.steps_per_episode)
         if schedule not in ("linear", "constant"):
             raise UserError(f"agent.schedule must be linear or constant, got {schedule!r}")
         self.env, self.total_steps, self.step, self._linear = env, total_steps, 0, schedule == "linear"
@@ -144,78 +149,73 @@ class SB3Agent(Agent):
         with self.randomness.own():
             torch.manual_seed(seed)
             self.policy = policy_for(env, net_arch, channels).to(env.device)
-            self.steps_collected = env.num_envs * int(hyperparameters[self.collects])
+            self.steps_collected = env.num_envs * int(hyperparameters[self.steps_key])
             self.adapter = EpisodeStatistics(env, remember=self.steps_collected + env.num_envs)
             self.model = self._build(seed, net_arch, channels, hyperparameters)
             self._share_layers()
         self.decision_macs = self.adapter.decision_macs = count_macs(self.policy, env.observation[:1])
         self._means: dict[str, float] = {}
 
-    @classmethod
-    def learner_spaces(cls) -> tuple[type[gymnasium.Space[Any]], ...]:
-        """The action spaces that the learner can take."""
-        return (gymnasium.spaces.Discrete, gymnasium.spaces.MultiBinary)
-
     def _build(self, seed: int, net_arch: Sequence[int], channels: Sequence[int], options: dict[str, Any]) -> Any:
+        """Make SB3's learner."""
         default = inspect.signature(self.learner.__init__).parameters["learning_rate"].default
         highest = float(options.pop("learning_rate", default))
-        kwargs: dict[str, Any] = {"net_arch": list(net_arch), "activation_fn": nn.ReLU, **self._policy_kwargs()}
+        kwargs: dict[str, Any] = {"net_arch": list(net_arch), "activation_fn": nn.ReLU, **self.policy_kwargs}
         if isinstance(self.policy, LookPolicy):
             kwargs["features_extractor_class"] = LookUp
             kwargs["features_extractor_kwargs"] = {"extractor": Convolutions, "channels": channels}
-        with warnings.catch_warnings():  # of last mini-batches that are smaller, and of small networks on a GPU
+        with warnings.catch_warnings():  # about smaller last mini-batches, and small networks on a GPU
             warnings.simplefilter("ignore", UserWarning)
             model: Any = self.learner(
                 "MlpPolicy",
                 self.adapter,
-                learning_rate=lambda _: highest * (self.left if self._linear else 1.0),
+                learning_rate=lambda _: highest * (self.remaining if self._linear else 1.0),
                 policy_kwargs=kwargs,
                 seed=seed,
                 device=self.env.device,
                 **options,
             )
-        self.adapter._reset_seeds()  # the order of the images is the environment's own, and is not started anew
-        model.set_logger(Logger(None, []))  # what it records is read from it, and shown where everything is shown
+        self.adapter._reset_seeds()  # the order of the images is the environment's own, and must not start over
+        model.set_logger(Logger(None, []))  # without outputs: update() reads the figures from it
         return model
 
-    def _policy_kwargs(self) -> dict[str, Any]:
-        return {}
-
     def _share_layers(self) -> None:
-        """Make the layers of SB3's policy those of ours."""
+        """Let :attr:`policy` share the layers of SB3's policy."""
         raise NotImplementedError
 
     @property
-    def left(self) -> float:
-        """Share of the run that is left."""
+    def remaining(self) -> float:
+        """The fraction of the run that remains."""
         return max(0.0, 1 - self.step / self.total_steps)
 
-    def update(self, env: Any) -> dict[str, float]:
-        """Collect one rollout and learn from it. Reward, accuracy and cost are those of the sampled actions, in the
-        episodes that ended in it."""
-        if env is not self.env:
+    def update(self, source: DecisionEnv) -> dict[str, float]:
+        """Collect one rollout and learn from it.
+
+        Returns: losses; and reward, accuracy and cost of the sampled actions, over the episodes that ended.
+
+        Raises:
+            ValueError: ``source`` is not the environment that the agent was made with.
+            NotFiniteError: a loss is not finite.
+        """
+        if source is not self.env:
             raise ValueError("the agent learns in the environment that it was made with")
         with self.randomness.own():
             self._learn()
         self.step += 1
         self._means |= self.adapter.means()
         recorded = self.model.logger.name_to_value
-        figures = {ours: float(recorded[name]) for name, ours in NAMES.items() if name in recorded}
+        figures = {ours: float(recorded[name]) for name, ours in FIGURE_NAMES.items() if name in recorded}
         if "train/entropy_loss" in recorded:
             figures["entropy"] = -float(recorded["train/entropy_loss"])
         if not all(math.isfinite(value) for key, value in figures.items() if "loss" in key):
             raise NotFiniteError(f"{self.name} stops at update {self.step}: a loss is not finite")
-        explained = figures.get("explained_variance", 0.0)
-        if not math.isfinite(explained):  # all returns were the same, and there was nothing to explain
+        if not math.isfinite(figures.get("explained_variance", 0.0)):  # all returns were the same
             figures["explained_variance"] = 0.0
         return {**self._means, **figures}
 
     def _learn(self) -> None:
+        """Let SB3 collect one rollout and learn from it."""
         self.model.learn(self.steps_collected, log_interval=None, reset_num_timesteps=False)
-
-    @torch.no_grad()
-    def act(self, observation: Tensor) -> Tensor:
-        return self.policy.eval().decide(observation)
 
     def state_dict(self) -> dict[str, Any]:
         return {
@@ -237,19 +237,22 @@ class SB3Agent(Agent):
 
 
 class OnPolicy(SB3Agent):
-    """Those that learn from what they have just collected; they also estimate values, with convolutions of their own.
+    """An agent that learns from each rollout once, and also estimates values, with convolutions of their own.
 
     Args:
+        env, total_steps, seed, schedule, net_arch, channels, hyperparameters: see :class:`SB3Agent`.
         initial_keep: probability with which a fresh policy runs a block, or goes on to the next exit.
-        start: a fixed keep-set to depart from: a fresh policy drops the other blocks with that probability.
+        start: a fixed keep-set to begin from: a fresh policy keeps the blocks of the set with probability
+            ``initial_keep`` and drops the others with that probability. None: it keeps every block with it.
     """
 
     environments = ("block_selection", "layer_skip", "early_exit")
-    collects = "n_steps"
+    steps_key = "n_steps"
+    policy_kwargs: ClassVar[dict[str, Any]] = {"share_features_extractor": False}  # or the values' loss dominates
 
     def __init__(
         self,
-        env: Any,
+        env: DecisionEnv,
         total_steps: int,
         seed: int = 0,
         schedule: Literal["linear", "constant"] = "linear",
@@ -266,20 +269,16 @@ class OnPolicy(SB3Agent):
         bias_A: Tensor = self.model.policy.action_net.bias
         with torch.no_grad():
             if isinstance(self.policy, LookPolicy):
-                wanted = [True] * len(bias_A) if start is None else start
-                bias_A.copy_(logit * (2 * torch.tensor(wanted).float() - 1))
+                keep = [True] * len(bias_A) if start is None else start
+                bias_A.copy_(logit * (2 * torch.tensor(keep).float() - 1))
             else:
                 bias_A[1] = -logit if isinstance(self.policy, ExitPolicy) else logit
 
-    def _policy_kwargs(self) -> dict[str, Any]:
-        # What the values need would weigh more in shared convolutions than what the policy needs.
-        return {"share_features_extractor": False}
-
     def _share_layers(self) -> None:
-        trained = self.model.policy
+        sb3_policy = self.model.policy
         if isinstance(self.policy, LookPolicy):
-            self.policy.features = trained.pi_features_extractor.extractor.layers
-        self.policy.layers = nn.Sequential(*trained.mlp_extractor.policy_net, trained.action_net)
+            self.policy.features = sb3_policy.pi_features_extractor.extractor.layers
+        self.policy.layers = nn.Sequential(*sb3_policy.mlp_extractor.policy_net, sb3_policy.action_net)
 
 
 class PPO(OnPolicy):
@@ -293,26 +292,27 @@ class A2C(OnPolicy):
 
     learner = stable_baselines3.A2C
 
-    def update(self, env: Any) -> dict[str, float]:
-        figures = super().update(env)
+    def update(self, source: DecisionEnv) -> dict[str, float]:
+        figures = super().update(source)
         entropy, value = self.model.ent_coef * figures["entropy"], self.model.vf_coef * figures["value_loss"]
-        return figures | {"loss": figures["policy_loss"] - entropy + value}  # which SB3 does not record
+        return figures | {"loss": figures["policy_loss"] - entropy + value}  # SB3 does not record the sum
 
 
 class DQN(SB3Agent):
-    """Deep Q-learning (Mnih et al. 2015), by SB3. Its actions must be few: it decides block by block or exit by exit.
+    """Deep Q-learning (Mnih et al. 2015), by SB3. It needs few actions, so it decides block by block or exit by exit.
 
-    Its replay buffer is not part of the state. When a stopped run goes on, it is filled anew by the policy as it is,
-    until it holds ``learning_starts`` steps again.
+    The replay buffer is not part of the state. When a stopped run goes on, the policy as it is fills the buffer again
+    until it holds ``learning_starts`` steps.
     """
 
     environments = ("layer_skip", "early_exit")
     learner = stable_baselines3.DQN
-    collects = "train_freq"
+    action_spaces = (Discrete,)
+    steps_key = "train_freq"
 
     def __init__(
         self,
-        env: Any,
+        env: DecisionEnv,
         total_steps: int,
         seed: int = 0,
         schedule: Literal["linear", "constant"] = "linear",
@@ -321,19 +321,15 @@ class DQN(SB3Agent):
     ) -> None:
         super().__init__(env, total_steps, seed, schedule, net_arch, (), **hyperparameters)
         exploration = self.model.exploration_schedule
-        self.model.exploration_schedule = lambda _: exploration(self.left)  # of the run, not of one call to learn()
+        self.model.exploration_schedule = lambda _: exploration(self.remaining)  # of the run, not of one learn()
         self._gradient_steps = self.model.gradient_steps
-
-    @classmethod
-    def learner_spaces(cls) -> tuple[type[gymnasium.Space[Any]], ...]:
-        return (gymnasium.spaces.Discrete,)
 
     def _share_layers(self) -> None:
         self.policy.layers = self.model.q_net.q_net
 
     def _learn(self) -> None:
-        started = self.model.num_timesteps > self.model.learning_starts
-        while started and self.model.replay_buffer.size() * self.env.num_envs < self.model.learning_starts:
+        has_learned = self.model.num_timesteps > self.model.learning_starts
+        while has_learned and self.model.replay_buffer.size() * self.env.num_envs < self.model.learning_starts:
             self.model.gradient_steps = 0
             super()._learn()
         self.model.gradient_steps = self._gradient_steps
@@ -345,4 +341,4 @@ class DQN(SB3Agent):
     def load_state_dict(self, state: dict[str, Any]) -> None:
         super().load_state_dict(state)
         self.model._n_calls = state["calls"]
-        self.model.exploration_rate = self.model.exploration_schedule(self.left)
+        self.model.exploration_rate = self.model.exploration_schedule(self.remaining)

@@ -1,8 +1,8 @@
-"""SkipNet: block after block, a gate looks at what has been computed and decides whether the next block runs.
+"""SkipNet: before every block but the first, a gate sees the features and decides whether the block runs.
 
-Wang, Yu, Dou, Darrell, Gonzalez, "SkipNet: Learning Dynamic Routing in Convolutional Networks", ECCV 2018. Supervised
-first, with hard gates and straight-through gradients; then hybrid: cross-entropy for the blocks and REINFORCE for the
-gates. docs/agents/skipnet.md lists where the published code differs.
+Wang, Yu, Dou, Darrell, Gonzalez, "SkipNet: Learning Dynamic Routing in Convolutional Networks", ECCV 2018. Training is
+supervised first, with hard gates and straight-through gradients; then hybrid, with cross-entropy for the blocks and
+REINFORCE for the gates. docs/agents/skipnet.md lists where the published code differs.
 
 Shapes: B images, K blocks, G gates (K - 1: the first block always runs), C classes.
 """
@@ -16,31 +16,36 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from policyskip.agents.early_exit import OptimizerName, ScheduleName
-from policyskip.agents.schedules import SCHEDULES
+from policyskip.agents.base import Agent
+from policyskip.agents.early_exit import OptimizerName
+from policyskip.agents.schedules import SCHEDULES, ScheduleName
 from policyskip.backbones.base import Backbone
 from policyskip.backbones.checkpoints import seeded
 from policyskip.backbones.costs import count_costs
 from policyskip.backbones.gated import GatedNetwork, GatedRun
 from policyskip.data import Feed
-from policyskip.errors import UserError
+from policyskip.errors import UserError, check_choice
 from policyskip.finite import check_finite, check_gradients
 from policyskip.parallel import processes
 from policyskip.parallel.data_parallel import Divisible
 
 
 def skipnet_returns(ce_B: Tensor, keep_BG: Tensor, cost_G: Tensor, alpha: float) -> Tensor:
-    """``R_i = −CE + (α/G) Σ_{j≥i} (1 − g_j) C_j``: what each decision can still change of −L (paper, section 3.3).
+    """Compute ``R_i = −CE + (α/G) Σ_{j≥i} (1 − g_j) C_j``: the part of −L that decision i can change (paper, section
+    3.3).
 
     The first column is the whole objective: ``−L(g, x)`` with ``L = CE − (α/G) Σ_i (1 − g_i) C_i``.
 
     Args:
         ce_B: float (B,), cross-entropy of each image in nats; no gradient flows into it.
         keep_BG: bool (B, G), the decisions g.
-        cost_G: float (G,), what each block is taken to cost, 1 on average.
-        alpha: what skipping every gated block is worth, in nats.
+        cost_G: float (G,), the cost C of each block, 1 on average.
+        alpha: the worth of skipping every gated block, in nats.
 
-    Returns: float (B, G). Nothing of one image is in another's row.
+    Returns: float (B, G). An image's row depends on that image alone.
+
+    Raises:
+        ValueError: other shapes, or decisions that are not bool.
     """
     B, G = keep_BG.shape
     if ce_B.shape != (B,) or cost_G.shape != (G,) or keep_BG.dtype != torch.bool:
@@ -51,7 +56,15 @@ def skipnet_returns(ce_B: Tensor, keep_BG: Tensor, cost_G: Tensor, alpha: float)
 
 
 def log_probability(gate_BG: Tensor, keep_BG: Tensor) -> Tensor:
-    """``log p(g_i | x)`` of each decision, float (B, G), from the gates' logits and the decisions, bool (B, G)."""
+    """Compute ``log p(g_i | x)`` of each decision, float (B, G).
+
+    Args:
+        gate_BG: float (B, G), the gates' logits.
+        keep_BG: bool (B, G), the decisions g.
+
+    Raises:
+        ValueError: the shapes differ, or have another rank.
+    """
     if gate_BG.shape != keep_BG.shape or gate_BG.dim() != 2:
         raise ValueError(f"expected gates and keep (B, G); got {tuple(gate_BG.shape)} and {tuple(keep_BG.shape)}")
     return torch.where(keep_BG, F.logsigmoid(gate_BG), F.logsigmoid(-gate_BG))
@@ -60,17 +73,20 @@ def log_probability(gate_BG: Tensor, keep_BG: Tensor) -> Tensor:
 def hybrid_loss(
     ce_B: Tensor, log_probability_BG: Tensor, return_BG: Tensor, baseline_BG: Tensor, rl_weight: float
 ) -> Tensor:
-    """``CE − w Σ_i (R_i − b_i) log p(g_i)``, mean over images: with w = 1 its expected gradient is that of E[L] (paper,
-    section 3.3).
+    """Compute ``CE − w Σ_i (R_i − b_i) log p(g_i)``, mean over images: with w = 1 its expected gradient is that of E[L]
+    (paper, section 3.3).
 
     Args:
         ce_B: float (B,), cross-entropy of each image in nats.
-        log_probability_BG: float (B, G), of the decisions that were sampled.
+        log_probability_BG: float (B, G), of the sampled decisions.
         return_BG: float (B, G), of the same decisions; no gradient flows into it.
-        baseline_BG: float (B, G), which must not depend on the image's own sample; 0 is none.
+        baseline_BG: float (B, G), which must not depend on the image's own sample; 0 means no baseline.
         rl_weight: w.
 
     Returns: a scalar.
+
+    Raises:
+        ValueError: the shapes do not belong together.
     """
     B, G = return_BG.shape
     if ce_B.shape != (B,) or log_probability_BG.shape != (B, G) or baseline_BG.shape != (B, G):
@@ -80,8 +96,8 @@ def hybrid_loss(
     return (ce_B - rl_weight * (advantage_BG * log_probability_BG).sum(1)).mean()
 
 
-class SkipNet(Divisible):
-    """A network with gates that learns in two stages from labelled images.
+class SkipNet(Agent, Divisible):
+    """An agent that puts gates on a network and trains both, in two stages, from labelled images.
 
     The defaults here are the paper's; those of ``configs/agent/skipnet.yaml`` learn in minutes from a trained network.
 
@@ -89,29 +105,34 @@ class SkipNet(Divisible):
         backbone: the network to put gates on; it is copied, and stays as it is.
         image_shape: (3, H, W).
         total_steps: updates of both stages.
-        seed: decides the gates' first weights and the samples.
+        seed: decides the gates' initial weights and the samples.
         gate: "rnn", "ff1" or "ff2" (see ``backbones/gates.py``).
-        frozen: only the gates learn.
-        initial_keep: probability with which a fresh gate keeps its block, about.
-        supervised: share of the updates that belong to stage one; the others are stage two's.
-        alpha: what skipping every gated block is worth, in nats.
+        frozen: whether the gates alone learn.
+        initial_keep: approximate probability with which a fresh gate keeps its block.
+        supervised: fraction of the updates that belong to stage one; the others belong to stage two.
+        alpha: the worth of skipping every gated block, in nats.
         cost: "ones" (C_i = 1, paper) or "macs" (C_i = the block's MACs, over their mean).
-        baseline: "none" (paper) or "greedy" (the return of the image's own greedy decisions, for a second pass without
-            gradients).
+        baseline: "none" (paper) or "greedy" (the return of the image's own greedy decisions, which takes a second pass
+            without gradients).
         rl_weight: weight of the REINFORCE term; 1 follows the objective's gradient.
         lr, hybrid_lr: highest learning rate in stage one and in stage two.
-        backbone_lr: the backbone's learning rate, as a share of the gates'.
+        backbone_lr: the backbone's learning rate, as a fraction of the gates'.
         optimizer: "sgd" (momentum 0.9) or "adam".
         weight_decay: of the optimizer.
         schedule: "onecycle", "steps" or "constant", within each stage.
 
     Attributes:
         network: the copy of the backbone, with its gates.
-        costs: what its blocks cost.
-        decision_macs: MACs of all gates, which every image pays.
+        costs: MACs of the network's blocks.
+        decision_macs: MACs of all gates, which run for every image.
+
+    Raises:
+        UserError: a value that is not allowed.
     """
 
-    name = "skipnet"
+    family = "gates"
+    trains_network = True
+    environments = ()
     may_skip_parameters = True
 
     def __init__(
@@ -135,23 +156,25 @@ class SkipNet(Divisible):
         weight_decay: float = 1e-4,
         schedule: ScheduleName = "steps",
     ) -> None:
-        _check_choices(cost=(cost, ("ones", "macs")), baseline=(baseline, ("none", "greedy")))
-        _check_choices(optimizer=(optimizer, ("sgd", "adam")), schedule=(schedule, tuple(SCHEDULES)))
+        check_choice("agent.cost", cost, ("ones", "macs"))
+        check_choice("agent.baseline", baseline, ("none", "greedy"))
+        check_choice("agent.optimizer", optimizer, ("sgd", "adam"))
+        check_choice("agent.schedule", schedule, SCHEDULES)
         if min(lr, hybrid_lr, backbone_lr) <= 0 or min(weight_decay, rl_weight, alpha) < 0 or not 0 <= supervised <= 1:
             raise UserError(
                 "agent.lr, agent.hybrid_lr and agent.backbone_lr must be positive, agent.weight_decay, agent.rl_weight "
                 f"and agent.alpha not negative, and agent.supervised in [0, 1]; got {lr}, {hybrid_lr}, {backbone_lr}, "
                 f"{weight_decay}, {rl_weight}, {alpha} and {supervised}"
             )
-        own = copy.deepcopy(backbone).requires_grad_(True)
-        own.frozen = False
+        copied = copy.deepcopy(backbone).requires_grad_(True)
+        copied.frozen = False
         if frozen:
-            own.freeze()
+            copied.freeze()
         with seeded(seed):
-            self.network = GatedNetwork(own, gate, image_shape, initial_keep)
-        self.costs = count_costs(own, image_shape)
+            self.network = GatedNetwork(copied, gate, image_shape, initial_keep)
+        self.costs = count_costs(copied, image_shape)
         self.decision_macs = self.network.gate_macs
-        macs_G = self.costs.block_K[1:].float().to(own.mean.device)
+        macs_G = self.costs.block_K[1:].float().to(copied.mean.device)
         self.cost_G = macs_G / macs_G.mean() if cost == "macs" else torch.ones_like(macs_G)
         self.alpha, self.baseline, self.rl_weight = alpha, baseline, rl_weight
         self.supervised_steps = round(supervised * total_steps)
@@ -159,7 +182,7 @@ class SkipNet(Divisible):
         self.generator = torch.Generator().manual_seed(seed)  # on the CPU, so that a run goes on on any device
         groups: list[dict[str, Any]] = [{"params": list(self.network.gates.parameters()), "lr": lr}]
         if not frozen:
-            groups.append({"params": list(own.parameters()), "lr": lr * backbone_lr})
+            groups.append({"params": list(copied.parameters()), "lr": lr * backbone_lr})
         self.optimizer: torch.optim.Optimizer = (
             torch.optim.SGD(groups, momentum=0.9, weight_decay=weight_decay)
             if optimizer == "sgd"
@@ -167,16 +190,17 @@ class SkipNet(Divisible):
         )
         hybrid_steps = max(1, total_steps - self.supervised_steps)
 
-        def rate(step: int) -> float:
+        def rate_factor(step: int) -> float:
+            """Return the learning rate of an update as a multiple of the highest rate in stage one."""
             if step < self.supervised_steps:
                 return SCHEDULES[schedule](step / self.supervised_steps)
             return hybrid_lr / lr * SCHEDULES[schedule]((step - self.supervised_steps) / hybrid_steps)
 
-        self.schedule = torch.optim.lr_scheduler.LambdaLR(self.optimizer, rate)
+        self.schedule = torch.optim.lr_scheduler.LambdaLR(self.optimizer, rate_factor)
 
-    def update(self, feed: Feed) -> dict[str, float]:
-        """One step on the batch that the feed shows, in the stage that it belongs to."""
-        images, label_B = feed.batch.images, feed.batch.label_B
+    def update(self, source: Feed) -> dict[str, float]:
+        """Take one step on the batch that the feed shows, in the stage that this update belongs to."""
+        images, label_B = source.batch.images, source.batch.label_B
         hybrid = self.step >= self.supervised_steps
         baseline_BG = self._baseline(images, label_B) if hybrid else None
         self.network.train()
@@ -200,7 +224,7 @@ class SkipNet(Divisible):
         self.optimizer.step()
         self.schedule.step()
         self.step += 1
-        feed.advance()
+        source.advance()
         return {
             "loss": loss.item(),
             "cross_entropy": ce_B.mean().item(),
@@ -218,25 +242,25 @@ class SkipNet(Divisible):
 
     @torch.no_grad()
     def act(self, observation: Tensor) -> Tensor:
-        """The greedy decisions, bool (B, K), for images uint8 (B, 3, H, W); no gradient, evaluation mode."""
+        """Decide greedily for images uint8 (B, 3, H, W): bool (B, K), without gradients, in evaluation mode."""
         return self.network.eval().greedy(observation).keep_BK
 
     def returns(self, ce_B: Tensor, run: GatedRun) -> Tensor:
-        """:func:`skipnet_returns` of a pass, float (B, G); its first column is −L."""
+        """Compute :func:`skipnet_returns`, float (B, G), of a pass and its cross-entropy (B,); column 0 is −L."""
         return skipnet_returns(ce_B, run.keep_BK[:, 1:], self.cost_G, self.alpha)
 
     @torch.no_grad()
     def _baseline(self, images: Tensor, label_B: Tensor) -> Tensor:
-        """b of each image, float (B, G): its greedy decisions' returns (self-critical), or 0."""
+        """Compute the baseline b, float (B, G): the returns of the greedy decisions (self-critical), or 0."""
         if self.baseline == "none":
             return torch.zeros(len(images), len(self.cost_G), device=images.device)
         run = self.network.eval().greedy(images)
         return self.returns(F.cross_entropy(run.logits_BC, label_B, reduction="none"), run)
 
     def _uniform(self, B: int) -> Tensor:
-        """Fresh uniform numbers (B, G)."""
-        whole = torch.rand(processes.world() * B, len(self.cost_G), generator=self.generator)
-        return processes.this_process_slice(whole).to(self.cost_G.device)
+        """Draw uniform numbers (B, G), for this process's slice of the whole batch."""
+        whole_batch = torch.rand(processes.world() * B, len(self.cost_G), generator=self.generator)
+        return processes.this_process_slice(whole_batch).to(self.cost_G.device)
 
     def state_dict(self) -> dict[str, Any]:
         return {
@@ -253,9 +277,3 @@ class SkipNet(Divisible):
         self.schedule.load_state_dict(state["schedule"])
         self.generator.set_state(state["generator"])
         self.step = state["step"]
-
-
-def _check_choices(**choices: tuple[str, tuple[str, ...]]) -> None:
-    for key, (given, allowed) in choices.items():
-        if given not in allowed:
-            raise UserError(f"agent.{key} must be one of {', '.join(allowed)}, got {given!r}")

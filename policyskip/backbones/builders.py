@@ -14,26 +14,25 @@ import json
 from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
 
+from policyskip.backbones.architectures import EXIT_NETWORKS, is_users_own
 from policyskip.backbones.base import Backbone
 from policyskip.backbones.branchynet import BranchyAlexNet, BranchyLeNet, BranchyResNet
 from policyskip.backbones.checkpoints import (
     RANDOM,
-    check_size,
     cifar_resnet,
     find,
-    load_into,
     read_architecture,
     read_tensors,
+    rebuilt,
     seeded,
     shipped,
     torchvision_resnet,
 )
 from policyskip.backbones.exits import ExitNetwork
 from policyskip.backbones.msdnet import MSDNet, Prune, Stem, StepMode
-from policyskip.backbones.resnet import CifarResNet, Shortcut, TorchvisionResNet
+from policyskip.backbones.resnet import Shortcut
 from policyskip.backbones.resnet_exits import ResNetExits, find_blocks
 from policyskip.errors import UserError
-from policyskip.files import damaged
 
 Shape = tuple[int, int, int]
 
@@ -166,32 +165,24 @@ def torchvision_resnet_exits(
     )
 
 
-def load_exits(name: str) -> ExitNetwork:
-    """Shipped weights by name, or a file that ``save`` wrote of a multi-exit network, as a frozen network.
+def load_exits(name: str, trusted: bool = False) -> ExitNetwork:
+    """Read a frozen multi-exit network: shipped weights by name, or a file that ``save`` wrote.
+
+    Args:
+        name: the shipped weights' name, or the file's.
+        trusted: whether a network that is neither the package's own nor installed may be imported.
 
     Raises:
-        UserError: there is no such file, or it holds another kind of network.
+        UserError: there is no such file, it holds another kind of network, or one that is not installed here.
     """
     architecture = read_architecture(name) or {}
-    if architecture.get("network") not in EXIT_NETWORKS:
+    kind = architecture.get("network")
+    if not (is_users_own(architecture) or (isinstance(kind, str) and kind in EXIT_NETWORKS)):
         raise UserError(f"{name} holds no multi-exit network{_what(architecture)}")
-    return _rebuilt(EXIT_NETWORKS[architecture["network"]], architecture, name).freeze()
-
-
-def _resnet_exits(backbone: dict[str, Any], **arguments: Any) -> ResNetExits:
-    """:class:`ResNetExits` from its ``architecture``."""
-    kind = TorchvisionResNet if backbone.get("network") == "torchvision_resnet" else CifarResNet
-    return ResNetExits(kind(**{key: value for key, value in backbone.items() if key != "network"}), **arguments)
-
-
-EXIT_NETWORKS: dict[str, Callable[..., ExitNetwork]] = {
-    "msdnet": MSDNet,
-    "branchy_lenet": BranchyLeNet,
-    "branchy_alexnet": BranchyAlexNet,
-    "branchy_resnet": BranchyResNet,
-    "resnet_exits": _resnet_exits,
-}
-"""What builds a network again from its ``architecture``, by the latter's key "network"."""
+    network = rebuilt(architecture, read_tensors(find(name)), name, trusted)
+    if not isinstance(network, ExitNetwork):
+        raise UserError(f"{name} holds no multi-exit network{_what(architecture)}")
+    return network.freeze()
 
 
 def _with_weights(
@@ -211,7 +202,8 @@ def _with_weights(
     if found.get("network") != name:
         raise UserError(f"{checkpoint} holds no {name}{_what(found)}")
     _check_same(checkpoint, name, given, found)
-    return _rebuilt(kind, {**found, **given}, checkpoint)
+    network: Built = rebuilt({**found, **given}, read_tensors(find(checkpoint)), checkpoint)  # type: ignore[assignment]
+    return network
 
 
 def _exits_over(
@@ -237,7 +229,8 @@ def _exits_over(
             f"{checkpoint} is damaged or of another version: it does not say which network its exits are on"
         )
     _check_same(checkpoint, "ResNet", given, found["backbone"])
-    network = _rebuilt(_resnet_exits, {**found, "backbone": {**found["backbone"], **given}}, checkpoint)
+    architecture = {**found, "backbone": {**found["backbone"], **given}}
+    network: ResNetExits = rebuilt(architecture, read_tensors(find(checkpoint)), checkpoint)  # type: ignore[assignment]
     places = find_blocks(network.backbone, exits)
     kinds = [heads] * len(places) if isinstance(heads, str) else list(heads)
     _check_same(checkpoint, network.name, dict(exits=places, heads=kinds, image_shape=image_shape), found)
@@ -251,19 +244,6 @@ def _architecture_if_file(checkpoint: str | None) -> dict[str, Any]:
     except UserError:
         return {}
     return read_architecture(checkpoint or RANDOM) or {}
-
-
-def _rebuilt(kind: Callable[..., Built], architecture: dict[str, Any], source: str) -> Built:
-    """A network as it was saved."""
-    state, arguments = read_tensors(find(source)), {k: v for k, v in architecture.items() if k != "network"}
-    with damaged(find(source)):
-        try:
-            check_size(lambda: kind(**arguments), state, source)
-            network = kind(**arguments)
-        except TypeError as error:
-            raise UserError(f"{source} is damaged or of another version: {error}") from error
-    load_into(network, state, source)
-    return network
 
 
 def _check_same(checkpoint: str, name: str, given: dict[str, Any], found: dict[str, Any]) -> None:

@@ -16,6 +16,9 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor
 
+from policyskip import registry
+from policyskip.backbones.architectures import RANDOM as RANDOM
+from policyskip.backbones.architectures import build_again, is_users_own
 from policyskip.backbones.base import IMAGENET_MEAN, IMAGENET_STD, Backbone, Network
 from policyskip.backbones.resnet import CifarResNet, Shortcut, TorchvisionResNet
 from policyskip.errors import UserError
@@ -26,8 +29,6 @@ WEIGHTS = Path(__file__).parent.parent / "weights"
 """Weights that ship with the package, each with the command and figures that made it beside it."""
 LARGEST_NUMBER = 10_000
 """Of what an architecture may say in a file: blocks, channels, classes and the like."""
-RANDOM = "random"
-"""The checkpoint that is none: random weights, for trying things out."""
 
 State = dict[str, Tensor]
 
@@ -112,24 +113,50 @@ def seeded(seed: int) -> Iterator[None]:
         yield
 
 
-def load(name: str) -> Backbone:
-    """Shipped weights by name, or a backbone that :func:`save` wrote, frozen.
+def load(name: str, trusted: bool = False) -> Backbone:
+    """Read a frozen backbone: shipped weights by name, or a file that :func:`save` wrote.
+
+    Args:
+        name: the shipped weights' name, or the file's.
+        trusted: whether a network that is neither the package's own nor installed may be imported.
 
     Raises:
-        UserError: there is no such file, or it holds something else.
+        UserError: there is no such file, it holds something else, or its network is not installed here.
     """
     architecture = read_architecture(name) or {}
-    backbone: Backbone
-    if architecture.get("network") == "torchvision_resnet":
-        backbone = TorchvisionResNet(architecture["depth"], architecture["num_classes"])
+    if architecture.get("network") == "torchvision_resnet" or is_users_own(architecture):
         state = read_tensors(find(name))
     else:
         state, architecture = read_checkpoint(name)
-        with damaged(find(name)):
-            check_size(lambda: CifarResNet(**architecture), state, name)
-            backbone = CifarResNet(**architecture)
-    load_into(backbone, state, name)
-    return backbone.freeze()
+    network = rebuilt(architecture, state, name, trusted)
+    if not isinstance(network, Backbone):
+        raise UserError(f"{name} holds a {architecture['network']}, which has exits and no blocks to skip")
+    return network.freeze()
+
+
+def rebuilt(architecture: dict[str, Any], state: State, source: str, trusted: bool = False) -> Network:
+    """Build the network that a file describes, with the tensors ``state`` of that file.
+
+    Args:
+        source: the file's name, or that of shipped weights.
+        trusted: as for :func:`load`.
+
+    Raises:
+        UserError: the network is not installed here, fails while it is built, or does not fit its weights.
+    """
+    if is_users_own(architecture):
+        with registry.naming_failures(f"{source}: {architecture['network']}"), seeded(0):
+            check_size(lambda: build_again(architecture, trusted), state, source)
+            network = build_again(architecture, trusted)
+    else:
+        with damaged(find(source)):
+            try:
+                check_size(lambda: build_again(architecture), state, source)
+                network = build_again(architecture)
+            except TypeError as error:
+                raise UserError(f"{source} is damaged or of another version: {error}") from error
+    load_into(network, state, source)
+    return network
 
 
 def save(network: Network, path: Path) -> None:

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from policyskip.backbones.base import Backbone, Block, Network, evaluation_mode
-from policyskip.backbones.execution import anyone_runs, run_block_together
+from policyskip.backbones.execution import run_block_together, some_process_runs
 from policyskip.backbones.gates import GATES, Memory, straight_through
 from policyskip.backbones.resnet_exits import feature_shapes
 from policyskip.errors import UserError
@@ -117,7 +117,7 @@ def _both(block: Block, x: Tensor, keep_B: Tensor) -> tuple[Tensor, Tensor]:
     rows, skipping = keep_B.nonzero().squeeze(1), (~keep_B).nonzero().squeeze(1)
     shortcut = block.shortcut(x)
     kept = torch.zeros_like(shortcut)
-    if anyone_runs(block, rows):
+    if some_process_runs(block, rows):
         kept = kept.index_copy(0, rows, torch.relu(shortcut[rows] + block.residual(x[rows])))
     if len(skipping):
         with torch.no_grad(), evaluation_mode(block.residual):

@@ -1,4 +1,4 @@
-"""Finished runs: found, read, named so that they can be told apart, and sorted into groups that can be compared."""
+"""Find and read finished runs, give each a name of its own, and sort them into groups that can be compared."""
 
 from __future__ import annotations
 
@@ -18,23 +18,32 @@ from policyskip.evaluation.decisions import Decisions
 from policyskip.runs.folder import Run
 
 NAMES = ("agent", "env", "backbone", "data")
+"""Keys that every summary has, with texts."""
 NUMBERS = (
     *("seed", "seconds", "test/accuracy", "test/full_accuracy", "test/macs_mean", "test/full_macs"),
     *("test/macs_fraction", "test/unique_decisions"),
 )
-"""What a summary must have."""
-MAYBE = (
+"""Keys that every summary has, with numbers."""
+OPTIONAL_NUMBERS = (
     *("test/kept_mean", "test/blocks", "test/static_margin", "test/oracle_macs", "test/oracle_accuracy"),
     "latency_ms",
 )
-"""What it may have, or null; numbers too."""
+"""Keys that a summary may have, with numbers or null."""
 NOT_THE_SETTING = ("seed", "device", "run", "tracking", "front", "target")
-"""Keys of a configuration in which runs of one setting may differ. What a run aimed at stands in its summary."""
+"""Keys of a configuration in which runs of one setting may differ. (The targets of a run are in its summary.)"""
 
 
 @dataclass(frozen=True)
 class Result:
-    """A finished run. ``name`` tells it apart from all others; ``decisions`` is None if its folder holds none."""
+    """A finished run.
+
+    Attributes:
+        name: a name that no other run of the comparison has.
+        folder: the run folder.
+        summary, config: the content of ``summary.json`` and ``config.yaml``.
+        records: those of ``metrics.jsonl``.
+        decisions: None if the folder holds none.
+    """
 
     name: str
     folder: Path
@@ -44,25 +53,27 @@ class Result:
     decisions: Decisions | None
 
     def figure(self, key: str) -> Any:
-        """A figure on test; None if the summary has none."""
+        """A figure of the test split, by its key without ``test/``; None if the summary does not have it."""
         return self.summary.get(f"test/{key}")
 
     @property
     def version(self) -> str:
-        """The package's version that made it, as far as it says."""
+        """The version of policyskip that made the run, or "unknown"."""
         return str(self.summary.get("version", "unknown"))
 
     @cached_property
     def setting(self) -> dict[str, str]:
-        """The configuration, flat, less what may differ between runs of one setting and what is switched off."""
-        own = {key: value for key, value in self.config.items() if key not in NOT_THE_SETTING}
-        aim = [(key.replace("/", "."), str(value)) for key, value in self.summary.items() if key.startswith("target/")]
-        return dict(sorted([*_flat(own), *aim]))
+        """The setting of the run: its configuration as flat keys and texts, without :data:`NOT_THE_SETTING`, and its
+        targets. Keys that are null or false are left out."""
+        config = {key: value for key, value in self.config.items() if key not in NOT_THE_SETTING}
+        summary = self.summary.items()
+        targets = [(key.replace("/", "."), str(value)) for key, value in summary if key.startswith("target/")]
+        return dict(sorted([*_flat(config), *targets]))
 
 
 @dataclass(frozen=True)
 class Collected:
-    """What was found: finished runs, those left out with the reason, and what to be warned of."""
+    """The finished runs that were found, the folders that were left out with the reason for each, and warnings."""
 
     results: list[Result]
     left_out: list[tuple[Path, str]]
@@ -71,21 +82,22 @@ class Collected:
 
 @dataclass(frozen=True)
 class Group:
-    """Runs that can be compared; ``reason`` says what they have in common that others have not."""
+    """Runs that can be compared with each other; ``reason`` says what they have in common and other runs have not."""
 
     title: str
     reason: str
     results: list[Result]
 
 
-def collect(patterns: Iterable[str], again: Callable[[Run], Decisions] | None = None) -> Collected:
-    """Read the runs that folders and glob patterns name.
+def collect(patterns: Iterable[str], decide_again: Callable[[Run], Decisions] | None = None) -> Collected:
+    """Read the finished runs that folders and glob patterns name.
 
     Args:
-        again: what decides again for a run that has no decisions in its folder; None: it is compared without.
+        patterns: run folders, folders with run folders in them, and glob patterns.
+        decide_again: makes the decisions of a run that has none in its folder. None: such a run is compared without.
 
     Raises:
-        UserError: nothing is there, or a run's files are damaged.
+        UserError: there is no finished run, or a run's files are damaged.
     """
     patterns = list(patterns)
     left_out: list[tuple[Path, str]] = []
@@ -97,17 +109,21 @@ def collect(patterns: Iterable[str], again: Callable[[Run], Decisions] | None = 
         else:
             runs.append(Run(folder))
     if not runs:
-        found = "".join(f"; {folder} {reason}" for folder, reason in left_out[:3])
-        raise UserError(f"no finished run in runs={','.join(patterns)}{found}")
-    names = _distinct([run.folder for run in runs])
-    results = [_read(run, name, again) for run, name in zip(runs, names, strict=True)]
-    results, twice = _once(results)
-    return Collected(results, [*left_out, *twice], _warnings(results))
+        reasons = "".join(f"; {folder} {reason}" for folder, reason in left_out[:3])
+        raise UserError(f"no finished run in runs={','.join(patterns)}{reasons}")
+    names = _distinct_names([run.folder for run in runs])
+    results = [_read(run, name, decide_again) for run, name in zip(runs, names, strict=True)]
+    results, repeats = _without_repeats(results)
+    return Collected(results, [*left_out, *repeats], _warnings(results))
 
 
 def _folders(patterns: list[str]) -> list[Path]:
-    """The run folders that patterns name, each once; a folder that is no run stands for all runs in it."""
-    found: dict[Path, Path] = {}
+    """Return the run folders that patterns name, each once; a folder that is no run folder stands for those in it.
+
+    Raises:
+        UserError: a pattern matches no folder.
+    """
+    run_folders: dict[Path, Path] = {}  # by their resolved paths
     for pattern in patterns:
         paths = sorted(map(Path, glob.glob(pattern, recursive=True))) or [Path(pattern)]
         paths = [path for path in paths if path.is_dir() or len(paths) == 1]
@@ -116,15 +132,15 @@ def _folders(patterns: list[str]) -> list[Path]:
                 raise UserError(f"no run folder matches {pattern}")
             inside = [path] if (path / "config.yaml").is_file() else sorted(p.parent for p in path.rglob("config.yaml"))
             runs: set[Path] = set()
-            for folder in inside:  # outer folders first: W&B keeps files of that name in a run's folder
+            for folder in inside:  # outer folders come first: W&B keeps a config.yaml of its own inside a run folder
                 if runs.isdisjoint(folder.parents):
                     runs.add(folder)
-                    found.setdefault(folder.resolve(), folder)
-    return list(found.values())
+                    run_folders.setdefault(folder.resolve(), folder)
+    return list(run_folders.values())
 
 
 def _unfinished(folder: Path) -> str | None:
-    """Why a run cannot be compared, if it cannot."""
+    """Return the reason why a run cannot be compared; None if it can."""
     if not (folder / "summary.json").is_file():
         return "is not finished: it has no summary.json"
     summary = Run(folder).load_json("summary.json")
@@ -132,7 +148,12 @@ def _unfinished(folder: Path) -> str | None:
     return "judges no agent: it is a pretrain run" if pretrained else None
 
 
-def _read(run: Run, name: str, again: Callable[[Run], Decisions] | None) -> Result:
+def _read(run: Run, name: str, decide_again: Callable[[Run], Decisions] | None) -> Result:
+    """Read and check a finished run's files.
+
+    Raises:
+        UserError: a file is damaged.
+    """
     summary = run.load_json("summary.json")
     missing = [key for key in (*NAMES, *NUMBERS) if key not in summary]
     if missing:
@@ -140,7 +161,7 @@ def _read(run: Run, name: str, again: Callable[[Run], Decisions] | None) -> Resu
     for key in NAMES:
         if not isinstance(summary[key], str):
             raise UserError(f"{run.folder / 'summary.json'} is damaged: {key} is {summary[key]!r:.80}, not a name")
-    for key in (*NUMBERS, *(key for key in MAYBE if summary.get(key) is not None)):
+    for key in (*NUMBERS, *(key for key in OPTIONAL_NUMBERS if summary.get(key) is not None)):
         if not is_number(summary[key]):
             raise UserError(f"{run.folder / 'summary.json'} is damaged: {key} is {summary[key]!r:.80}, not a number")
     try:
@@ -149,101 +170,109 @@ def _read(run: Run, name: str, again: Callable[[Run], Decisions] | None) -> Resu
             raise ValueError("it must hold keys and values")
     except Exception as error:  # damaged files raise whatever the reader stumbles over
         raise UserError(f"{run.folder / 'config.yaml'} is damaged: {' '.join(str(error).split())[:200]}") from error
-    decided = decisions.load(run)
-    if decided is None and again is not None:
+    own_decisions = decisions.load_decisions(run)
+    if own_decisions is None and decide_again is not None:
         try:
-            decided = again(run)
+            own_decisions = decide_again(run)
         except UserError as error:  # such as a configuration of an older version
             print(f"warning: {run.folder} cannot decide again: {error}", flush=True)
-    return Result(name, run.folder, summary, config, run.metrics(), decided)
+    return Result(name, run.folder, summary, config, run.metrics(), own_decisions)
 
 
 def is_number(value: Any) -> bool:
-    """Whether it is a finite number, and one that a float can hold."""
+    """Return whether a value is a finite number that a float can hold; True and False are none."""
     return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < 1e300
 
 
-def _distinct(folders: list[Path]) -> list[str]:
-    """The shortest ends of paths that tell them apart."""
+def _distinct_names(folders: list[Path]) -> list[str]:
+    """Name each folder by the end of its path, as long as it takes to tell the folders apart."""
     parts = [folder.resolve().parts for folder in folders]
     length = [1] * len(parts)
     while True:
         names = ["/".join(p[-n:]) for p, n in zip(parts, length, strict=True)]
         count = Counter(names)
-        clash = [i for i, name in enumerate(names) if count[name] > 1 and length[i] < len(parts[i])]
-        if not clash:
+        ambiguous = [i for i, name in enumerate(names) if count[name] > 1 and length[i] < len(parts[i])]
+        if not ambiguous:
             return names
-        for i in clash:
+        for i in ambiguous:
             length[i] += 1
 
 
-def _once(results: list[Result]) -> tuple[list[Result], list[tuple[Path, str]]]:
-    """Runs less those that repeat another's setting and seed: counted twice, one seed would narrow the interval."""
-    kept: dict[tuple[Any, ...], Result] = {}
-    twice = []
+def _without_repeats(results: list[Result]) -> tuple[list[Result], list[tuple[Path, str]]]:
+    """Leave out runs that repeat another run's setting and seed, because one seed counted twice narrows the interval.
+
+    Returns: the other runs; and the folders that were left out, with the reason for each.
+    """
+    counted: dict[tuple[Any, ...], Result] = {}
+    repeats = []
     for result in results:
         images = result.decisions.images if result.decisions else None
         key = (result.summary["agent"], result.summary["seed"], *result.setting.items(), images)
-        first = kept.setdefault(key, result)
-        if first is not result:
-            twice.append((result.folder, f"has the configuration and the seed of {first.name}, so it is not counted"))
-    return list(kept.values()), twice
+        same = counted.setdefault(key, result)
+        if same is not result:
+            repeats.append((result.folder, f"has the configuration and the seed of {same.name}, so it is not counted"))
+    return list(counted.values()), repeats
 
 
 def _warnings(results: list[Result]) -> list[str]:
+    """Return what a reader of the comparison has to know about the runs."""
     warnings = []
     versions = Counter(result.version for result in results)
     if len(versions) > 1:
-        told = ", ".join(f"{version} ({count} run{'s'[: count > 1]})" for version, count in sorted(versions.items()))
-        warnings.append(f"runs are of different versions of policyskip: {told}; figures may have changed between them")
-    shared = sorted({result.name for result in results if "/" in result.name})
-    if shared:
-        told = ", ".join(shared[:4]) + (", …" if len(shared) > 4 else "")
-        warnings.append(f"runs in different folders have the same name; they are called {told}")
+        counts = ", ".join(f"{version} ({count} run{'s'[: count > 1]})" for version, count in sorted(versions.items()))
+        warnings.append(
+            f"runs are of different versions of policyskip: {counts}; figures may have changed between them"
+        )
+    long_names = sorted({result.name for result in results if "/" in result.name})
+    if long_names:
+        listed = ", ".join(long_names[:4]) + (", …" if len(long_names) > 4 else "")
+        warnings.append(f"runs in different folders have the same name; they are called {listed}")
     for result in results:
         warnings += [f"{result.name}: {text}" for text in result.summary.get("warnings") or []]
         if result.figure("static_search_finished") is False:
             warnings.append(f"{result.name}: the search for its fixed choices ran out of front.budget")
     without = [result.name for result in results if result.decisions is None]
     if without:
-        told = ", ".join(without[:3]) + (", …" if len(without) > 3 else "")
+        listed = ", ".join(without[:3]) + (", …" if len(without) > 3 else "")
         warnings.append(
-            f"{len(without)} of {len(results)} runs have no {decisions.FILE} ({told}): no paired figures for them; "
+            f"{len(without)} of {len(results)} runs have no {decisions.FILE} ({listed}): no paired figures for them; "
             "recompute=true makes them now"
         )
     return warnings
 
 
 def groups_of(results: list[Result]) -> list[Group]:
-    """Sort runs into those judged on the same test images, over the same frozen weights where they were frozen.
+    """Sort runs into groups that were judged on the same test images, over the same frozen network weights.
 
-    Runs on other images are a group of their own. Of frozen networks of one name with different weights, the one that
-    most runs use stays with the rest, and each of the others is a group of its own: what differs there are not the
-    agents. Runs that trained their network, and networks of other names, are compared as whole systems.
+    The runs on each set of test images are one group, with this exception: where frozen networks of one name have
+    different weights, the weights that most runs use stay in the group, and each of the other weights is a group of its
+    own, because there it is not the agents alone that differ. Runs that trained their network, and networks of other
+    names, stay in the group, and are compared as whole systems.
     """
     by_images: dict[tuple[str, str], list[Result]] = defaultdict(list)
     for result in results:
         by_images[(str(result.summary["data"]), _images(result))].append(result)
-    sets_of = Counter(data for data, _ in by_images)
+    image_sets = Counter(data for data, _ in by_images)
     groups = []
     for (data, images), members in sorted(by_images.items(), key=lambda item: -len(item[1])):
-        which = f"test images {images}" if sets_of[data] > 1 else "the same test images"
+        on_images = f"test images {images}" if image_sets[data] > 1 else "the same test images"
         weights = {
-            name: Counter(_frozen(r) for r in members if _name(r) == name and _frozen(r)) for name in _names(members)
+            name: Counter(_frozen_hash(r) for r in members if _network(r) == name and _frozen_hash(r))
+            for name in sorted({_network(r) for r in members})
         }
         usual = {name: count.most_common(1)[0][0] for name, count in weights.items() if count}
-        main = [r for r in members if not _frozen(r) or _frozen(r) == usual[_name(r)]]
-        groups.append(Group(data, f"{data}, {which}", main))
+        main = [r for r in members if not _frozen_hash(r) or _frozen_hash(r) == usual[_network(r)]]
+        groups.append(Group(data, f"{data}, {on_images}", main))
         for name, count in weights.items():
             for hash_ in [h for h in count if h != usual[name]]:
-                other = [r for r in members if _name(r) == name and _frozen(r) == hash_]
+                other = [r for r in members if _network(r) == name and _frozen_hash(r) == hash_]
                 reason = f"{data}, over {name} with other weights ({hash_[:8]}, not {usual[name][:8]})"
                 groups.append(Group(f"{data}, other {name}", reason, other))
     return groups
 
 
 def _images(result: Result) -> str:
-    """What identifies a run's test images; without its decisions, the configuration that made them."""
+    """Return the fingerprint of a run's test images; where it is not known, the configuration that makes them."""
     known = result.summary.get("test_images") or (result.decisions.images if result.decisions else None)
     if known:
         return str(known)
@@ -251,20 +280,19 @@ def _images(result: Result) -> str:
     return ", ".join(f"{key.removeprefix('data.')}={value}" for key, value in data.items() if key != "data._target_")
 
 
-def _frozen(result: Result) -> str:
+def _frozen_hash(result: Result) -> str:
+    """Return the content hash of a run's network; "" if the run trained the network, or the hash is not known."""
     known = result.summary.get("frozen_network")
     return str(known or (result.decisions.network if result.decisions else "") or "")
 
 
-def _name(result: Result) -> str:
+def _network(result: Result) -> str:
+    """Return the name of a run's network."""
     return str(result.summary["backbone"])
 
 
-def _names(results: list[Result]) -> list[str]:
-    return sorted({_name(result) for result in results})
-
-
 def _flat(node: dict[str, Any], prefix: str = "") -> Iterable[tuple[str, str]]:
+    """Yield the keys of nested dictionaries, joined by dots, and their values as texts, without None and False."""
     for key, value in node.items():
         if isinstance(value, dict):
             yield from _flat(value, f"{prefix}{key}.")

@@ -1,4 +1,8 @@
-"""Many runs, one verdict: the same images, the same costs, several seeds, intervals, and the static front beside it."""
+"""Compare finished runs: read them, sort them into groups, and write tables, pictures and one HTML page.
+
+Runs of a group are judged on the same test images by the same costs. Runs that differ only in their seeds are one row,
+with intervals; the best fixed choices stand beside the rows.
+"""
 
 from __future__ import annotations
 
@@ -12,33 +16,38 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 from rich.markup import escape
 
 from policyskip import __version__
-from policyskip.comparison import plots, tables
+from policyskip.comparison import formats, plots, tables
 from policyskip.comparison.collect import Collected, Group, Result, collect, groups_of
 from policyskip.comparison.page import Section, page
 from policyskip.comparison.series import styles
 from policyskip.errors import UserError
 from policyskip.evaluation.decisions import Decisions
-from policyskip.files import refusing
+from policyskip.files import reporting_write_errors
 from policyskip.runs.folder import Run
 
-MARK = "comparison.json"
-"""What a folder of a comparison has, and is known by before it is overwritten."""
+MARKER_FILE = "comparison.json"
+"""A file that every comparison has: a folder without it is not overwritten."""
+POOL_SIZE = 240
+"""How many test images the page holds, from which galleries choose; those that agents disagree on come on top."""
 
-
-POOL = 240
-"""Test images that galleries choose from; so many are in the page, and those that divide the agents."""
-
-
-Pictures = Callable[[Result, Sequence[int]], dict[int, Any]]
-"""Test images of a run by their places: uint8 (H, W, 3) each."""
+ImageLoader = Callable[[Result, Sequence[int]], dict[int, NDArray[np.uint8]]]
+"""Returns test images of a run by their indices: uint8 (H, W, 3) each."""
 
 
 @dataclass(frozen=True)
 class Comparison:
-    """A comparison as written: its folder, one section for each group, and every picture."""
+    """A comparison that has been written.
+
+    Attributes:
+        folder: of the comparison.
+        collected: the runs, and what was left out.
+        sections: one for each group of runs.
+        pictures: paths of all PNG files.
+    """
 
     folder: Path
     collected: Collected
@@ -47,7 +56,7 @@ class Comparison:
 
     @property
     def tables(self) -> dict[str, tables.Cells]:
-        """Every table by the name of its file, for all groups together."""
+        """Every table, with the rows of all groups, by the name of its file."""
         return _tables(self.sections)
 
 
@@ -55,126 +64,138 @@ def compare(
     patterns: Iterable[str],
     output: Path,
     overwrite: bool = False,
-    again: Callable[[Run], Decisions] | None = None,
-    pictures: Pictures | None = None,
+    decide_again: Callable[[Run], Decisions] | None = None,
+    load_images: ImageLoader | None = None,
     command: str = "policyskip compare",
 ) -> Comparison:
-    """Compare finished runs, and write tables, pictures and the page into a folder that appears when all is done.
+    """Compare finished runs, and write tables, pictures and the page into a folder that appears when all is written.
 
     Args:
         patterns: run folders, folders with run folders in them, and glob patterns.
-        again: decides again for runs that have no decisions in their folders; None: they are compared without.
-        pictures: gives test images to show; None: none are shown.
+        output: the folder to write.
+        overwrite: whether an older comparison there may be replaced.
+        decide_again: makes the decisions of a run that has none in its folder. None: such a run is compared without.
+        load_images: loads the test images that the page shows. None: it shows no images.
+        command: what was typed, for the page.
 
     Raises:
-        UserError: there are no runs, they are damaged, or the folder is there or cannot be written.
+        UserError: there are no runs, a run is damaged, or ``output`` exists already or cannot be written.
     """
     patterns = list(patterns)
     if not all(patterns):
         raise UserError("runs= names no folder; say runs=. for all runs below this one")
     check_output(output, overwrite)
-    with refusing(output):
+    with reporting_write_errors(output):
         output.parent.mkdir(parents=True, exist_ok=True)
-        beside = Path(tempfile.mkdtemp(prefix=f".{output.name}-", dir=output.parent))
+        temporary = Path(tempfile.mkdtemp(prefix=f".{output.name}-", dir=output.parent))
     try:
-        collected = collect(patterns, again)
-        sections = [_section(group, pictures) for group in groups_of(collected.results)]
-        with refusing(output):
-            made = _write(beside, sections, collected, command)
-            beside.chmod(0o755)
-            _put(beside, output)
+        collected = collect(patterns, decide_again)
+        sections = [_section(group, load_images) for group in groups_of(collected.results)]
+        with reporting_write_errors(output):
+            pictures = _write(temporary, sections, collected, command)
+            temporary.chmod(0o755)
+            _replace(output, temporary)
     finally:
-        shutil.rmtree(beside, ignore_errors=True)
-    return Comparison(output, collected, sections, [output / path for path in made])
+        shutil.rmtree(temporary, ignore_errors=True)
+    return Comparison(output, collected, sections, [output / path for path in pictures])
 
 
-def _put(made: Path, output: Path) -> None:
-    """Move a folder to its place; what was there is given up only when it is."""
+def _replace(output: Path, new: Path) -> None:
+    """Rename the folder ``new`` to ``output``; an older ``output`` is deleted only after that has worked."""
     output = output.resolve()  # a link stays a link
-    before = made.with_name(f"{made.name}-before")
+    old = new.with_name(f"{new.name}-before")
     try:
         if output.exists():
-            output.rename(before)
-        made.rename(output)
+            output.rename(old)
+        new.rename(output)
     except BaseException:
-        if before.exists():
-            before.rename(output)
+        if old.exists():
+            old.rename(output)
         raise
-    shutil.rmtree(before, ignore_errors=True)
+    shutil.rmtree(old, ignore_errors=True)
 
 
 def check_output(output: Path, overwrite: bool) -> None:
-    """Refuse a folder that is there, unless it may be overwritten and holds a comparison."""
+    """Refuse a folder that exists and is not empty, unless it holds a comparison that may be overwritten.
+
+    Raises:
+        UserError: the folder is refused.
+    """
     if not output.exists() or (output.is_dir() and not any(output.iterdir())):
         return
     if not overwrite:
         raise UserError(f"{output} is there already; say overwrite=true, or another output=")
-    if not (output / MARK).is_file():
+    if not (output / MARKER_FILE).is_file():
         raise UserError(f"{output} holds no comparison, so it is not overwritten; say another output=")
 
 
-def _section(group: Group, pictures: Pictures | None) -> Section:
+def _section(group: Group, load_images: ImageLoader | None) -> Section:
+    """Compute everything that the page and the files say of one group."""
     rows = tables.rows_of(group.results)
-    divisive = tables.disagreements(rows)
-    decided = [r for r in group.results if r.decisions is not None]
-    images: dict[int, Any] = {}
+    disputed = tables.disagreements(rows)
+    with_decisions = [r for r in group.results if r.decisions is not None]
+    images: dict[int, NDArray[np.uint8]] = {}
     pool: list[int] = []
-    why = "" if pictures else "Example images were not asked for."
-    if decided and pictures:
-        count = len(decided[0].decisions or ())
-        pool = sorted(np.random.default_rng(0).choice(count, min(POOL, count), replace=False).tolist())
+    reason = "" if load_images else "Example images were not asked for."
+    if with_decisions and load_images:
+        count = len(with_decisions[0].decisions or ())
+        pool = sorted(np.random.default_rng(0).choice(count, min(POOL_SIZE, count), replace=False).tolist())
         try:
-            images = pictures(decided[0], sorted({*pool, *divisive}))
+            images = load_images(with_decisions[0], sorted({*pool, *disputed}))
         except UserError as error:
-            why = f"No example images: {error}"
+            reason = f"No example images: {error}"
     return Section(
         group=group,
         rows=rows,
         cells=tables.table(rows, group.title),
         agreed=tables.agreement(rows, group.title),
         differing=tables.differences(rows, group.title),
-        look=styles(rows),
-        divisive=divisive,
+        styles=styles(rows),
+        disputed=disputed,
         pool=pool,
         images=images,
-        no_images=why,
+        no_images=reason,
     )
 
 
 def _write(folder: Path, sections: list[Section], collected: Collected, command: str) -> list[Path]:
-    """All files of a comparison; the pictures' paths in it."""
+    """Write all files of a comparison into a folder.
+
+    Returns: the paths of its pictures, relative to the folder.
+    """
     for name, cells in _tables(sections).items():
-        (folder / f"{name}.csv").write_text(tables.as_csv(cells), encoding="utf-8")
-    made = []
+        (folder / f"{name}.csv").write_text(formats.as_csv(cells), encoding="utf-8")
+    pictures = []
     for number, s in enumerate(sections):
-        place = folder / "plots" if number == 0 else folder / "plots" / f"group{number + 1}"
-        made += plots.all_plots(place, s.rows, s.cells, s.agreed, s.look, s.divisive, s.images)
+        plot_folder = folder / "plots" if number == 0 else folder / "plots" / f"group{number + 1}"
+        pictures += plots.all_plots(plot_folder, s.rows, s.cells, s.agreed, s.styles, s.disputed, s.images)
     (folder / "comparison.md").write_text(markdown(sections, collected), encoding="utf-8")
     (folder / "index.html").write_text(page(sections, collected, command, __version__), encoding="utf-8")
-    mark: dict[str, Any] = {"version": __version__, "command": command, "runs": [r.name for r in collected.results]}
-    mark |= {"left_out": [[str(f), why] for f, why in collected.left_out], "warnings": collected.warnings}
-    (folder / MARK).write_text(json.dumps(mark, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-    return [path.relative_to(folder) for path in made]
+    about: dict[str, Any] = {"version": __version__, "command": command, "runs": [r.name for r in collected.results]}
+    about |= {"left_out": [[str(path), reason] for path, reason in collected.left_out], "warnings": collected.warnings}
+    (folder / MARKER_FILE).write_text(json.dumps(about, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    return [path.relative_to(folder) for path in pictures]
 
 
 def _tables(sections: list[Section]) -> dict[str, tables.Cells]:
+    """Join the tables of all groups, by the names of their files."""
     return {
         "comparison": [cell for s in sections for cell in s.cells],
         "runs": [cell for s in sections for cell in tables.run_table(s.rows, s.group.title)],
         "differences": [cell for s in sections for cell in s.differing],
         "agreement": [cell for s in sections for cell in s.agreed],
         "disagreements": [
-            cell for s in sections for cell in tables.disagreement_table(s.rows, s.divisive, s.group.title)
+            cell for s in sections for cell in tables.disagreement_table(s.rows, s.disputed, s.group.title)
         ],
     }
 
 
 def markdown(sections: list[Section], collected: Collected) -> str:
-    """The tables for a README or an issue."""
+    """Return the main table of every group in Markdown, with what was left out, for a README or an issue."""
     parts: list[str] = []
     for section in sections:
         parts.append(f"### {section.group.title}\n\nRuns on {section.group.reason}.\n")
-        parts.append(tables.as_markdown(*tables.shown(section.cells)))
+        parts.append(formats.as_markdown(*formats.display_table(section.cells)))
     parts.append(
         "Means over seeds ± half the 95 % t interval over seeds; accuracy in percent, changes in points. The interval "
         "over images is a paired bootstrap against each run's full network on the same test images. The fixed choice "
@@ -186,22 +207,22 @@ def markdown(sections: list[Section], collected: Collected) -> str:
     return "\n".join(parts)
 
 
-def show(made: Comparison) -> None:
-    """Print every group's table, what was left out, and warnings."""
+def show(comparison: Comparison) -> None:
+    """Print the main table of every group, warnings, and the runs that were left out."""
     from rich.console import Console
     from rich.table import Table
 
     console = Console() if sys.stdout.isatty() else Console(width=200)
-    for section in made.sections:
+    for section in comparison.sections:
         table = Table(title=f"Runs on {section.group.reason}")
-        header, lines = tables.shown(section.cells)
+        header, lines = formats.display_table(section.cells)
         for n, column in enumerate(header):
             table.add_column(column, justify="right" if n else "left")
         for line in lines:
             table.add_row(*(escape(cell) for cell in line))
         console.print(table)
     console.print("Means over seeds ± half the 95 % t interval over seeds; 95 % over images: paired bootstrap.")
-    for text in made.collected.warnings:
+    for text in comparison.collected.warnings:
         print(f"warning: {text}")
-    for folder, reason in made.collected.left_out:
+    for folder, reason in comparison.collected.left_out:
         print(f"left out: {folder} {reason}")

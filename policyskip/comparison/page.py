@@ -1,4 +1,4 @@
-"""One HTML file that holds a whole comparison: tables, interactive figures, example images, and no link to anywhere."""
+"""The page of a comparison: one HTML file with tables, interactive figures and images, which loads no other file."""
 
 from __future__ import annotations
 
@@ -9,53 +9,66 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from html import escape
 from importlib.resources import files
-from typing import Any
 
+import numpy as np
+from numpy.typing import NDArray
 from PIL import Image
 
 from policyskip.comparison import figures
 from policyskip.comparison.collect import Collected, Group
 from policyskip.comparison.figures import Figure
+from policyskip.comparison.formats import display_table
 from policyskip.comparison.series import Style, front_of, gallery
-from policyskip.comparison.tables import Cells, Row, shown
+from policyskip.comparison.tables import Cells, Row
 
 SIDE = 48
-"""Pixels of an example image's longer side, at most."""
+"""The largest width and height of an example image, in pixels."""
 
 
 @dataclass(frozen=True)
 class Section:
-    """What the page says of one group. ``images`` are test images by their place, uint8 (H, W, 3); ``no_images`` says
-    why there are none."""
+    """Everything that the page and the files say of one group of runs.
+
+    Attributes:
+        group: the runs.
+        rows: the runs of each setting.
+        cells, agreed, differing: the tables of figures, of agreement and of differences.
+        styles: of the rows, by label.
+        disputed: indices of the test images on which rows disagree most.
+        pool: indices of the test images from which galleries choose.
+        images: test images by index, uint8 (H, W, 3); ``disputed`` and ``pool``, or none.
+        no_images: why there are none, or "".
+    """
 
     group: Group
     rows: list[Row]
     cells: Cells
     agreed: Cells
     differing: Cells
-    look: dict[str, Style]
-    divisive: list[int]
+    styles: dict[str, Style]
+    disputed: list[int]
     pool: list[int]
-    images: dict[int, Any]
+    images: dict[int, NDArray[np.uint8]]
     no_images: str
 
 
 def page(sections: Sequence[Section], collected: Collected, command: str, version: str) -> str:
-    """The page. Everything is in it: Plotly, figures and images; a policy in its head forbids requests."""
+    """Write the page, which holds Plotly, figures and images; a content security policy in it forbids all requests."""
     from plotly.offline import get_plotlyjs
 
     groups, body, thumbnails = [], [], {}
     for n, section in enumerate(sections):
         name = f"g{n}"
-        drawn = _figures(section, name)
-        thumbnails[name] = {place: _data_uri(image) for place, image in section.images.items()}
+        drawings = _figures(section, name)
+        thumbnails[name] = {index: _data_uri(image) for index, image in section.images.items()}
         galleries = {r.name: gallery(r, section.pool) for row in section.rows for r in row.results}
-        first = section.rows[front_of(section.cells)[-1]].results[0].name if front_of(section.cells) else None
+        front = front_of(section.cells)
+        opened_run = section.rows[front[-1]].results[0].name if front else None
         groups.append(
-            {"id": name, "figures": drawn, "galleries": galleries, "images": name, "first": first}
+            {"id": name, "figures": drawings, "galleries": galleries, "images": name, "first": opened_run}
             | ({"no_gallery": section.no_images} if section.no_images else {})
         )
-        body.append(_section(section, name, drawn, thumbnails[name]))
+        body.append(_section(section, name, drawings, thumbnails[name]))
     content = json.dumps(
         {"groups": groups, "images": thumbnails}, ensure_ascii=False, allow_nan=False, separators=(",", ":")
     )
@@ -66,30 +79,32 @@ def page(sections: Sequence[Section], collected: Collected, command: str, versio
             '<!DOCTYPE html>\n<html lang="en"><head><meta charset="utf-8">',
             f'<meta http-equiv="Content-Security-Policy" content="{policy}">',
             '<meta name="viewport" content="width=device-width, initial-scale=1"><link rel="icon" href="data:,">',
-            f"<title>policyskip: {count} runs compared</title><style>{_ours('page.css')}</style></head><body>",
+            f"<title>policyskip: {count} runs compared</title><style>{_asset('page.css')}</style></head><body>",
             f"<h1>{count} run{'s'[: count > 1]} compared</h1>",
             f'<p class="faint">policyskip {escape(version)} · <code>{escape(command)}</code></p>',
-            _told(collected),
+            _notes(collected),
             *body,
             f'<script type="application/json" id="content">{_safe(content)}</script>',
-            f"<script>{get_plotlyjs()}</script><script>{_ours('page.js')}</script></body></html>\n",
+            f"<script>{get_plotlyjs()}</script><script>{_asset('page.js')}</script></body></html>\n",
         ]
     )
 
 
 def _figures(section: Section, name: str) -> list[Figure]:
-    drawn = [
-        figures.pareto_front(section.rows, section.cells, section.look),
+    """Draw the figures of a group, each with an id on the page; those without data are left out."""
+    drawings = [
+        figures.pareto_front(section.rows, section.cells, section.styles),
         figures.differences(section.rows, section.differing),
-        figures.learning_curves(section.rows, section.look),
+        figures.learning_curves(section.rows, section.styles),
         figures.block_use(section.rows),
-        figures.exit_use(section.rows, section.look),
+        figures.exit_use(section.rows, section.styles),
         figures.agreement(section.rows, section.agreed),
     ]
-    return [figure | {"id": f"{name}-{n}"} for n, figure in enumerate(f for f in drawn if f is not None)]
+    return [figure | {"id": f"{name}-{n}"} for n, figure in enumerate(f for f in drawings if f is not None)]
 
 
-def _section(section: Section, name: str, drawn: Sequence[Figure], images: dict[int, str]) -> str:
+def _section(section: Section, name: str, drawings: Sequence[Figure], images: dict[int, str]) -> str:
+    """Write the HTML of one group; ``images`` are data URIs by index."""
     parts = [f"<h2>{escape(section.group.title)}</h2>", f'<p class="note">Runs on {escape(section.group.reason)}.</p>']
     parts.append(_table(section.cells))
     parts.append(
@@ -97,63 +112,65 @@ def _section(section: Section, name: str, drawn: Sequence[Figure], images: dict[
         "with its paired bootstrap interval over images. The fixed choice is the best one of equal cost over the run's "
         "own network. In bold: the Pareto front. Click a heading to sort.</p>"
     )
-    for n, figure in enumerate(drawn):
+    for n, figure in enumerate(drawings):
         parts.append(f'<h3>{escape(figure["title"])}</h3><p class="note">{escape(figure["note"])}</p>')
         parts.append(f'<div class="plot" id="{figure["id"]}"></div>')
         if n == 0:
             parts.append(f'<div class="gallery" id="{name}-gallery"></div>')
-    parts.append(_divisive(section, images))
+    parts.append(_disputed(section, images))
     return "\n".join(parts)
 
 
 def _table(cells: Cells) -> str:
-    header, told = shown(cells)
+    """Write the HTML of the main table, with the rows on the Pareto front marked."""
+    header, lines = display_table(cells)
     head = "".join(f"<th>{escape(column)}</th>" for column in header)
     front = {cells[n]["row"] for n in front_of(cells)}
-    lines = []
-    for cell, line in zip(cells, told, strict=True):
+    body = []
+    for cell, line in zip(cells, lines, strict=True):
         mark = ' class="front"' if cell["row"] in front else ""
-        lines.append(f"<tr{mark}>{''.join(f'<td>{escape(text)}</td>' for text in line)}</tr>")
-    return f'<div class="scroll"><table><thead><tr>{head}</tr></thead><tbody>{"".join(lines)}</tbody></table></div>'
+        body.append(f"<tr{mark}>{''.join(f'<td>{escape(text)}</td>' for text in line)}</tr>")
+    return f'<div class="scroll"><table><thead><tr>{head}</tr></thead><tbody>{"".join(body)}</tbody></table></div>'
 
 
-def _divisive(section: Section, images: dict[int, str]) -> str:
-    """The images that divide the rows most, and who is right on each."""
-    known = [row for row in section.rows if row.decided]
+def _disputed(section: Section, images: dict[int, str]) -> str:
+    """Write the HTML of the images on which rows disagree most, with the rows that are right and wrong on each."""
+    decided = [row for row in section.rows if row.decided]
     cards = []
-    for place in section.divisive:
-        if place not in images:
+    for index in section.disputed:
+        if index not in images:
             continue
-        decided = known[0].results[0].decisions
-        assert decided is not None
-        right = [row.label for row in known if row.correct_N[place] >= 0.5]
-        wrong = [row.label for row in known if row.correct_N[place] < 0.5]
+        decisions = decided[0].decisions[0]
+        right = [row.label for row in decided if row.correct_N[index] >= 0.5]
+        wrong = [row.label for row in decided if row.correct_N[index] < 0.5]
         title = f"right: {', '.join(right) or 'none'}; wrong: {', '.join(wrong) or 'none'}"
-        told = f'<span class="right">{len(right)} right</span>: {escape(_few(right))}<br>'
-        told += f'<span class="wrong">{len(wrong)} wrong</span>: {escape(_few(wrong))}'
-        label = escape(decided.classes[int(decided.label_N[place])])
-        picture = f'<img src="{images[place]}" alt="test image {place}">'
+        text = f'<span class="right">{len(right)} right</span>: {escape(_few(right))}<br>'
+        text += f'<span class="wrong">{len(wrong)} wrong</span>: {escape(_few(wrong))}'
+        label = escape(decisions.classes[int(decisions.label_N[index])])
+        picture = f'<img src="{images[index]}" alt="test image {index}">'
         cards.append(
-            f'<div class="card wide" title="{escape(title)}">{picture}<b>{label}</b> (image {place})<br>{told}</div>'
+            f'<div class="card wide" title="{escape(title)}">{picture}<b>{label}</b> (image {index})<br>{text}</div>'
         )
     if not cards:
         return ""
-    note = "Those on which about half are right; then those on which some spend much and others little."
+    note = "First the images on which about half of the rows are right; then those on which rows spend differently."
     return f'<h3>Images they disagree on</h3><p class="note">{note}</p><div class="cards">{"".join(cards)}</div>'
 
 
 def _few(labels: list[str], count: int = 3) -> str:
+    """Join the first ``count`` labels, with an ellipsis if there are more."""
     return ", ".join(labels[:count]) + (", …" if len(labels) > count else "")
 
 
-def _told(collected: Collected) -> str:
+def _notes(collected: Collected) -> str:
+    """Write the HTML of warnings, and of runs that were left out."""
     lines = [f'<li class="warning">{escape(text)}</li>' for text in collected.warnings]
     lines += [f"<li>left out: {escape(str(folder))} {escape(reason)}</li>" for folder, reason in collected.left_out]
-    return f'<ul class="told">{"".join(lines)}</ul>' if lines else ""
+    return f'<ul class="notes">{"".join(lines)}</ul>' if lines else ""
 
 
-def _data_uri(image: Any) -> str:
-    """A small PNG of an image, uint8 (H, W, 3)."""
+def _data_uri(image: NDArray[np.uint8]) -> str:
+    """Write an image, uint8 (H, W, 3), as the data URI of a small PNG."""
     picture = Image.fromarray(image)
     picture.thumbnail((SIDE, SIDE))
     buffer = io.BytesIO()
@@ -162,9 +179,10 @@ def _data_uri(image: Any) -> str:
 
 
 def _safe(text: str) -> str:
-    """JSON that a script element can hold, whatever the runs are called."""
+    """Escape JSON so that an HTML script element can hold it, whatever the names of runs are."""
     return text.replace("<", "\\u003c").replace("\u2028", "\\u2028").replace("\u2029", "\\u2029")
 
 
-def _ours(name: str) -> str:
+def _asset(name: str) -> str:
+    """Read one of this folder's own files, ``page.css`` or ``page.js``."""
     return files("policyskip.comparison").joinpath(name).read_text(encoding="utf-8")

@@ -1,11 +1,12 @@
-"""Where a comparison gets what run folders do not hold: decisions of older runs, and test images to show."""
+"""Sources of what a comparison needs and run folders do not hold: the decisions of older runs, and test images."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 
 from policyskip.build import Setup, build_data
 from policyskip.comparison.collect import Result
@@ -14,58 +15,64 @@ from policyskip.data import Images, batch_at
 from policyskip.errors import UserError
 from policyskip.evaluation.decisions import Decisions
 from policyskip.runs.folder import Run
-from policyskip.tasks import dispatch as tasks
+from policyskip.tasks import dispatch
 
 
 def decide_again(setup: Setup, run: Run) -> Decisions:
-    """What a run decides on test images, from its folder.
-
-    Raises:
-        UserError: its folder is damaged.
-    """
-    print(f"deciding again: {run.folder}", flush=True)
-    try:
-        return tasks.decide_again(setup, run)
-    except (KeyError, TypeError, AttributeError) as error:
-        raise UserError(f"{run.folder} is damaged or not that of a train run: {error!r}") from error
-
-
-class Pictures:
-    """Test images of a run, read from the data that its configuration names, if they are those that it saw.
+    """Let a run's saved policy decide for the test images once more.
 
     Args:
-        trust: build data by classes outside policyskip, which executes them.
+        setup: what the run's configuration names.
+        run: its folder.
+
+    Raises:
+        UserError: the folder is damaged.
+    """
+    print(f"deciding again: {run.folder}", flush=True)
+    return dispatch.judge(setup, run, "test").decisions
+
+
+class ExampleImages:
+    """Loads test images of a run from the data that its configuration names.
+
+    Args:
+        trust: whether data may be built by classes outside policyskip, whose code is then executed.
     """
 
     def __init__(self, trust: bool = False) -> None:
         self.trust = trust
-        self._known: dict[str, Images] = {}
+        self._loaded: dict[str, Images] = {}  # by fingerprint
 
-    def __call__(self, result: Result, places: Sequence[int]) -> dict[int, Any]:
-        """uint8 (H, W, 3) for each place.
+    def __call__(self, result: Result, indices: Sequence[int]) -> dict[int, NDArray[np.uint8]]:
+        """Return the test images of these indices: uint8 (H, W, 3) each.
+
+        Args:
+            result: a run that has decisions.
+            indices: of images in the test split.
 
         Raises:
-            UserError: the data is not there, or is not what the run saw.
+            UserError: the data cannot be read, or are not the images that the run was judged on.
         """
         assert result.decisions is not None
         test = self._test(result)
         if test.fingerprint() != result.decisions.images:
             raise UserError(f"the {result.summary['data']} images that are here now are not those that the runs saw")
-        found: dict[int, Any] = {}
-        for part in torch.tensor(list(places)).split(64):
-            shown = batch_at(test, part).images.permute(0, 2, 3, 1).cpu().numpy()
-            found.update(zip(part.tolist(), shown, strict=True))
-        return found
+        images: dict[int, NDArray[np.uint8]] = {}
+        for index_B in torch.tensor(list(indices)).split(64):
+            image_BHWC = batch_at(test, index_B).images.permute(0, 2, 3, 1).cpu().numpy()
+            images.update(zip(index_B.tolist(), image_BHWC, strict=True))
+        return images
 
     def _test(self, result: Result) -> Images:
-        key = result.decisions.images if result.decisions else ""
-        if key not in self._known:
+        """The test split of a run's data, without augmentation; runs with one fingerprint share one."""
+        fingerprint = result.decisions.images if result.decisions else ""
+        if fingerprint not in self._loaded:
             node = {**group_of(result.config, "data")}
             if "download" in node:
-                node["download"] = False  # a comparison is no reason to fetch anything
+                node["download"] = False  # nobody expects a comparison to download data
             try:
                 data, _ = build_data(node, torch.device("cpu"), self.trust)
             except (KeyError, TypeError, AttributeError, OSError) as error:
                 raise UserError(f"the data cannot be read: {error}") from error
-            self._known[key] = data.test.plain()
-        return self._known[key]
+            self._loaded[fingerprint] = data.test.plain()
+        return self._loaded[fingerprint]

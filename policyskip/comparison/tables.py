@@ -1,13 +1,10 @@
-"""The rows of a comparison: runs of one setting and several seeds, their figures, and how rows differ from each other.
+"""The tables of a comparison. A row is the runs of one setting, with one seed or several.
 
 Shapes: N images.
 """
 
 from __future__ import annotations
 
-import csv
-import html
-import io
 from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -21,20 +18,21 @@ from numpy.typing import NDArray
 from policyskip.comparison.agreement import cost_ranks, mean_over_pairs, same_answers, same_choices
 from policyskip.comparison.collect import Result
 from policyskip.evaluation.decisions import Decisions
-from policyskip.intervals import bootstrap, mean_and_half
+from policyskip.intervals import bootstrap, mean_and_half_interval
 
 Cells = list[dict[str, Any]]
-"""A table: one dictionary a row, with the same keys in all."""
+"""A table: one dictionary for each line, with the same keys in all."""
 MEASURES = {
     "same_choices": "the same choice for an image: share of blocks decided alike, or of images leaving at one exit",
     "same_answers": "the same answer for the same image",
     "same_spending": "spending on the same images: rank correlation of their cost",
 }
+"""How alike two runs decide: the names of three measures, and what the page says of each."""
 
 
 @dataclass(frozen=True)
 class Row:
-    """Runs of one setting, by seed. ``label`` tells it apart from the other rows of its group."""
+    """Runs of one setting, in the order of their seeds; no other row of the group has the same ``label``."""
 
     label: str
     results: list[Result]
@@ -45,48 +43,48 @@ class Row:
 
     @property
     def oracle(self) -> bool:
-        """Whether it sees the label."""
+        """Whether the agent sees the label of an image."""
         return bool(self.results[0].figure("sees_the_label"))
 
     def values(self, key: str) -> list[float]:
-        """A figure on test of every run; empty if any lacks it."""
+        """Return a test figure of every run; an empty list if any run does not have it."""
         values = [result.figure(key) for result in self.results]
         return [] if None in values else [float(value) for value in values]
 
     def mean(self, key: str) -> float | None:
-        """Its mean over seeds; None if any run lacks it."""
+        """Return the mean of a test figure over seeds; None if any run does not have it."""
         values = self.values(key)
         return float(np.mean(values)) if values else None
 
     @property
     def title(self) -> str:
-        """The label, and whether it sees the label of an image."""
+        """The row's label, with a remark if the agent sees the label of an image."""
         return f"{self.label} (sees the label)" if self.oracle else self.label
 
     @cached_property
     def decisions(self) -> list[Decisions]:
-        """What every run did with each image, by seed; empty unless all of them say."""
-        found = [result.decisions for result in self.results if result.decisions is not None]
-        return found if len(found) == len(self.results) else []
+        """The decisions of every run; an empty list if any run has none in its folder."""
+        known = [result.decisions for result in self.results if result.decisions is not None]
+        return known if len(known) == len(self.results) else []
 
     @property
     def decided(self) -> bool:
-        """Whether every run says what it did with each image."""
+        """Whether the decisions of all runs are known."""
         return bool(self.decisions)
 
     @cached_property
     def correct_N(self) -> NDArray[np.float64]:
-        """Share of the seeds that are right, image by image."""
+        """Share of the seeds that are right on each image, float64 (N,)."""
         return self._mean_N([d.correct_N.double().numpy() for d in self.decisions])
 
     @cached_property
     def full_correct_N(self) -> NDArray[np.float64]:
-        """The same for the full network of each run."""
-        return self._mean_N([d.full_correct_N.double().numpy() for d in self.decisions])
+        """Share of the seeds whose full network is right on each image, float64 (N,)."""
+        return self._mean_N([d.full_correct_N.double().numpy() for d in self.decisions if d.full_correct_N is not None])
 
     @cached_property
     def share_N(self) -> NDArray[np.float64]:
-        """MACs of each image as a share of the full network's, mean over seeds."""
+        """MACs of each image as a share of the full network's, float64 (N,), mean over seeds."""
         return self._mean_N([(d.macs_N / d.full_macs).numpy() for d in self.decisions])
 
     @staticmethod
@@ -95,7 +93,7 @@ class Row:
 
 
 def rows_of(results: Sequence[Result]) -> list[Row]:
-    """Runs of one setting together; each row named by its agent and by what sets it apart from others of that agent."""
+    """Sort runs into rows, each labelled by its agent and by the settings in which rows of that agent differ."""
     by_setting: dict[tuple[Any, ...], list[Result]] = defaultdict(list)
     for result in results:
         by_setting[(result.summary["agent"], result.summary["env"], *result.setting.items())].append(result)
@@ -105,26 +103,29 @@ def rows_of(results: Sequence[Result]) -> list[Row]:
     return sorted(rows, key=lambda row: (row.agent, row.mean("macs_mean") or 0, row.label))
 
 
-def _labels(firsts: list[Result]) -> list[str]:
-    """The agent, and as many keys in which settings of that agent differ as tell them apart, three at most."""
+def _labels(results: list[Result]) -> list[str]:
+    """Label each setting, of which there is one run: by its agent, and by keys in which settings of that agent differ.
+
+    A label has as few of these keys as tell the setting apart from the others, and three at most.
+    """
     by_agent: dict[str, list[Result]] = defaultdict(list)
-    for result in firsts:
+    for result in results:
         by_agent[str(result.summary["agent"])].append(result)
     labels = []
-    for result in firsts:
-        family = by_agent[str(result.summary["agent"])]
-        settings = [_label_keys(member) for member in family]
+    for result in results:
+        same_agent = by_agent[str(result.summary["agent"])]
+        settings = [_label_keys(member) for member in same_agent]
         keys = {key for setting in settings for key in setting}
-        differ = sorted(key for key in keys if len({setting.get(key) for setting in settings}) > 1)
+        differing = sorted(key for key in keys if len({setting.get(key) for setting in settings}) > 1)
         own = _label_keys(result)
         others = [setting for setting in settings if setting != own]
-        keys_told: list[str] = []
-        for key in differ[:3]:
+        label_keys: list[str] = []
+        for key in differing[:3]:
             if any(other.get(key) != own.get(key) for other in others):
-                keys_told.append(key)
+                label_keys.append(key)
                 others = [other for other in others if other.get(key) == own.get(key)]
-        told = [f"{key.rpartition('.')[2]}={own.get(key, 'none')}" for key in keys_told]
-        labels.append(" ".join([str(result.summary["agent"]), *told]))
+        words = [f"{key.rpartition('.')[2]}={own.get(key, 'none')}" for key in label_keys]
+        labels.append(" ".join([str(result.summary["agent"]), *words]))
     count: dict[str, int] = defaultdict(int)
     distinct = []
     for label in labels:
@@ -134,23 +135,26 @@ def _labels(firsts: list[Result]) -> list[str]:
 
 
 def _label_keys(result: Result) -> dict[str, str]:
-    """A setting as its label tells it: the environment by its id, classes by their last name."""
-    told = {key: value for key, value in result.setting.items() if not key.startswith("env.")}
-    told = {
+    """Return a run's setting in the form for labels: the environment as its id, a class as its name alone."""
+    keys = {
         key.removesuffix("._target_"): value.rpartition(".")[2] if "_target_" in key else value
-        for key, value in told.items()
+        for key, value in result.setting.items()
+        if not key.startswith("env.")
     }
-    return told | {".env": str(result.summary["env"]).removesuffix("-v0")}  # sorts before all others
+    return keys | {".env": str(result.summary["env"]).removesuffix("-v0")}  # ".env" sorts before all other keys
 
 
 def table(rows: list[Row], group: str) -> Cells:
-    """The figures of each row: means over seeds, half the 95 % t interval (``…_t95``), and, for the difference to the
-    full network, the paired bootstrap interval over images. Accuracies and shares are fractions."""
+    """Make the main table: the figures of each row of a group.
+
+    Figures are means over seeds, with half the 95 % t interval over seeds (``…_t95``); the change to the full network
+    also has its paired bootstrap interval over images. Accuracies and shares are fractions.
+    """
     cells = []
     for row in rows:
-        first = row.results[0].summary
-        line: dict[str, Any] = {"group": group, "row": row.label, "agent": row.agent, "env": first["env"]}
-        line |= {"backbone": first["backbone"], "data": first["data"], "runs": len(row.results)}
+        summary = row.results[0].summary
+        line: dict[str, Any] = {"group": group, "row": row.label, "agent": row.agent, "env": summary["env"]}
+        line |= {"backbone": summary["backbone"], "data": summary["data"], "runs": len(row.results)}
         line["seeds"] = " ".join(str(result.summary["seed"]) for result in row.results)
         for name, values in (
             ("accuracy", row.values("accuracy")),
@@ -160,10 +164,10 @@ def table(rows: list[Row], group: str) -> Cells:
             ("macs", row.values("macs_mean")),
             ("static_margin", row.values("static_margin")),
         ):
-            line[name], line[f"{name}_t95"] = mean_and_half(values) if values else (None, None)
+            line[name], line[f"{name}_t95"] = mean_and_half_interval(values) if values else (None, None)
         low, high = bootstrap(row.correct_N - row.full_correct_N) if row.decided else (None, None)
         line |= {"change_images_low": low, "change_images_high": high}
-        line |= _ran(row)
+        line |= _kept_or_exit(row)
         line |= {"decisions": row.mean("unique_decisions"), "latency_ms": _latency(row)}
         line["seconds"] = float(np.mean([float(result.summary["seconds"]) for result in row.results]))
         line["sees_the_label"] = row.oracle
@@ -172,16 +176,17 @@ def table(rows: list[Row], group: str) -> Cells:
 
 
 def _latency(row: Row) -> float | None:
-    """Milliseconds an image, if every run was measured, and on the same processor in the same way."""
+    """Return the mean milliseconds an image; None unless all runs were measured, on one processor and in one way."""
     keys = ("latency_device", "latency_threads", "latency_batch")
-    found = [result.summary for result in row.results if "latency_ms" in result.summary]
-    if len(found) < len(row.results) or len({tuple(summary.get(key) for key in keys) for summary in found}) > 1:
+    measured = [result.summary for result in row.results if "latency_ms" in result.summary]
+    if len(measured) < len(row.results) or len({tuple(summary.get(key) for key in keys) for summary in measured}) > 1:
         return None
-    return float(np.mean([float(summary["latency_ms"]) for summary in found]))
+    return float(np.mean([float(summary["latency_ms"]) for summary in measured]))
 
 
-def _ran(row: Row) -> dict[str, Any]:
-    """Kept blocks of how many; or the mean exit, counted from 0, of how many."""
+def _kept_or_exit(row: Row) -> dict[str, Any]:
+    """Return how many blocks are kept on average, or the mean exit, counted from 0; and how many blocks or exits there
+    are."""
     kept, shares = row.mean("kept_mean"), row.results[0].figure("exit_share")
     if kept is not None:
         return {"kept": kept, "of": row.results[0].figure("blocks"), "choice": "blocks"}
@@ -192,7 +197,7 @@ def _ran(row: Row) -> dict[str, Any]:
 
 
 def run_table(rows: list[Row], group: str) -> Cells:
-    """One line for each run, its figures as its summary has them."""
+    """Make the table of runs: a line for each, with the figures of its summary."""
     keys = ("accuracy", "full_accuracy", "macs_mean", "macs_fraction", "kept_mean", "unique_decisions", "static_margin")
     return [
         {"group": group, "row": row.label, "run": result.name, "seed": result.summary["seed"]}
@@ -204,140 +209,80 @@ def run_table(rows: list[Row], group: str) -> Cells:
 
 
 def differences(rows: list[Row], group: str) -> Cells:
-    """Every pair of rows with decisions: accuracy of the first less that of the second on the same images, with its
-    paired bootstrap interval over images, and the difference of their MACs."""
+    """Make the table of differences: a line for each pair of rows whose decisions are known.
+
+    It has the accuracy of one row less that of the other on the same images, with its paired bootstrap interval over
+    images, and the difference of their MACs.
+    """
     cells = []
-    known = [row for row in rows if row.decided]
-    for i, first in enumerate(known):
-        for second in known[i + 1 :]:
-            difference_N = first.correct_N - second.correct_N
+    decided = [row for row in rows if row.decided]
+    for i, row in enumerate(decided):
+        for other in decided[i + 1 :]:
+            difference_N = row.correct_N - other.correct_N
             low, high = bootstrap(difference_N)
-            line = {"group": group, "row": first.label, "less": second.label, "accuracy": float(difference_N.mean())}
-            macs = (first.mean("macs_mean") or 0.0) - (second.mean("macs_mean") or 0.0)
+            line = {"group": group, "row": row.label, "less": other.label, "accuracy": float(difference_N.mean())}
+            macs = (row.mean("macs_mean") or 0.0) - (other.mean("macs_mean") or 0.0)
             cells.append(line | {"images_low": low, "images_high": high, "macs": macs})
     return cells
 
 
 def agreement(rows: list[Row], group: str) -> Cells:
-    """Every pair of rows with decisions, and each row with itself over different seeds: the three ``MEASURES``, means
-    over pairs of runs. None where it cannot be said."""
-    known = [row for row in rows if row.decided]
-    ranks = {id(r): cost_ranks(r.decisions) for row in known for r in row.results if r.decisions}
+    """Make the table of agreement: a line for each pair of rows whose decisions are known, also of a row with itself.
+
+    It has the three ``MEASURES``, as means over pairs of runs (within a row, over pairs of different seeds). A measure
+    is None where it does not apply.
+    """
+    decided = [row for row in rows if row.decided]
+    ranks = {id(r): cost_ranks(r.decisions) for row in decided for r in row.results if r.decisions}
     cells = []
-    for i, first in enumerate(known):
-        for second in known[i:]:
-            pairs = [(a, b) for a, b in product(first.results, second.results) if a is not b]
+    for i, row in enumerate(decided):
+        for other in decided[i:]:
+            pairs = [(a, b) for a, b in product(row.results, other.results) if a is not b]
             measured: dict[str, list[float | None]] = {name: [] for name in MEASURES}
             for a, b in pairs:
                 assert a.decisions is not None and b.decisions is not None
-                alike = a.summary["backbone"] == b.summary["backbone"]
-                alike &= a.figure("exit_macs") == b.figure("exit_macs")  # exits of one name can be at other places
-                measured["same_choices"].append(same_choices(a.decisions, b.decisions) if alike else None)
+                same_network = a.summary["backbone"] == b.summary["backbone"]
+                same_network &= a.figure("exit_macs") == b.figure("exit_macs")  # two networks of one name can differ
+                measured["same_choices"].append(same_choices(a.decisions, b.decisions) if same_network else None)
                 measured["same_answers"].append(same_answers(a.decisions, b.decisions))
                 rank_a, rank_b = ranks[id(a)], ranks[id(b)]
-                both = rank_a is not None and rank_b is not None
-                measured["same_spending"].append(float(np.mean(rank_a * rank_b)) if both else None)  # type: ignore[operator]
-            line = {"group": group, "row": first.label, "with": second.label}
+                ranked = rank_a is not None and rank_b is not None
+                measured["same_spending"].append(float(np.mean(rank_a * rank_b)) if ranked else None)  # type: ignore[operator]
+            line = {"group": group, "row": row.label, "with": other.label}
             cells.append(line | {name: mean_over_pairs(values) for name, values in measured.items()})
     return cells
 
 
 def disagreements(rows: list[Row], count: int = 24) -> list[int]:
-    """Places of the images that divide the rows most: half of them right and half wrong; then those on which some
-    spend much and others little. Images on which all agree are none."""
-    known = [row for row in rows if row.decided and not row.oracle]
-    if len(known) < 2:
+    """Return the indices of the images on which rows disagree most, ``count`` at most.
+
+    The order is by how near the rows are to half of them right and half wrong; among equals, images on which some spend
+    much and others little come first. Images on which all rows are right, or all wrong, are left out, and so are
+    oracles.
+    """
+    agents = [row for row in rows if row.decided and not row.oracle]
+    if len(agents) < 2:
         return []
-    right_N = np.mean([row.correct_N for row in known], axis=0)
-    spread_N = np.std([row.share_N for row in known], axis=0)
-    divided_N = right_N * (1 - right_N)
-    order = sorted(range(len(right_N)), key=lambda n: (-divided_N[n], -spread_N[n]))
-    return [n for n in order[:count] if divided_N[n] > 0]
+    right_N = np.mean([row.correct_N for row in agents], axis=0)
+    spread_N = np.std([row.share_N for row in agents], axis=0)
+    variance_N = right_N * (1 - right_N)
+    order = sorted(range(len(right_N)), key=lambda n: (-variance_N[n], -spread_N[n]))
+    return [n for n in order[:count] if variance_N[n] > 0]
 
 
-def disagreement_table(rows: list[Row], places: list[int], group: str) -> Cells:
-    """These images, and what each row's first run answers and spends there."""
+def disagreement_table(rows: list[Row], indices: list[int], group: str) -> Cells:
+    """Make the table of disagreements: a line for each of these images and each row whose decisions are known.
+
+    The answer is that of the row's first seed; the MACs and the share of right answers are means over seeds.
+    """
     cells = []
-    for place in places:
+    for index in indices:
         for row in rows:
             if not row.decided:
                 continue
-            decided = row.decisions[0]
-            names, answer = decided.classes, int(decided.prediction_N[place])
-            line = {"group": group, "image": place, "label": names[int(decided.label_N[place])], "row": row.label}
-            right, share = float(row.correct_N[place]), float(row.share_N[place])
+            decisions = row.decisions[0]
+            names, answer = decisions.classes, int(decisions.prediction_N[index])
+            line = {"group": group, "image": index, "label": names[int(decisions.label_N[index])], "row": row.label}
+            right, share = float(row.correct_N[index]), float(row.share_N[index])
             cells.append(line | {"answer": names[answer], "right_share_of_seeds": right, "macs_share": share})
     return cells
-
-
-def as_csv(cells: Cells) -> str:
-    """Comma-separated values with a header; empty where there is nothing to say."""
-    text = io.StringIO()
-    writer = csv.DictWriter(text, list(cells[0]) if cells else [], lineterminator="\n")
-    writer.writeheader()
-    writer.writerows(cells)
-    return text.getvalue()
-
-
-SHOWN = (
-    *("row", "seeds", "accuracy, %", "change to its full network", "95 % over images", "MACs, share", "MACs, M"),
-    *("kept", "against fixed choice", "decisions", "latency, ms", "training, s"),
-)
-
-
-def shown(cells: Cells) -> tuple[list[str], list[list[str]]]:
-    """The table for people, its header and its lines: percent and points, ± half the 95 % interval over seeds. Of the
-    columns ``SHOWN``, those in which there is nothing are left out."""
-    lines = [
-        [
-            f"{line['row']} (sees the label)" if line["sees_the_label"] else str(line["row"]),
-            str(line["seeds"]).replace(" ", ", "),
-            _plus_minus(line, "accuracy", 100, "{:.2f}"),
-            _plus_minus(line, "change", 100, "{:+.2f}"),
-            _between(line["change_images_low"], line["change_images_high"]),
-            _plus_minus(line, "macs_share", 1, "{:.3f}"),
-            _plus_minus(line, "macs", 1e-6, "{:.2f}"),
-            _kept(line),
-            _plus_minus(line, "static_margin", 100, "{:+.2f}"),
-            _or_dash(line["decisions"], "{:.0f}"),
-            _or_dash(line["latency_ms"], "{:.2f}"),
-            _or_dash(line["seconds"], "{:.0f}"),
-        ]
-        for line in cells
-    ]
-    full = [n for n in range(len(SHOWN)) if any(line[n] != "–" for line in lines)]
-    return [SHOWN[n] for n in full], [[line[n] for n in full] for line in lines]
-
-
-def _plus_minus(line: dict[str, Any], key: str, scale: float, form: str) -> str:
-    mean, half = line[key], line[f"{key}_t95"]
-    if mean is None:
-        return "–"
-    text = form.format(scale * mean)
-    return text if half is None else f"{text} ± {form.replace('+', '').format(scale * half)}"
-
-
-def _between(low: float | None, high: float | None) -> str:
-    return "–" if low is None or high is None else f"{100 * low:+.2f} to {100 * high:+.2f}"
-
-
-def _kept(line: dict[str, Any]) -> str:
-    if line["kept"] is None:
-        return "–"
-    if line["choice"] == "blocks":
-        return f"{line['kept']:.1f} of {line['of']} blocks"
-    return f"exit {line['kept']:.1f} of 0–{line['of'] - 1}"
-
-
-def _or_dash(value: float | None, form: str) -> str:
-    return "–" if value is None else form.format(value)
-
-
-def as_markdown(header: Sequence[str], lines: list[list[str]]) -> str:
-    """A Markdown table."""
-    rows = [
-        list(header),
-        ["---"] * len(header),
-        *[[html.escape(cell, False).replace("|", "\\|") for cell in line] for line in lines],
-    ]
-    return "".join("| " + " | ".join(row) + " |\n" for row in rows)

@@ -5,23 +5,16 @@ Shapes: B images, K blocks, N exits, C classes, H W pixels.
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from policyskip.backbones import (
-    Backbone,
-    Costs,
-    ExitCosts,
-    ExitNetwork,
-    count_costs,
-    count_exit_costs,
-    run_until,
-)
+from policyskip.backbones import Backbone, Costs, ExitCosts, ExitNetwork, count_costs, count_exit_costs, run_until
 from policyskip.backbones.folding import folded
 from policyskip.backbones.gated import GatedNetwork
 from policyskip.errors import UserError
@@ -31,14 +24,17 @@ from policyskip.policies.base import Policy
 from policyskip.policies.perceptrons import ExitPolicy
 from policyskip.policies.thresholds import ThresholdPolicy
 
-VERSION = 1
-PRECISIONS = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-
 
 @dataclass(frozen=True)
 class Prediction:
-    """For B images: ``label_B`` int64, ``logits_BC`` float, ``keep_BK`` bool (the blocks that each keeps), ``macs_B``
-    float64 (what they cost, and the policy)."""
+    """The answers for B images, and the blocks that were kept for them.
+
+    Attributes:
+        label_B: int64 (B,), the class that was answered.
+        logits_BC: float32 (B, C).
+        keep_BK: bool (B, K), the blocks that each image keeps.
+        macs_B: float64 (B,), what they cost, the policy or the gates included.
+    """
 
     label_B: Tensor
     logits_BC: Tensor
@@ -46,63 +42,16 @@ class Prediction:
     macs_B: Tensor
 
 
-class Predictor:
-    """A policy in front of its network.
-
-    Attributes:
-        policy, backbone: what is executed, copies with batch normalisation folded into the convolutions.
-        plan: by batch size, for each block the share of a batch above which it is computed for all (``profiling.py``);
-            empty: only images that keep a block are computed in it.
-        classes: their names.
-        image_shape: (3, H, W) that it was trained on.
-    """
-
-    def __init__(
-        self,
-        policy: Policy,
-        backbone: Backbone,
-        classes: list[str],
-        image_shape: tuple[int, int, int],
-        policy_macs: float,
-    ) -> None:
-        self.policy = folded(policy)
-        self.backbone = folded(backbone).freeze()
-        self.classes = classes
-        self.image_shape = image_shape
-        self.policy_macs = policy_macs
-        self.costs: Costs = count_costs(self.backbone, image_shape)
-        self.plan: dict[int, list[float]] = {}
-        self.splitter = BatchSplitter()
-
-    @torch.no_grad()
-    def predict(self, images: Tensor | np.ndarray, batch_size: int = 256) -> Prediction:
-        """Decide and classify; only the kept blocks are executed, and what ``plan`` says beyond them.
-
-        Args:
-            images: uint8 (B, 3, H, W), any B, 0 too.
-            batch_size: images that are worked on at a time.
-
-        Raises:
-            UserError: another shape or dtype.
-        """
-        images = checked(images, self.image_shape)
-        images = images.to(self.backbone.mean.device)
-        runs = self.splitter(lambda of: self._run(images[of]), len(images), batch_size)
-        logits_BC, keep_BK = (torch.cat(column) for column in zip(*runs, strict=True))
-        return Prediction(logits_BC.argmax(1), logits_BC.float(), keep_BK, self.costs.of(keep_BK) + self.policy_macs)
-
-    def _run(self, images: Tensor) -> tuple[Tensor, Tensor]:
-        return self.policy.run(self.backbone, images, self.plan_for(len(images)))
-
-    def plan_for(self, batch: int) -> list[float] | None:
-        """The plan of the nearest batch size that was measured; None without a plan."""
-        return self.plan[min(self.plan, key=lambda size: abs(size - batch))] if self.plan else None
-
-
 @dataclass(frozen=True)
 class ExitPrediction:
-    """For B images: ``label_B`` int64, ``logits_BC`` float, ``exit_B`` int64 (where each left, from 0), ``macs_B``
-    float64 (every head, and every decision, on the way included)."""
+    """The answers for B images, and the exits at which they left.
+
+    Attributes:
+        label_B: int64 (B,), the class that was answered.
+        logits_BC: float32 (B, C), of the exit where the image left.
+        exit_B: int64 (B,), that exit, counted from 0.
+        macs_B: float64 (B,), what leaving there cost, every head and every decision on the way included.
+    """
 
     label_B: Tensor
     logits_BC: Tensor
@@ -110,20 +59,156 @@ class ExitPrediction:
     macs_B: Tensor
 
 
-class ExitPredictor:
+class BasePredictor(ABC):
+    """Checks images, answers them batch by batch, and says what that cost.
+
+    Args:
+        network: left as it is; the predictor executes a copy with batch normalisation folded into the convolutions.
+        classes: their names.
+        image_shape: (3, H, W) that the network was trained on.
+
+    Attributes:
+        network: the copy that is executed.
+        network_is_external: whether the run folder names its network rather than holding it.
+    """
+
+    network: Any  # a Backbone, a GatedNetwork or an ExitNetwork
+    network_is_external: ClassVar[bool] = False
+
+    def __init__(self, network: Any, classes: Sequence[str], image_shape: tuple[int, int, int]) -> None:
+        self.network = folded(network).freeze()
+        self.classes, self.image_shape = list(classes), image_shape
+        self.splitter = BatchSplitter()
+
+    @property
+    def network_to_measure(self) -> Backbone | ExitNetwork:
+        """The network whose blocks or exits ``policyskip profile`` measures."""
+        return self.network
+
+    @abstractmethod
+    def ran(self, prediction: Any) -> Tensor:
+        """Which blocks (or segments) ran for a prediction's images, bool (B, K)."""
+
+    @abstractmethod
+    def _answer(self, images: Tensor) -> tuple[Tensor, Tensor]:
+        """Logits (B, C) and decisions (B, …) for images uint8 (B, 3, H, W) on the network's device."""
+
+    def _answers(self, images: Tensor | np.ndarray, batch_size: int) -> tuple[Tensor, Tensor]:
+        """The same for any number of images, a batch at a time."""
+        on_device = checked(images, self.image_shape).to(self.network.mean.device)
+        answers = self.splitter(lambda rows: self._answer(on_device[rows]), len(on_device), batch_size)
+        logits_BC, decision_B = (torch.cat(column) for column in zip(*answers, strict=True))
+        return logits_BC, decision_B
+
+
+class Predictor(BasePredictor):
+    """A policy in front of its network: it decides at once which blocks run.
+
+    Args:
+        policy: left as it is; a copy is executed, as of the network.
+        policy_macs: what the policy costs for one image.
+
+    Attributes:
+        policy, backbone: the copies that are executed.
+        plan: by batch size, for each block the share of a batch above which the block is computed for all images (see
+            ``deployment/profiling.py``). Empty: a block is computed only for the images that keep it.
+    """
+
+    network_is_external = True
+
+    def __init__(
+        self,
+        policy: Policy,
+        backbone: Backbone,
+        classes: Sequence[str],
+        image_shape: tuple[int, int, int],
+        policy_macs: float,
+    ) -> None:
+        super().__init__(backbone, classes, image_shape)
+        self.policy = folded(policy)
+        self.policy_macs = policy_macs
+        self.costs: Costs = count_costs(self.backbone, image_shape)
+        self.plan: dict[int, list[float]] = {}
+
+    @property
+    def backbone(self) -> Backbone:
+        """The network, by the name that it has where blocks are skipped."""
+        return self.network
+
+    @torch.no_grad()
+    def predict(self, images: Tensor | np.ndarray, batch_size: int = 256) -> Prediction:
+        """Decide and classify; only the kept blocks are executed, and those that ``plan`` adds.
+
+        Args:
+            images: uint8 (B, 3, H, W), any B, 0 too.
+            batch_size: images that are computed at a time.
+
+        Raises:
+            UserError: the images are of another shape or dtype.
+        """
+        logits_BC, keep_BK = self._answers(images, batch_size)
+        return Prediction(logits_BC.argmax(1), logits_BC.float(), keep_BK, self.costs.of(keep_BK) + self.policy_macs)
+
+    def ran(self, prediction: Any) -> Tensor:
+        return prediction.keep_BK
+
+    def _answer(self, images: Tensor) -> tuple[Tensor, Tensor]:
+        return self.policy.run(self.backbone, images, self.plan_for(len(images)))
+
+    def plan_for(self, batch: int) -> list[float] | None:
+        """The plan of the nearest batch size that was measured; None without a plan."""
+        return self.plan[min(self.plan, key=lambda size: abs(size - batch))] if self.plan else None
+
+
+class GatedPredictor(BasePredictor):
+    """A network whose gates decide on the way which of its blocks run."""
+
+    network: GatedNetwork
+
+    def __init__(self, network: GatedNetwork, classes: Sequence[str], image_shape: tuple[int, int, int]) -> None:
+        super().__init__(network, classes, image_shape)
+        self.costs: Costs = count_costs(self.network.backbone, image_shape)
+
+    @property
+    def network_to_measure(self) -> Backbone:
+        """The network without its gates."""
+        return self.network.backbone
+
+    @torch.no_grad()
+    def predict(self, images: Tensor | np.ndarray, batch_size: int = 256) -> Prediction:
+        """Decide and classify; only the blocks that a gate lets run are computed, and ``macs_B`` includes the gates.
+
+        Args:
+            images: uint8 (B, 3, H, W), any B, 0 too.
+            batch_size: images that are computed at a time.
+
+        Raises:
+            UserError: the images are of another shape or dtype.
+        """
+        logits_BC, keep_BK = self._answers(images, batch_size)
+        macs_B = self.costs.of(keep_BK) + self.network.gate_macs
+        return Prediction(logits_BC.argmax(1), logits_BC.float(), keep_BK, macs_B)
+
+    def ran(self, prediction: Any) -> Tensor:
+        return prediction.keep_BK
+
+    def _answer(self, images: Tensor) -> tuple[Tensor, Tensor]:
+        gated = self.network.greedy(images)
+        return gated.logits_BC, gated.keep_BK
+
+
+class ExitPredictor(BasePredictor):
     """A network that really stops: images that left are computed no further.
 
     Args:
         policy: says at every exit which images leave.
-        network: left as it is; what is executed is a copy with batch normalisation folded into the convolutions.
-        classes: their names.
-        image_shape: (3, H, W) that it was trained on.
         decision_macs: what deciding costs at one exit.
 
     Attributes:
-        network: the copy.
         network_hash: content hash of the network that was given.
     """
+
+    network: ExitNetwork
 
     def __init__(
         self,
@@ -133,12 +218,10 @@ class ExitPredictor:
         image_shape: tuple[int, int, int],
         decision_macs: float = 0.0,
     ) -> None:
+        super().__init__(network, classes, image_shape)
         self.policy: Any = policy.eval()
         self.network_hash, self.decision_macs = network.content_hash(), decision_macs
-        self.network = folded(network).freeze()
-        self.classes, self.image_shape = list(classes), image_shape
         self.costs: ExitCosts = count_exit_costs(self.network, image_shape)
-        self.splitter = BatchSplitter()
         N = self.network.num_exits
         decisions_N = decisions_at(torch.arange(N), N)
         self.macs_N = (self.costs.cumulative_N + decision_macs * decisions_N).to(self.network.mean.device)
@@ -149,18 +232,20 @@ class ExitPredictor:
 
         Args:
             images: uint8 (B, 3, H, W), any B, 0 too.
-            batch_size: images that are worked on at a time.
+            batch_size: images that are computed at a time.
 
         Raises:
-            UserError: another shape or dtype.
+            UserError: the images are of another shape or dtype.
         """
-        images = checked(images, self.image_shape)
-        images = images.to(self.network.mean.device)
-        parts = self.splitter(
-            lambda of: run_until(self.network, images[of], self.policy.leave), len(images), batch_size
-        )
-        logits_BC, exit_B = (torch.cat(column) for column in zip(*parts, strict=True))
+        logits_BC, exit_B = self._answers(images, batch_size)
         return ExitPrediction(logits_BC.argmax(1), logits_BC.float(), exit_B, self.macs_N[exit_B])
+
+    def ran(self, prediction: Any) -> Tensor:
+        segments_N = torch.arange(self.network.num_exits, device=prediction.exit_B.device)
+        return segments_N <= prediction.exit_B.unsqueeze(1)
+
+    def _answer(self, images: Tensor) -> tuple[Tensor, Tensor]:
+        return run_until(self.network, images, self.policy.leave)
 
 
 class ThresholdPredictor(ExitPredictor):
@@ -168,73 +253,31 @@ class ThresholdPredictor(ExitPredictor):
 
     policy: ThresholdPolicy
 
-    def __init__(self, policy: ThresholdPolicy, search: str, *network_and_data: Any) -> None:
-        super().__init__(policy, *network_and_data)
+    def __init__(
+        self,
+        policy: ThresholdPolicy,
+        search: str,
+        network: ExitNetwork,
+        classes: Sequence[str],
+        image_shape: tuple[int, int, int],
+    ) -> None:
+        super().__init__(policy, network, classes, image_shape)
         self.search = search
-
-    def describe(self) -> dict[str, Any]:
-        """The content of ``policy.json``; the network travels along as ``network.safetensors``."""
-        return {
-            "version": VERSION,
-            "exits": {
-                "rule": self.policy.rule.name,
-                "search": self.search,
-                "thresholds": as_text(self.policy.threshold_E.tolist()),
-            },
-            "network": {"hash": self.network_hash},
-            "classes": self.classes,
-            "image_shape": list(self.image_shape),
-        }
 
 
 def checked(images: Tensor | np.ndarray, image_shape: tuple[int, int, int]) -> Tensor:
-    """The images as a tensor, uint8 (B, 3, H, W); UserError if they are not of that dtype and ``image_shape``."""
+    """Return the images as a tensor, uint8 (B, 3, H, W).
+
+    Raises:
+        UserError: they are not of that dtype and ``image_shape``.
+    """
     try:
         if isinstance(images, np.ndarray):
             images = np.ascontiguousarray(images)  # such as mirrored ones, which torch does not take
-        images = torch.as_tensor(images)
+        tensor = torch.as_tensor(images)
     except (TypeError, ValueError, RuntimeError) as error:
         raise UserError(f"images cannot be read as numbers: {' '.join(str(error).split())[:200]}") from error
-    if images.dim() != 4 or tuple(images.shape[1:]) != image_shape or images.dtype != torch.uint8:
-        found = f"{str(images.dtype).removeprefix('torch.')} {tuple(images.shape)}"
+    if tensor.dim() != 4 or tuple(tensor.shape[1:]) != image_shape or tensor.dtype != torch.uint8:
+        found = f"{str(tensor.dtype).removeprefix('torch.')} {tuple(tensor.shape)}"
         raise UserError(f"images must be uint8 of shape (B, {', '.join(map(str, image_shape))}), got {found}")
-    return images
-
-
-class GatedPredictor:
-    """A network whose gates decide on the way which of its blocks run.
-
-    Attributes:
-        network: backbone and gates, a copy with batch normalisation folded into the convolutions.
-        classes: their names.
-        image_shape: (3, H, W) that it was trained on.
-    """
-
-    def __init__(self, network: GatedNetwork, classes: list[str], image_shape: tuple[int, int, int]) -> None:
-        self.network = folded(network).freeze()
-        self.classes, self.image_shape = classes, image_shape
-        self.costs = count_costs(self.network.backbone, image_shape)
-        self.splitter = BatchSplitter()
-
-    @torch.no_grad()
-    def predict(self, images: Tensor | np.ndarray, batch_size: int = 256) -> Prediction:
-        """Decide and classify; only the blocks that a gate lets run are computed, and ``macs_B`` includes the gates.
-
-        Args:
-            images: uint8 (B, 3, H, W), any B, 0 too.
-            batch_size: images that are worked on at a time.
-
-        Raises:
-            UserError: another shape or dtype.
-        """
-        images = checked(images, self.image_shape)
-        images = images.to(self.network.mean.device)
-        runs = self.splitter(lambda of: self.network.greedy(images[of]), len(images), batch_size)
-        logits_BC, keep_BK = (torch.cat(column) for column in zip(*((r.logits_BC, r.keep_BK) for r in runs)))
-        macs_B = self.costs.of(keep_BK) + self.network.gate_macs
-        return Prediction(logits_BC.argmax(1), logits_BC.float(), keep_BK, macs_B)
-
-
-def as_text(thresholds: Sequence[float]) -> list[str]:
-    """Thresholds for a JSON file, which has no infinity; ``float`` reads them back to the bit."""
-    return [repr(threshold) for threshold in thresholds]
+    return tensor

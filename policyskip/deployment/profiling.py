@@ -1,7 +1,7 @@
-"""Where the time of a network goes on this device, and from which share of kept images on gathering them pays.
+"""Profiles: how long each block of a network takes on this device, and when gathering images costs more than it saves.
 
-The result is a table in milliseconds an image, for each batch size: what the rewards of ``reward=latency`` and the plan
-of a deployed run are made of.
+A profile is a table in milliseconds an image, for each batch size. The rewards of ``reward=latency`` and the plan of a
+deployed run are made from it.
 
 Shapes: B images, K blocks (of a network with exits: its N segments, each with its head).
 """
@@ -13,6 +13,7 @@ import statistics
 import time
 from collections.abc import Callable, Sequence
 from contextlib import suppress
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,26 +21,28 @@ import torch
 from torch import Tensor
 
 from policyskip.backbones import Backbone, ExitNetwork, count_costs, count_exit_costs
-from policyskip.backbones.base import Block, Network
+from policyskip.backbones.base import Block
 from policyskip.backbones.execution import run_block, run_most
+from policyskip.backbones.exits import State
 from policyskip.backbones.folding import folded
 
 SHARES = (0.1, 0.5, 0.75, 0.9)
-"""Shares of the batch that keep a block, at which gathering them is timed."""
+"""Shares of a batch for which gathering the images that keep a block is timed."""
 
 
 @torch.no_grad()
 def profile(
     network: Backbone | ExitNetwork, image_shape: tuple[int, int, int], batch_sizes: Sequence[int], repeats: int
 ) -> dict[str, Any]:
-    """Time and MACs of each block.
+    """Measure the time and count the MACs of each block of a network.
 
     Args:
+        network: its folded copy is measured, on the device that the network is on.
         image_shape: (3, H, W).
-        batch_sizes: images at a time.
+        batch_sizes: numbers of images that are computed at a time.
         repeats: of each measurement; medians are kept.
 
-    Returns: plain keys, ready for JSON. ``batches`` holds for each batch size ``whole_ms`` (the network with all its
+    Returns: a dictionary for JSON. ``batches`` holds for each batch size ``whole_ms`` (the network with all its
     blocks), ``always_ms`` (stem and head), ``kept_ms`` and ``dropped_ms`` (K numbers: a block that runs, and its
     shortcut), all in milliseconds **an image**, and for backbones ``break_even`` (K numbers, see :func:`break_even`).
     """
@@ -62,7 +65,7 @@ def profile(
 
 
 def device_name(device: torch.device) -> str:
-    """The processor's model."""
+    """Return the model of the processor or GPU."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
     with suppress(OSError):
@@ -73,7 +76,7 @@ def device_name(device: torch.device) -> str:
 
 
 def side_by_side(calls: dict[str, Callable[[], object]], repeats: int, device: torch.device) -> dict[str, list[float]]:
-    """Seconds of each call, ``repeats`` times; the calls take turns, so that what disturbs one disturbs all."""
+    """Measure the seconds of each call, ``repeats`` times; the calls take turns, so that a disturbance affects all."""
     seconds: dict[str, list[float]] = {name: [] for name in calls}
     for repeat in range(repeats + 1):
         for name, call in calls.items():
@@ -81,25 +84,26 @@ def side_by_side(calls: dict[str, Callable[[], object]], repeats: int, device: t
             call()
             if device.type == "cuda":
                 torch.cuda.synchronize(device)
-            if repeat:  # the first warms up
+            if repeat:  # round 0 warms up
                 seconds[name].append(time.perf_counter() - started)
     return seconds
 
 
 def milliseconds(calls: dict[str, Callable[[], object]], repeats: int, device: torch.device) -> dict[str, float]:
-    """Medians of what each call takes, measured :func:`side_by_side`."""
+    """Return the median milliseconds of each call, measured :func:`side_by_side`."""
     return {name: 1000 * statistics.median(values) for name, values in side_by_side(calls, repeats, device).items()}
 
 
 def break_even(whole_ms: float, share_ms: Sequence[tuple[float, float]]) -> float:
-    """The share of a batch from which running a block for all is faster than gathering those that keep it.
+    """Return the share of a batch above which a block is faster for all images than for a gathered part of them.
 
     Args:
-        whole_ms: of the block for the whole batch.
-        share_ms: shares, and what gathering took at each.
+        whole_ms: milliseconds of the block for the whole batch.
+        share_ms: pairs of a share of the batch that keeps the block, and the milliseconds with these images gathered.
 
-    Returns: where the line through them (least squares) meets ``whole_ms``, in [0, 1]; 1: gathering always wins. Where
-    the share makes no difference, 1, or the lowest share where that is slower than for all.
+    Returns: the share, in [0, 1], where the least-squares line through the pairs meets ``whole_ms``; 1 where gathering
+    is always faster. If the line does not rise with the share: 1 where gathering is as fast as ``whole_ms`` on average,
+    otherwise the lowest share of the pairs.
     """
     shares, times = [s for s, _ in share_ms], [ms for _, ms in share_ms]
     slope, level = statistics.linear_regression(shares, times)
@@ -109,6 +113,7 @@ def break_even(whole_ms: float, share_ms: Sequence[tuple[float, float]]) -> floa
 
 
 def _measure_blocks(network: Backbone, images: Tensor, repeats: int) -> dict[str, Any]:
+    """Measure the blocks of a folded backbone on images uint8 (B, 3, H, W); see :func:`profile` for the keys."""
     B, device = len(images), network.mean.device
     x = network.features(images)
     kept, dropped, even = [], [], []
@@ -131,31 +136,39 @@ def _measure_blocks(network: Backbone, images: Tensor, repeats: int) -> dict[str
 
 
 def _ways(block: Block, x: Tensor) -> dict[str, Callable[[], object]]:
-    """One block over a batch, in every way it can be run. A copy of x is written over, which takes no other time."""
+    """Return a call for every way to run one block over features x, float (B, …).
+
+    "kept" and "dropped" run it for all images and for none, "most" for all but a tenth, and a number for that many
+    images, which are gathered. The calls overwrite a copy of x, which takes as long as overwriting x itself.
+    """
     B = len(x)
-    some = {str(count): torch.randperm(B, device=x.device)[:count].sort().values for count in _counts(B)}
-    rest = torch.arange(B - max(1, B // 10), B, device=x.device)
-    mine = x.clone()
+    gathered_rows = {str(count): torch.randperm(B, device=x.device)[:count].sort().values for count in _counts(B)}
+    dropped_rows = torch.arange(B - max(1, B // 10), B, device=x.device)
+    copy = x.clone()
+    gathering: dict[str, Callable[[], object]] = {
+        name: partial(run_block, block, copy, rows) for name, rows in gathered_rows.items()
+    }
     return {
-        "kept": lambda: block(mine, inplace=True),
+        "kept": lambda: block(copy, inplace=True),
         "dropped": lambda: block.shortcut(x),
-        "most": lambda: run_most(block, mine, rest),
-        **{name: lambda rows=rows: run_block(block, mine, rows) for name, rows in some.items()},  # type: ignore[misc]
+        "most": lambda: run_most(block, copy, dropped_rows),
+        **gathering,
     }
 
 
 def _counts(B: int) -> list[int]:
-    """How many images keep a block where gathering is timed: some, and not all."""
+    """Return the numbers of images, neither none nor all of B, for which gathering is timed."""
     return sorted({round(share * B) for share in SHARES} - {0, B})
 
 
 def _measure_exits(network: ExitNetwork, images: Tensor, repeats: int) -> dict[str, Any]:
+    """Measure the segments of a folded network with exits, each with its head; see :func:`profile` for the keys."""
     B, device = len(images), network.mean.device
     calls: dict[str, Callable[[], object]] = {"begin": lambda: network.begin(images), "whole": lambda: network(images)}
     state = network.begin(images)
     for n in range(network.num_exits):
         after = network.segment(n, state)
-        calls[str(n)] = lambda n=n, before=state, after=after: (network.segment(n, before), network.head(n, after))  # type: ignore[misc]
+        calls[str(n)] = partial(_segment_and_head, network, n, state, after)
         state = after
     times = milliseconds(calls, repeats, device)
     kept = [times[str(n)] / B for n in range(network.num_exits)]
@@ -163,10 +176,16 @@ def _measure_exits(network: ExitNetwork, images: Tensor, repeats: int) -> dict[s
     return {"whole_ms": whole, "always_ms": always, "kept_ms": kept, "dropped_ms": [0.0] * len(kept)}
 
 
-def _macs(network: Network, image_shape: tuple[int, int, int]) -> dict[str, Any]:
+def _segment_and_head(network: ExitNetwork, n: int, before: State, after: State) -> None:
+    """Compute segment n from the state before it, and the head of exit n from the state after it."""
+    network.segment(n, before)
+    network.head(n, after)
+
+
+def _macs(network: Backbone | ExitNetwork, image_shape: tuple[int, int, int]) -> dict[str, Any]:
+    """Count the MACs of each block or segment, and of stem and head."""
     if isinstance(network, Backbone):
         costs = count_costs(network, image_shape)
         return {"always": costs.always, "blocks": costs.block_K.tolist()}
-    assert isinstance(network, ExitNetwork)
     exits = count_exit_costs(network, image_shape)
     return {"always": 0.0, "blocks": (exits.trunk_N + exits.head_N).tolist()}

@@ -1,167 +1,165 @@
-"""The record of what was decided for each image of a set, its file in a run folder, and warnings of collapsed policies.
+"""The record of what was decided for each image of a set: its file in a run folder, warnings, and example images.
 
-Comparisons over the same images are made from this file.
-
-Shapes: N images, K blocks (or exits), F fixed choices.
+Shapes: N images, K blocks (or exits), C classes, F fixed choices, B images shown.
 """
 
 from __future__ import annotations
 
 import json
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from safetensors import safe_open
 from safetensors.torch import save
 from torch import Tensor
 
 from policyskip.data import Images
 from policyskip.errors import UserError
-from policyskip.exits.cache import CachedExits
-from policyskip.exits.rules import decisions_at
 from policyskip.files import write
 from policyskip.runs.folder import Run
 from policyskip.runs.tracking import Examples
 
-
-def block_warnings(keep_NK: Tensor) -> list[str]:
-    """What a run is warned of whose learned policy decides keep, bool (N, K), for N images; nothing for one image."""
-    N, K = keep_NK.shape
-    if N < 2:
-        return []
-    if keep_NK.all():
-        return [f"the policy has collapsed: all {K} blocks run for every image, which is the full network"]
-    if not keep_NK.any():
-        return [f"the policy has collapsed: none of the {K} blocks runs for any image"]
-    if (keep_NK == keep_NK[0]).all():
-        blocks = "".join("01"[kept] for kept in keep_NK[0].tolist())
-        return [f"the policy has collapsed: it decides the same for every image, {blocks}, as a fixed choice would"]
-    return []
-
-
-def exit_warnings(exit_N: Tensor, num_exits: int) -> list[str]:
-    """The same for policies that send N images to exits, int64 (N,), of which there are ``num_exits``."""
-    if len(exit_N) < 2 or num_exits < 2 or not (exit_N == exit_N[0]).all():
-        return []
-    place = "the last exit" if int(exit_N[0]) == num_exits - 1 else f"exit {int(exit_N[0])}"
-    return [f"the policy has collapsed: every image leaves at {place}"]
-
-
 FILE = "decisions.safetensors"
-
-
+TABLES = ("label_N", "prediction_N", "full_correct_N", "ran_NK", "macs_N", "static_F2")
+"""The tensors in the file of a record."""
+METADATA = ("full_macs", "kind", "images", "network", "classes")
+"""The other attributes in the file of a record, as JSON."""
 BLOCKS, EXITS = "blocks", "exits"
 
 
 @dataclass(frozen=True)
 class Decisions:
-    """One row for each test image, in the order of the set, on the CPU.
+    """What was decided for each image of a set, and what came of it: a row an image, in the set's order, on the CPU.
 
     Attributes:
-        label_N, prediction_N: int64 (N,).
-        full_correct_N: bool (N,), whether the whole network (the last exit) is right.
+        kind: what the policy decides on, "blocks" or "exits".
+        label_N, prediction_N: int64 (N,), the classes.
         ran_NK: bool (N, K), which blocks were kept; of a network with exits, which segments ran.
-        macs_N: float64 (N,), what each image cost, the policy's own cost included.
+        macs_N: float64 (N,), MACs spent on each image, the policy's own cost included.
         full_macs: MACs of the whole network for one image.
-        static_F2: float64 (F, 2), MACs and test accuracy of fixed choices: the static front, or each exit for all.
-        kind: what is decided on, "blocks" or "exits".
+        full_correct_N: bool (N,), whether the whole network (the last exit) is right; None if it did not run.
+        reward_N: float32 (N,), or None where no reward was computed.
+        difficulty_N: float32 (N,), the data set's own measure of difficulty; None if it has none.
+        policy_macs: mean MACs of the policy for an image; ``macs_N`` contains them.
+        sees_the_label: whether the policy is an oracle, which decides by the label.
+        static_F2: float64 (F, 2), MACs and test accuracy of fixed choices: the static front, or every exit for all.
         images: fingerprint of the set.
-        network: content hash of the network, if the run left it as it was; "" if the run trained it.
-        classes: their names.
+        network: content hash of a frozen network; "" if the run trained it.
+        classes: names of the C classes.
     """
 
+    kind: str
     label_N: Tensor
     prediction_N: Tensor
-    full_correct_N: Tensor
     ran_NK: Tensor
     macs_N: Tensor
     full_macs: float
-    static_F2: Tensor
-    kind: str
-    images: str
-    network: str
-    classes: tuple[str, ...]
+    full_correct_N: Tensor | None = None
+    reward_N: Tensor | None = None
+    difficulty_N: Tensor | None = None
+    policy_macs: float = 0.0
+    sees_the_label: bool = False
+    static_F2: Tensor = field(default_factory=lambda: torch.empty(0, 2, dtype=torch.float64))
+    images: str = ""
+    network: str = ""
+    classes: tuple[str, ...] = ()
 
     def __len__(self) -> int:
         return len(self.label_N)
 
     @property
     def correct_N(self) -> Tensor:
+        """Whether each prediction is the label, bool (N,)."""
         return self.prediction_N == self.label_N
 
     @property
+    def accuracy(self) -> float:
+        """The fraction of the predictions that are right."""
+        return self.correct_N.double().mean().item()
+
+    @property
+    def macs_fraction(self) -> float:
+        """Mean MACs as a fraction of the whole network's."""
+        return self.macs_N.mean().item() / self.full_macs
+
+    @property
     def exit_N(self) -> Tensor:
-        """Where each image left, int64 (N,), counted from 0."""
+        """The exit at which each image left, int64 (N,), counted from 0."""
         return self.ran_NK.sum(1) - 1
 
+    @property
+    def kept_by_difficulty(self) -> list[float | None] | None:
+        """Mean number of kept blocks in each quarter of the images, easiest first.
 
-def of_blocks(
-    result: Evaluation, static: list[tuple[float, float]], images: str, network: str, classes: tuple[str, ...]
-) -> Decisions:
-    """From an evaluation of kept blocks on test that asked the full network too."""
-    assert result.full_correct_N is not None
-    columns = (result.label_N, result.prediction_N, result.full_correct_N, result.keep_NK, result.macs_N)
-    static_F2 = torch.tensor(static, dtype=torch.float64).reshape(-1, 2)
-    return Decisions(*columns, result.full_macs, static_F2, BLOCKS, images, network, classes)
+        A quarter without images has None. Without a measure of difficulty the whole list is None.
+        """
+        if self.difficulty_N is None:
+            return None
+        kept_N = self.ran_NK.sum(1).double()
+        quarters = self.difficulty_N.argsort().tensor_split(4)
+        return [kept_N[quarter].mean().item() if len(quarter) else None for quarter in quarters]
 
-
-def of_exits(
-    exit_N: Tensor,
-    cache: CachedExits,
-    static: list[list[float]],
-    images: str,
-    network: str,
-    classes: tuple[str, ...],
-    decision_macs: float = 0.0,
-) -> Decisions:
-    """From where each image left, int64 (N,); ``decision_macs`` is what a policy costs at each exit it is asked at."""
-    rows = torch.arange(len(cache), device=exit_N.device)
-    count = cache.num_exits
-    prediction_N = cache.logits_MNC[rows, exit_N].argmax(-1)
-    ran_NK = torch.arange(count, device=exit_N.device) <= exit_N.unsqueeze(1)
-    macs_N = cache.macs_N[exit_N] + decision_macs * decisions_at(exit_N, count)
-    full_correct_N = cache.correct_MN[:, -1]
-    columns = (cache.label_M.cpu(), prediction_N.cpu(), full_correct_N.cpu(), ran_NK.cpu(), macs_N.double().cpu())
-    static_F2 = torch.tensor(static, dtype=torch.float64).reshape(-1, 2)
-    return Decisions(*columns, cache.costs.full, static_F2, EXITS, images, network, classes)
+    def block_use_CK(self, classes: int) -> Tensor:
+        """Fraction of the images of each class that kept each block, float64 (C, K); NaN for a class without images."""
+        return torch.stack([self.ran_NK[self.label_N == c].double().mean(0) for c in range(classes)])
 
 
-def record(decisions: Decisions, run: Run) -> dict[str, Any]:
-    """Write the decisions into the run's folder.
+def collapse_warnings(decisions: Decisions) -> list[str]:
+    """One warning if a learned policy decides the same for every image, else none; one image alone is no evidence."""
+    ran_NK = decisions.ran_NK
+    N, K = ran_NK.shape
+    if N < 2 or (decisions.kind == EXITS and K < 2) or not (ran_NK == ran_NK[0]).all():
+        return []
+    if decisions.kind == EXITS:
+        n = int(decisions.exit_N[0])
+        return [f"the policy has collapsed: every image leaves at {'the last exit' if n == K - 1 else f'exit {n}'}"]
+    if ran_NK.all():
+        return [f"the policy has collapsed: all {K} blocks run for every image, which is the full network"]
+    if not ran_NK.any():
+        return [f"the policy has collapsed: none of the {K} blocks runs for any image"]
+    blocks = "".join("01"[kept] for kept in ran_NK[0].tolist())
+    return [f"the policy has collapsed: it decides the same for every image, {blocks}, as a fixed choice would"]
 
-    Returns: what the summary says of them: the package's version, the images and the network they go with.
-    """
-    from policyskip import __version__
 
-    tensors = {name: value.contiguous() for name, value in vars(decisions).items() if isinstance(value, Tensor)}
-    told = {
-        name: json.dumps(value, ensure_ascii=False)
-        for name, value in vars(decisions).items()
-        if not isinstance(value, Tensor)
-    }
-    write(run.folder / FILE, save(tensors, metadata=told))
-    return {"version": __version__, "test_images": decisions.images, "frozen_network": decisions.network or None}
+def pixels(images: Images, index_B: Tensor) -> NDArray[np.uint8]:
+    """The images of a set at indices int64 (B,), for pictures: uint8 (B, H, W, 3)."""
+    shown: NDArray[np.uint8] = next(iter(images.stream([(index_B, 0)]))).images.permute(0, 2, 3, 1).cpu().numpy()
+    return shown
 
 
 def examples(decisions: Decisions, images: Images, count: int = 24) -> Examples:
-    """Test images from the least computed to the most, with what ran."""
+    """A table of example images, from the least computed to the most, with the blocks or segments that ran."""
     order = decisions.macs_N.argsort(stable=True)
     chosen = order[torch.linspace(0, len(order) - 1, min(count, len(order))).long()]
-    shown = next(iter(images.stream([(chosen, 0)]))).images.permute(0, 2, 3, 1).cpu().numpy()
     rows = []
-    for index, image in zip(chosen.tolist(), shown, strict=True):
+    for index, image in zip(chosen.tolist(), pixels(images, chosen), strict=True):
         ran = decisions.ran_NK[index].tolist()
-        names = [decisions.classes[int(t[index])] for t in (decisions.label_N, decisions.prediction_N)]
-        what = "".join("·█"[kept] for kept in ran)
-        rows.append([image, *names, sum(ran) - (decisions.kind == EXITS), what, decisions.macs_N[index].item()])
-    what_ran = ["kept", "blocks that ran"] if decisions.kind == BLOCKS else ["exit", "parts that ran"]
-    return Examples(["label", "prediction", *what_ran, "macs"], rows)
+        names = [decisions.classes[int(class_N[index])] for class_N in (decisions.label_N, decisions.prediction_N)]
+        drawn = "".join("·█"[kept] for kept in ran)
+        rows.append([image, *names, sum(ran) - (decisions.kind == EXITS), drawn, decisions.macs_N[index].item()])
+    titles = ["kept", "blocks that ran"] if decisions.kind == BLOCKS else ["exit", "parts that ran"]
+    return Examples(["label", "prediction", *titles, "macs"], rows)
 
 
-def load(run: Run) -> Decisions | None:
-    """The decisions in a run's folder; None if there are none (the run is older than the file).
+def save_decisions(decisions: Decisions, run: Run) -> dict[str, Any]:
+    """Write a record that says what the whole network does, too, into the run's folder.
+
+    Returns: what ``summary.json`` says of the record: the package's version, the images and the network.
+    """
+    from policyskip import __version__
+
+    tables = {name: getattr(decisions, name).contiguous() for name in TABLES}
+    metadata = {name: json.dumps(getattr(decisions, name), ensure_ascii=False) for name in METADATA}
+    write(run.folder / FILE, save(tables, metadata=metadata))
+    return {"version": __version__, "test_images": decisions.images, "frozen_network": decisions.network or None}
+
+
+def load_decisions(run: Run) -> Decisions | None:
+    """Read the record in a run's folder; None if there is no such file, as in runs of older versions.
 
     Raises:
         UserError: the file is damaged.
@@ -171,10 +169,12 @@ def load(run: Run) -> Decisions | None:
         return None
     try:
         with safe_open(path, framework="pt") as file:
-            told = {name: json.loads(value) for name, value in file.metadata().items()}
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a mapping
-        told["classes"] = tuple(told["classes"])
-        decisions = Decisions(**tensors, **told)
+            metadata = {name: json.loads(value) for name, value in file.metadata().items()}
+            tables = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a mapping
+        if set(tables) != set(TABLES) or set(metadata) != set(METADATA):
+            raise ValueError("its tables are not those of decisions")
+        metadata["classes"] = tuple(metadata["classes"])
+        decisions = Decisions(**tables, **metadata)
         _check(decisions)
     except Exception as error:  # damaged files raise whatever the reader stumbles over
         reason = (str(error).splitlines() or [type(error).__name__])[0]
@@ -183,7 +183,11 @@ def load(run: Run) -> Decisions | None:
 
 
 def _check(decisions: Decisions) -> None:
-    """ValueError unless every table is of its type and shape, and its numbers are possible ones."""
+    """Check a record that was read from a file.
+
+    Raises:
+        ValueError: a table is of a wrong type or shape, or a number is not a possible one.
+    """
     N, C = len(decisions.label_N), len(decisions.classes)
     columns = {
         "label_N": (torch.int64, (N,)),
@@ -194,9 +198,9 @@ def _check(decisions: Decisions) -> None:
         "static_F2": (torch.float64, (len(decisions.static_F2), 2)),
     }
     for name, (dtype, shape) in columns.items():
-        found = getattr(decisions, name)
-        if found.dtype != dtype or tuple(found.shape) != shape:
-            raise ValueError(f"its table {name} is {found.dtype} {tuple(found.shape)}")
+        table = getattr(decisions, name)
+        if table.dtype != dtype or tuple(table.shape) != shape:
+            raise ValueError(f"its table {name} is {table.dtype} {tuple(table.shape)}")
     for name in ("label_N", "prediction_N"):
         if not ((getattr(decisions, name) >= 0) & (getattr(decisions, name) < C)).all():
             raise ValueError(f"its table {name} names classes that there are not")
@@ -207,80 +211,3 @@ def _check(decisions: Decisions) -> None:
         isinstance(text, str) for text in (decisions.images, decisions.network, *decisions.classes)
     ):
         raise ValueError("its tables do not fit together")
-
-
-@dataclass(frozen=True)
-class Evaluation:
-    """One row for each image, on the CPU, in the order of the set.
-
-    Attributes:
-        label_N, prediction_N: int64 (N,).
-        full_correct_N: bool (N,), whether the whole network is right; None when it was not asked.
-        keep_NK: bool (N, K).
-        macs_N: float64 (N,), what each image cost, the policy's own cost included.
-        reward_N: float32 (N,).
-        difficulty_N: float32 (N,) or None, the set's own measure.
-        policy_macs, full_macs: MACs of the policy for one image, and of the whole network.
-        sees_the_label: whether it was an oracle that decided.
-    """
-
-    label_N: Tensor
-    prediction_N: Tensor
-    full_correct_N: Tensor | None
-    keep_NK: Tensor
-    macs_N: Tensor
-    reward_N: Tensor
-    difficulty_N: Tensor | None
-    policy_macs: float
-    full_macs: float
-    sees_the_label: bool = False
-
-    @property
-    def correct_N(self) -> Tensor:
-        return self.prediction_N == self.label_N
-
-    @property
-    def accuracy(self) -> float:
-        return self.correct_N.double().mean().item()
-
-    @property
-    def macs_fraction(self) -> float:
-        return self.macs_N.mean().item() / self.full_macs
-
-    @property
-    def kept_by_difficulty(self) -> list[float | None] | None:
-        """Mean number of kept blocks in each quarter of the images, easiest first; None for a quarter of no images, and
-        None without a difficulty."""
-        if self.difficulty_N is None:
-            return None
-        kept_N = self.keep_NK.sum(1).double()
-        quarters = self.difficulty_N.argsort().tensor_split(4)
-        return [kept_N[quarter].mean().item() if len(quarter) else None for quarter in quarters]
-
-    def block_use_CK(self, classes: int) -> Tensor:
-        """Share of each class's images that kept each block, float64 (C, K); NaN for a class without images."""
-        return torch.stack([self.keep_NK[self.label_N == c].double().mean(0) for c in range(classes)])
-
-    def figures(self) -> dict[str, Any]:
-        """The figures that a summary states; see docs/agents/blockdrop.md for each."""
-        kept_N = self.keep_NK.sum(1).double()
-        figures: dict[str, Any] = {
-            "accuracy": self.accuracy,
-            "reward": self.reward_N.double().mean().item(),
-            "kept_mean": kept_N.mean().item(),
-            "kept_sd": kept_N.std(correction=0).item(),
-            "blocks": self.keep_NK.shape[1],
-            "macs_mean": self.macs_N.mean().item(),
-            "macs_sd": self.macs_N.std(correction=0).item(),
-            "full_macs": self.full_macs,
-            "macs_fraction": self.macs_fraction,
-            "policy_macs": self.policy_macs,
-            "unique_decisions": len(self.keep_NK.unique(dim=0)),
-        }
-        if self.full_correct_N is not None:
-            figures["full_accuracy"] = self.full_correct_N.double().mean().item()
-        if self.sees_the_label:
-            figures["sees_the_label"] = True
-        if self.difficulty_N is not None:
-            figures["kept_by_difficulty"] = self.kept_by_difficulty
-        return figures

@@ -1,14 +1,13 @@
 """The figures that a summary states, computed from the record of what was decided.
 
-Shapes: N images, M images of a cache, K blocks, N exits.
+Shapes: N images of a set (M in a cache), K blocks or exits.
 """
 
 from __future__ import annotations
 
 from typing import Any
 
-from torch import Tensor
-
+from policyskip.evaluation.decisions import Decisions
 from policyskip.exits.cache import CachedExits
 from policyskip.exits.references import (
     LABEL_NATS,
@@ -20,49 +19,71 @@ from policyskip.exits.references import (
     static_exits,
     static_mix,
 )
-from policyskip.exits.rules import decisions_at
 from policyskip.intervals import half_interval
 
 
-def figures_of(exit_M: Tensor, cache: CachedExits, decision_macs: float = 0.0) -> dict[str, Any]:
-    """What leaving at exits int64 (M,) does on a set, beside each static exit, random exits at the same rates, and the
-    oracle.
+def block_figures(decisions: Decisions) -> dict[str, Any]:
+    """The figures of a policy that decides which blocks run; docs/agents/blockdrop.md explains each of them."""
+    kept_N = decisions.ran_NK.sum(1).double()
+    figures: dict[str, Any] = {"accuracy": decisions.accuracy}
+    if decisions.reward_N is not None:
+        figures["reward"] = decisions.reward_N.double().mean().item()
+    figures |= {
+        "kept_mean": kept_N.mean().item(),
+        "kept_sd": kept_N.std(correction=0).item(),
+        "blocks": decisions.ran_NK.shape[1],
+        "macs_mean": decisions.macs_N.mean().item(),
+        "macs_sd": decisions.macs_N.std(correction=0).item(),
+        "full_macs": decisions.full_macs,
+        "macs_fraction": decisions.macs_fraction,
+        "policy_macs": decisions.policy_macs,
+        "unique_decisions": len(decisions.ran_NK.unique(dim=0)),
+    }
+    if decisions.full_correct_N is not None:
+        figures["full_accuracy"] = decisions.full_correct_N.double().mean().item()
+    if decisions.sees_the_label:
+        figures["sees_the_label"] = True
+    if decisions.difficulty_N is not None:
+        figures["kept_by_difficulty"] = decisions.kept_by_difficulty
+    return figures
+
+
+def exit_figures(decisions: Decisions, cache: CachedExits, validation: CachedExits) -> dict[str, Any]:
+    """The figures of a policy that decides where images leave, beside the fixed exits, random exits and the oracles.
 
     Args:
-        decision_macs: what a policy costs at each exit where it is asked.
+        cache: outputs of all exits for the images that were decided on.
+        validation: the same for the validation images, on which the fixed exits of the policy's cost are chosen.
     """
-    N = cache.num_exits
-    correct_M = cache.correct_MN.gather(1, exit_M.unsqueeze(1)).squeeze(1)
-    policy_macs_M = decision_macs * decisions_at(exit_M, N)
-    macs_M = cache.macs_N[exit_M] + policy_macs_M
-    share_N = exit_histogram(exit_M, N)
-    alone_accuracy_N, alone_macs_N = static_exits(cache)
-    static_M, static_macs = static_mix(cache, macs_M.mean().item())
-    difference_M = correct_M.double() - static_M
-    random_accuracy, random_macs = random_exits(cache, share_N)
+    exit_N, correct_N, K = decisions.exit_N, decisions.correct_N, cache.num_exits
+    share_K = exit_histogram(exit_N, K)
+    alone_accuracy_K, alone_macs_K = static_exits(cache)
+    macs_mean = decisions.macs_N.mean().item()
+    static_M, static_macs = static_mix(cache, macs_mean, validation)
+    difference_N = correct_N.double() - static_M.cpu()
+    random_accuracy, random_macs = random_exits(cache, share_K)
     oracle_accuracy, oracle_macs = cache.judge(oracle_exit(cache.correct_MN))
-    label_accuracy, label_macs = cache.judge(label_oracle(cache, [LABEL_NATS] * (N - 1)))
+    label_accuracy, label_macs = cache.judge(label_oracle(cache, [LABEL_NATS] * (K - 1)))
+    right_K = accuracy_by_exit(exit_N, correct_N, K).tolist()
     return {
-        "accuracy": correct_M.double().mean().item(),
+        "accuracy": decisions.accuracy,
         "full_accuracy": cache.correct_MN[:, -1].double().mean().item(),
-        "macs_mean": macs_M.mean().item(),
-        "macs_sd": macs_M.std(correction=0).item(),
-        "full_macs": cache.costs.full,
-        "macs_fraction": macs_M.mean().item() / cache.costs.full,
-        "policy_macs": policy_macs_M.mean().item(),
-        "unique_decisions": int((share_N > 0).sum()),
-        "exits": N,
-        "exit_share": share_N.tolist(),
-        "exit_accuracy": [
-            None if value != value else value for value in accuracy_by_exit(exit_M, correct_M, N).tolist()
-        ],
+        "macs_mean": macs_mean,
+        "macs_sd": decisions.macs_N.std(correction=0).item(),
+        "full_macs": decisions.full_macs,
+        "macs_fraction": decisions.macs_fraction,
+        "policy_macs": decisions.policy_macs,
+        "unique_decisions": int((share_K > 0).sum()),
+        "exits": K,
+        "exit_share": share_K.tolist(),
+        "exit_accuracy": [None if value != value else value for value in right_K],
         "exit_macs": cache.macs_N.tolist(),
-        "exit_alone_accuracy": alone_accuracy_N.tolist(),
-        "exit_alone_macs": alone_macs_N.tolist(),
+        "exit_alone_accuracy": alone_accuracy_K.tolist(),
+        "exit_alone_macs": alone_macs_K.tolist(),
         "static_accuracy": static_M.mean().item(),
         "static_macs": static_macs,
-        "static_margin": difference_M.mean().item(),
-        "static_margin_ci95": half_interval(difference_M),
+        "static_margin": difference_N.mean().item(),
+        "static_margin_ci95": half_interval(difference_N),
         "random_accuracy": random_accuracy,
         "random_macs": random_macs,
         "oracle_accuracy": oracle_accuracy.item(),

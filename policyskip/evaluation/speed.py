@@ -18,12 +18,14 @@ from torch import Tensor
 
 from policyskip.backbones import Backbone, ExitNetwork
 from policyskip.build import Setup
-from policyskip.deployment import policy_files, profiling
-from policyskip.deployment.predictors import ExitPredictor, GatedPredictor, Predictor
+from policyskip.deployment import profiling
+from policyskip.deployment.loading import load
+from policyskip.deployment.policy_files import read_policy
+from policyskip.deployment.predictors import Predictor
 from policyskip.errors import UserError
 from policyskip.evaluation import plots
 from policyskip.evaluation.tables import console
-from policyskip.files import refusing, write
+from policyskip.files import reporting_write_errors, write
 from policyskip.runs.folder import Run
 
 
@@ -42,17 +44,18 @@ def of_network(
 def of_run(setup: Setup, run: Run, batch_sizes: Sequence[int], repeats: int, count: int, path: Path) -> int:
     """The same for the network of a run, and what its predictions save: expected from the table, and measured."""
     _check(path)
-    run.hold()
+    run.lock()
     validation = setup.data.validation.plain()
     count = min(count, len(validation))
     if count < max(batch_sizes):
         hint = "say images= with more, or batch_sizes= with less"
         raise UserError(f"batches of {max(batch_sizes)} cannot be measured on {count} images; {hint}")
-    predictor = policy_files.load(run.folder, _moved(setup, run), str(setup.device), planned=False)
-    network = _network(predictor)
+    described = read_policy(run).network
+    moved = setup.config["backbone"].get("checkpoint") if "config" in described else None
+    predictor = load(run.folder, moved, str(setup.device), planned=False, trust=setup.trusted)
+    network = predictor.network_to_measure
     content = profiling.profile(network, setup.data.image_shape, batch_sizes, repeats)
-    described = run.load_json("policy.json")
-    content["hash"] = described.get("backbone", described.get("network", {})).get("hash", content["hash"])
+    content["hash"] = described["hash"]
     if isinstance(predictor, Predictor):  # what it will go by from now on
         predictor.plan = {int(batch): times["break_even"] for batch, times in content["batches"].items()}
     index_N = torch.linspace(0, len(validation) - 1, count).round().long()
@@ -67,7 +70,7 @@ def of_run(setup: Setup, run: Run, batch_sizes: Sequence[int], repeats: int, cou
         times = profiling.milliseconds(calls, repeats, setup.device)
         table["run"] = {
             "macs_ratio": float(prediction.macs_B.mean()) / predictor.costs.full,
-            "expected_ratio": _expected(table, prediction),
+            "expected_ratio": _expected(table, predictor.ran(prediction)),
             "time_ratio": times["predict"] / times["whole"],
             "predict_ms": times["predict"] / len(images),
         }
@@ -83,40 +86,20 @@ def _whole(network: Backbone | ExitNetwork, parts: Sequence[Tensor]) -> None:
         network(part)
 
 
-def _moved(setup: Setup, run: Run) -> str | None:
-    """Where the backbone's weights are now, for runs that do not hold them."""
-    content = run.load_json("policy.json")
-    return setup.config["backbone"].get("checkpoint") if "backbone" in content else None
-
-
-def _network(predictor: Any) -> Backbone | ExitNetwork:
-    if isinstance(predictor, Predictor):
-        return predictor.backbone
-    assert isinstance(predictor, GatedPredictor | ExitPredictor)
-    return predictor.network.backbone if isinstance(predictor, GatedPredictor) else predictor.network
-
-
-def _expected(table: dict[str, Any], prediction: Any) -> float:
+def _expected(table: dict[str, Any], ran_BK: Tensor) -> float:
     """The share of the whole network's time that the blocks which ran should take; policy and gathering not counted."""
     kept_K = torch.tensor(table["kept_ms"], dtype=torch.float64)
     dropped_K = torch.tensor(table["dropped_ms"], dtype=torch.float64)
-    ran_BK = _ran(prediction, len(kept_K)).double().cpu()
+    ran_BK = ran_BK.double().cpu()
     spent_B = table["always_ms"] + ran_BK @ kept_K + (1 - ran_BK) @ dropped_K
     return float(spent_B.mean() / (table["always_ms"] + kept_K.sum()))
-
-
-def _ran(prediction: Any, K: int) -> Tensor:
-    keep_BK: Tensor | None = getattr(prediction, "keep_BK", None)
-    if keep_BK is not None:
-        return keep_BK
-    return torch.arange(K) <= prediction.exit_B.cpu().unsqueeze(1)
 
 
 def _check(path: Path) -> None:
     """Refuse a place that cannot be written before minutes are spent."""
     if path.suffix == ".png":
         raise UserError(f"output={path} is where the table goes, as JSON; its picture goes beside it")
-    with refusing(path):
+    with reporting_write_errors(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         if path.is_dir():
             raise IsADirectoryError(21, "it is a folder")

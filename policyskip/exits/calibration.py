@@ -107,7 +107,7 @@ class Curve:
 
     def front(self) -> Curve:
         """The points that no other point beats: see :func:`pareto`."""
-        index = pareto(self.accuracy_P, self.macs_P)
+        index = pareto(self.macs_P.tolist(), self.accuracy_P.tolist())
         return Curve(
             self.rule,
             self.threshold_PE[index],
@@ -126,7 +126,7 @@ class Curve:
     def knee(self) -> Point:
         """The point of the front where more computing stops paying: see :func:`knee`."""
         front = self.front()
-        return front[knee(front.accuracy_P, front.macs_P)]
+        return front[knee(front.macs_P.tolist(), front.accuracy_P.tolist())]
 
 
 def quota_curve(rule: Rule, cache: CachedExits, points: int = 201) -> Curve:
@@ -302,7 +302,10 @@ def check_search(rule: str, search: str, num_exits: int) -> None:
     if search not in SEARCHES:
         raise UserError(f"agent.search must be one of {', '.join(SEARCHES)}, got {search!r}")
     if search == "quota" and not isinstance(rule_named(rule), Measured):
-        raise UserError(f"agent.search=quota needs a rule that orders images, confidence or entropy; {rule} does not")
+        raise UserError(
+            f"agent.search=quota needs a rule that orders images, confidence or entropy; {rule} does not: say "
+            "agent.search=common, or make a rule of your own a Measured"
+        )
     most = COMBINATIONS.bit_length()  # exits, of which all but the last have a threshold
     if search == "grid" and num_exits > most:
         raise UserError(f"agent.search=grid goes up to {most} exits, the network has {num_exits}; say quota or common")
@@ -313,8 +316,8 @@ def curve_of(cache: CachedExits, rule: str = "confidence", search: str = "quota"
 
     Args:
         cache: outputs for validation images.
-        rule: confidence, entropy or delta.
-        search: quota, grid or common; delta takes grid or common.
+        rule: confidence, entropy, delta, or the name of a rule of the user's own; see :func:`rule_named`.
+        search: quota, grid or common; quota is for rules that are :class:`Measured`, not for delta.
 
     Raises:
         UserError: see :func:`check_search`.

@@ -29,26 +29,39 @@ def static_exits(cache: CachedExits) -> tuple[Tensor, Tensor]:
     return cache.correct_MN.double().mean(0), cache.costs.straight_N
 
 
-def static_mix(cache: CachedExits, macs: float) -> tuple[Tensor, float]:
-    """The best that fixed exits do at a mean cost of ``macs``, whatever the image: one exit, or two mixed at random.
+def static_pairs(cache: CachedExits) -> list[list[float]]:
+    """MACs and accuracy of every image leaving at one exit, a pair for each exit."""
+    accuracy_N, macs_N = static_exits(cache)
+    return [[macs, accuracy] for macs, accuracy in zip(macs_N.tolist(), accuracy_N.tolist(), strict=True)]
 
-    Expected correctness, float64 (M,), and mean MACs, at most ``macs``. The mixture is the best one *on these very
-    images*, which flatters it: a policy that beats it was not lucky in its opponent.
+
+def static_mix(cache: CachedExits, macs: float, validation: CachedExits) -> tuple[Tensor, float]:
+    """The fixed exits of a cost that are best on validation images: one exit, or two of them mixed at random.
+
+    Which exits, and with what probability each, is chosen on the validation images, as for every other choice. The
+    accuracy on the judged images is therefore an honest one: the mixture may turn out worse there than another.
 
     Args:
-        macs: MACs an image, not below the cheapest exit's.
+        cache: the images to judge the mixture on.
+        macs: MACs an image that the mixture may cost, not below the cheapest exit's.
+        validation: the same exits' outputs for the validation images.
+
+    Returns: the expected correctness on the images of ``cache``, float64 (M,), and mean MACs, at most ``macs``.
+
+    Raises:
+        ValueError: no exit costs as little as ``macs``.
     """
-    accuracy_N, macs_N = (x.tolist() for x in static_exits(cache))
+    accuracy_N, macs_N = (x.tolist() for x in static_exits(validation))
     mixes = []
-    for i, j in itertools.product(range(cache.num_exits), repeat=2):
+    for i, j in itertools.product(range(validation.num_exits), repeat=2):
         if macs_N[i] <= macs and (i == j or macs < macs_N[j]):
-            share = 0.0 if i == j else (macs - macs_N[i]) / (macs_N[j] - macs_N[i])
-            mixes.append(((1 - share) * accuracy_N[i] + share * accuracy_N[j], i, j, share))
+            weight = 0.0 if i == j else (macs - macs_N[i]) / (macs_N[j] - macs_N[i])
+            mixes.append(((1 - weight) * accuracy_N[i] + weight * accuracy_N[j], i, j, weight))
     if not mixes:
         raise ValueError(f"no exit costs as little as {macs:g} MACs")
-    _, i, j, share = max(mixes)
+    _, i, j, weight = max(mixes)
     right_MN = cache.correct_MN.double()
-    return (1 - share) * right_MN[:, i] + share * right_MN[:, j], (1 - share) * macs_N[i] + share * macs_N[j]
+    return (1 - weight) * right_MN[:, i] + weight * right_MN[:, j], (1 - weight) * macs_N[i] + weight * macs_N[j]
 
 
 def random_exits(cache: CachedExits, share_N: Tensor) -> tuple[float, float]:

@@ -1,7 +1,7 @@
-"""Rules that decide at an exit whether to leave, and thresholds that send given shares of the images out.
+"""Rules that decide at an exit whether an image leaves, and thresholds that send given shares of the images out.
 
-All of it is arithmetic on what the exits say; labels play no part here, nor do files or networks.
-A network with N exits takes N - 1 thresholds: whoever comes to the last exit leaves there.
+All of it is arithmetic on the exits' probabilities; labels play no part here, nor do files or networks.
+A network with N exits takes N - 1 thresholds: an image that comes to the last exit leaves there.
 
 Rules see probabilities (``logits.softmax(-1)``), because these are what an observation of the environment
 holds: a decision in the environment and the same decision in a deployed network are then the same numbers.
@@ -11,14 +11,16 @@ Shapes: B images side by side, M images of a set, N exits, E early exits (N - 1)
 
 from __future__ import annotations
 
+import inspect
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from typing import ClassVar, Protocol
+from dataclasses import dataclass, replace
+from typing import Any, ClassVar, Protocol
 
 import torch
 from torch import Tensor
 
+from policyskip import registry
 from policyskip.errors import UserError
 
 
@@ -39,11 +41,13 @@ def top_two(probability: Tensor) -> Tensor:
 
 
 class Rule(Protocol):
-    """When an image leaves at an exit, given a threshold for that exit.
+    """A rule says when an image leaves at an exit, given a threshold for that exit.
+
+    A rule of the user's own needs no ``name``: see :func:`rule_named`.
 
     Attributes:
-        name: under which :data:`RULES` holds it.
-        extremes: thresholds at which no image leaves, and, where there is one, at which every image does.
+        name: the name under which the rule is chosen and stored.
+        extremes: the threshold at which no image leaves, and, if there is one, that at which every image leaves.
     """
 
     @property
@@ -57,23 +61,24 @@ class Rule(Protocol):
         ...
 
     def turning_points(self, probability: Tensor) -> Tensor:
-        """The thresholds, a flat tensor, at which the decision about one of these images changes."""
+        """The thresholds, float (any number,), at which the decision about one of these images, (…, C), changes."""
         ...
 
 
 def _as(value: Tensor, threshold: Tensor | float) -> Tensor | float:
-    """Thresholds in the precision of what they are compared with, as torch takes plain numbers."""
+    """Convert thresholds to the precision of the values that they are compared with, as torch does plain numbers."""
     return threshold.to(value) if isinstance(threshold, Tensor) else threshold
 
 
 @dataclass(frozen=True)
 class Measured:
-    """Leave by one measure of how sure the exit is.
+    """A rule by which an image leaves if one measure of how sure the exit is passes the threshold.
 
     Attributes:
-        measure: probabilities (…, C) to a number (…,).
-        high_is_sure: leave if the measure is at least the threshold; otherwise, if it is below the threshold.
-        never, always: thresholds at which no image leaves, and every image.
+        name: as in :class:`Rule`.
+        measure: the function from probabilities (…, C) to the measure (…,).
+        high_is_sure: True: an image leaves if its measure is at least the threshold; False: if it is below.
+        never, always: the threshold at which no image leaves, and that at which every image leaves.
     """
 
     name: str
@@ -123,13 +128,80 @@ CONFIDENCE = Measured("confidence", top_probability, high_is_sure=True, never=ma
 ENTROPY = Measured("entropy", entropy, high_is_sure=False, never=0.0, always=math.inf)
 """BranchyNet's rule (Teerapittayanon et al. 2016, arXiv 1709.01686): leave if the entropy (nats) is below it."""
 RULES: dict[str, Rule] = {rule.name: rule for rule in (CONFIDENCE, ENTROPY, Delta())}
+"""The package's own rules, by name."""
+
+
+@dataclass(frozen=True)
+class Named:
+    """A rule of the user's own under the name by which it was chosen."""
+
+    name: str
+    rule: Rule
+
+    @property
+    def extremes(self) -> tuple[float, ...]:
+        return tuple(self.rule.extremes)
+
+    def leaves(self, probability: Tensor, threshold: Tensor | float) -> Tensor:
+        return self.rule.leaves(probability, threshold)
+
+    def turning_points(self, probability: Tensor) -> Tensor:
+        return self.rule.turning_points(probability)
 
 
 def rule_named(name: str) -> Rule:
-    """The rule of that name; UserError if there is none."""
-    if name not in RULES:
-        raise UserError(f"the exit rule must be one of {', '.join(RULES)}, got {name!r}")
-    return RULES[name]
+    """Return the package's own rule of that name, or the user's own.
+
+    Args:
+        name: confidence, entropy or delta; or the name of a rule of the user's own, ``package.module.Name`` or that of
+            an installed entry point. It may name a rule, or a class or function without arguments that gives one.
+
+    Returns: the rule; its ``name`` is the one given here, whatever a rule of the user's own says.
+
+    Raises:
+        UserError: there is no such rule, it may not be imported, or it does not do what :class:`Rule` asks for.
+    """
+    if name in RULES:
+        return RULES[name]
+    if "." not in name and name not in (known := registry.installed("rule")):
+        installed = ", ".join(sorted(known)) or "none is installed"
+        raise UserError(
+            f"the exit rule must be one of {', '.join(RULES)}, got {name!r}, which is not installed here either "
+            f"({installed})"
+        )
+    found = registry.find("rule", name)
+    with registry.naming_failures(f"the exit rule {name}"):
+        rule: Any = found() if inspect.isclass(found) or inspect.isfunction(found) else found
+        _check_rule(name, rule)
+    return replace(rule, name=name) if isinstance(rule, Measured) else Named(name, rule)
+
+
+def _check_rule(name: str, rule: Any) -> None:
+    """UserError unless an object has what :class:`Rule` asks for, and no image leaves at the first of its extremes."""
+    missing = [attribute for attribute in ("extremes", "leaves", "turning_points") if not hasattr(rule, attribute)]
+    if missing:
+        raise UserError(f"the exit rule {name} is a {type(rule).__name__} without {missing[0]}; a rule needs it")
+    extremes = tuple(rule.extremes)
+    if not extremes or not all(isinstance(extreme, int | float) for extreme in extremes):
+        raise UserError(f"extremes of the exit rule {name} must be a tuple of one or two numbers, got {extremes}")
+    probability_BC = torch.tensor([[0.5, 0.3, 0.2], [0.8, 0.1, 0.1]])
+    leave_GB = rule.leaves(probability_BC, torch.full((3, 1), float(extremes[0]), dtype=torch.float64))
+    if not isinstance(leave_GB, Tensor) or leave_GB.dtype != torch.bool or leave_GB.shape != (3, 2):
+        raise UserError(
+            f"leaves of the exit rule {name} must return bool (…,) for probabilities (…, C), got {_kind(leave_GB)}"
+        )
+    if leave_GB.any():
+        raise UserError(f"at {extremes[0]}, the first of its extremes, no image may leave by the exit rule {name}")
+    points = rule.turning_points(probability_BC)
+    if not isinstance(points, Tensor) or not points.is_floating_point() or points.dim() != 1:
+        raise UserError(
+            f"turning_points of the exit rule {name} must return floats in one dimension, got {_kind(points)}"
+        )
+
+
+def _kind(value: Any) -> str:
+    """The class of a value, and of a tensor its type and shape."""
+    return f"{value.dtype} {tuple(value.shape)}" if isinstance(value, Tensor) else type(value).__name__
 
 
 def check_thresholds(thresholds: Sequence[float] | Tensor, num_exits: int) -> None:
@@ -145,19 +217,23 @@ def check_thresholds(thresholds: Sequence[float] | Tensor, num_exits: int) -> No
 
 
 def first_exit(leave_E: Tensor) -> Tensor:
-    """The first exit at which an image leaves, int64 (…,): ``leave_E`` is bool (…, E), and the last exit is E."""
+    """The first exit at which an image leaves, int64 (…,), from whether it would at each early exit, bool (…, E).
+
+    An image that leaves at no early exit leaves at the last one, E."""
     return (~leave_E).cumprod(-1).sum(-1)
 
 
 def decisions_at(exit_B: Tensor, num_exits: int) -> Tensor:
-    """How often a policy was asked about images that left at exits int64 (B,): at the last exit it is not."""
+    """How many decisions a policy made on images that left at exits int64 (B,): none is made at the last exit."""
     return (exit_B + 1).clamp(max=num_exits - 1)
 
 
 def exit_of(rule: Rule, probability_MNC: Tensor, thresholds: Sequence[float] | Tensor) -> Tensor:
-    """Where each image leaves, int64 (M,), when every exit's probabilities (M, N, C) are known.
+    """The exit at which each image leaves, int64 (M,), when every exit's probabilities (M, N, C) are known.
 
     Args:
+        rule: the rule by which images leave.
+        probability_MNC: float (M, N, C).
         thresholds: one for each early exit.
 
     Raises:
@@ -171,9 +247,9 @@ def exit_of(rule: Rule, probability_MNC: Tensor, thresholds: Sequence[float] | T
 def exit_shares(q: float, num_exits: int) -> Tensor:
     """Shares of the images that leave at each exit, float64 (N,): ``q_k = z (1-q)^(k-1) q``, k = 1…N, summing to 1.
 
-    The paper's exits each let go of a share ``0 < q < 1`` of what reaches them. The authors' code writes the same as
-    ``f_k ∝ p^k`` with ``p = 1 - q`` and takes p over 1 as well, which favours late exits: here ``q < 0``. The
-    limit ``q → 0`` is uniform. Source: Huang et al. 2018 (arXiv 1703.09844), budgeted batch classification.
+    In the paper, a share ``0 < q < 1`` of the images that reach an exit leave there. The authors' code writes the same
+    as ``f_k ∝ p^k`` with ``p = 1 - q``, and allows p above 1, which favours late exits: here ``q < 0``. The limit
+    ``q → 0`` is uniform. Source: Huang et al. 2018 (arXiv 1703.09844), budgeted batch classification.
 
     Raises:
         UserError: ``q`` is not below 1.
@@ -184,14 +260,14 @@ def exit_shares(q: float, num_exits: int) -> Tensor:
 
 
 STEEPEST = 30.0
-"""``q_for_budget`` looks at shares whose logarithms fall or rise by up to this much from exit to exit."""
+"""``q_for_budget`` tries shares whose logarithms fall or rise by up to this much from exit to exit."""
 
 
 def q_for_budget(macs: float, macs_N: Tensor) -> float:
     """The q whose shares cost ``macs`` on average: ``Σ q_k C_k = macs``; the mean cost falls as q rises.
 
     Args:
-        macs: MACs an image; outside of the exits' costs, the q of the nearest end.
+        macs: mean MACs of an image; below the first exit's cost or above the last one's, the q of that end is found.
         macs_N: float64 (N,), MACs of leaving at each exit, rising.
     """
     macs_N = macs_N.double().cpu()
@@ -206,24 +282,25 @@ def q_for_budget(macs: float, macs_N: Tensor) -> float:
 
 
 def between(low: Tensor, high: Tensor) -> float:
-    """A threshold over ``low`` and not over ``high``: half-way, so that rounding moves neither to the other side."""
+    """A threshold above ``low`` and not above ``high``: half-way between them, so that rounding changes no decision."""
     middle = low + (high - low) / 2
     return float(middle if middle > low else high)
 
 
 def quota_thresholds(rule: Measured, value_ME: Tensor, share_N: Tensor) -> Tensor:
-    """Thresholds that send a given share of these images out at each exit (Huang et al. 2018), float64 (E,).
+    """Thresholds that send a given share of the images out at each exit (Huang et al. 2018), float64 (E,).
 
-    At each exit the surest of the images that are still there leave, as many as its quota. Quotas are cumulative:
-    by exit k, ``M · (share_1 + … + share_k)`` images, rounded, are to have left. Two things the authors' code leaves
-    to chance are settled here:
+    At each exit, the surest of the remaining images leave, as many as the exit's quota. Quotas are cumulative: by exit
+    k, ``M · (share_1 + … + share_k)`` images, rounded, are to have left. Two cases depend on chance in the authors'
+    code, and not here:
 
     - **an empty quota** closes the exit (threshold ``rule.never``);
-    - **ties** leave together or not at all. A group that does not fit into the quota stays, and its places pass to
-      the next exit: no exit ever lets out more than was asked for by then.
+    - **tied images** leave together or not at all. A tied group that is larger than the quota stays, and the quota is
+      added to the next exit's: by no exit have more images left than the shares say.
 
     Args:
-        value_ME: the rule's measure at each early exit, of the images the thresholds are fitted to (M, E).
+        rule: the rule that the thresholds are for.
+        value_ME: the rule's measure of each image at each early exit, (M, E).
         share_N: shares (N,), not negative, summing to 1; see :func:`exit_shares`.
     """
     count, exits = value_ME.shape
@@ -249,18 +326,18 @@ def quota_thresholds(rule: Measured, value_ME: Tensor, share_N: Tensor) -> Tenso
 
 
 def spread(rule: Rule, probability: Tensor, count: int) -> Tensor:
-    """``count`` thresholds for exits that said ``probability`` (…, C), float64 (count,), repeated where few differ.
+    """``count`` thresholds to try at exits with ``probability`` (…, C), float64 (count,); some repeat if few differ.
 
-    The rule's extremes, and cuts half-way between turning points, evenly spread over the images and not over the
-    scale: where many images are, thresholds are close.
+    They are the rule's extremes, and values half-way between neighbouring turning points. These are spread evenly over
+    the images and not over the scale: where many images lie, thresholds are close.
     """
     point = rule.turning_points(probability).sort().values
     low, high = point[:-1], point[1:]
     middle = low + (high - low) / 2
     cut = torch.where(middle > low, middle, high).double().cpu()
     extremes = torch.tensor(rule.extremes, dtype=torch.float64)
-    room = count - len(extremes)
-    if room < 1 or not len(cut):
+    remaining = count - len(extremes)
+    if remaining < 1 or not len(cut):
         return extremes.repeat(-(-count // len(extremes)))[:count]
-    rank = ((torch.arange(room) + 0.5) * len(cut) / room).long()
+    rank = ((torch.arange(remaining) + 0.5) * len(cut) / remaining).long()
     return torch.cat([cut[rank], extremes])

@@ -1,21 +1,21 @@
-"""Batch normalisation of a batch that several processes share: its images are normalised together.
+"""Batch normalisation by the images of all processes that share a batch.
 
 Shapes: B images in this process, C channels, H W pixels.
 """
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.autograd.function import FunctionCtx
 
 
 class WholeBatchNorm2d(nn.BatchNorm2d):
-    """Batch normalisation by the images of all processes (``nn.SyncBatchNorm`` refuses CPUs).
+    """Batch normalisation whose mean and variance are those of the images in all processes.
 
-    In training mode every process has to pass, if with no images.
+    ``nn.SyncBatchNorm`` does the same, but not on CPUs. In training mode every process has to call the layer, with an
+    empty batch if it has no images.
     """
 
     running_mean: Tensor
@@ -24,11 +24,17 @@ class WholeBatchNorm2d(nn.BatchNorm2d):
     momentum: float
 
     def forward(self, x: Tensor) -> Tensor:
-        """Features float (B, C, H, W), B of 0 allowed, to the same shape."""
+        """Return the normalised features.
+
+        Args:
+            x: float (B, C, H, W); B may be 0.
+
+        Returns: float (B, C, H, W).
+        """
         if not self.training:
             return super().forward(x)
-        pixels = x.new_tensor([x.numel() / x.shape[1]])
-        sum_C, count = _Sum.apply(torch.cat([x.sum((0, 2, 3)), pixels])).split([x.shape[1], 1])
+        own_count = x.new_tensor([x.numel() / x.shape[1]])
+        sum_C, count = _Sum.apply(torch.cat([x.sum((0, 2, 3)), own_count])).split([x.shape[1], 1])
         mean_C = sum_C / count
         centred = x - mean_C.view(1, -1, 1, 1)
         variance_C = _Sum.apply(centred.square().sum((0, 2, 3))) / count
@@ -41,14 +47,17 @@ class WholeBatchNorm2d(nn.BatchNorm2d):
 
 
 class _Sum(torch.autograd.Function):
-    """The sum over processes. Every process's loss depends on it, so its gradient is the sum of theirs."""
+    """The sum of a tensor over the processes.
+
+    The loss of every process depends on the sum, so its gradient is the sum of their gradients.
+    """
 
     @staticmethod
-    def forward(ctx: Any, mine: Tensor) -> Tensor:
-        total = mine.clone()
+    def forward(ctx: FunctionCtx, own: Tensor) -> Tensor:
+        total = own.clone()
         dist.all_reduce(total)
         return total
 
     @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> Tensor:
+    def backward(ctx: FunctionCtx, gradient: Tensor) -> Tensor:
         return _Sum.forward(ctx, gradient)

@@ -1,8 +1,8 @@
-"""A learner whose batch several processes share: every process sees its part, and all come to the same weights.
+"""Data-parallel learning: several processes share a batch, and all of them come to the same weights.
 
-The result is that of one process with the whole batch, to rounding: gradients are averaged by torch's
-DistributedDataParallel, batch normalisation takes its statistics from the images of all processes, and random numbers
-are drawn for the whole batch everywhere, each process using its part (``processes.this_process_slice``).
+The result is that of one process with the whole batch, to rounding: torch's DistributedDataParallel averages the
+gradients, batch normalisation takes its statistics from the images of all processes, and every process draws the random
+numbers of the whole batch and uses its slice of them (``processes.this_process_slice``).
 """
 
 from __future__ import annotations
@@ -18,33 +18,40 @@ from policyskip.parallel import processes
 from policyskip.parallel.batch_norm import WholeBatchNorm2d
 
 
-def _directly(call: Callable[..., Any], *arguments: Any) -> Any:
-    return call(*arguments)
+def _call(function: Callable[..., Any], *arguments: Any) -> Any:
+    """Return what a function returns for the arguments: the forward pass in a run of one process."""
+    return function(*arguments)
 
 
 class Divisible:
-    """A learner that can be divided.
+    """A learner that can learn in several processes.
 
     Attributes:
-        through: calls a function that passes a batch through what learns. Gradients of what comes out are averaged over
-            the processes, if there are several.
-        skips: whether a pass may leave out parts of what learns.
+        forward_through_ddp: calls a function with arguments and returns its result. A learner makes its forward pass
+            through it; in a run of several processes the gradients of that result are then averaged over them.
+        may_skip_parameters: whether a forward pass may leave out some of the learner's parameters.
     """
 
-    forward_through_ddp: Callable[..., Any] = staticmethod(_directly)
+    forward_through_ddp: Callable[..., Any] = staticmethod(_call)
     may_skip_parameters = False
 
     @property
     def trainable_modules(self) -> list[nn.Module]:
-        """The modules that learn."""
+        """The modules whose parameters the learner updates."""
         raise NotImplementedError
 
 
 def divide(learner: Any, source: Any) -> None:
-    """Let a learner and the feed or environment that it learns from be one of several processes' parts.
+    """Make a learner and its source of images work on this process's slice of every batch.
+
+    In a run of one process nothing changes.
+
+    Args:
+        learner: a :class:`Divisible`; in a run of one process any learner.
+        source: the feed or environment that it learns from.
 
     Raises:
-        UserError: the batch cannot be divided evenly, or the network cannot be divided.
+        UserError: the batch cannot be divided evenly, or the network has a layer whose results would change.
     """
     if processes.world() == 1:
         return
@@ -52,7 +59,7 @@ def divide(learner: Any, source: Any) -> None:
     networks = nn.ModuleList(learner.trainable_modules)
     for module in networks.modules():
         if type(module) is nn.BatchNorm2d:
-            module.__class__ = WholeBatchNorm2d  # parameters, buffers and their names stay
+            module.__class__ = WholeBatchNorm2d  # keeps parameters, buffers and their names
         elif isinstance(module, nn.modules.batchnorm._BatchNorm | nn.modules.dropout._DropoutNd):
             raise UserError(
                 f"a network with {type(module).__name__} learns in one process, since its results depend on how a "
@@ -64,11 +71,11 @@ def divide(learner: Any, source: Any) -> None:
 
 
 class _Pass(nn.Module):
-    """What DistributedDataParallel is given: it watches over the networks, and calls whatever passes through them."""
+    """The module that DistributedDataParallel wraps: its parameters are the networks', its forward calls a function."""
 
     def __init__(self, networks: nn.ModuleList) -> None:
         super().__init__()
         self.networks = networks
 
-    def forward(self, call: Callable[..., Any], *arguments: Any) -> Any:
-        return call(*arguments)
+    def forward(self, function: Callable[..., Any], *arguments: Any) -> Any:
+        return function(*arguments)

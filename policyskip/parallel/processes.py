@@ -1,8 +1,8 @@
-"""Several processes that make one run, started by torchrun or Slurm: who is who, and what they have to agree on.
+"""Several processes that make one run, started by torchrun or Slurm: their numbers, and what they tell each other.
 
-All communication is torch.distributed's: gloo between CPUs, NCCL between GPUs. Without such a start there is one
-process, and every function here says so without waiting for anyone. How a learner and its batch
-are divided among the processes: ``dividing.py``.
+All communication is done by torch.distributed: gloo between CPUs, NCCL between GPUs. In a run of one process every
+function here returns at once, and nothing is sent. ``data_parallel.py`` divides a learner and its batch among the
+processes.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from datetime import timedelta
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import torch
 import torch.distributed as dist
@@ -25,28 +25,24 @@ from policyskip.errors import UserError
 
 T = TypeVar("T")
 
-
 PATIENCE = timedelta(days=1)
-"""How long the others wait for what the first process does alone: a search, a judgement, pictures."""
+"""How long the other processes wait for what the first one does alone, such as a search or the pictures."""
+_WORDS_OF_LOST_CONNECTIONS = ("gloo", "Connection", "connection", "Socket", "Broken pipe", "NCCL", "Timed out waiting")
 
-
-_LOST = ("gloo", "Connection", "connection", "Socket", "Broken pipe", "NCCL", "Timed out waiting")
-
-
-_store: Any = None
-
-
-_waiting: Any = None  # a gloo group of its own, with PATIENCE
+_store: PrefixStore | None = None
+"""The key-value store that all processes of the run share."""
+_patient_group: dist.ProcessGroup | None = None
+"""All processes again, connected by gloo; its operations wait for PATIENCE."""
 
 
 @contextmanager
 def joined() -> Iterator[None]:
-    """Meet the processes that were started beside this one, and part from them in the end. Only the first one prints.
+    """Connect this process with the others of its run, and disconnect it in the end. Only the first process prints.
 
     Raises:
-        UserError: they cannot be met.
+        UserError: the other processes cannot be reached.
     """
-    global _store, _waiting
+    global _store, _patient_group
     try:
         store, rank, world = next(rendezvous("env://"))
         _store = PrefixStore("policyskip", store)
@@ -54,7 +50,7 @@ def joined() -> Iterator[None]:
             torch.cuda.set_device(local_rank())
         backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
         dist.init_process_group(backend, store=store, rank=rank, world_size=world)
-        _waiting = dist.new_group(timeout=PATIENCE, backend="gloo")
+        _patient_group = dist.new_group(timeout=PATIENCE, backend="gloo")  # type: ignore[assignment]  # all are in it
     except (RuntimeError, ValueError) as error:
         reason = " ".join(str(error).split())[:200]
         raise UserError(f"the other processes cannot be met ({reason}); torchrun starts them") from error
@@ -67,64 +63,81 @@ def joined() -> Iterator[None]:
 
 
 def world() -> int:
-    """The number of processes."""
+    """Return the number of processes in the run."""
     return dist.get_world_size() if dist.is_initialized() else 1
 
 
 def rank() -> int:
-    """Which of them this one is, from 0."""
+    """Return the number of this process among those of the run, counted from 0."""
     return dist.get_rank() if dist.is_initialized() else 0
 
 
 def local_rank() -> int:
-    """Which of those on this machine it is, from 0."""
+    """Return the number of this process among those on its machine, counted from 0."""
     return int(os.environ.get("LOCAL_RANK") or 0)
 
 
 def is_first() -> bool:
-    """Whether this is the process that writes and speaks."""
+    """Return whether this is the process that writes files and prints."""
     return rank() == 0
 
 
 def first(task: Callable[[], T]) -> T:
-    """What the first process's ``task`` returns, in every process; the others wait for it."""
+    """Call ``task`` in the first process only, and return its result in every process.
+
+    Raises:
+        UserError: another process has died meanwhile.
+    """
     if world() == 1:
         return task()
     result = [task() if is_first() else None]
     with reporting_lost_processes():
-        dist.broadcast_object_list(result, src=0, group=_waiting, device=torch.device("cpu"))
+        dist.broadcast_object_list(result, src=0, group=_patient_group, device=torch.device("cpu"))
     return result[0]  # type: ignore[return-value]
 
 
 @contextmanager
 def one_a_machine_first() -> Iterator[None]:
-    """One process of each machine goes through before the others do: what it downloads, they find."""
-    late = world() > 1 and local_rank() > 0
-    if late:
-        _meet()
+    """Let one process of each machine run the block before the others do, which then find what it has downloaded.
+
+    Raises:
+        UserError: another process has died meanwhile.
+    """
+    runs_later = world() > 1 and local_rank() > 0
+    if runs_later:
+        _wait_for_all()
     yield
-    if not late:
-        _meet()
+    if not runs_later:
+        _wait_for_all()
 
 
-def _meet() -> None:
+def _wait_for_all() -> None:
+    """Wait until every process has called this function."""
     if world() > 1:
         with reporting_lost_processes():
-            dist.barrier(group=_waiting)
+            dist.barrier(group=_patient_group)
 
 
-def any_process(asked: bool) -> bool:
-    """Whether it is so in any process."""
+def any_process(flag: bool) -> bool:
+    """Return whether ``flag`` is true in any process. Every process has to call this.
+
+    Raises:
+        UserError: another process has died.
+    """
     if world() == 1:
-        return asked
-    found = torch.tensor(int(asked))
+        return flag
+    largest = torch.tensor(int(flag))
     with reporting_lost_processes():
-        dist.all_reduce(found, dist.ReduceOp.MAX)
-    return bool(found)
+        dist.all_reduce(largest, dist.ReduceOp.MAX)
+    return bool(largest)
 
 
 def average(figures: dict[str, float]) -> dict[str, float]:
-    """The mean of each figure over the processes."""
+    """Return the mean of each figure over the processes, which all have to call this with the same keys.
+
+    Raises:
+        UserError: another process has died.
+    """
     if world() == 1:
         return figures
     total = torch.tensor(list(figures.values()), dtype=torch.float64)
@@ -134,7 +147,10 @@ def average(figures: dict[str, float]) -> dict[str, float]:
 
 
 def per_process_batch_size(batch_size: int) -> int:
-    """The images of a batch that each process sees.
+    """Return how many images of a batch each process computes.
+
+    Args:
+        batch_size: images of the whole batch.
 
     Raises:
         UserError: a batch of that size cannot be divided evenly.
@@ -148,27 +164,35 @@ def per_process_batch_size(batch_size: int) -> int:
 
 
 def this_process_slice(whole: Tensor, dim: int = 0) -> Tensor:
-    """This process's part of a tensor that has a place for each image of the whole batch along ``dim``."""
+    """Return this process's slice of a tensor whose dimension ``dim`` is the images of the whole batch.
+
+    Raises:
+        UserError: that dimension cannot be divided evenly.
+    """
     size = per_process_batch_size(whole.shape[dim])
     return whole.narrow(dim, rank() * size, size)
 
 
 def claims_error_report() -> bool:
-    """Whether this process is the first to say what has ended the run: it is said once, by whoever knows it first."""
-    if world() == 1:
+    """Return whether this process has to print the error that ended the run: true in the first process that asks."""
+    if world() == 1 or _store is None:
         return True
     try:
-        if _store.add("told", 1) == 1:
+        if _store.add("errors reported", 1) == 1:
             return True
-    except RuntimeError:  # the process that kept the store is gone
+    except RuntimeError:  # the process that keeps the store has died
         return True
-    time.sleep(1)  # torchrun stops all processes when one has ended: the one that speaks comes first
+    time.sleep(1)  # torchrun stops all processes once one has ended, so the one that prints has to end first
     return False
 
 
 @contextmanager
 def reporting_lost_processes() -> Iterator[None]:
-    """Turns what torch says when another process is gone into a line for the user."""
+    """Turn torch's error about a process that has died into one line for the user.
+
+    Raises:
+        UserError: instead of that error; other errors pass.
+    """
     try:
         yield
     except RuntimeError as error:
@@ -178,11 +202,12 @@ def reporting_lost_processes() -> Iterator[None]:
 
 
 def lost_process_message(error: RuntimeError) -> str:
-    """What is said of it."""
-    reason = str(error).partition("\n")[0].partition(". ")[0].rpartition("] ")[2][:200]  # not where in torch it was
+    """Return the line that is printed when another process of the run has died."""
+    reason = str(error).partition("\n")[0].partition(". ")[0].rpartition("] ")[2][:200]  # without torch's file and line
     return f"another process of this run has ended, and with it the run ({reason})"
 
 
 def is_lost_process(error: RuntimeError) -> bool:
-    """Whether an error means that another process is gone."""
-    return world() > 1 and (isinstance(error, dist.DistError) or any(word in str(error) for word in _LOST))
+    """Return whether an error of torch means that another process has died."""
+    speaks_of_connections = any(word in str(error) for word in _WORDS_OF_LOST_CONNECTIONS)
+    return world() > 1 and (isinstance(error, dist.DistError) or speaks_of_connections)

@@ -1,13 +1,14 @@
-"""The contract of a policy: from an observation to a decision.
+"""The contract of a policy, which decides from an observation.
 
 Shapes: B images, K blocks, C classes, H W pixels.
 """
 
 from __future__ import annotations
 
+import inspect
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Self
 
 from torch import Tensor, nn
 
@@ -15,11 +16,21 @@ from policyskip.backbones import Backbone, sparse
 
 
 class Policy(nn.Module, ABC):
-    """From what is observed to decisions; what is deployed."""
+    """A policy decides from an observation, and is what a run deploys.
+
+    A subclass gives :meth:`decide`. It is built again from its constructor's arguments, which :meth:`spec` returns.
+    """
+
+    _constructed_with: tuple[tuple[Any, ...], dict[str, Any]]
+
+    def __new__(cls, *args: Any, **kwargs: Any) -> Self:
+        policy = super().__new__(cls)
+        object.__setattr__(policy, "_constructed_with", (args, kwargs))  # before nn.Module's own attributes are there
+        return policy
 
     @abstractmethod
     def decide(self, observation: Tensor) -> Tensor:
-        """The greedy decision for what the environment shows; for images uint8 (B, 3, H, W), bool (B, K)."""
+        """The greedy decision for the environment's observation; for images uint8 (B, 3, H, W), bool (B, K)."""
 
     def run(
         self, backbone: Backbone, images: Tensor, break_even_K: Sequence[float] | None = None
@@ -31,6 +42,8 @@ class Policy(nn.Module, ABC):
         keep_BK = self.decide(images)
         return sparse(backbone, images, keep_BK, break_even_K), keep_BK
 
-    @abstractmethod
     def spec(self) -> dict[str, Any]:
-        """Plain arguments from which the policy can be built again."""
+        """The arguments that build the policy again, which JSON must be able to hold; by default its constructor's."""
+        args, kwargs = self._constructed_with
+        parameters = list(inspect.signature(type(self).__init__).parameters)[1:]
+        return {**dict(zip(parameters, args)), **kwargs}

@@ -5,14 +5,15 @@ Shapes: B images, K blocks, D features, H W pixels.
 
 from __future__ import annotations
 
+import inspect
 import math
-from abc import abstractmethod
 from collections.abc import Sequence
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
+from policyskip import registry
 from policyskip.backbones.base import IMAGENET_MEAN, IMAGENET_STD
 from policyskip.backbones.resnet import basic_block
 from policyskip.errors import UserError
@@ -20,17 +21,34 @@ from policyskip.policies.base import Policy
 
 
 class KeepPolicy(Policy):
-    """K logits for each image; blocks that the curriculum has not freed (``free_K``, bool (K,)) are kept."""
+    """A network from images to K logits, one for each block, which :class:`~policyskip.agents.blockdrop.BlockDrop`
+    trains.
+
+    A subclass gives :meth:`look`, or only :meth:`forward` if it has no features for a value head to learn from.
+    ``agent.warm_start=true`` needs a last layer named ``keep_head``, from :func:`keep_layer`.
+
+    Args:
+        num_blocks: K.
+
+    Attributes:
+        free_K: bool (K,), the blocks that the curriculum has freed; the others are kept.
+    """
 
     free_K: Tensor
-    num_features: int
 
-    @abstractmethod
+    def __init__(self, num_blocks: int) -> None:
+        super().__init__()
+        self.register_buffer("free_K", torch.ones(num_blocks, dtype=torch.bool))
+
     def look(self, images: Tensor) -> tuple[Tensor, Tensor]:
         """Features float (B, D) and logits float (B, K) of images uint8 (B, 3, H, W)."""
+        logits_BK: Tensor = self(images)
+        return logits_BK.new_zeros(len(images), 0), logits_BK
 
     def forward(self, images: Tensor) -> Tensor:
         """Logits float (B, K) of images uint8 (B, 3, H, W)."""
+        if type(self).look is KeepPolicy.look:
+            raise NotImplementedError(f"{type(self).__name__} has neither look nor forward; a KeepPolicy needs one")
         return self.look(images)[1]
 
     def decide(self, images: Tensor) -> Tensor:
@@ -40,13 +58,98 @@ class KeepPolicy(Policy):
         """ũ = [s ≥ ½], from the unbounded s; bool (B, K)."""
         return (logits_BK >= 0) | ~self.free_K
 
+    def depart_from(self, keep: Sequence[bool]) -> None:
+        """Start from a fixed keep-set: its blocks keep their first probability, the other blocks get its complement.
+
+        Raises:
+            UserError: the policy has no ``keep_head`` with a bias.
+        """
+        head = getattr(self, "keep_head", None)
+        if not isinstance(head, nn.Linear) or head.bias is None:
+            raise UserError(
+                f"{type(self).__name__} cannot start from a keep-set, as it has no keep_head (see keep_layer); "
+                "say agent.warm_start=false"
+            )
+        with torch.no_grad():
+            head.bias.mul_(torch.tensor(keep).float() * 2 - 1)
+
+
+def keep_layer(num_features: int, num_blocks: int, initial_keep: float = 0.5) -> nn.Linear:
+    """Make the last layer of a policy network, from features (B, D) to logits (B, K), which at first keeps each block
+    with a probability of about ``initial_keep``.
+
+    Raises:
+        UserError: ``initial_keep`` is not between 0 and 1.
+    """
+    if not 0 < initial_keep < 1:
+        raise UserError(f"agent.initial_keep must be between 0 and 1, got {initial_keep}")
+    layer = nn.Linear(num_features, num_blocks)
+    nn.init.constant_(layer.bias, math.log(initial_keep / (1 - initial_keep)))
+    return layer
+
+
+def policy_network(
+    name: str,
+    num_blocks: int,
+    image_shape: Sequence[int],
+    width: int = 16,
+    pool: int = 1,
+    initial_keep: float = 0.5,
+) -> KeepPolicy:
+    """Make a fresh policy network by name.
+
+    Args:
+        name: "cifar" or "imagenet" (:class:`PolicyNetwork`), "constant" (:class:`ConstantPolicy`), or the name of a
+            :class:`KeepPolicy` of the user's own: ``package.module.Name``, or that of an installed entry point.
+        num_blocks: K.
+        image_shape: (3, H, W).
+        width, pool, initial_keep: as for :class:`PolicyNetwork`. A class of the user's own gets ``num_blocks``, and
+            those of the other arguments that its constructor declares.
+
+    Raises:
+        UserError: there is no such network, it may not be imported, or it fails.
+    """
+    if name in ("cifar", "imagenet"):
+        return PolicyNetwork(num_blocks, name, width, pool, initial_keep)  # type: ignore[arg-type]
+    if name == "constant":
+        return ConstantPolicy(num_blocks, initial_keep)
+    if "." not in name and name not in (known := registry.installed("policy")):
+        raise UserError(
+            f"agent.policy: input should be 'cifar', 'imagenet' or 'constant', got {name!r}, which is not installed "
+            f"here either ({', '.join(sorted(known)) or 'none is installed'})"
+        )
+    kind = registry.resolve("policy", name)
+    if not (inspect.isclass(kind) and issubclass(kind, KeepPolicy)):
+        raise UserError(f"agent.policy={name} must be a subclass of {KeepPolicy.__module__}.KeepPolicy, and is none")
+    optional = dict(image_shape=list(image_shape), width=width, pool=pool, initial_keep=initial_keep)
+    declared = inspect.signature(kind.__init__).parameters
+    with registry.naming_failures(f"agent.policy={name}"):
+        return kind(num_blocks=num_blocks, **{key: value for key, value in optional.items() if key in declared})
+
+
+def check_policy(policy: KeepPolicy, images: Tensor, num_blocks: int) -> int:
+    """Count the features of a policy network, D, having tried it on images uint8 (B, 3, H, W).
+
+    Raises:
+        UserError: it fails, or does not give features (B, D) and logits (B, K).
+    """
+    kind = type(policy).__name__
+    with torch.no_grad(), registry.naming_failures(f"agent: the policy network {kind}"):
+        features_BD, logits_BK = policy.eval().look(images)
+    if logits_BK.shape != (len(images), num_blocks) or features_BD.shape[:-1] != (len(images),):
+        raise UserError(
+            f"the policy network {kind} must give features (B, D) and logits (B, K), here ({len(images)}, D) and "
+            f"({len(images)}, {num_blocks}); got {tuple(features_BD.shape)} and {tuple(logits_BK.shape)}"
+        )
+    return features_BD.shape[1]
+
 
 class PolicyNetwork(KeepPolicy):
     """A small ResNet from images to K logits.
 
     ``family="cifar"`` is ResNet-8 (one basic block a stage, 16/32/64 channels), ``"imagenet"`` ResNet-10 (four
-    stages, 64 to 512, behind a strided stem). ``width`` is the first stage's channels; the image is average-pooled
-    by ``pool`` before anything else. Both are there because what the policy costs is counted.
+    stages, 64 to 512, behind a strided stem). ``width`` is the number of channels of the first stage; the image is
+    average-pooled by ``pool`` before anything else. Both make the policy cheaper, whose cost is counted.
     """
 
     mean: Tensor
@@ -60,7 +163,7 @@ class PolicyNetwork(KeepPolicy):
         pool: int = 1,
         initial_keep: float = 0.5,
     ) -> None:
-        super().__init__()
+        super().__init__(num_blocks)
         if family not in ("cifar", "imagenet"):
             raise UserError(f"agent.policy must be cifar, imagenet or constant, got {family!r}")
         if min(width, pool) < 1 or not 0 < initial_keep < 1:
@@ -83,17 +186,9 @@ class PolicyNetwork(KeepPolicy):
             layers.append(basic_block(channels, out, 2 if stage else 1, "B" if imagenet else "pool"))
             channels = out
         self.features = nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten())
-        self.num_features = channels
-        self.keep_head = nn.Linear(channels, num_blocks)
-        nn.init.constant_(self.keep_head.bias, math.log(initial_keep / (1 - initial_keep)))
-        self.register_buffer("free_K", torch.ones(num_blocks, dtype=torch.bool))
+        self.keep_head = keep_layer(channels, num_blocks, initial_keep)
         self.register_buffer("mean", torch.tensor(IMAGENET_MEAN).view(1, -1, 1, 1))
         self.register_buffer("std", torch.tensor(IMAGENET_STD).view(1, -1, 1, 1))
-
-    def depart_from(self, keep: Sequence[bool]) -> None:
-        """Turn round the first probability of the blocks that a fixed keep-set drops."""
-        with torch.no_grad():
-            self.keep_head.bias.mul_(torch.tensor(keep).float() * 2 - 1)
 
     def spec(self) -> dict[str, Any]:
         return self.arguments
@@ -107,14 +202,11 @@ class ConstantPolicy(KeepPolicy):
     """The same K logits for every image: what the learner can do without looking. Costs nothing to evaluate."""
 
     def __init__(self, num_blocks: int, initial_keep: float = 0.5) -> None:
-        super().__init__()
+        super().__init__(num_blocks)
         self.arguments = dict(num_blocks=num_blocks, initial_keep=initial_keep)
-        self.num_features = 0
         self.logits_K = nn.Parameter(torch.full((num_blocks,), math.log(initial_keep / (1 - initial_keep))))
-        self.register_buffer("free_K", torch.ones(num_blocks, dtype=torch.bool))
 
     def depart_from(self, keep: Sequence[bool]) -> None:
-        """As for :class:`PolicyNetwork`."""
         with torch.no_grad():
             self.logits_K.mul_(torch.tensor(keep).float() * 2 - 1)
 

@@ -1,4 +1,7 @@
-"""Metrics, pictures and files to Weights & Biases and to ``metrics.jsonl``. The only module that imports wandb."""
+"""Tracking: a run's metrics go to ``metrics.jsonl`` and, with its pictures and files, to Weights & Biases.
+
+This is the only module that imports wandb.
+"""
 
 from __future__ import annotations
 
@@ -11,24 +14,35 @@ import urllib.error
 import urllib.request
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from policyskip.errors import UserError
 from policyskip.parallel import processes
 from policyskip.runs.folder import Run
 
+if TYPE_CHECKING:
+    import wandb
+
 MODES = ("auto", "online", "offline", "none")
 
 
 class Tracker:
-    """Where a run's records go. Agents never see it. Of several processes that make a run, the first one tracks it.
+    """Writes a run's records to ``metrics.jsonl`` and to Weights & Biases (W&B).
+
+    Agents never see it. Of several processes that make a run, only the first one writes.
 
     Args:
+        run: the run folder.
         mode: "auto" is online when logged in and offline otherwise, without a question or a wait; "none" writes
             ``metrics.jsonl`` alone.
-        group: runs of one group are shown together.
-        kind: the command, which W&B calls the type of the job.
-        tags: what to find the run by.
+        config: the run's configuration.
+        project: of W&B.
+        group: W&B shows the runs of one group together.
+        job_type: the command that makes the run.
+        tags: words by which W&B finds the run.
+
+    Attributes:
+        where: the address of the W&B run, or a line that says where its offline files are, or that there are none.
     """
 
     def __init__(
@@ -38,20 +52,20 @@ class Tracker:
         config: dict[str, Any],
         project: str = "policyskip",
         group: str | None = None,
-        kind: str = "train",
+        job_type: str = "train",
         tags: Sequence[str] = (),
     ) -> None:
         if mode not in MODES:
             raise UserError(f"tracking.mode must be one of {', '.join(MODES)}, got {mode!r}")
         self.run = run
-        self.wandb_run: Any = None
+        self.wandb_run: wandb.Run | None = None
         self.where = "not tracked"
         if mode != "none" and processes.is_first():
-            names = {"project": project, "group": group, "job_type": kind, "tags": [tag[:64] for tag in tags]}
+            names = {"project": project, "group": group, "job_type": job_type, "tags": [tag[:64] for tag in tags]}
             self._start_wandb(mode, config, names)
 
     def log(self, step: int, seconds: float, metrics: dict[str, Any]) -> None:
-        """One record: the step, the seconds of training so far, and the figures."""
+        """Write one record: the step, the seconds of training so far, and the figures."""
         self.run.append_metrics({"step": step, "seconds": round(seconds, 3), **metrics})
         if self.wandb_run is not None:
             self.wandb_run.log({"step": step, **{k: v for k, v in metrics.items() if isinstance(v, int | float)}})
@@ -63,37 +77,45 @@ class Tracker:
         files: list[Path],
         examples: Examples | None,
         tables: dict[str, list[dict[str, Any]]] | None = None,
-        kind: str = "policy",
+        artifact_type: str = "policy",
     ) -> None:
-        """Close the run with its summary, pictures, example images, tables (by their names), and an artifact of a
-        ``kind`` with its files. W&B's summary gets the figures that runs can be sorted by; lists are in the files."""
+        """Write a finished run's results to W&B and end the W&B run.
+
+        Args:
+            summary: W&B gets its numbers and texts, by which runs can be sorted; lists are only in the files.
+            pictures: PNG files.
+            files: they become one W&B artifact.
+            examples: example images, or None.
+            tables: each a list of rows with the same keys, by the name of the table.
+            artifact_type: W&B's word for the kind of the artifact.
+        """
         if self.wandb_run is None:
             return
         import wandb
 
-        plain = (str, int, float, type(None))
-        scalars = {key: value for key, value in summary.items() if isinstance(value, plain)}
+        scalars = {key: value for key, value in summary.items() if isinstance(value, str | int | float | None)}
         self.wandb_run.summary.update(scalars | {"warnings": "; ".join(summary.get("warnings", []))})
-        self.wandb_run.log({f"plots/{name}": wandb.Image(str(path)) for name, path in _named(pictures).items()})
+        self.wandb_run.log({f"plots/{name}": wandb.Image(str(path)) for name, path in _by_name(pictures).items()})
         if examples is not None:
             rows = [[wandb.Image(image), *cells] for image, *cells in examples.rows]
             self.wandb_run.log({"examples": wandb.Table(columns=["image", *examples.columns], data=rows)})
         for name, lines in (tables or {}).items():
-            content = [list(line.values()) for line in lines]
-            self.wandb_run.log({name: wandb.Table(columns=list(lines[0]), data=content, allow_mixed_types=True)})
-        artifact = wandb.Artifact(re.sub(r"[^\w.-]", "-", self.run.name, flags=re.ASCII), type=kind)
+            cells = [list(line.values()) for line in lines]
+            self.wandb_run.log({name: wandb.Table(columns=list(lines[0]), data=cells, allow_mixed_types=True)})
+        artifact = wandb.Artifact(re.sub(r"[^\w.-]", "-", self.run.name, flags=re.ASCII), type=artifact_type)
         for path in files:
             artifact.add_file(str(path))
         self.wandb_run.log_artifact(artifact)
         self.wandb_run.finish()
 
     def close(self) -> None:
-        """End the W&B run of a run that was stopped."""
+        """End the W&B run of a run that was stopped, as one that failed; after :meth:`finish` this changes nothing."""
         if self.wandb_run is not None:
             self.wandb_run.finish(exit_code=1)
 
     def _start_wandb(self, mode: str, config: dict[str, Any], names: dict[str, Any]) -> None:
-        os.environ.setdefault("WANDB_SILENT", "true")  # without it, looking for a login asks the network for a name
+        """Begin a W&B run in a mode that works here, and set ``where``."""
+        os.environ.setdefault("WANDB_SILENT", "true")  # otherwise the search for a login asks the server for a name
         import wandb
 
         if mode == "auto":
@@ -101,19 +123,21 @@ class Tracker:
         if mode == "disabled":
             return
         host = str(wandb.setup().settings.base_url)
-        if mode != "offline" and not _answers(host):
+        if mode != "offline" and not _server_answers(host):
             print(f"W&B cannot be reached (no answer from {host}); this run is written offline", flush=True)
             mode = "offline"
         settings = wandb.Settings(
             silent=True, console="off", init_timeout=20, finish_timeout=60, disable_git=True, save_code=False
         )
-        # Absolute: W&B writes from a process of its own, which stays where the first run of this one was.
-        start = dict(name=self.run.name, dir=str(self.run.folder.resolve()), config=config, settings=settings, **names)
+        # An absolute path, because W&B writes from a process of its own, whose current folder is that of the first run.
+        options = dict(
+            name=self.run.name, dir=str(self.run.folder.resolve()), config=config, settings=settings, **names
+        )
         try:
-            self.wandb_run = wandb.init(mode=mode, **start)  # type: ignore[arg-type]
+            self.wandb_run = wandb.init(mode=mode, **options)  # type: ignore[arg-type]
         except wandb.errors.Error as error:
             print(f"W&B cannot be reached ({str(error).splitlines()[0]}); this run is written offline", flush=True)
-            self.wandb_run = wandb.init(mode="offline", **start)
+            self.wandb_run = wandb.init(mode="offline", **options)
         self.wandb_run.define_metric("step")
         for prefix in ("train", "val"):
             self.wandb_run.define_metric(f"{prefix}/*", step_metric="step")
@@ -124,14 +148,14 @@ class Tracker:
 
 
 class Examples:
-    """Example images for a table: ``rows`` of an image, uint8 (H, W, 3), and one cell for each of ``columns``."""
+    """A table of example images: each of ``rows`` is an image, uint8 (H, W, 3), and a cell for each of ``columns``."""
 
     def __init__(self, columns: list[str], rows: list[list[Any]]) -> None:
         self.columns, self.rows = columns, rows
 
 
-def _answers(host: str, seconds: float = 8.0) -> bool:
-    """Whether a server answers, whatever it says: without this look W&B waits much longer, and again at the end."""
+def _server_answers(host: str, seconds: float = 8.0) -> bool:
+    """Return whether a server answers, if only with an error: W&B itself would wait much longer, also at the end."""
     try:
         with urllib.request.urlopen(host, timeout=seconds):
             return True
@@ -144,7 +168,7 @@ def _answers(host: str, seconds: float = 8.0) -> bool:
 
 
 def _pick_mode() -> str:
-    """What the user set (WANDB_MODE, ``wandb offline``); otherwise online if logged in, else offline."""
+    """Return the mode that the user set (WANDB_MODE, ``wandb offline``), else online if logged in, else offline."""
     import wandb
 
     chosen = wandb.setup().settings.mode
@@ -156,8 +180,8 @@ def _pick_mode() -> str:
         return "offline"
 
 
-def _named(pictures: list[Path]) -> dict[str, Path]:
-    """Pictures by their names; those in a folder of their own inside ``plots`` with the folder's."""
+def _by_name(pictures: list[Path]) -> dict[str, Path]:
+    """Return pictures by the names of their files; those in a folder inside ``plots`` have its name in front."""
     return {path.stem if path.parent.name == "plots" else f"{path.parent.name}/{path.stem}": path for path in pictures}
 
 
@@ -170,14 +194,19 @@ def log_comparison(
     project: str,
     group: str | None,
 ) -> str:
-    """A comparison's tables, pictures and files as a W&B run of its own.
+    """Write a comparison's tables, pictures and files to W&B, as a run of its own.
 
-    Returns: where it is.
+    Args:
+        folder: of the comparison; all files in it are written.
+        tables: rows of cells, by the name of the table; empty tables are left out.
+        pictures: PNG files.
+        mode, config, project, group: as for :class:`Tracker`.
+
+    Returns: the tracker's ``where``.
     """
     tracker = Tracker(Run(folder), mode, config, project, group, "compare", ["comparison"])
     files = [path for path in sorted(folder.iterdir()) if path.is_file()]
     summary = {"rows": len(tables.get("comparison", [])), "runs": len(tables.get("runs", []))}
-    tracker.finish(
-        summary, pictures, files, None, {name: lines for name, lines in tables.items() if lines}, "comparison"
-    )
+    filled_tables = {name: rows for name, rows in tables.items() if rows}
+    tracker.finish(summary, pictures, files, None, filled_tables, artifact_type="comparison")
     return tracker.where

@@ -1,66 +1,105 @@
-"""The contract of a task: everything that one run of ``policyskip train`` consists of."""
+"""The contract of a task: everything that one run of ``policyskip train`` consists of.
+
+There is one task for each family (``blocks``, ``gates``, ``thresholds``, ``exit_policy``), and one for ``pretrain``.
+"""
 
 from __future__ import annotations
 
 import copy
-import inspect
-from typing import Any, Protocol
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
-from policyskip.agents.base import Agent
-from policyskip.agents.early_exit import EarlyExitAgent
 from policyskip.backbones import Network
-from policyskip.build import Setup, class_of
-from policyskip.envs.block_selection import BlockSelectionVectorEnv
-from policyskip.envs.early_exit import EarlyExitVectorEnv
-from policyskip.envs.layer_skip import LayerSkipVectorEnv
+from policyskip.build import Setup
+from policyskip.config import Settings
 from policyskip.errors import UserError
+from policyskip.evaluation.decisions import Decisions
 from policyskip.runs.folder import Run
 from policyskip.runs.tracking import Tracker
 
 
-class Task(Protocol):
-    """Everything that can be refused is refused when a task is made, before there is a run folder.
+class Task(ABC):
+    """What learns, from what, how it is judged, and what it leaves in the run folder.
+
+    Everything that can be refused is refused when a task is made, before there is a run folder.
 
     Attributes:
-        learner, source: what learns, and from what (see ``training.train``).
+        learner, source: what learns, and the environment or feed that it learns from (see ``training.train``).
         choose_by: the validation figure by which the best weights are kept.
         names: agent, env, backbone and data, for the summary.
-        greeting: what is said before training starts.
+        greeting: the lines that are printed before training starts.
+        trained_network: the network, as it is before training, of a run that trains it; None where it is frozen.
     """
 
+    choose_by: ClassVar[str] = "reward"
     learner: Any
     source: Any
-    choose_by: str
     names: dict[str, str]
     greeting: str
+    trained_network: Network | None = None
 
-    @property
-    def trains(self) -> Network | None:
-        """The network, as it is before training, of a run that trains it; None where it is frozen."""
-        ...
-
+    @abstractmethod
     def validate(self) -> dict[str, Any]:
-        """Figures on the validation images."""
-        ...
+        """Return figures on the validation images."""
 
+    @abstractmethod
     def deployable(self) -> dict[str, Tensor]:
-        """The tensors of which the best are kept."""
-        ...
+        """Return the tensors of which the best are kept."""
 
+    @abstractmethod
     def finish(self, run: Run, tracker: Tracker, seconds: float) -> dict[str, Any]:
-        """Judge the best weights once on test, and write what is deployed, the summary and the pictures."""
-        ...
+        """Judge the best weights once on test, write the finished run, and return its summary."""
 
+    @abstractmethod
     def show(self, summary: dict[str, Any]) -> None:
         """Print the summary as a table."""
-        ...
+
+
+class FamilyTask(Task):
+    """The task of one family of agents; a finished run of the family can be judged again from its folder.
+
+    Args:
+        setup: what the run's configuration names.
+        settings: what was typed beside it.
+    """
+
+    setup: Setup
+
+    @abstractmethod
+    def __init__(self, setup: Setup, settings: Settings) -> None: ...
+
+    @staticmethod
+    @abstractmethod
+    def judge(setup: Setup, run: Run, split: str) -> Judgement:
+        """Judge a finished run's best weights, from its folder, on a split."""
+
+
+@dataclass(frozen=True)
+class Judgement:
+    """What a policy did on a split: the record of its decisions, and the figures of policy and references."""
+
+    decisions: Decisions
+    figures: dict[str, Any]
+
+
+def names_of(setup: Setup, agent: str, env: str) -> dict[str, str]:
+    """Return the names that a summary begins with."""
+    return {"agent": agent, "env": env, "backbone": setup.backbone.name, "data": setup.data.name}
+
+
+ONE_IMAGE = "batch normalisation of 1×1 features needs two images at least"
 
 
 def check_batch(network: nn.Module, images: Tensor) -> None:
-    """UserError if a network that learns cannot do so from the images, uint8 (B, 3, H, W), of one batch."""
+    """Refuse a batch of images, uint8 (B, 3, H, W), that is too small for a network to learn from.
+
+    Raises:
+        UserError: there is one image, and batch normalisation needs two.
+    """
     if len(images) > 1:
         return
     trial = copy.deepcopy(network).train()
@@ -69,47 +108,3 @@ def check_batch(network: nn.Module, images: Tensor) -> None:
             trial(images)
     except ValueError as error:
         raise UserError(f"{ONE_IMAGE}: give a larger data.batch_size or larger images") from error
-
-
-ONE_IMAGE = "batch normalisation of 1×1 features needs two images at least"
-
-
-ENVIRONMENTS = {
-    "block_selection": ("BlockSelection-v0", BlockSelectionVectorEnv),
-    "layer_skip": ("LayerSkip-v0", LayerSkipVectorEnv),
-    "early_exit": ("EarlyExit-v0", EarlyExitVectorEnv),
-}
-"""By the names of ``env=``: each environment's id and class."""
-
-
-def environment_of(setup: Setup) -> str:
-    """The environment of a configuration by the name of ``env=``; a user's own goes by what it derives from."""
-    asked = class_of(setup.config, "env", setup.trusted)
-    names = [name for name, (_, kind) in ENVIRONMENTS.items() if inspect.isclass(asked) and issubclass(asked, kind)]
-    return names[0] if names else "block_selection"
-
-
-def id_of(setup: Setup) -> str:
-    """Its id, ``BlockSelection-v0``, for people to read."""
-    return ENVIRONMENTS[environment_of(setup)][0]
-
-
-def check_agent(setup: Setup) -> None:
-    """Refuse an agent that cannot act in the environment.
-
-    Raises:
-        UserError: says in which it can.
-    """
-    agent = class_of(setup.config, "agent", setup.trusted)
-    able = getattr(agent, "environments", Agent.environments)
-    if environment_of(setup) not in able:
-        ways = " or ".join(f"env={name}" for name in able)
-        name = getattr(agent, "name", None)
-        name = name if isinstance(name, str) else agent.__name__.lower()
-        raise UserError(f"agent={name} cannot act in {id_of(setup)}; it can with {ways}")
-
-
-def sets_thresholds(setup: Setup) -> bool:
-    """Whether the agent trains a network with exits and sets thresholds, rather than learn over a frozen one."""
-    agent = class_of(setup.config, "agent", setup.trusted)
-    return inspect.isclass(agent) and issubclass(agent, EarlyExitAgent)

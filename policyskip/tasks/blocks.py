@@ -1,10 +1,13 @@
 """The family ``blocks``: an agent decides which blocks of a frozen network run.
 
+It is judged beside the full network and the static front.
+
 Shapes: B images, K blocks.
 """
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import torch
@@ -13,113 +16,104 @@ from torch import Tensor
 from policyskip.agents.base import Agent
 from policyskip.backbones import Backbone
 from policyskip.build import Setup
-from policyskip.config import FrontSection
-from policyskip.deployment.policy_files import describe, load_weights
+from policyskip.config import Settings
+from policyskip.deployment.loading import load_weights
+from policyskip.deployment.policy_files import PolicyFile, describe_blocks
 from policyskip.errors import UserError
-from policyskip.evaluation import decisions
-from policyskip.evaluation.decisions import Decisions, Evaluation
 from policyskip.evaluation.evaluate import evaluate
-from policyskip.evaluation.tables import show_block_table
+from policyskip.evaluation.figures import block_figures
+from policyskip.evaluation.plots import block_pictures
+from policyskip.evaluation.tables import show_blocks
 from policyskip.parallel import processes
 from policyskip.policies.networks import KeepPolicy
 from policyskip.runs.folder import Run
 from policyskip.runs.tracking import Tracker
 from policyskip.static_front import StaticFront
-from policyskip.tasks.base import check_batch, id_of
+from policyskip.tasks.base import FamilyTask, Judgement, check_batch, names_of
 from policyskip.tasks.fronts import best_set, load_front, static_figures, static_front
-from policyskip.tasks.report import report
+from policyskip.tasks.report import completed, head_of, write_finished
 
 
-def judge(setup: Setup, agent: Agent, split: str = "test") -> Evaluation:
-    """The agent on a split, beside the full network. The test split is read once a run, after everything is chosen."""
-    return evaluate(agent, setup.env(setup.data.split(split).plain()))
-
-
-class BlockTask:
+class BlockTask(FamilyTask):
     """An agent that decides which blocks run, judged beside the full network and the static front."""
 
-    choose_by, trains = "reward", None
-
-    def __init__(self, setup: Setup, wanted: FrontSection) -> None:
-        if not isinstance(setup.backbone, Backbone):
-            raise UserError(f"{setup.backbone.name} has exits, not blocks to skip; say backbone=resnet32_digits")
-        if setup.reward is None:
-            raise UserError("the configuration has no reward, and this command needs one")
+    def __init__(self, setup: Setup, settings: Settings) -> None:
+        _check(setup)
+        if settings.front is None:
+            raise UserError("the configuration has no front, and skipping blocks needs one")
         self.setup = setup
-        self.source = env = setup.env(setup.data.train, "shuffled", setup.config["seed"])
+        self.source = env = setup.env(setup.data.train, "shuffled", settings.seed)
         everything = torch.ones(len(env.observation), env.backbone.num_blocks, dtype=torch.bool, device=env.device)
         env.rewards(env.score(everything))  # a reward that fails is refused before there is a run folder
         policy = setup.agent(env).policy  # likewise, and before the front is searched
         if isinstance(policy, KeepPolicy):
             check_batch(policy, env.feed.batch.images)
-        self.front = processes.first(lambda: static_front(setup, wanted))
+        front_settings = settings.front
+        self.front = processes.first(lambda: static_front(setup, front_settings))
         best = processes.first(lambda: best_set(setup, self.front))
         self.learner: Agent = setup.agent(env, self.front, best)
         self.validation = setup.env(setup.data.validation)
-        self.names = dict(
-            agent=self.learner.name,
-            env=id_of(setup),
-            backbone=setup.backbone.name,
-            data=setup.data.name,
-        )
+        self.names = names_of(setup, self.learner.name, env.id)
         self.greeting = (
-            f"{self.names['agent']} {'learns' if setup.config['train']['steps'] else 'is judged'} on "
+            f"{self.learner.name} {'learns' if settings.train.steps else 'is judged'} on "
             f"{setup.data.name} over {setup.backbone.name} ({env.costs.full / 1e6:.1f} M MACs)"
         )
 
     def validate(self) -> dict[str, Any]:
-        """Figures of the greedy decisions on validation images."""
-        return evaluate(self.learner, self.validation, full=False).figures()
+        """Return figures of the greedy decisions on validation images."""
+        return block_figures(evaluate(self.learner, self.validation, full=False))
 
     def deployable(self) -> dict[str, Tensor]:
         return self.learner.policy.state_dict()
 
     def finish(self, run: Run, tracker: Tracker, seconds: float) -> dict[str, Any]:
-        """Judge the best weights once on test; write summary, deployable files and pictures; close the tracker."""
-        setup, agent = self.setup, self.learner
-        load_best(agent, run)
-        result = judge(setup, agent)
-        policy = describe(
-            agent.policy,
-            setup.backbone,
-            setup.config["backbone"],
-            setup.data.classes,
-            setup.data.image_shape,
-            result.policy_macs,
+        setup, data, policy = self.setup, self.setup.data, self.learner.policy
+        load_weights(policy, run, "the run's config.yaml")
+        judgement = judge_policy(setup, self.learner, self.front, "test")
+        self.front.save(run.folder / "front.json")
+        macs = judgement.decisions.policy_macs
+        described = describe_blocks(policy, macs, setup.backbone, setup.config["backbone"])
+        return write_finished(
+            run,
+            tracker,
+            head_of(setup, self.names, seconds),
+            judgement,
+            PolicyFile("blocks", **described, classes=data.classes, image_shape=data.image_shape),
+            partial(
+                block_pictures,
+                metrics=run.metrics(),
+                decisions=judgement.decisions,
+                images=data.test,
+                stages=setup.backbone.stages,
+            ),
+            data.test,
         )
-        frozen = setup.backbone.content_hash()
-        return report(setup, self.names, result, self.front, policy, run, tracker, seconds, frozen)
 
     def show(self, summary: dict[str, Any]) -> None:
-        """Print the table."""
-        show_block_table(summary)
+        show_blocks(summary)
+
+    @staticmethod
+    def judge(setup: Setup, run: Run, split: str) -> Judgement:
+        _check(setup)
+        front = load_front(run, setup.backbone.num_blocks)
+        agent = setup.agent(setup.env(setup.data.validation, "shuffled"), front)  # SB3 asks for a shuffled order
+        load_weights(agent.policy, run, "the run's config.yaml")
+        return judge_policy(setup, agent, front, split)
 
 
-def again(setup: Setup, run: Run, split: str) -> dict[str, Any]:
-    """A finished run's figures on a split, from its folder."""
-    result, front = _judged_again(setup, run, split)
-    return result.figures() | static_figures(setup, result, front, split)[0]
+def judge_policy(setup: Setup, agent: Agent, front: StaticFront, split: str) -> Judgement:
+    """Judge an agent's greedy decisions on a split, beside the full network and the static front.
+
+    The test split is read once a run, after everything has been chosen.
+    """
+    decisions = evaluate(agent, setup.env(setup.data.split(split).plain()))
+    static, pairs = static_figures(setup, decisions, front, split)
+    complete = completed(decisions, setup, split, pairs, setup.backbone.content_hash())
+    return Judgement(complete, block_figures(decisions) | static)
 
 
-def decide_again(setup: Setup, run: Run) -> Decisions:
-    """A finished run's decisions on test images, from its folder."""
-    result, front = _judged_again(setup, run, "test")
-    _, curve = static_figures(setup, result, front)
-    data, frozen = setup.data, setup.backbone.content_hash()
-    return decisions.of_blocks(result, curve, data.test.fingerprint(), frozen, data.classes)
-
-
-def _judged_again(setup: Setup, run: Run, split: str) -> tuple[Evaluation, StaticFront]:
+def _check(setup: Setup) -> None:
+    if not isinstance(setup.backbone, Backbone):
+        raise UserError(f"{setup.backbone.name} has exits, not blocks to skip; say backbone=resnet32_digits")
     if setup.reward is None:
         raise UserError("the configuration has no reward, and this command needs one")
-    if not isinstance(setup.backbone, Backbone):
-        raise UserError(f"{setup.backbone.name} has exits, not blocks to skip")
-    front = load_front(run, setup.backbone.num_blocks)
-    agent = setup.agent(setup.env(setup.data.validation, "shuffled"), front)  # shuffled, which is what SB3 asks for
-    load_best(agent, run)
-    return judge(setup, agent, split), front
-
-
-def load_best(agent: Agent, run: Run) -> None:
-    """Put the run's best weights into the agent's policy."""
-    load_weights(agent.policy, run, "the run's config.yaml")

@@ -1,76 +1,91 @@
-"""Which task a configuration asks for, and whether its agent can act in its environment."""
+"""The task that a configuration asks for: the family that its agent, or its environment, declares."""
 
 from __future__ import annotations
 
-import inspect
 from typing import Any
 
+from policyskip.agents.base import Agent
 from policyskip.build import Setup, class_of
-from policyskip.config import Settings, group_of
+from policyskip.config import Settings
+from policyskip.envs.block_selection import BlockSelectionVectorEnv
 from policyskip.errors import UserError
-from policyskip.evaluation.decisions import Decisions
+from policyskip.files import damaged
 from policyskip.parallel import processes
 from policyskip.parallel.data_parallel import Divisible
+from policyskip.registry import declared_class
+from policyskip.rewards import Adaptive
 from policyskip.runs.folder import Run
-from policyskip.tasks import blocks
-from policyskip.tasks import exit_policy as leaving
-from policyskip.tasks import gates as layers
-from policyskip.tasks import thresholds as exits
-from policyskip.tasks.base import Task, check_agent, environment_of, sets_thresholds
+from policyskip.tasks.base import FamilyTask, Judgement
+from policyskip.tasks.blocks import BlockTask
+from policyskip.tasks.exit_policy import ExitPolicyTask
+from policyskip.tasks.gates import GateTask
+from policyskip.tasks.thresholds import ThresholdTask
+
+FAMILIES: dict[str, type[FamilyTask]] = {
+    "blocks": BlockTask,
+    "gates": GateTask,
+    "thresholds": ThresholdTask,
+    "exit_policy": ExitPolicyTask,
+}
 
 
-def has_gates(config: dict[str, Any]) -> bool:
-    """Whether a configuration's agent is SkipNet, which learns from labelled images and in no environment."""
-    return str(group_of(config, "agent").get("_target_")).endswith(".SkipNet")
+def start(setup: Setup, settings: Settings) -> FamilyTask:
+    """Make the task of a ``train`` configuration.
 
-
-def learns(config: dict[str, Any]) -> bool:
-    """Whether a configuration's agent has something to learn; fixed choices of blocks and the oracle have not."""
-    module = str(group_of(config, "agent").get("_target_")).rpartition(".")[0]
-    return module not in ("policyskip.agents.fixed", "policyskip.agents.oracle")
-
-
-def start(setup: Setup, settings: Settings) -> Task:
-    """The task of a ``train`` configuration."""
-    steps = settings.train.steps
-    if learns(setup.config) and not steps:
+    Raises:
+        UserError: the agent cannot act in the environment, cannot learn for that many updates, or not in several
+            processes; or the configuration lacks something that its family needs.
+    """
+    agent, steps = agent_class(setup.config, setup.trusted), settings.train.steps
+    if agent.learns and not steps:
         raise UserError("train.steps must be at least 1, got 0")
-    if steps and not learns(setup.config):
+    if steps and not agent.learns:
         raise UserError(f"this agent has nothing to learn, so train.steps must be 0, got {steps}")
-    agent = class_of(setup.config, "agent", setup.trusted)
-    if processes.world() > 1 and not (inspect.isclass(agent) and issubclass(agent, Divisible)):
-        raise UserError(f"the agent {agent.__name__} learns in one process; start it without torchrun")
-    if has_gates(setup.config):
-        if settings.front is None:
-            raise UserError("the configuration has no front, and skipping blocks needs one")
-        return layers.LayerTask(setup, settings.front)
-    check_agent(setup)
-    if sets_thresholds(setup):
-        if settings.target is None:
-            raise UserError("the configuration has no target, and leaving early needs one")
-        return exits.ExitTask(setup, settings.target)
-    if environment_of(setup) == "early_exit":
-        if settings.target is not None and settings.target.given:
-            raise UserError("target is for thresholds; a learned policy has none, and follows reward.penalty")
-        return leaving.LeavingTask(setup)
-    if settings.front is None:
-        raise UserError("the configuration has no front, and skipping blocks needs one")
-    return blocks.BlockTask(setup, settings.front)
+    if processes.world() > 1 and not issubclass(agent, Divisible):
+        target = class_of(setup.config, "agent", setup.trusted)
+        raise UserError(f"the agent {target.__name__} learns in one process; start it without torchrun")
+    return FAMILIES[family_of(setup)](setup, settings)
 
 
-def judge_again(setup: Setup, run: Run, split: str) -> dict[str, Any]:
-    """A finished run's figures on a split, from its folder."""
-    return _module_of(setup).again(setup, run, split)
+def judge(setup: Setup, run: Run, split: str) -> Judgement:
+    """Judge a finished run, from its folder, on a split.
+
+    Raises:
+        UserError: a file of the run is damaged, or the run did not get that far.
+    """
+    if isinstance(setup.reward, Adaptive):  # a reward that moves stands where the run left it
+        state = run.load_checkpoint()
+        with damaged(run.folder / "checkpoint.pt"):
+            setup.reward.load_state_dict(state["reward"])
+    return FAMILIES[family_of(setup)].judge(setup, run, split)
 
 
-def decide_again(setup: Setup, run: Run) -> Decisions:
-    """A finished run's decisions on test images, from its folder."""
-    return _module_of(setup).decide_again(setup, run)
+def family_of(setup: Setup) -> str:
+    """Return the family of a configuration's agent: its own, or that of the environment it acts in.
+
+    Raises:
+        UserError: the agent cannot act in the environment; the message says in which it can.
+    """
+    agent = agent_class(setup.config, setup.trusted)
+    if agent.family == "gates":  # gates learn from labelled images, in no environment
+        return agent.family
+    env = env_class(setup.config, setup.trusted)
+    if env.key not in agent.environments:
+        allowed = " or ".join(f"env={name}" for name in agent.environments)
+        name = getattr(agent, "name", None)
+        target = class_of(setup.config, "agent", setup.trusted)
+        name = name if isinstance(name, str) else target.__name__.lower()
+        raise UserError(f"agent={name} cannot act in {env.id}; it can with {allowed}")
+    return agent.family or env.family
 
 
-def _module_of(setup: Setup) -> Any:
-    if has_gates(setup.config):
-        return layers
-    if sets_thresholds(setup):
-        return exits
-    return leaving if environment_of(setup) == "early_exit" else blocks
+def agent_class(config: dict[str, Any], trusted: bool = True) -> type[Agent]:
+    """Return the class of a configuration's agent, which declares its family, and whether and what it learns."""
+    declared = declared_class(class_of(config, "agent", trusted))
+    return declared if declared is not None and issubclass(declared, Agent) else Agent
+
+
+def env_class(config: dict[str, Any], trusted: bool = True) -> type[BlockSelectionVectorEnv]:
+    """Return the class of a configuration's environment, which declares its key, its id and its family."""
+    declared: Any = declared_class(class_of(config, "env", trusted))
+    return declared if hasattr(declared, "family") else BlockSelectionVectorEnv

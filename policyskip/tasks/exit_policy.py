@@ -1,10 +1,11 @@
-"""Leaving early by a learned policy: the network and its exits are frozen, and an agent learns where each image leaves.
+"""The family ``exit_policy``: network and exits are frozen, and an agent learns where each image leaves.
 
-Shapes: M images of a set, N exits, E early exits (N - 1).
+Shapes: M images of a set, N exits.
 """
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import torch
@@ -14,61 +15,57 @@ from policyskip.agents.base import Agent
 from policyskip.backbones import ExitNetwork, checkpoints
 from policyskip.backbones.exits import in_millions
 from policyskip.build import Setup
-from policyskip.deployment.policy_files import describe_leaving, load_leaving_run
+from policyskip.config import Settings
+from policyskip.deployment.loading import load_predictor, load_weights
+from policyskip.deployment.policy_files import PolicyFile, describe_exit_policy
 from policyskip.deployment.predictors import ExitPredictor
 from policyskip.errors import UserError
-from policyskip.evaluation import decisions, exit_plots
-from policyskip.evaluation.decisions import Decisions, exit_warnings
-from policyskip.evaluation.figures import figures_of
-from policyskip.evaluation.tables import show_exit_table
+from policyskip.evaluation.evaluate import exit_decisions
+from policyskip.evaluation.exit_plots import exit_pictures
+from policyskip.evaluation.figures import exit_figures
+from policyskip.evaluation.tables import show_exits
 from policyskip.exits.cache import CachedExits, cache_exits
-from policyskip.exits.references import static_exits
+from policyskip.exits.references import static_pairs
 from policyskip.exits.rules import decisions_at, first_exit
 from policyskip.policies.perceptrons import ExitPolicy
 from policyskip.rewards import Outcome, reward_of
 from policyskip.runs.folder import Run
 from policyskip.runs.tracking import Tracker
-from policyskip.tasks import blocks
-from policyskip.tasks.base import id_of
+from policyskip.tasks.base import FamilyTask, Judgement, names_of
+from policyskip.tasks.report import completed, head_of, write_finished
 
 
-class LeavingTask:
+class ExitPolicyTask(FamilyTask):
     """An agent that decides at every exit of a frozen network, judged beside fixed and random exits and the oracle."""
 
-    choose_by, trains = "reward", None
-
-    def __init__(self, setup: Setup) -> None:
+    def __init__(self, setup: Setup, settings: Settings) -> None:
         network = setup.backbone
+        if settings.target is not None and settings.target.given:
+            raise UserError("target is for thresholds; a learned policy has none, and follows reward.penalty")
         if not isinstance(network, ExitNetwork) or network.num_exits < 2:
             raise UserError(f"{network.name} has no early exits; say backbone=resnet32_digits_exits")
         if setup.reward is None:
             raise UserError("the configuration has no reward, and this command needs one; say reward=macs")
-        self.setup, self.network = setup, network
-        self.source = env = setup.env(setup.data.train, "shuffled", setup.config["seed"])
+        self.setup, self.network, self.reward = setup, network, setup.reward
+        self.source = env = setup.env(setup.data.train, "shuffled", settings.seed)
         everyone = torch.ones(len(env.observation), dtype=torch.bool, device=env.device)
-        reward_of(setup.reward, env.score(everyone))  # a reward that fails is refused before there is a run folder
+        reward_of(self.reward, env.score(everyone))  # a reward that fails is refused before there is a run folder
         self.learner: Agent = setup.agent(env)
         self.validation = cache_exits(network, setup.data.validation.plain())
         name = self.learner.name
-        self.names = dict(agent=name, env=id_of(setup), backbone=network.name, data=setup.data.name)
+        self.names = names_of(setup, name, env.id)
         right = ", ".join(f"{100 * a:.1f}" for a in self.validation.correct_MN.double().mean(0).tolist())
         self.greeting = (
             f"{name} learns on {setup.data.name} over {network.name}, whose {network.num_exits} exits are right on "
             f"{right} % of the validation images and cost {in_millions(env.costs.cumulative_N)}"
         )
 
-    @property
-    def policy(self) -> ExitPolicy:
-        policy = self.learner.policy
-        assert isinstance(policy, ExitPolicy)
-        return policy
-
     def validate(self) -> dict[str, Any]:
-        """Figures of the greedy decisions on validation images."""
+        """Return figures of the greedy decisions on validation images."""
         exit_M = exits_of(self.policy, self.validation)
         outcome = outcome_of(exit_M, self.validation)
         macs_M = outcome.macs_B + self.learner.decision_macs * decisions_at(exit_M, self.network.num_exits)
-        reward_M = reward_of(self.setup.reward, outcome)  # type: ignore[arg-type]
+        reward_M = reward_of(self.reward, outcome)
         return {
             "reward": reward_M.double().mean().item(),
             "accuracy": outcome.correct_B.double().mean().item(),
@@ -76,51 +73,74 @@ class LeavingTask:
             "exit_mean": exit_M.double().mean().item(),
         }
 
+    @property
+    def policy(self) -> ExitPolicy:
+        """The agent's policy, which is asked at every exit."""
+        return self.learner.policy  # type: ignore[return-value]
+
     def deployable(self) -> dict[str, Tensor]:
         return self.policy.state_dict()
 
     def finish(self, run: Run, tracker: Tracker, seconds: float) -> dict[str, Any]:
-        """Judge the best weights once on test; write summary, deployable files and pictures; close the tracker."""
-        setup, data, agent = self.setup, self.setup.data, self.learner
-        blocks.load_best(agent, run)
-        predictor = ExitPredictor(self.policy, self.network, data.classes, data.image_shape, agent.decision_macs)
+        setup, data, agent, policy = self.setup, self.setup.data, self.learner, self.policy
+        load_weights(policy, run, "the run's config.yaml")
+        predictor = ExitPredictor(policy, self.network, data.classes, data.image_shape, agent.decision_macs)
         test = cache_exits(predictor.network, data.test.plain())
-        exit_M = exits_of(self.policy, test)
-        figures = figures_of(exit_M, test, agent.decision_macs)
-        head = {"seed": setup.config["seed"], "steps": setup.config["train"]["steps"], "seconds": round(seconds, 1)}
-        judged = decisions_of(setup, exit_M, test, agent.decision_macs)
-        told = decisions.record(judged, run)
-        summary = {**self.names, **head, **told, **{f"test/{key}": value for key, value in figures.items()}}
-        summary["warnings"] = exit_warnings(exit_M, self.network.num_exits)
+        validation = cache_exits(predictor.network, data.validation.plain())
+        judgement = judge_exit_policy(setup, predictor, test, validation, "test")
         checkpoints.save(self.network, run.folder / "network.safetensors")
-        run.save_json("summary.json", summary)
-        anytime = anytime_of(test)
-        pictures = exit_plots.all_plots(
-            *(run.folder / "plots", run.metrics(), test, exit_M.cpu(), anytime, [], data.test, data.classes),
-            policy_macs=figures["policy_macs"],
+        described = describe_exit_policy(predictor)
+        return write_finished(
+            run,
+            tracker,
+            head_of(setup, self.names, seconds),
+            judgement,
+            PolicyFile("exit_policy", **described, classes=data.classes, image_shape=data.image_shape),
+            partial(
+                exit_pictures,
+                metrics=run.metrics(),
+                decisions=judgement.decisions,
+                cache=test,
+                budgeted=[],
+                images=data.test,
+            ),
+            data.test,
         )
-        # The last, so that what is deployed has figures; with it, the run is finished.
-        run.save_json("policy.json", describe_leaving(predictor) | {"steps": head["steps"]})
-        written = ("best.safetensors", "network.safetensors", "policy.json", "summary.json", "config.yaml")
-        files = [run.folder / name for name in written]
-        tracker.finish(summary, pictures, files, decisions.examples(judged, data.test))
-        return summary
 
     def show(self, summary: dict[str, Any]) -> None:
-        """Print the table."""
-        show_exit_table(summary)
+        show_exits(summary)
+
+    @staticmethod
+    def judge(setup: Setup, run: Run, split: str) -> Judgement:
+        predictor = load_predictor(run, setup.device, trust=setup.trusted)
+        if not isinstance(predictor, ExitPredictor):
+            raise UserError(f"{run.folder / 'policy.json'} is not that of a policy that leaves early")
+        validation = cache_exits(predictor.network, setup.data.validation.plain())
+        cache = cache_exits(predictor.network, setup.data.split(split).plain())
+        return judge_exit_policy(setup, predictor, cache, validation, split)
+
+
+def judge_exit_policy(
+    setup: Setup, predictor: ExitPredictor, cache: CachedExits, validation: CachedExits, split: str
+) -> Judgement:
+    """Judge a policy on the cached outputs of a split, beside references that are chosen on validation images."""
+    exit_M = exits_of(predictor.policy, cache)
+    difficulty = setup.data.split(split).difficulty
+    record = exit_decisions(exit_M, cache, predictor.decision_macs, difficulty)
+    decisions = completed(record, setup, split, static_pairs(cache), setup.backbone.content_hash())
+    return Judgement(decisions, exit_figures(decisions, cache, validation))
 
 
 @torch.no_grad()
 def exits_of(policy: ExitPolicy, cache: CachedExits) -> Tensor:
-    """Where each image leaves, int64 (M,), when every exit's outputs are known."""
+    """Return where each image leaves, int64 (M,), when every exit's outputs are known."""
     rows = torch.arange(len(cache), device=cache.label_M.device)
     early = cache.logits_MNC[:, :-1].unbind(1)
     return first_exit(torch.stack([policy.leave(n, logits_MC, rows) for n, logits_MC in enumerate(early)], 1))
 
 
 def outcome_of(exit_M: Tensor, cache: CachedExits) -> Outcome:
-    """What comes of leaving at exits int64 (M,)."""
+    """Return the outcome of leaving at exits int64 (M,)."""
     N, rows = cache.num_exits, torch.arange(len(cache), device=exit_M.device)
     ran_NN = torch.ones(N, N, dtype=torch.bool, device=exit_M.device).tril()
     return Outcome(
@@ -131,30 +151,3 @@ def outcome_of(exit_M: Tensor, cache: CachedExits) -> Outcome:
         cache.macs_N[exit_M],
         cache.costs.full,
     )
-
-
-def anytime_of(cache: CachedExits) -> list[list[float]]:
-    """MACs and accuracy of each exit for all images."""
-    accuracy_N, macs_N = static_exits(cache)
-    return [[macs, accuracy] for macs, accuracy in zip(macs_N.tolist(), accuracy_N.tolist())]
-
-
-def decisions_of(setup: Setup, exit_M: Tensor, test: CachedExits, decision_macs: float) -> Decisions:
-    """What leaving at exits int64 (M,) did with each test image; the network was frozen."""
-    data, frozen = setup.data, setup.backbone.content_hash()
-    fingerprint = data.test.fingerprint()
-    return decisions.of_exits(exit_M, test, anytime_of(test), fingerprint, frozen, data.classes, decision_macs)
-
-
-def decide_again(setup: Setup, run: Run) -> Decisions:
-    """A finished run's decisions on test images, from its folder."""
-    predictor = load_leaving_run(run, setup.device)
-    cache = cache_exits(predictor.network, setup.data.test.plain())
-    return decisions_of(setup, exits_of(predictor.policy, cache), cache, predictor.decision_macs)
-
-
-def again(setup: Setup, run: Run, split: str) -> dict[str, Any]:
-    """A finished run's figures on a split, from its folder."""
-    predictor = load_leaving_run(run, setup.device)
-    cache = cache_exits(predictor.network, setup.data.split(split).plain())
-    return figures_of(exits_of(predictor.policy, cache), cache, predictor.decision_macs)

@@ -1,51 +1,79 @@
-"""The one writer of a finished run: record, summary, pictures and the files that deployment loads."""
+"""The one writer of a finished run: record, summary, pictures, and the files that deployment loads."""
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
+import torch
+
 from policyskip.build import Setup
-from policyskip.evaluation import decisions, plots
-from policyskip.evaluation.decisions import Evaluation, block_warnings
+from policyskip.data import Images
+from policyskip.deployment.policy_files import PolicyFile
+from policyskip.evaluation.decisions import Decisions, collapse_warnings, examples, save_decisions
 from policyskip.runs.folder import Run
 from policyskip.runs.tracking import Tracker
-from policyskip.static_front import StaticFront
-from policyskip.tasks.fronts import static_figures
+from policyskip.tasks.base import Judgement
 
 
-def report(
-    setup: Setup,
-    names: dict[str, str],
-    result: Evaluation,
-    front: StaticFront,
-    policy: dict[str, Any],
+def completed(
+    decisions: Decisions, setup: Setup, split: str, static: Sequence[Sequence[float]], frozen_network: str
+) -> Decisions:
+    """Return a record with what comparisons need beside the decisions themselves.
+
+    Args:
+        static: MACs and accuracy of each fixed choice on the split.
+        frozen_network: content hash of the network if the run left it as it was, else "".
+    """
+    return replace(
+        decisions,
+        static_F2=torch.tensor(static, dtype=torch.float64).reshape(-1, 2),
+        images=setup.data.test.fingerprint() if split == "test" else "",
+        network=frozen_network,
+        classes=setup.data.classes,
+    )
+
+
+def head_of(setup: Setup, names: dict[str, str], seconds: float) -> dict[str, Any]:
+    """Return the keys that a summary begins with."""
+    steps, seed = setup.config["train"]["steps"], setup.config["seed"]
+    return {**names, "seed": seed, "steps": steps, "seconds": round(seconds, 1)}
+
+
+def write_finished(
     run: Run,
     tracker: Tracker,
-    seconds: float,
-    frozen: str = "",
-    **more: float,
+    head: dict[str, Any],
+    judgement: Judgement,
+    policy: PolicyFile,
+    draw: Callable[[Path], list[Path]],
+    images: Images,
+    chosen: dict[str, Any] | None = None,
 ) -> dict[str, Any]:
-    """Write ``policy`` (the content of ``policy.json``), front, decisions, summary and pictures of a result on test,
-    and close the tracker. ``frozen`` is the network's content hash unless the run trained it; ``more`` are other
-    figures on test.
+    """Write a finished run into its folder, and close the tracker.
+
+    ``policy.json`` is written last: a run that has it is finished, and what is deployed has figures.
+
+    Args:
+        head: see :func:`head_of`.
+        judgement: of the best weights on test.
+        policy: the content of ``policy.json``.
+        draw: draws every picture into a folder and returns their paths.
+        images: the test images.
+        chosen: what was chosen on validation images, for the summary.
 
     Returns: the summary.
     """
-    data, steps, seed = setup.data, setup.config["train"]["steps"], setup.config["seed"]
-    static, curve = static_figures(setup, result, front)
-    figures = {f"test/{key}": value for key, value in {**result.figures(), **more, **static}.items()}
-    judged = decisions.of_blocks(result, curve, data.test.fingerprint(), frozen, data.classes)
-    told = decisions.record(judged, run)
-    summary = {**names, "seed": seed, "steps": steps, "seconds": round(seconds, 1), **told, **figures}
-    if steps:
-        summary["warnings"] = block_warnings(result.keep_NK)
-    front.save(run.folder / "front.json")
+    record = judgement.decisions
+    figures = {f"test/{key}": value for key, value in judgement.figures.items()}
+    summary = {**head, **save_decisions(record, run), **(chosen or {}), **figures}
+    if head["steps"]:
+        summary["warnings"] = collapse_warnings(record)
     run.save_json("summary.json", summary)
-    pictures = plots.all_plots(
-        run.folder / "plots", run.metrics(), result, data.test, data.classes, setup.backbone.stages, curve
-    )
-    run.save_json("policy.json", policy | {"steps": steps})  # the last: with it, the run is finished
-    written = ("best.safetensors", "network.safetensors", "policy.json", "summary.json", "config.yaml")
-    files = [path for path in (run.folder / name for name in written) if path.is_file()]
-    tracker.finish(summary, pictures, files, decisions.examples(judged, data.test))
+    pictures = draw(run.folder / "plots")
+    policy.save(run, head["steps"])
+    files = [run.folder / name for name in (*policy.files, "policy.json", "summary.json", "config.yaml")]
+    tracker.finish(summary, pictures, files, examples(record, images))
     return summary

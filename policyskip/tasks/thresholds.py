@@ -1,4 +1,4 @@
-"""Leaving early: a network learns to answer at every exit, thresholds are chosen on validation, and test is read once.
+"""The family ``thresholds``: a network learns to answer at every exit, and thresholds are chosen on validation images.
 
 Shapes: M images of a set, N exits, E early exits (N - 1), P points on a curve.
 """
@@ -7,80 +7,73 @@ from __future__ import annotations
 
 import math
 from dataclasses import asdict
+from functools import partial
 from typing import Any
 
 import torch
-from rich.table import Table
 from torch import Tensor
 
-from policyskip.agents.cdl import CDL
 from policyskip.agents.early_exit import EarlyExitAgent
 from policyskip.backbones import checkpoints
 from policyskip.backbones.checkpoints import RANDOM
 from policyskip.backbones.exits import ExitNetwork, costly_exits, count_exit_costs, in_millions
 from policyskip.backbones.resnet_exits import ResNetExits
 from policyskip.build import Setup, build, build_backbone
-from policyskip.config import TargetSection, group_of
+from policyskip.config import Settings, group_of
 from policyskip.data import Data, Feed
-from policyskip.deployment.policy_files import load_exits_run, load_weights
-from policyskip.deployment.predictors import ThresholdPredictor, as_text
+from policyskip.deployment.loading import load_thresholds, load_weights
+from policyskip.deployment.policy_files import PolicyFile, as_text, describe_thresholds
+from policyskip.deployment.predictors import ThresholdPredictor
+from policyskip.envs.early_exit import EarlyExitVectorEnv
 from policyskip.errors import UserError
-from policyskip.evaluation import decisions, exit_plots
-from policyskip.evaluation.decisions import Decisions, exit_warnings
-from policyskip.evaluation.figures import figures_of
-from policyskip.evaluation.tables import console, show_exit_table
+from policyskip.evaluation.evaluate import exit_decisions
+from policyskip.evaluation.exit_plots import exit_pictures
+from policyskip.evaluation.figures import exit_figures
+from policyskip.evaluation.tables import console, show_exits
 from policyskip.exits.cache import CachedExits, cache_exits
-from policyskip.exits.calibration import Curve, Point, UnmetError, check_target, choose, curve_of
+from policyskip.exits.calibration import Curve, Point, UnmetError, check_target, choose
 from policyskip.exits.placement import probe_blocks, propose_exits
-from policyskip.exits.references import static_exits
+from policyskip.exits.references import static_pairs
 from policyskip.exits.rules import exit_of, rule_named
-from policyskip.files import damaged
 from policyskip.policies.thresholds import ThresholdPolicy
 from policyskip.runs.folder import Run
 from policyskip.runs.tracking import Tracker
-from policyskip.tasks.base import check_batch
+from policyskip.tasks.base import FamilyTask, Judgement, check_batch, names_of
+from policyskip.tasks.report import completed, head_of, write_finished
 
 ACCURACY_DROP = 0.002
 """The target of a run that names none: at most this much less accurate than the last exit, on validation images."""
-
-
 FEW = 500
 """Validation images below which thresholds are little more than chance: one point of accuracy is a few images."""
 
 
-class ExitTask:
+class ThresholdTask(FamilyTask):
     """A network with exits, the agent that trains it, and the target that its thresholds have to meet."""
 
     choose_by = "mean_accuracy"
 
-    def __init__(self, setup: Setup, target: TargetSection) -> None:
+    def __init__(self, setup: Setup, settings: Settings) -> None:
+        if settings.target is None:
+            raise UserError("the configuration has no target, and leaving early needs one")
         network = setup.backbone
         if not isinstance(network, ExitNetwork):
             raise UserError(
                 f"{network.name} has no exits; say backbone=resnet32_exits, or agent=blockdrop to skip blocks"
             )
-        self.target = target.given or {"accuracy_drop": ACCURACY_DROP}
-        check_target(**target.model_copy(update=self.target).model_dump())
-        idle = {"_target_": None, "cached": True}  # what every configuration has
-        for key, value in group_of(setup.config, "env").items():
-            if key not in idle or (idle[key] is not None and value != idle[key]):
-                raise UserError(
-                    f"env.{key} has no effect: agents that set thresholds learn from labelled images, and env says "
-                    "only where they are judged"
-                )
-        if setup.reward is not None:
-            raise UserError("agents that leave early learn by their own loss and take no reward")
-        self.setup, self.network, self.trains = setup, network, network
+        self.target = settings.target.given or {"accuracy_drop": ACCURACY_DROP}
+        check_target(**settings.target.model_copy(update=self.target).model_dump())
+        _check_unused(setup)
+        self.setup, self.network, self.trained_network = setup, network, network
         self.learner: EarlyExitAgent = build(
             "agent",
             group_of(setup.config, "agent"),
             setup.trusted,
             network=network,
-            total_steps=setup.config["train"]["steps"],
+            total_steps=settings.train.steps,
         )
-        self.source = Feed(setup.data.train, setup.batch_size, "shuffled", setup.config["seed"])
+        self.source = Feed(setup.data.train, setup.batch_size, "shuffled", settings.seed)
         check_batch(network, self.source.batch.images)
-        self.names = dict(agent=self.learner.name, env="EarlyExit-v0", backbone=network.name, data=setup.data.name)
+        self.names = names_of(setup, self.learner.name, EarlyExitVectorEnv.id)
         self.costs = count_exit_costs(network, setup.data.image_shape)
         least = float(self.costs.cumulative_N[0]) / self.costs.full
         if self.target.get("macs_fraction", 1) < least:
@@ -98,18 +91,21 @@ class ExitTask:
         )
 
     def _warnings(self) -> list[str]:
-        """What is allowed, and hardly meant."""
-        doubts, images = [], len(self.setup.data.validation)
-        if isinstance(self.learner, CDL) and group_of(self.setup.config, "backbone").get("checkpoint") == RANDOM:
-            doubts.append("agent=cdl does not train the network, and backbone.checkpoint=random is not trained either")
+        """Return warnings of settings that are valid but probably a mistake."""
+        warnings, images = [], len(self.setup.data.validation)
+        if not self.learner.trains_trunk and group_of(self.setup.config, "backbone").get("checkpoint") == RANDOM:
+            name = f"agent={self.learner.name}"
+            warnings.append(f"{name} does not train the network, and backbone.checkpoint=random is not trained either")
         if images < FEW:
-            doubts.append(f"thresholds are chosen on {images} validation images, which say little; give more data")
-        return doubts
+            warnings.append(f"thresholds are chosen on {images} validation images, which say little; give more data")
+        return warnings
 
     def validate(self) -> dict[str, float]:
-        """Accuracy of every exit on validation images, and their mean, by which the best weights are kept. Thresholds
-        come later, so ``accuracy`` is the last exit's, at all of its cost."""
-        accuracy_N = cache_exits(self.network, self.setup.data.validation.plain()).correct_MN.double().mean(0)
+        """Return the accuracy of every exit on validation images, and their mean, by which the best weights are kept.
+
+        Thresholds come later, so ``accuracy`` is the last exit's, at all of its cost.
+        """
+        accuracy_N = self._cached_validation().correct_MN.double().mean(0)
         figures = {"mean_accuracy": accuracy_N.mean().item(), "accuracy": accuracy_N[-1].item(), "macs_fraction": 1.0}
         return figures | {f"accuracy_exit{n}": accuracy for n, accuracy in enumerate(accuracy_N.tolist())}
 
@@ -119,40 +115,61 @@ class ExitTask:
     def finish(self, run: Run, tracker: Tracker, seconds: float) -> dict[str, Any]:
         """Choose thresholds for the best weights on validation images, judge them once on test, write everything."""
         load_weights(self.network, run, "the run's config.yaml")
-        network, data, learner = self._admitted(), self.setup.data, self.learner
+        data, learner = self.setup.data, self.learner
+        network, lines = learner.network_to_deploy(self._cached_validation)
+        print(*lines, sep="\n", end="\n" if lines else "")
         checkpoints.save(network, run.folder / "network.safetensors")
         nobody_leaves = ThresholdPolicy(learner.rule, [rule_named(learner.rule).extremes[0]] * (network.num_exits - 1))
         predictor = ThresholdPredictor(nobody_leaves, learner.search, network, data.classes, data.image_shape)
-        curve = learner.curve(cache_exits(predictor.network, data.validation.plain()))
+        validation = cache_exits(predictor.network, data.validation.plain())
+        curve = learner.curve(validation)
         try:
             point = choose(curve, **self.target)
         except UnmetError as unmet:  # what was learned is worth more than the target: it can be calibrated anew
             print(f"warning: {unmet}, and is what this run deploys")
             point = unmet.nearest
-        steps = self.setup.config["train"]["steps"]
-        head = {**self.names, "seed": self.setup.config["seed"], "steps": steps, "seconds": round(seconds, 1)}
-        return deploy_point(self.setup, predictor, curve, point, self.target, run, tracker, head)
+        head = head_of(self.setup, self.names, seconds)
+        return deploy_point(self.setup, predictor, validation, curve, point, self.target, run, tracker, head)
 
     def show(self, summary: dict[str, Any]) -> None:
-        """Print the table."""
         show_table(summary)
 
-    def _admitted(self) -> ExitNetwork:
-        """The network to deploy: for CDL, with the heads that save operations and no others."""
-        if not isinstance(self.learner, CDL):
-            return self.network
-        validation = cache_exits(self.network, self.setup.data.validation.plain())
-        admitted = self.learner.admit_heads(validation)
-        for e, stage in enumerate(self.learner.stages):
-            verdict = "admitted" if stage.admitted else "dropped"
-            print(
-                f"head {e}: {stage.resolved} of {stage.resolved + stage.passed} validation images leave, "
-                f"gain {stage.gain / 1e6:+.3f} M MACs an image: {verdict}"
+    @staticmethod
+    def judge(setup: Setup, run: Run, split: str) -> Judgement:
+        predictor = load_thresholds(run, setup.device, setup.trusted)
+        validation = cache_exits(predictor.network, setup.data.validation.plain())
+        cache = cache_exits(predictor.network, setup.data.split(split).plain())
+        return judge_thresholds(setup, predictor.policy, cache, validation, split)
+
+    def _cached_validation(self) -> CachedExits:
+        return cache_exits(self.network, self.setup.data.validation.plain())
+
+
+def _check_unused(setup: Setup) -> None:
+    """Refuse settings that have no effect here.
+
+    Raises:
+        UserError: there is a reward, or a key of ``env`` that differs from what every configuration has.
+    """
+    idle = {"_target_": None, "cached": True}
+    for key, value in group_of(setup.config, "env").items():
+        if key not in idle or (idle[key] is not None and value != idle[key]):
+            raise UserError(
+                f"env.{key} has no effect: agents that set thresholds learn from labelled images, and env says "
+                "only where they are judged"
             )
-        if not admitted:
-            delta = f"agent.delta={self.learner.delta:g}"
-            print(f"warning: no head saves operations at {delta}: the network is deployed without early exits")
-        return self.learner.network.only(admitted)
+    if setup.reward is not None:
+        raise UserError("agents that leave early learn by their own loss and take no reward")
+
+
+def judge_thresholds(
+    setup: Setup, policy: ThresholdPolicy, cache: CachedExits, validation: CachedExits, split: str
+) -> Judgement:
+    """Judge thresholds on the cached outputs of a split, beside references that are chosen on validation images."""
+    exit_M = exit_of(policy.rule, cache.probability_MNC, policy.threshold_E)
+    difficulty = setup.data.split(split).difficulty
+    decisions = completed(exit_decisions(exit_M, cache, difficulty_M=difficulty), setup, split, static_pairs(cache), "")
+    return Judgement(decisions, exit_figures(decisions, cache, validation))
 
 
 def place_exits(node: dict[str, Any], data: Data, device: torch.device, seed: int) -> tuple[dict[str, Any], list[str]]:
@@ -175,6 +192,7 @@ def place_exits(node: dict[str, Any], data: Data, device: torch.device, seed: in
 def deploy_point(
     setup: Setup,
     predictor: ThresholdPredictor,
+    validation: CachedExits,
     curve: Curve,
     point: Point,
     target: dict[str, Any],
@@ -182,142 +200,81 @@ def deploy_point(
     tracker: Tracker,
     head: dict[str, Any],
 ) -> dict[str, Any]:
-    """Deploy a point of the validation curve: its figures on test; policy, curve, summary and pictures."""
+    """Deploy a point of the validation curve: judge it once on test, and write everything.
+
+    Args:
+        validation: the network's cached outputs for validation images.
+        target: what the point was chosen for.
+        head: the keys that the summary begins with.
+
+    Returns: the summary.
+    """
     data = setup.data
     predictor.policy = policy = ThresholdPolicy(point.rule, point.thresholds).to(setup.device)
     test = cache_exits(predictor.network, data.test.plain())
-    exit_M = exit_of(policy.rule, test.probability_MNC, policy.threshold_E)
-    figures = figures_of(exit_M, test)
-    anytime, budgeted = curves(test, policy, curve)
-    judged = decisions.of_exits(exit_M, test, anytime, data.test.fingerprint(), "", data.classes)
-    told = decisions.record(judged, run)
-    summary = {**head, **told, **chosen(target, point), **{f"test/{key}": value for key, value in figures.items()}}
-    summary["warnings"] = exit_warnings(exit_M, test.num_exits)
-    pictures = exit_plots.all_plots(
-        run.folder / "plots", run.metrics(), test, exit_M.cpu(), anytime, budgeted, data.test, data.classes
-    )
+    judgement = judge_thresholds(setup, policy, test, validation, "test")
+    budgeted = budgeted_pairs(test, policy, curve)
     save_curve(run, curve, budgeted)
-    run.save_json("summary.json", summary)
-    # The last, so that what is deployed has figures; with it, the run is finished.
-    run.save_json("policy.json", predictor.describe() | {"steps": head.get("steps")})
-    files = [run.folder / name for name in ("network.safetensors", "policy.json", "summary.json", "config.yaml")]
-    tracker.finish(summary, pictures, files, decisions.examples(judged, data.test))
-    return summary
+    described = describe_thresholds(predictor)
+    return write_finished(
+        run,
+        tracker,
+        head,
+        judgement,
+        PolicyFile("thresholds", **described, classes=data.classes, image_shape=data.image_shape),
+        partial(
+            exit_pictures,
+            metrics=run.metrics(),
+            decisions=judgement.decisions,
+            cache=test,
+            budgeted=budgeted,
+            images=data.test,
+        ),
+        data.test,
+        chosen(target, point),
+    )
 
 
 def chosen(target: dict[str, Any], point: Point) -> dict[str, Any]:
-    """What was asked for and what it came to on validation images."""
+    """Return what a target was, and what came of it on validation images, for the summary."""
     return {
         **{f"target/{key}": value for key, value in target.items()},
         "rule": point.rule,
-        "thresholds": as_text(point.thresholds),
+        "thresholds": as_text(list(point.thresholds)),
         "val/accuracy": point.accuracy,
         "val/macs_fraction": point.macs_fraction,
     }
 
 
 def save_curve(run: Run, curve: Curve, test: list[list[float]]) -> None:
-    """Write the front of a validation curve, and what its points do on test (MACs, accuracy), as ``curve.json``."""
-    points = [asdict(point) | {"thresholds": as_text(point.thresholds)} for point in curve.front()]
+    """Write the front of a validation curve, and MACs and accuracy of its points on test, as ``curve.json``."""
+    points = [asdict(point) | {"thresholds": as_text(list(point.thresholds))} for point in curve.front()]
     run.save_json("curve.json", {"validation": points, "test": [{"macs": m, "accuracy": a} for m, a in test]})
 
 
-def curves(test: CachedExits, policy: ThresholdPolicy, curve: Curve) -> tuple[list[list[float]], list[list[float]]]:
-    """Test accuracy against mean MACs: of each exit for all images, and of the thresholds that were best on validation.
+def budgeted_pairs(test: CachedExits, policy: ThresholdPolicy, curve: Curve) -> list[list[float]]:
+    """Return mean MACs and accuracy, on test, of the thresholds that were best on validation, the cheapest first.
 
-    Both are pairs (MACs, accuracy), the cheapest first. Nothing is chosen here: the second are the points of the
-    validation front, whatever they turn out to be on test.
+    Nothing is chosen here: these are the points of the validation front, whatever they turn out to be on test.
     """
-    accuracy_N, macs_N = static_exits(test)
     front = curve.front()
     threshold_PE = front.threshold_PE.to(test.label_M.device)
     exit_PM = torch.stack([exit_of(policy.rule, test.probability_MNC, threshold_E) for threshold_E in threshold_PE])
     accuracy_P, macs_P = test.judge(exit_PM)
-    return (
-        [[macs, accuracy] for macs, accuracy in zip(macs_N.tolist(), accuracy_N.tolist())],
-        [[macs, accuracy] for macs, accuracy in zip(macs_P.tolist(), accuracy_P.tolist())],
-    )
-
-
-def again(setup: Setup, run: Run, split: str) -> dict[str, Any]:
-    """A finished run's figures on a split, from its folder."""
-    predictor = load_exits_run(run, setup.device)
-    cache = cache_exits(predictor.network, setup.data.split(split).plain())
-    exit_M = exit_of(predictor.policy.rule, cache.probability_MNC, predictor.policy.threshold_E)
-    return figures_of(exit_M, cache)
-
-
-def decide_again(setup: Setup, run: Run) -> Decisions:
-    """A finished run's decisions on test images, from its folder."""
-    predictor, data = load_exits_run(run, setup.device), setup.data
-    cache = cache_exits(predictor.network, data.test.plain())
-    exit_M = exit_of(predictor.policy.rule, cache.probability_MNC, predictor.policy.threshold_E)
-    accuracy_N, macs_N = static_exits(cache)
-    anytime = [[macs, accuracy] for macs, accuracy in zip(macs_N.tolist(), accuracy_N.tolist())]
-    return decisions.of_exits(exit_M, cache, anytime, data.test.fingerprint(), "", data.classes)
-
-
-def recalibrate(setup: Setup, run: Run, target: TargetSection) -> dict[str, Any]:
-    """Other thresholds for a finished run: chosen on validation, reported once on test, written into its policy."""
-    predictor, curve = finished(setup, run)
-    check_target(**target.model_dump())
-    point = choose(curve, **target.given)
-    before = run.load_json("summary.json")
-    names = ("agent", "env", "backbone", "data", "seed", "steps", "seconds")
-    with damaged(run.folder / "summary.json"):
-        head: dict[str, Any] = {name: before[name] for name in names}
-    return deploy_point(setup, predictor, curve, point, target.given, run, Tracker(run, "none", {}), head)
-
-
-def finished(setup: Setup, run: Run) -> tuple[ThresholdPredictor, Curve]:
-    """What a run deploys, and the curve of its network on validation images.
-
-    Raises:
-        UserError: it has no early exits.
-    """
-    predictor = load_exits_run(run, setup.device)
-    if predictor.network.num_exits == 1:
-        raise UserError(f"the run {run.folder} has no early exits, so there are no thresholds to choose")
-    validation = cache_exits(predictor.network, setup.data.validation.plain())
-    return predictor, curve_of(validation, predictor.policy.rule.name, predictor.search)
-
-
-def show_curve(setup: Setup, run: Run, rows: int = 16) -> None:
-    """Print what can be had: points of the front on validation images, evenly spaced in cost.
-
-    Test is not read, as a target is chosen from this table. What the run deploys stays as it is.
-    """
-    predictor, curve = finished(setup, run)
-    front, knee = curve.front(), curve.knee()
-    wanted_R = torch.linspace(float(front.macs_P[0]), float(front.macs_P[-1]), rows, dtype=torch.float64)
-    table = Table(title=f"{run.folder}: thresholds chosen on validation images ({predictor.policy.rule.name})")
-    columns = ("MACs, of full", "accuracy", "meets accuracy_drop", "a threshold for each exit but the last")
-    for column in columns:
-        table.add_column(column, justify="left" if column == columns[-1] else "right")
-    for place in (front.macs_P - wanted_R.unsqueeze(1)).abs().argmin(1).unique().tolist():
-        point = front[place]
-        table.add_row(
-            f"{point.macs_fraction:.3f}",
-            f"{100 * point.accuracy:.2f} %",
-            f"{math.ceil(1e4 * float(front.drop_P[place])) / 1e4:.4f}",
-            " ".join(f"{threshold:.3g}" for threshold in point.thresholds),
-        )
-    console().print(table)
-    last = f"The last exit: {100 * curve.last_accuracy:.2f} % on validation."
-    print(f"{last} Knee at {knee.macs_fraction:.3f} of the MACs.")
-    print(f"Deployed: {' '.join(f'{threshold:.3g}' for threshold in predictor.policy.threshold_E.tolist())}")
+    return [[macs, accuracy] for macs, accuracy in zip(macs_P.tolist(), accuracy_P.tolist())]
 
 
 def show_table(summary: dict[str, Any]) -> None:
     """Print the figures of a run, and what came of its target."""
-    show_exit_table(summary)
-    out = console()
-    lost = 100 * (summary["test/full_accuracy"] - summary["test/accuracy"])
+    show_exits(summary)
+    drop = 100 * (summary["test/full_accuracy"] - summary["test/accuracy"])
     if "target/macs_fraction" in summary:
-        asked = summary["target/macs_fraction"]
-        out.print(f"Budget asked for {asked:.3f} of the full cost, used on test {summary['test/macs_fraction']:.3f}.")
+        budget = summary["target/macs_fraction"]
+        used = summary["test/macs_fraction"]
+        console().print(f"Budget asked for {budget:.3f} of the full cost, used on test {used:.3f}.")
     elif "target/accuracy_drop" in summary:
-        drop = 100 * summary["target/accuracy_drop"]
-        out.print(f"Asked for: at most {drop:.2f} points below the last exit; on test it is {lost:.2f} below.")
+        allowed = 100 * summary["target/accuracy_drop"]
+        line = f"Asked for: at most {allowed:.2f} points below the last exit; on test it is {drop:.2f} below."
+        console().print(line)
     else:
-        out.print(f"The knee of the validation curve; on test it is {lost:.2f} points below the last exit.")
+        console().print(f"The knee of the validation curve; on test it is {drop:.2f} points below the last exit.")

@@ -1,0 +1,86 @@
+"""The tables of a comparison as text: as CSV, as Markdown, and with numbers written for people."""
+
+from __future__ import annotations
+
+import csv
+import html
+import io
+from collections.abc import Sequence
+from typing import Any
+
+from policyskip.comparison.tables import Cells
+
+
+def as_csv(cells: Cells) -> str:
+    """Write a table as comma-separated values with a header; None is an empty cell."""
+    text = io.StringIO()
+    writer = csv.DictWriter(text, list(cells[0]) if cells else [], lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(cells)
+    return text.getvalue()
+
+
+DISPLAYED_COLUMNS = (
+    *("row", "seeds", "accuracy, %", "change to its full network", "95 % over images", "MACs, share", "MACs, M"),
+    *("kept", "against fixed choice", "decisions", "latency, ms", "training, s"),
+)
+
+
+def display_table(cells: Cells) -> tuple[list[str], list[list[str]]]:
+    """Write the main table for people: in percent and points, with ± half the 95 % interval over seeds.
+
+    Returns: the header and the lines, without those of the ``DISPLAYED_COLUMNS`` that are empty in all lines.
+    """
+    lines = [
+        [
+            f"{line['row']} (sees the label)" if line["sees_the_label"] else str(line["row"]),
+            str(line["seeds"]).replace(" ", ", "),
+            _plus_minus(line, "accuracy", 100, "{:.2f}"),
+            _plus_minus(line, "change", 100, "{:+.2f}"),
+            _between(line["change_images_low"], line["change_images_high"]),
+            _plus_minus(line, "macs_share", 1, "{:.3f}"),
+            _plus_minus(line, "macs", 1e-6, "{:.2f}"),
+            _kept(line),
+            _plus_minus(line, "static_margin", 100, "{:+.2f}"),
+            _or_dash(line["decisions"], "{:.0f}"),
+            _or_dash(line["latency_ms"], "{:.2f}"),
+            _or_dash(line["seconds"], "{:.0f}"),
+        ]
+        for line in cells
+    ]
+    filled = [n for n in range(len(DISPLAYED_COLUMNS)) if any(line[n] != "–" for line in lines)]
+    return [DISPLAYED_COLUMNS[n] for n in filled], [[line[n] for n in filled] for line in lines]
+
+
+def _plus_minus(line: dict[str, Any], key: str, scale: float, form: str) -> str:
+    mean, half = line[key], line[f"{key}_t95"]
+    if mean is None:
+        return "–"
+    text = form.format(scale * mean)
+    return text if half is None else f"{text} ± {form.replace('+', '').format(scale * half)}"
+
+
+def _between(low: float | None, high: float | None) -> str:
+    return "–" if low is None or high is None else f"{100 * low:+.2f} to {100 * high:+.2f}"
+
+
+def _kept(line: dict[str, Any]) -> str:
+    if line["kept"] is None:
+        return "–"
+    if line["choice"] == "blocks":
+        return f"{line['kept']:.1f} of {line['of']} blocks"
+    return f"exit {line['kept']:.1f} of 0–{line['of'] - 1}"
+
+
+def _or_dash(value: float | None, form: str) -> str:
+    return "–" if value is None else form.format(value)
+
+
+def as_markdown(header: Sequence[str], lines: list[list[str]]) -> str:
+    """Write a table in Markdown."""
+    rows = [
+        list(header),
+        ["---"] * len(header),
+        *[[html.escape(cell, False).replace("|", "\\|") for cell in line] for line in lines],
+    ]
+    return "".join("| " + " | ".join(row) + " |\n" for row in rows)

@@ -1,0 +1,272 @@
+"""``policyskip.load``: from a run folder to a predictor.
+
+Loading executes nothing that a run folder names: a policy, network or rule is one of the package's own, or one of an
+installed entry point, or the user says ``trust=True``.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from policyskip import registry
+from policyskip.backbones import Backbone, Network, checkpoints, cifar_resnet, load_exits, torchvision_resnet
+from policyskip.backbones.gated import GatedNetwork
+from policyskip.deployment.policy_files import Family, PolicyFile, damaged_policy, read_policy
+from policyskip.deployment.predictors import (
+    ExitPredictor,
+    GatedPredictor,
+    Predictor,
+    ThresholdPredictor,
+)
+from policyskip.deployment.profiling import device_name
+from policyskip.errors import UserError
+from policyskip.exits.rules import check_thresholds
+from policyskip.finite import find_nonfinite
+from policyskip.memory import keep_freed_memory
+from policyskip.policies.base import Policy
+from policyskip.policies.fixed import FixedPolicy, OraclePolicy, RandomPolicy
+from policyskip.policies.networks import ConstantPolicy, PolicyNetwork
+from policyskip.policies.perceptrons import BlockPolicy, ExitPolicy, LookPolicy
+from policyskip.policies.thresholds import ThresholdPolicy
+from policyskip.runs.folder import Run, open_run
+
+PRECISIONS = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+OWN_POLICIES = {
+    policy.__name__: policy
+    for policy in (
+        *(PolicyNetwork, ConstantPolicy, FixedPolicy, RandomPolicy, OraclePolicy),
+        *(LookPolicy, BlockPolicy, ExitPolicy),
+    )
+}
+OWN_BACKBONES = {f"policyskip.backbones.{make.__name__}": make for make in (cifar_resnet, torchvision_resnet)}
+"""The package's own policies and networks, by the names that ``policy.json`` has for them."""
+
+
+def load(
+    run: str | Path,
+    backbone: str | None = None,
+    device: str = "cpu",
+    precision: str = "float32",
+    planned: bool = True,
+    trust: bool = False,
+) -> Predictor | GatedPredictor | ExitPredictor:
+    """Load what a run learned: a :class:`Predictor`, a :class:`GatedPredictor` or an :class:`ExitPredictor`.
+
+    From then on the process keeps freed memory (see ``memory.py``).
+
+    Args:
+        run: the run folder.
+        backbone: where the network's weights are now, if they have moved since.
+        precision: "float32", or "bfloat16" or "float16" for the network; a policy in front of it stays as it is.
+            Decisions and answers can then differ from those that the run was judged by; see docs/speed.md.
+        planned: go by what ``policyskip profile run=…`` measured, if it did: a block that nearly all images of a batch
+            keep is then computed for all of them. False computes no block for an image that skips it.
+        trust: import policies, networks and rules that the run names and that are neither the package's own nor
+            installed as entry points. This executes their code.
+
+    Raises:
+        UserError: there is no run folder, a file is damaged, something that the run names is not installed here, the
+            precision or device does not exist, or the network's weights are not those the policy was trained with.
+    """
+    if precision not in PRECISIONS:
+        raise UserError(f"precision must be one of {', '.join(PRECISIONS)}, got {precision!r}")
+    try:
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError, TypeError) as error:
+        reason = (str(error).splitlines() or [""])[0]
+        raise UserError(f"there is no device {device} here: {reason}") from error
+    keep_freed_memory()
+    opened = open_run(str(run))
+    predictor = load_predictor(opened, device, backbone, trust)
+    predictor.network.to(PRECISIONS[precision])
+    if isinstance(predictor, Predictor) and planned and precision == "float32":  # times were measured in float32
+        predictor.plan = _plan(opened, predictor)
+    return predictor
+
+
+def load_predictor(
+    run: Run, device: str | torch.device, backbone: str | None = None, trust: bool = False
+) -> Predictor | GatedPredictor | ExitPredictor:
+    """Build a run's predictor on a device, in float32 and without a plan. Arguments and errors as for :func:`load`."""
+    file = read_policy(run)
+    if backbone is not None and "config" not in file.network:
+        raise UserError(
+            f"the run {run.folder} brings its own network, network.safetensors; backbone={backbone} has no effect"
+        )
+    if "config" in file.network and backbone is not None:
+        file.network["config"] = {**file.network["config"], "checkpoint": backbone}
+    with registry.trusting(trust):
+        try:
+            network = _network_of(run, file, trust).to(device)
+            return LOADERS[file.family](run, file, network, device)
+        except (KeyError, TypeError, ValueError, RuntimeError) as error:
+            if isinstance(error, UserError):
+                raise
+            raise damaged_policy(run, error) from error
+
+
+def load_thresholds(run: Run, device: str | torch.device, trust: bool = False) -> ThresholdPredictor:
+    """Build the predictor of a run that leaves early by thresholds.
+
+    Raises:
+        UserError: the run has no thresholds; and as for :func:`load`.
+    """
+    family = read_policy(run).family
+    if family == "exit_policy":
+        raise UserError(f"the run {run.folder} leaves early by a learned policy; it has no thresholds")
+    if family != "thresholds":
+        raise UserError(f"the run {run.folder} skips blocks; it has no exits")
+    predictor = load_predictor(run, device, trust=trust)
+    assert isinstance(predictor, ThresholdPredictor)
+    return predictor
+
+
+def _network_of(run: Run, file: PolicyFile, trust: bool) -> Network:
+    """Build the network that a policy was trained with.
+
+    Raises:
+        UserError: its weights are others now.
+    """
+    path = str(run.folder / "network.safetensors")
+    if file.family == "blocks":
+        return _external_network(run, file)
+    if file.family == "gates":
+        backbone = checkpoints.load(path, trust)
+        network: Network = GatedNetwork(backbone, str(file.policy["kind"]), file.image_shape)
+        gates = {name.removeprefix("gates."): t for name, t in run.load_best().items() if name.startswith("gates.")}
+        load_state(network.gates, gates, run, "policy.json")  # type: ignore[arg-type]
+    else:
+        network = load_exits(path, trust)
+    if network.content_hash() != file.network["hash"]:
+        what = {"gates": "gates were trained with", "thresholds": "thresholds were chosen for"}
+        what_was = what.get(file.family, "policy was trained with")
+        subject, _, verb = what_was.partition(" ")
+        raise UserError(f"the {subject} of {run.folder} {verb} another network than its network.safetensors")
+    return network
+
+
+def _external_network(run: Run, file: PolicyFile) -> Backbone:
+    """Build a network that the run folder names but does not hold."""
+    config = dict(file.network["config"])
+    target = str(config.pop("_target_"))
+    make = OWN_BACKBONES.get(target) or registry.resolve("backbone", target)
+    parameters = inspect.signature(make).parameters
+    known = {"num_classes": len(file.classes), "image_shape": file.image_shape}
+    network = _built(run, target, make, {k: v for k, v in known.items() if k in parameters} | config)
+    if not isinstance(network, Backbone):
+        raise UserError(f"{target} of {run.folder / 'policy.json'} gives no network with blocks")
+    if network.content_hash() != file.network["hash"]:
+        raise UserError(
+            f"the policy of {run.folder} was trained with the network {file.network['hash']}, "
+            f"but {config.get('checkpoint')} is {network.content_hash()}"
+        )
+    return network
+
+
+def _load_blocks(run: Run, file: PolicyFile, network: Any, device: str | torch.device) -> Predictor:
+    policy = _policy_of(run, file.policy["name"], file.policy)
+    return Predictor(policy.to(device), network, file.classes, file.image_shape, float(file.policy["macs"]))
+
+
+def _load_gates(run: Run, file: PolicyFile, network: Any, device: str | torch.device) -> GatedPredictor:
+    return GatedPredictor(network, file.classes, file.image_shape)
+
+
+def _load_thresholds(run: Run, file: PolicyFile, network: Any, device: str | torch.device) -> ThresholdPredictor:
+    thresholds = [float(threshold) for threshold in file.policy["thresholds"]]
+    check_thresholds(thresholds, network.num_exits)
+    policy = ThresholdPolicy(str(file.policy["rule"]), thresholds).to(device)
+    return ThresholdPredictor(policy, str(file.policy["search"]), network, file.classes, file.image_shape)
+
+
+def _load_exit_policy(run: Run, file: PolicyFile, network: Any, device: str | torch.device) -> ExitPredictor:
+    policy: Any = _policy_of(run, file.policy.get("name", ExitPolicy.__name__), file.policy)
+    return ExitPredictor(policy.to(device), network, file.classes, file.image_shape, float(file.policy["macs"]))
+
+
+LOADERS: dict[Family, Callable[..., Predictor | GatedPredictor | ExitPredictor]] = {
+    "blocks": _load_blocks,
+    "gates": _load_gates,
+    "thresholds": _load_thresholds,
+    "exit_policy": _load_exit_policy,
+}
+
+
+def _policy_of(run: Run, name: str, entry: dict[str, Any]) -> Policy:
+    """Build a run's policy with its best weights.
+
+    Raises:
+        UserError: its class is not installed here, it sees the label, or the weights do not fit it.
+    """
+    kind = OWN_POLICIES.get(str(name)) or registry.resolve("policy", str(name))
+    if kind is OraclePolicy:
+        raise UserError(
+            f"the run {run.folder} is an oracle's, which sees the label: there is nothing to load for other images"
+        )
+    arguments = dict(entry["arguments"])
+    with torch.device("meta"):  # so that a file that lies about its size takes no memory
+        needed = sum(value.numel() for value in _built(run, name, kind, arguments).state_dict().values())
+    stored = sum(value.numel() for value in run.load_best().values())
+    if needed != stored:
+        raise UserError(
+            f"{run.folder / 'best.safetensors'} does not fit policy.json: it holds {stored} numbers, not {needed}"
+        )
+    policy: Policy = _built(run, name, kind, arguments)
+    load_weights(policy, run)
+    return policy
+
+
+def _built(run: Run, name: str, make: Callable[..., Any], arguments: dict[str, Any]) -> Any:
+    """Call what ``policy.json`` names. Errors of the user's own code are reported as theirs, and not as damage."""
+    try:
+        return make(**arguments)
+    except UserError:
+        raise
+    except Exception as error:
+        if registry.is_own(make.__module__):
+            raise damaged_policy(run, error) from error
+        raise UserError(f"{name} failed with {type(error).__name__}: {error}") from error
+
+
+def load_weights(module: nn.Module, run: Run, described: str = "policy.json") -> None:
+    """Put a run's best weights into a module that was built as ``described``.
+
+    Raises:
+        UserError: they are damaged, not finite, or of another module.
+    """
+    load_state(module, run.load_best(), run, described)
+
+
+def load_state(module: nn.Module, tensors: dict[str, torch.Tensor], run: Run, described: str) -> None:
+    """The same for some of the run's best weights."""
+    path = run.folder / "best.safetensors"
+    if (name := find_nonfinite(tensors)) is not None:
+        raise UserError(f"{path} cannot be used: {name} holds numbers that are not finite")
+    try:
+        module.load_state_dict(tensors)
+    except RuntimeError as error:
+        raise UserError(f"{path} does not fit {described}: {' '.join(str(error).split())[:200]}") from error
+
+
+def _plan(run: Run, predictor: Predictor) -> dict[int, list[float]]:
+    """Read what ``policyskip profile run=…`` measured; nothing if that was for another network or another device."""
+    if not (run.folder / "profile.json").is_file():
+        return {}
+    content = run.load_json("profile.json")
+    network = predictor.backbone
+    try:
+        here = (read_policy(run).network["hash"], device_name(network.mean.device), torch.get_num_threads())
+        if (content["hash"], content["device"], content["threads"]) != here:
+            return {}
+        plan = {
+            int(size): [float(share) for share in times["break_even"]] for size, times in content["batches"].items()
+        }
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise UserError(f"{run.folder / 'profile.json'} is damaged; `policyskip profile run=` makes it anew") from error
+    return {size: shares for size, shares in plan.items() if len(shares) == network.num_blocks}

@@ -1,0 +1,122 @@
+"""What a checkpoint holds, put back into a run, and checked as far as torch itself does not check it.
+
+A checkpoint that was damaged is found by its checksums. One that was written by somebody else can hold anything, and
+torch accepts an optimizer's state of any shape: it would fail only in the first update.
+"""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LRScheduler
+
+from policyskip.files import damaged
+from policyskip.finite import find_nonfinite
+
+LARGEST_CURSOR = 2**40
+"""Above any batch number that a run comes to."""
+
+
+@dataclass
+class Progress:
+    """How far a run has come.
+
+    Attributes:
+        step: updates done.
+        best: the highest validation score so far, by which weights were kept.
+        seconds: seconds of training so far.
+        window: figures of the updates since the last record of ``metrics.jsonl``.
+    """
+
+    step: int = 0
+    best: float = float("-inf")
+    seconds: float = 0.0
+    window: list[dict[str, float]] = field(default_factory=list)
+
+
+def restore(state: dict[str, Any], path: Path, learner: Any, source: Any, reward: Any) -> Progress:
+    """Put a checkpoint's state into a learner, into what it learns from, and into a reward that adapts.
+
+    Args:
+        state: what ``training.train`` saved, read from ``path``.
+        reward: an ``Adaptive`` reward; None if the reward does not change.
+
+    Raises:
+        UserError: a part of the state is missing, or does not fit what this run learns.
+    """
+    with damaged(path):
+        window = [{str(key): float(value) for key, value in figures.items()} for figures in state["window"]]
+        progress = Progress(int(state["step"]), float(state["best"]), float(state["seconds"]), window)
+        cursor = int(state["cursor"])
+        if not 0 <= cursor < LARGEST_CURSOR:
+            raise ValueError(f"its cursor is {cursor}")
+        _restore_learner(learner, state["learner"])
+        if reward is not None:
+            reward.load_state_dict(state["reward"])
+    source.seek(cursor)
+    return progress
+
+
+def _restore_learner(learner: Any, state: dict[str, Any]) -> None:
+    """Load a learner's state.
+
+    Raises:
+        ValueError: the learner could not go on from it. Other exceptions: those of ``load_state_dict``.
+    """
+    if (place := find_nonfinite(state)) is not None:
+        raise ValueError(f"{place} holds numbers that are not finite")
+    for key, value in learner.state_dict().items():
+        if type(value) in (int, float) and isinstance(state.get(key), str | bool | dict | list | tuple | None):
+            raise ValueError(f"{key} is {state.get(key)!r:.80}, not a number")
+    learner.load_state_dict(state)
+    attributes = [*vars(learner).values(), getattr(learner, "optimizer", None)]
+    for optimizer in {id(value): value for value in attributes if isinstance(value, Optimizer)}.values():
+        _check_optimizer(optimizer)
+    for schedule in [value for value in attributes if isinstance(value, LRScheduler)]:
+        _check_schedule(schedule)
+
+
+def _check_optimizer(optimizer: Optimizer) -> None:
+    """Let a copy of an optimizer take a step on copies of its parameters, with gradients of zero.
+
+    Raises:
+        Exception: of any type, as the optimizer stumbles over its state; an optimizer that takes no such step without
+            a state either is let pass.
+    """
+    trial = copy.deepcopy(optimizer)
+    for group in trial.param_groups:
+        for parameter in group["params"]:
+            parameter.grad = torch.zeros_like(parameter)
+    try:
+        trial.step()
+    except Exception:
+        trial.state.clear()
+        if _takes_a_step(trial):
+            raise
+
+
+def _takes_a_step(optimizer: Optimizer) -> bool:
+    """Return whether an optimizer takes a step without an exception."""
+    try:
+        optimizer.step()
+    except Exception:
+        return False
+    return True
+
+
+def _check_schedule(schedule: LRScheduler) -> None:
+    """Check the numbers that a learning rate's schedule goes on from.
+
+    Raises:
+        ValueError: they are not numbers, or not one for each of the optimizer's groups.
+    """
+    rates = getattr(schedule, "base_lrs", [group["lr"] for group in schedule.optimizer.param_groups])
+    if not isinstance(rates, list) or len(rates) != len(schedule.optimizer.param_groups):
+        raise ValueError("the schedule of the learning rate has other groups than the optimizer")
+    if type(schedule.last_epoch) is not int or not all(isinstance(rate, int | float) for rate in rates):
+        raise ValueError("the schedule of the learning rate holds something that is not a number")
