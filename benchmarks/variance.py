@@ -77,11 +77,11 @@ def fitted_values(agent: BlockDrop, env: BlockSelectionVectorEnv, batches: int =
     V is linear in the policy's features, and fitted by least squares to the rewards of the ``batches`` that come next.
     """
     cursor = env.cursor
-    features_BD = agent.policy.look(env.observation)[0]
+    features_BD = agent.policy.features_and_logits(env.observation)[0]
     features, rewards = [], []
     for _ in range(batches):
         env.advance()
-        features.append(agent.policy.look(env.observation)[0])
+        features.append(agent.policy.features_and_logits(env.observation)[0])
         rewards.append(draw(agent, env, 3)[1].mean(0))
     env.seek(cursor)
     x, y = torch.cat(features).double(), torch.cat(rewards).double()

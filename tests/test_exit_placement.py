@@ -77,19 +77,19 @@ def test_proposals_are_the_best_of_every_choice(number):
 
     best = max(itertools.combinations(range(7), number), key=area)
     proposed = propose_exits(ACCURACY, MACS, 0.9, 10e6, number, chance=0.1)
-    assert tuple(p.place for p in proposed) == best
+    assert tuple(p.block for p in proposed) == best
 
 
 def test_a_proposal_says_why():
     """One exit: block 1 has area 0.1·2 + 0.55·8 = 4.6, block 4 0.1·5 + 0.8·5 = 4.5, block 2 4.5, the others less."""
     (one,) = propose_exits(ACCURACY, MACS, 0.9, 10e6, 1, chance=0.1)
-    assert one.place == 1
+    assert one.block == 1
     assert one.reason == (
         "after block 1: 55.0% right at 0.20 of the full cost (the network: 90.0%), "
         "+45.0 points for 2 million MACs more than a guess"
     )
     first, second = propose_exits(ACCURACY, MACS, 0.9, 10e6, 2, chance=0.1)
-    assert (first.place, second.place) == (1, 4)
+    assert (first.block, second.block) == (1, 4)
     assert second.reason.endswith("+25.0 points for 3 million MACs more than the exit before")
 
 

@@ -167,7 +167,7 @@ class BlockDrop(Agent, Divisible):
             shape = env.observation.shape[1:]
             self.policy: KeepPolicy = policy_network(policy, K, shape, width, pool, initial_keep)
         if start is not None:
-            self.policy.depart_from(start)
+            self.policy.start_from(start)
         self.policy.to(env.device, memory_format=torch.channels_last)  # type: ignore[call-overload]
         self.alpha_range, self.beta, self.samples, self.total_steps = (alpha, alpha_end), beta, samples, total_steps
         self.steps_per_block = curriculum * total_steps / K
@@ -246,7 +246,7 @@ class BlockDrop(Agent, Divisible):
 
     def _forward(self, images: Tensor) -> tuple[Tensor, Tensor | None]:
         """Return the policy's logits, float (B, K), and the value head's, if there is one, expected rewards (B,)."""
-        features_BD, logits_BK = self.policy.look(images)
+        features_BD, logits_BK = self.policy.features_and_logits(images)
         return logits_BK, None if self.value_head is None else self.value_head(features_BD)
 
     def _sample(self, probability_BK: Tensor) -> Tensor:

@@ -208,18 +208,17 @@ def _format(x: Tensor) -> torch.memory_format:
 
 
 def some_process_runs(block: Block, rows: Tensor) -> bool:
-    """Return whether this process has to compute a block, if only with an empty batch.
+    """Return whether a block must run in this process, given the rows, int64 (B',), of the images that keep it.
 
-    A block in training mode is computed in every process as soon as one process has an image that keeps it, because its
-    batch normalisation and its gradients are those of all processes. In evaluation mode only this process counts.
-
-    Args:
-        rows: int64 (B',), indices of this process's images that keep the block.
+    It must if an image of this process keeps it. If the block is being trained, it must also if an image of another
+    process does, because batch normalisation and gradients are computed over all processes.
     """
     return processes.any_process(len(rows) > 0) if block.residual.training else len(rows) > 0
 
 
 def run_block_together(block: Block, x: Tensor, rows: Tensor) -> Tensor:
-    """Compute the same as :func:`run_block`, where several processes share the batch: a block that another process runs
-    is computed here too, with an empty batch if need be (see :func:`some_process_runs`)."""
+    """Compute the same as :func:`run_block`, for a network that several processes may train together.
+
+    Without an image that keeps the block here, it runs on a batch of no images where :func:`some_process_runs` says so.
+    """
     return run_block(block, x, rows, even_if_empty=some_process_runs(block, rows))

@@ -143,9 +143,11 @@ class ResNetExits(ExitNetwork):
         fewer.exits = tuple(self.exits[n] for n in kept)
         fewer.exit_heads = nn.ModuleList(self.exit_heads[n] for n in kept)
         fewer.num_exits = len(kept) + 1
-        if self.architecture:
+        if "heads" in self.architecture:
             kinds = [self.architecture["heads"][n] for n in kept]
             fewer.architecture = {**self.architecture, "exits": list(fewer.exits), "heads": kinds}
+        elif self.architecture:  # a call of the user's own made this network
+            fewer.architecture = {**self.architecture, "kept_exits": list(kept)}
         return fewer
 
     def begin(self, images: Tensor) -> State:

@@ -1,1 +1,1 @@
-"""Leaving early: when (rules, calibration), compared with what (baselines), and where exits pay (placement)."""
+"""Early exits: rules and their thresholds, references to compare with, and where exits pay."""

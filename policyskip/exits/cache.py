@@ -1,6 +1,6 @@
-"""What every exit of a frozen network says of a set of images, computed once.
+"""The outputs of every exit of a frozen network for a set of images, computed once.
 
-Thresholds are fitted to it, policies are judged on it, and the exit environment replays it.
+Thresholds are fitted to these outputs, policies are judged on them, and the exit environment replays them.
 
 Shapes: M images of a set, N exits, C classes, P policies.
 """
@@ -20,7 +20,7 @@ from policyskip.data import Images, batch_at, sequential
 from policyskip.errors import UserError
 
 PIXELS_AT_ONCE = 2**20
-"""Images are classified in parts of this many pixels."""
+"""Pixels of the images that are classified at once, so that they fit into memory."""
 
 
 @dataclass(frozen=True)
@@ -62,17 +62,20 @@ class CachedExits:
 
     @cached_property
     def macs_N(self) -> Tensor:
-        """MACs of leaving at each exit, float64 (N,), every head on the way included."""
+        """MACs of leaving at each exit, float64 (N,), with every head on the way."""
         return self.costs.cumulative_N.to(self.label_M.device)
 
     def fingerprint(self) -> str:
-        """Hash of what is in the cache."""
+        """Return a hash of the cache's content, as text."""
         digest = hashlib.sha256(self.logits_MNC.cpu().contiguous().numpy().tobytes())
         digest.update(self.label_M.cpu().numpy().tobytes())
         return digest.hexdigest()[:16]
 
     def judge(self, exit_M: Tensor) -> tuple[Tensor, Tensor]:
-        """Accuracy, and mean MACs an image, of leaving at exits int64 (M,) or, for P policies, (P, M).
+        """Compute accuracy and mean MACs per image.
+
+        Args:
+            exit_M: the exits at which the images leave, int64 (M,), or (P, M) for P policies.
 
         Returns: two float64 tensors, without a dimension or (P,).
         """
@@ -84,10 +87,10 @@ class CachedExits:
 
 @torch.no_grad()
 def cache_exits(network: ExitNetwork, images: Images) -> CachedExits:
-    """Ask every exit of ``network`` about each of ``images`` once, in evaluation mode; the network stays as it was.
+    """Run each of ``images`` through every exit of ``network`` once, in evaluation mode.
 
     Raises:
-        UserError: there are no images, or they are augmented at random, so that there is no one answer to keep.
+        UserError: there are no images, or they are augmented at random, so that an image has no one output to keep.
     """
     if getattr(images, "augment", None):
         raise UserError(
@@ -95,10 +98,8 @@ def cache_exits(network: ExitNetwork, images: Images) -> CachedExits:
         )
     if not len(images):
         raise UserError("there are no images to cache")
-    first = batch_at(images, torch.tensor([0])).images
-    part = max(1, PIXELS_AT_ONCE // first[0, 0].numel())
-    batches = images.stream(sequential(len(images), part))
+    _, channels, height, width = batch_at(images, torch.tensor([0])).images.shape
+    batches = images.stream(sequential(len(images), max(1, PIXELS_AT_ONCE // (height * width))))
     with evaluation_mode(network):
         logits, labels = zip(*((network(batch.images).float(), batch.label_B) for batch in batches), strict=True)
-    _, channels, height, width = first.shape
     return CachedExits(torch.cat(logits), torch.cat(labels), count_exit_costs(network, (channels, height, width)))

@@ -1,9 +1,9 @@
-"""Thresholds for what a user needs: at most this much accuracy lost, or at most this much computed.
+"""Thresholds that meet a user's target: accuracy to lose at most, or MACs to spend at most.
 
-Everything here is chosen on the cached outputs of *validation* images; test images are for reporting what was chosen.
-Three ways to search make curves of accuracy against cost, and :func:`choose` picks a point:
+Everything here is chosen on the cached outputs of *validation* images; test images only report what was chosen.
+Three ways to search make curves of accuracy against cost, from which :func:`choose` picks a point:
 
-- ``quota`` (MSDNet): shares of the images for each exit, one parameter, hard to overfit;
+- ``quota`` (MSDNet): a fraction of the images for each exit, with one parameter, which is hard to overfit;
 - ``grid`` (BranchyNet's screening): every combination of some thresholds for each exit;
 - ``common`` (CDL): one threshold for all exits.
 
@@ -20,7 +20,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from policyskip.errors import UserError
+from policyskip.errors import UserError, check_choice
 from policyskip.exits.cache import CachedExits
 from policyskip.exits.rules import (
     Measured,
@@ -37,32 +37,29 @@ from policyskip.fronts import knee, pareto
 BRANCHYNET_NATS = (1e-4, 5e-4, 1e-3, 5e-3, 0.01, 0.025, 0.05, 0.075, 0.1, 0.25, 0.5, 0.75, 1.0, 2.0, 3.0, 5.0, 10.0)
 """Entropies that BranchyNet's authors screened for each exit of B-LeNet and B-ResNet (the code of arXiv 1709.01686)."""
 
-
 WINDOW = 0.01
-"""A budget may be left unspent by this share of the full cost, for the sake of accuracy."""
-
+"""Fraction of the full cost that a more accurate point may leave unspent of a budget."""
 
 SPARE = 1.0
 """Standard errors by which an accuracy target must be met."""
 
-
 COMBINATIONS = 2**14
 """Combinations of thresholds that a grid tries, at most."""
 
-
 NUMBERS_AT_ONCE = 2**24
-"""Many policies are judged in parts of this many numbers."""
+"""Numbers computed at once when many choices of thresholds are judged, so that they fit into memory."""
 
 
 @dataclass(frozen=True)
 class Point:
-    """Thresholds, one for each early exit, and what they did on the images they were fitted to.
+    """A threshold for each early exit, and accuracy and cost on the images that the thresholds were fitted to.
 
     Attributes:
-        rule: name of the rule the thresholds are for.
-        accuracy: share of images classified rightly, in [0, 1].
-        macs: mean MACs an image.
-        macs_fraction: the same as a share of going to the last exit.
+        rule: name of the rule that the thresholds are for.
+        thresholds: E of them.
+        accuracy: fraction of the images classified rightly, in [0, 1].
+        macs: mean MACs per image.
+        macs_fraction: mean MACs per image, as a fraction of the cost of going to the last exit.
     """
 
     rule: str
@@ -74,16 +71,15 @@ class Point:
 
 @dataclass(frozen=True)
 class Curve:
-    """P choices of thresholds and what they did on the images they were fitted to, the cheapest first.
+    """P choices of thresholds, the cheapest first, with accuracy and cost on the images that they were fitted to.
 
     Attributes:
         rule: name of the rule.
         threshold_PE: float64 (P, E).
         accuracy_P: float64 (P,), in [0, 1].
-        error_P: float64 (P,), standard error of the difference between that and the last exit's accuracy, both on the
-            same images.
-        macs_P: float64 (P,), mean MACs an image.
-        last_accuracy, full_macs: what the last exit does on these images, with all other heads on the way.
+        error_P: float64 (P,), standard error of the difference between a choice's accuracy and that of the last exit.
+        macs_P: float64 (P,), mean MACs per image.
+        last_accuracy, full_macs: accuracy and MACs of sending every image to the last exit, past all other heads.
     """
 
     rule: str
@@ -106,7 +102,7 @@ class Curve:
         return (self[index] for index in range(len(self)))
 
     def front(self) -> Curve:
-        """The points that no other point beats: see :func:`pareto`."""
+        """Return the points on the Pareto front: see :func:`~policyskip.fronts.pareto`."""
         index = pareto(self.macs_P.tolist(), self.accuracy_P.tolist())
         return Curve(
             self.rule,
@@ -120,31 +116,33 @@ class Curve:
 
     @property
     def drop_P(self) -> Tensor:
-        """The least ``accuracy_drop`` that each point meets, float64 (P,): its loss and ``SPARE`` standard errors."""
+        """The smallest target ``accuracy_drop`` that each point meets, float64 (P,): the point's loss of accuracy, plus
+        ``SPARE`` standard errors."""
         return self.last_accuracy - self.accuracy_P + SPARE * self.error_P
 
     def knee(self) -> Point:
-        """The point of the front where more computing stops paying: see :func:`knee`."""
+        """Return the point of the front where computing more stops paying: see :func:`~policyskip.fronts.knee`."""
         front = self.front()
         return front[knee(front.macs_P.tolist(), front.accuracy_P.tolist())]
 
 
 def quota_curve(rule: Rule, cache: CachedExits, points: int = 201) -> Curve:
-    """MSDNet's curve: for each of ``points`` budgets, the shares ``q_k`` that cost it, and their thresholds.
+    """Make MSDNet's curve: for each of ``points`` budgets, the quotas ``q_k`` that cost it, and their thresholds.
 
     The budgets are evenly spaced from the cost of the first exit to that of the last (the authors' code tries 39
-    ratios of shares instead, which leaves gaps in cost). Source: Huang et al. 2018 (arXiv 1703.09844).
+    ratios of quotas instead, which leaves gaps in cost). Source: Huang et al. 2018 (arXiv 1703.09844).
 
     Args:
-        rule: one that puts images in order, not the delta rule.
+        rule: a :class:`~policyskip.exits.rules.Measured` rule, which puts images in order; not the delta rule.
+        cache: outputs for validation images.
     """
     assert isinstance(rule, Measured)
     value_ME = rule.measure(cache.probability_MNC[:, :-1])
     macs_N, N = cache.macs_N.cpu(), cache.num_exits
     thresholds = [torch.full((N - 1,), extreme, dtype=torch.float64) for extreme in rule.extremes]
     for budget in torch.linspace(float(macs_N[0]), float(macs_N[-1]), points, dtype=torch.float64).tolist():
-        shares = exit_shares(q_for_budget(budget, macs_N), N)
-        thresholds.append(quota_thresholds(rule, value_ME, shares))
+        quota_N = exit_shares(q_for_budget(budget, macs_N), N)
+        thresholds.append(quota_thresholds(rule, value_ME, quota_N))
     threshold_PE = torch.stack(thresholds)
     exit_PM = torch.stack([first_exit(rule.passes(value_ME, threshold_E)) for threshold_E in threshold_PE])
     return _curve(rule, cache, threshold_PE, *_judge(cache, exit_PM))
@@ -153,48 +151,53 @@ def quota_curve(rule: Rule, cache: CachedExits, points: int = 201) -> Curve:
 def grid_curve(
     rule: Rule, cache: CachedExits, threshold_EG: Tensor | None = None, combinations: int = COMBINATIONS
 ) -> Curve:
-    """BranchyNet's screening: every combination of G thresholds at each early exit.
+    """Make BranchyNet's screening: every combination of G thresholds at each early exit.
+
+    No combination is run on its own: accuracy and cost are sums over the exits e of the change that going on from e to
+    e + 1 brings, over the images that go so far.
 
     Args:
-        threshold_EG: float (E, G), what is tried at each exit, such as ``BRANCHYNET_NATS`` for all of them. None
+        cache: outputs for validation images.
+        threshold_EG: float (E, G), the thresholds to try at each exit, such as ``BRANCHYNET_NATS`` for every exit. None
             spreads thresholds over the images, as many as keep the number of combinations under ``combinations``: with
             up to three or four exits that is fine-grained, with ten it is "never" or "always" and little else.
-
-    An image's answer changes as it goes on from exit to exit, so accuracy and cost are sums over exits e of what going
-    on from e to e + 1 brings, over the images that go so far: no combination is run on its own.
+        combinations: see ``threshold_EG``.
     """
     M, N = cache.correct_MN.shape
     if threshold_EG is None:
-        # One part in 10⁹ more, or the cube root of 8 is 1.999….
+        # A billionth more, or the cube root of 8 is 1.999….
         tried = int(combinations ** (1 / (N - 1)) * (1 + 1e-9))
         threshold_EG = torch.stack([spread(rule, cache.probability_MNC[:, e], tried) for e in range(N - 1)])
     total_QP = torch.zeros(3, 1, dtype=torch.float64)
     rows = max(1, NUMBERS_AT_ONCE // threshold_EG.shape[1] ** (N - 2))
-    for part in torch.arange(M, device=cache.label_M.device).split(rows):
-        total_QP = total_QP + _screen(rule, cache, threshold_EG, part)
+    for index_R in torch.arange(M, device=cache.label_M.device).split(rows):
+        total_QP = total_QP + _screen(rule, cache, threshold_EG, index_R)
     return _curve(rule, cache, torch.cartesian_prod(*threshold_EG).view(-1, N - 1), *total_QP / M)
 
 
-def _screen(rule: Rule, cache: CachedExits, threshold_EG: Tensor, rows: Tensor) -> Tensor:
-    """Of some rows, for all P = G^E combinations, float64 (3, P): the number of images that are right, the number of
-    those right here or at the last exit but not at both, and the MACs of all."""
-    right_MN = cache.correct_MN[rows]
-    macs_MN = cache.macs_N.expand_as(right_MN)
-    value_QMN = torch.stack([right_MN, right_MN != right_MN[:, -1:], macs_MN / cache.costs.full]).float()
-    total_QA = value_QMN[:, :, :1].sum(1).double()
-    going_AM = torch.ones(1, len(rows), device=rows.device)
-    for e, threshold_G in enumerate(threshold_EG.to(rows.device)):
-        stay_GM = (~rule.leaves(cache.probability_MNC[rows, e], threshold_G.unsqueeze(1))).float()
-        gained_QM = value_QMN[:, :, e + 1] - value_QMN[:, :, e]
-        gained_QAG = torch.stack([(going_AM * gained_M) @ stay_GM.T for gained_M in gained_QM])
-        total_QA = (total_QA.unsqueeze(2) + gained_QAG).flatten(1)
+def _screen(rule: Rule, cache: CachedExits, threshold_EG: Tensor, index_R: Tensor) -> Tensor:
+    """Add up three quantities over R of the images, int64 (R,), for all P = G^E combinations of thresholds.
+
+    Returns: float64 (3, P): the number of images that are right; the number of images that are right where they leave
+        or at the last exit, but not at both; and the MACs.
+    """
+    correct_RN = cache.correct_MN[index_R]
+    macs_RN = cache.macs_N.expand_as(correct_RN)
+    value_QRN = torch.stack([correct_RN, correct_RN != correct_RN[:, -1:], macs_RN / cache.costs.full]).float()
+    total_QA = value_QRN[:, :, :1].sum(1).double()
+    inside_AR = torch.ones(1, len(index_R), device=index_R.device)
+    for e, threshold_G in enumerate(threshold_EG.to(index_R.device)):
+        stays_GR = (~rule.leaves(cache.probability_MNC[index_R, e], threshold_G.unsqueeze(1))).float()
+        change_QR = value_QRN[:, :, e + 1] - value_QRN[:, :, e]
+        change_QAG = torch.stack([(inside_AR * change_R) @ stays_GR.T for change_R in change_QR])
+        total_QA = (total_QA.unsqueeze(2) + change_QAG).flatten(1)
         if e + 1 < len(threshold_EG):
-            going_AM = (going_AM.unsqueeze(1) * stay_GM).flatten(0, 1)
+            inside_AR = (inside_AR.unsqueeze(1) * stays_GR).flatten(0, 1)
     return (total_QA * total_QA.new_tensor([[1], [1], [cache.costs.full]])).cpu()
 
 
 def common_curve(rule: Rule, cache: CachedExits, points: int = 1001) -> Curve:
-    """One threshold for every exit, as the δ of Conditional Deep Learning is; ``points`` of them are tried."""
+    """Make the curve of ``points`` thresholds, each for all exits, as the δ of Conditional Deep Learning is."""
     early_MEC = cache.probability_MNC[:, :-1]
     threshold_P = spread(rule, early_MEC, points)
     rows = max(1, NUMBERS_AT_ONCE // early_MEC[..., 0].numel())
@@ -206,8 +209,11 @@ def common_curve(rule: Rule, cache: CachedExits, points: int = 1001) -> Curve:
 
 
 def _judge(cache: CachedExits, exit_PM: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """What :func:`_curve` needs of policies: accuracy, share of images right here or at the last exit but not at both,
-    and mean MACs."""
+    """Judge P choices of exits, int64 (P, M), for :func:`_curve`.
+
+    Returns: three tensors float64 (P,): accuracy, the fraction of images that are right where they leave or at the last
+        exit but not at both, and mean MACs.
+    """
     accuracy_P, macs_P = cache.judge(exit_PM)
     differ_MN = cache.correct_MN != cache.correct_MN[:, -1:]
     return accuracy_P, differ_MN.T.gather(0, exit_PM).double().mean(1), macs_P
@@ -216,6 +222,7 @@ def _judge(cache: CachedExits, exit_PM: Tensor) -> tuple[Tensor, Tensor, Tensor]
 def _curve(
     rule: Rule, cache: CachedExits, threshold_PE: Tensor, accuracy_P: Tensor, differ_P: Tensor, macs_P: Tensor
 ) -> Curve:
+    """Make a curve of P choices of thresholds, judged as :func:`_judge` does, in the order of their cost."""
     order = macs_P.cpu().argsort(stable=True)
     last_accuracy = float(cache.correct_MN[:, -1].double().mean())
     error_P = ((differ_P - (accuracy_P - last_accuracy) ** 2).clamp(min=0) / len(cache)).sqrt()
@@ -231,7 +238,16 @@ SEARCHES: dict[str, Callable[[Rule, CachedExits], Curve]] = {
 
 
 class UnmetError(UserError):
-    """No threshold meets a target. ``nearest`` is the point that comes closest to it."""
+    """No threshold meets the target.
+
+    Args:
+        target: the target, as text.
+        nearest: the nearest target that can be met, as text.
+        point: the point that meets the nearest target.
+
+    Attributes:
+        nearest: that point.
+    """
 
     def __init__(self, target: str, nearest: str, point: Point) -> None:
         super().__init__(f"no threshold meets {target} on validation; the nearest that can be met is {nearest}")
@@ -239,7 +255,11 @@ class UnmetError(UserError):
 
 
 def check_target(accuracy_drop: float | None, macs_fraction: float | None, knee: bool) -> None:
-    """UserError unless there is one target, and it makes sense."""
+    """Check that there is one target, and that it is in range.
+
+    Raises:
+        UserError: there are none or several, or it is out of range.
+    """
     if (accuracy_drop is not None) + (macs_fraction is not None) + knee != 1:
         raise UserError(
             "give one target: target.accuracy_drop=…, target.macs_fraction=… or target.knee=true; "
@@ -256,20 +276,20 @@ def check_target(accuracy_drop: float | None, macs_fraction: float | None, knee:
 def choose(
     curve: Curve, accuracy_drop: float | None = None, macs_fraction: float | None = None, knee: bool = False
 ) -> Point:
-    """The point of a curve that meets a target.
+    """Choose the point of a curve that meets a target.
 
     Args:
-        accuracy_drop: the cheapest point that is at most this much less accurate than the last exit (0.01 is one
-            percentage point; below 0, more accurate), with ``SPARE`` standard errors to spare: what was the best of
-            many on these images is a little worse on others.
-        macs_fraction: the most accurate point that spends this share of the full cost, in (0, 1]: of those that cost
-            no more, one that costs at most ``WINDOW`` of the full cost less than the dearest. A budget is there to be
-            spent; whoever would rather save what is not needed gives ``accuracy_drop``.
-        knee: the point of the front where more computing stops paying; see :func:`knee`.
+        accuracy_drop: choose the cheapest point that is at most this much less accurate than the last exit (0.01 is one
+            percentage point; a negative number asks for more accuracy), with ``SPARE`` standard errors to spare,
+            because the best of many points on these images is a little worse on others.
+        macs_fraction: choose the most accurate point that spends this fraction of the full cost, in (0, 1]: of the
+            points that cost no more, only those count that cost at most ``WINDOW`` of the full cost less than the
+            dearest. A user who would rather save than spend the budget gives ``accuracy_drop``.
+        knee: choose the point of the front where computing more stops paying; see :func:`~policyskip.fronts.knee`.
 
     Raises:
-        UserError: not exactly one target, or one out of range.
-        UnmetError: one that no threshold meets; the message says the nearest that can be met.
+        UserError: not exactly one target, or a target out of range.
+        UnmetError: no threshold meets the target; the message says the nearest target that can be met.
     """
     check_target(accuracy_drop, macs_fraction, knee)
     if knee:
@@ -283,24 +303,28 @@ def choose(
         cheapest = meets[curve.macs_P[meets] == curve.macs_P[meets].min()]
         return curve[int(cheapest[curve.accuracy_P[cheapest].argmax()])]
     assert macs_fraction is not None
-    share_P = curve.macs_P / curve.full_macs
-    if macs_fraction < share_P.min() - 1e-9:
-        least = int(share_P.argmin())
-        raise UnmetError(f"macs_fraction={macs_fraction:g}", _rounded_up(float(share_P[least])), curve[least])
-    spent = share_P[share_P <= macs_fraction + 1e-9].max()
-    near = ((share_P <= spent) & (share_P >= spent - WINDOW)).nonzero().squeeze(1)
-    return curve[int(near[curve.accuracy_P[near].argmax()])]
+    fraction_P = curve.macs_P / curve.full_macs
+    if macs_fraction < fraction_P.min() - 1e-9:
+        cheapest_point = int(fraction_P.argmin())
+        nearest = _rounded_up(float(fraction_P[cheapest_point]))
+        raise UnmetError(f"macs_fraction={macs_fraction:g}", nearest, curve[cheapest_point])
+    spent = fraction_P[fraction_P <= macs_fraction + 1e-9].max()
+    candidates = ((fraction_P <= spent) & (fraction_P >= spent - WINDOW)).nonzero().squeeze(1)
+    return curve[int(candidates[curve.accuracy_P[candidates].argmax()])]
 
 
 def _rounded_up(target: float) -> str:
-    """A target to four places that can still be met."""
+    """Round a target up to four decimals, so that it can still be met."""
     return f"{math.ceil(target * 1e4 - 1e-6) / 1e4:.4f}"
 
 
 def check_search(rule: str, search: str, num_exits: int) -> None:
-    """UserError unless rule and search exist and go together, and a grid has two thresholds to try at every exit."""
-    if search not in SEARCHES:
-        raise UserError(f"agent.search must be one of {', '.join(SEARCHES)}, got {search!r}")
+    """Check that a rule and a search exist and go together, and that a grid has two thresholds to try at every exit.
+
+    Raises:
+        UserError: they do not.
+    """
+    check_choice("agent.search", search, SEARCHES)
     if search == "quota" and not isinstance(rule_named(rule), Measured):
         raise UserError(
             f"agent.search=quota needs a rule that orders images, confidence or entropy; {rule} does not: say "
@@ -312,7 +336,7 @@ def check_search(rule: str, search: str, num_exits: int) -> None:
 
 
 def curve_of(cache: CachedExits, rule: str = "confidence", search: str = "quota") -> Curve:
-    """The curve that :func:`choose` takes a point from; for a network with one exit, the one point there is.
+    """Make the curve that :func:`choose` takes a point from; for a network with one exit, the curve has one point.
 
     Args:
         cache: outputs for validation images.

@@ -1,6 +1,7 @@
-"""Where exits pay: which candidate heads to admit, and which places in a network to propose.
+"""Where exits pay: which candidate heads to admit, and after which blocks of a network to propose exits.
 
-Shapes: M images of a set, S stages (candidate heads before the network's own), K places in a network.
+Shapes: M images of a set, S stages (candidate heads before the network's own), N = S + 1 exits, K blocks after which
+an exit can be (in a network: all blocks but the last), D channels.
 """
 
 from __future__ import annotations
@@ -20,13 +21,13 @@ from policyskip.errors import UserError
 
 @dataclass(frozen=True)
 class Stage:
-    """What a candidate head would do for the images that reach it.
+    """A candidate head, judged on the images that reach it.
 
     Attributes:
-        resolved: number of images that would leave there.
+        resolved: number of images that would leave at the head.
         passed: number of images that would pay for the head and go on.
-        gain: MACs saved an image of the whole set, negative if the head costs more than it saves.
-        admitted: whether the gain was enough.
+        gain: MACs saved, per image of the whole set; negative if the head costs more than it saves.
+        admitted: whether the gain was large enough.
     """
 
     resolved: int
@@ -36,31 +37,36 @@ class Stage:
 
 
 def stage_gain(resolved: int, passed: int, saved_macs: float, head_macs: float) -> float:
-    """``resolved · saved - passed · head`` in MACs: what a head saves those that leave, and costs those that go on.
+    """Compute ``resolved · saved - passed · head``: the MACs that a head saves the images that leave, minus those that
+    it costs the images that go on.
 
     Args:
-        saved_macs: the rest of the network with its own head, less this head.
-        head_macs: this head.
+        resolved, passed: see :class:`Stage`.
+        saved_macs: MACs of the remaining network with the network's own head, minus those of this head.
+        head_macs: MACs of this head.
     """
     return resolved * saved_macs - passed * head_macs
 
 
 def admit(leave_MS: Tensor, trunk_N: Tensor, head_N: Tensor, epsilon: float = 0.0) -> list[Stage]:
-    """Conditional Deep Learning's admission of linear heads, one stage after the other from the first.
+    """Admit the heads of Conditional Deep Learning, one stage after the other from the first.
 
-    A head is admitted if its gain over the images that reach it exceeds ``epsilon``; one that is not admitted
-    lets all images on at no cost, and the next stage is judged with that. Heads admitted earlier are paid for either
-    way, later ones are not yet there. This is our reading of the paper (Panda, Sengupta, Roy 2016, arXiv 1509.08971),
-    which adds heads from the first layer on while there is a gain in operations; that a head without a gain is passed
-    over, and does not end the search, is our choice.
+    A head is admitted if its gain over the images that reach it exceeds ``epsilon``. Where a head is not admitted, all
+    images go on at no cost, and the next stage is judged on them, too. The heads admitted before cost the same either
+    way, and heads further on are not there yet. This is our reading of the paper (Panda, Sengupta, Roy 2016, arXiv
+    1509.08971), which adds heads from the first layer on while there is a gain in operations; that the search goes on
+    after a head without a gain is our choice.
 
     Args:
-        leave_MS: bool (M, S), whether each candidate, asked about each validation image, would let it leave.
-        trunk_N: float (S + 1,), MACs of the trunk up to each stage from the one before; the last is the network's end.
-        head_N: float (S + 1,), MACs of each head; the last is the network's own.
-        epsilon: MACs an image of the whole set.
+        leave_MS: bool (M, S), whether each validation image would leave at each candidate, if it came so far.
+        trunk_N: float (N,), MACs of the trunk from the stage before to each stage; the last is the network's end.
+        head_N: float (N,), MACs of each head; the last is the network's own.
+        epsilon: MACs per image of the whole set.
 
     Returns: S stages, in order.
+
+    Raises:
+        ValueError: the shapes do not belong together.
     """
     M, S = leave_MS.shape
     if trunk_N.shape != (S + 1,) or head_N.shape != (S + 1,):
@@ -70,8 +76,8 @@ def admit(leave_MS: Tensor, trunk_N: Tensor, head_N: Tensor, epsilon: float = 0.
     for s, leave_M in enumerate(leave_MS.unbind(1)):
         resolved = int((inside_M & leave_M).sum())
         passed = int(inside_M.sum()) - resolved
-        rest = float(trunk_N[s + 1 :].sum() + head_N[-1])
-        gain = stage_gain(resolved, passed, rest - float(head_N[s]), float(head_N[s])) / M
+        remaining_macs = float(trunk_N[s + 1 :].sum() + head_N[-1])
+        gain = stage_gain(resolved, passed, remaining_macs - float(head_N[s]), float(head_N[s])) / M
         stages.append(Stage(resolved, passed, gain, gain > epsilon))
         if gain > epsilon:
             inside_M &= ~leave_M
@@ -80,7 +86,14 @@ def admit(leave_MS: Tensor, trunk_N: Tensor, head_N: Tensor, epsilon: float = 0.
 
 @dataclass(frozen=True)
 class Probes:
-    """What :func:`propose_exits` chooses by: validation accuracies in [0, 1] and MACs, the network's own end apart."""
+    """Accuracy and cost of a probe after each block, by which :func:`propose_exits` chooses.
+
+    Attributes:
+        accuracy_K: accuracy on validation images of the probe after each block but the last, in [0, 1].
+        macs_K: MACs of leaving at that probe.
+        full_accuracy: accuracy of the probe after the last block.
+        full_macs: MACs of leaving at the network's own exit.
+    """
 
     accuracy_K: list[float]
     macs_K: list[float]
@@ -90,30 +103,35 @@ class Probes:
 
 @dataclass(frozen=True)
 class Proposal:
-    """A place for an exit: after block ``place`` (from 0), and why."""
+    """An exit after block ``block`` (counted from 0), and the reason to put one there."""
 
-    place: int
+    block: int
     reason: str
 
 
 def propose_exits(
     accuracy_K: list[float], macs_K: list[float], full_accuracy: float, full_macs: float, number: int, chance: float
 ) -> list[Proposal]:
-    """Places for ``number`` early exits, by the accuracy that each adds and the MACs over which it adds it.
+    """Propose blocks after which to put ``number`` early exits, by the accuracy that an exit adds and the MACs over
+    which it adds it.
 
-    If every budget up to the full cost is equally likely, and an image's answer is that of the deepest exit the
-    budget reaches (a guess, before the first), then the mean accuracy is the area under a staircase: an exit adds its
-    accuracy over the exit before, times the MACs from there to the end. The places returned have the largest area of
-    all choices of that number. Steepness alone, accuracy per MAC, would put every exit at the very beginning.
+    If every budget up to the full cost is equally likely, and an image is classified by the deepest exit that the
+    budget reaches (by a guess, before the first), then the mean accuracy is the area under a staircase: an exit adds
+    its accuracy minus that of the exit before, times the MACs from this exit to the end. The blocks proposed have the
+    largest area of all choices of that number. Accuracy per MAC would put every exit at the very beginning.
 
     Args:
-        accuracy_K: validation accuracy of a probe after each block, in [0, 1].
-        macs_K: MACs of leaving there, the probe's own included, rising.
+        accuracy_K: validation accuracy of a probe after each of the K blocks, in [0, 1].
+        macs_K: MACs of leaving at that probe, its own included, rising.
         full_accuracy, full_macs: of the network's own exit.
+        number: how many exits to propose.
         chance: accuracy of a guess, 1/C.
 
+    Returns: the proposals, the first block first.
+
     Raises:
-        UserError: ``number`` is below 1 or above the number of places.
+        UserError: ``number`` is below 1 or above K.
+        ValueError: there is not one cost for each block, or the costs do not rise.
     """
     K = len(accuracy_K)
     if len(macs_K) != K or any(low >= high for low, high in zip(macs_K, [*macs_K[1:], full_macs])):
@@ -125,43 +143,43 @@ def propose_exits(
     for _ in range(number - 1):
         best = {
             k: max(
-                (area + accuracy_K[j] * (macs_K[k] - macs_K[j]), [*places, k])
-                for j, (area, places) in best.items()
+                (area + accuracy_K[j] * (macs_K[k] - macs_K[j]), [*blocks, k])
+                for j, (area, blocks) in best.items()
                 if j < k
             )
             for k in range(min(best) + 1, K)
         }
-    _, places = max((area + accuracy_K[k] * (full_macs - macs_K[k]), places) for k, (area, places) in best.items())
-    proposals, before, spent = [], chance, 0.0
-    for place in places:
-        gained, paid = accuracy_K[place] - before, macs_K[place] - spent
+    _, blocks = max((area + accuracy_K[k] * (full_macs - macs_K[k]), blocks) for k, (area, blocks) in best.items())
+    proposals, accuracy_before, macs_before = [], chance, 0.0
+    for block in blocks:
+        gained, paid = accuracy_K[block] - accuracy_before, macs_K[block] - macs_before
         reason = (
-            f"after block {place}: {accuracy_K[place]:.1%} right at {macs_K[place] / full_macs:.2f} of the full cost "
+            f"after block {block}: {accuracy_K[block]:.1%} right at {macs_K[block] / full_macs:.2f} of the full cost "
             f"(the network: {full_accuracy:.1%}), {100 * gained:+.1f} points for {paid / 1e6:.3g} million MACs "
-            f"more than {'a guess' if place == places[0] else 'the exit before'}"
+            f"more than {'a guess' if block == blocks[0] else 'the exit before'}"
         )
-        proposals.append(Proposal(place, reason))
-        before, spent = accuracy_K[place], macs_K[place]
+        proposals.append(Proposal(block, reason))
+        accuracy_before, macs_before = accuracy_K[block], macs_K[block]
     return proposals
 
 
 @torch.no_grad()
 def probe_blocks(backbone: Backbone, train: Images, validation: Images, limit: int = 4000) -> Probes:
-    """How well a linear probe on the pooled features after each block answers, and what leaving there would cost.
+    """Judge a linear probe on the pooled features after each block, and count the MACs of leaving there.
 
     A probe is a ridge regression from each channel's average to the one-hot label, fitted in closed form on ``limit``
     training images, spread over the set, and judged on validation images: it takes one pass, and no learning rate.
     """
     backbone.freeze()
-    features, labels = _pooled(backbone, train, limit)
-    held_features, held_labels = _pooled(backbone, validation, limit)
-    target_MC = F.one_hot(labels, backbone.num_classes).double()
+    train_features, train_label_M = _pooled(backbone, train, limit)
+    validation_features, validation_label_M = _pooled(backbone, validation, limit)
+    target_MC = F.one_hot(train_label_M, backbone.num_classes).double()
     accuracy = []
-    for feature_MD, held_MD in zip(features, held_features, strict=True):
-        x, held = (torch.cat([f, torch.ones_like(f[:, :1])], 1) for f in (feature_MD, held_MD))
+    for features in zip(train_features, validation_features, strict=True):
+        x, validation_x = (torch.cat([f, torch.ones_like(f[:, :1])], 1) for f in features)
         gram = x.T @ x + 1e-3 * len(x) * torch.eye(x.shape[1], dtype=x.dtype, device=x.device)
-        prediction_M = (held @ torch.linalg.solve(gram, x.T @ target_MC)).argmax(1)
-        accuracy.append((prediction_M == held_labels).double().mean().item())
+        prediction_M = (validation_x @ torch.linalg.solve(gram, x.T @ target_MC)).argmax(1)
+        accuracy.append((prediction_M == validation_label_M).double().mean().item())
     channels, height, width = batch_at(validation, torch.tensor([0])).images.shape[1:]
     shape = (channels, height, width)
     costs = count_exit_costs(ResNetExits(backbone, range(backbone.num_blocks - 1), "pooled", shape), shape)
@@ -169,13 +187,13 @@ def probe_blocks(backbone: Backbone, train: Images, validation: Images, limit: i
 
 
 def _pooled(backbone: Backbone, images: Images, limit: int) -> tuple[list[Tensor], Tensor]:
-    """Each channel's average after each block, K times float64 (M, channels), and labels int64 (M,)."""
-    rows, labels = [], []
-    for batch in images.plain().stream((part, 0) for part in spread_indices(limit, len(images)).split(250)):
-        x, row = backbone.features(batch.images), []
+    """Compute each channel's average after each block, K times float64 (M, D), and the labels, int64 (M,)."""
+    pooled, labels = [], []
+    for batch in images.plain().stream((index_B, 0) for index_B in spread_indices(limit, len(images)).split(250)):
+        x, batch_pooled = backbone.features(batch.images), []
         for block in backbone.blocks:
             x = block(x)
-            row.append(x.mean((2, 3)).double())
-        rows.append(row)
+            batch_pooled.append(x.mean((2, 3)).double())
+        pooled.append(batch_pooled)
         labels.append(batch.label_B)
-    return [torch.cat(column) for column in zip(*rows, strict=True)], torch.cat(labels)
+    return [torch.cat(after_block) for after_block in zip(*pooled, strict=True)], torch.cat(labels)

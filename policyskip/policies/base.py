@@ -16,9 +16,10 @@ from policyskip.backbones import Backbone, sparse
 
 
 class Policy(nn.Module, ABC):
-    """A policy decides from an observation, and is what a run deploys.
+    """A policy decides from an observation; it is what a run deploys.
 
-    A subclass gives :meth:`decide`. It is built again from its constructor's arguments, which :meth:`spec` returns.
+    A subclass defines :meth:`decide`. A deployed policy is built again from its constructor's arguments, which
+    :meth:`spec` returns.
     """
 
     _constructed_with: tuple[tuple[Any, ...], dict[str, Any]]
@@ -30,20 +31,25 @@ class Policy(nn.Module, ABC):
 
     @abstractmethod
     def decide(self, observation: Tensor) -> Tensor:
-        """The greedy decision for the environment's observation; for images uint8 (B, 3, H, W), bool (B, K)."""
+        """Decide greedily for an environment's observation: for images uint8 (B, 3, H, W), bool (B, K)."""
 
     def run(
         self, backbone: Backbone, images: Tensor, break_even_K: Sequence[float] | None = None
     ) -> tuple[Tensor, Tensor]:
-        """Decide for images and classify them: logits (B, C) and which blocks ran, bool (B, K).
+        """Decide for images and classify them.
 
-        ``break_even_K``: see :func:`~policyskip.backbones.execution.sparse`.
+        Args:
+            images: uint8 (B, 3, H, W).
+            break_even_K: see :func:`~policyskip.backbones.execution.sparse`.
+
+        Returns: logits float (B, C), and which blocks ran, bool (B, K).
         """
         keep_BK = self.decide(images)
         return sparse(backbone, images, keep_BK, break_even_K), keep_BK
 
     def spec(self) -> dict[str, Any]:
-        """The arguments that build the policy again, which JSON must be able to hold; by default its constructor's."""
+        """Return the arguments that build the policy again, by default its constructor's. JSON must be able to hold
+        them."""
         args, kwargs = self._constructed_with
         parameters = list(inspect.signature(type(self).__init__).parameters)[1:]
         return {**dict(zip(parameters, args)), **kwargs}

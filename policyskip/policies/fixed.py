@@ -1,4 +1,4 @@
-"""Policies that do not look at the image: one set of blocks for all, or a random set for each.
+"""Policies that ignore what an image shows: they keep one set of blocks for all images, or a random set for each.
 
 Shapes: B images, K blocks, H W pixels, P numbers in an image (3·H·W).
 """
@@ -15,7 +15,11 @@ from policyskip.policies.base import Policy
 
 
 class FixedPolicy(Policy):
-    """The same blocks for every image: ``keep_K``, bool (K,)."""
+    """A policy that keeps the same blocks for every image.
+
+    Attributes:
+        keep_K: bool (K,), the keep-set; every block in a fresh policy.
+    """
 
     keep_K: Tensor
 
@@ -31,10 +35,13 @@ class FixedPolicy(Policy):
 
 
 class RandomPolicy(Policy):
-    """For each image its own random set of ``blocks`` blocks (int64, a scalar).
+    """A policy that keeps a random set of blocks for each image.
 
-    The draw is a hash of the image's pixels and the seed: the same image gets the same set, in whatever batch and on
-    whatever device it comes, so a run's figures can be repeated and a deployed policy does what was judged.
+    The set follows from a hash of the image's pixels and the seed. The same image gets the same set in every batch and
+    on every device, so a run's figures can be repeated, and the deployed policy decides as the judged one did.
+
+    Attributes:
+        blocks: int64, a scalar: the number of blocks that are kept; K in a fresh policy.
     """
 
     blocks: Tensor
@@ -53,12 +60,14 @@ class RandomPolicy(Policy):
 
 
 def image_hashes(images: Tensor, count: int, seed: int) -> Tensor:
-    """``count`` numbers for each image that look random, and depend on its pixels and the seed alone.
+    """Compute ``count`` numbers for each image that look random and depend only on its pixels and the seed.
+
+    Integer sums wrap around and do not depend on their order, so all devices compute the same numbers.
 
     Args:
         images: uint8 (B, 3, H, W).
 
-    Returns: int64 (B, count). Integer sums wrap around and do not depend on their order, so every device agrees.
+    Returns: int64 (B, count).
     """
     generator = torch.Generator().manual_seed(seed)
     factor_P = torch.randint(-(2**62), 2**62, (images.shape[1:].numel(),), generator=generator)
@@ -71,9 +80,14 @@ def image_hashes(images: Tensor, count: int, seed: int) -> Tensor:
 
 
 class OraclePolicy(Policy):
-    """Holds the place of a policy; there is none that does without the label."""
+    """The stand-in for the oracle's policy, which does not exist: the oracle cannot decide without the label."""
 
     def decide(self, images: Tensor) -> Tensor:
+        """Refuse to decide.
+
+        Raises:
+            UserError: always.
+        """
         raise UserError("the oracle sees the label, so it cannot decide from images alone")
 
     def spec(self) -> dict[str, Any]:

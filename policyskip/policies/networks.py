@@ -1,4 +1,4 @@
-"""From an image to K logits, one for each block: the networks that decide which blocks run.
+"""Policy networks: from an image they compute K logits, one for each block, which decide which blocks run.
 
 Shapes: B images, K blocks, D features, H W pixels.
 """
@@ -24,7 +24,8 @@ class KeepPolicy(Policy):
     """A network from images to K logits, one for each block, which :class:`~policyskip.agents.blockdrop.BlockDrop`
     trains.
 
-    A subclass gives :meth:`look`, or only :meth:`forward` if it has no features for a value head to learn from.
+    A subclass defines :meth:`features_and_logits`, or only :meth:`forward` if it has no features that a value head
+    could learn from.
     ``agent.warm_start=true`` needs a last layer named ``keep_head``, from :func:`keep_layer`.
 
     Args:
@@ -40,26 +41,28 @@ class KeepPolicy(Policy):
         super().__init__()
         self.register_buffer("free_K", torch.ones(num_blocks, dtype=torch.bool))
 
-    def look(self, images: Tensor) -> tuple[Tensor, Tensor]:
-        """Features float (B, D) and logits float (B, K) of images uint8 (B, 3, H, W)."""
+    def features_and_logits(self, images: Tensor) -> tuple[Tensor, Tensor]:
+        """Return features float (B, D) and logits float (B, K) of images uint8 (B, 3, H, W)."""
         logits_BK: Tensor = self(images)
         return logits_BK.new_zeros(len(images), 0), logits_BK
 
     def forward(self, images: Tensor) -> Tensor:
-        """Logits float (B, K) of images uint8 (B, 3, H, W)."""
-        if type(self).look is KeepPolicy.look:
-            raise NotImplementedError(f"{type(self).__name__} has neither look nor forward; a KeepPolicy needs one")
-        return self.look(images)[1]
+        """Return logits float (B, K) of images uint8 (B, 3, H, W)."""
+        if type(self).features_and_logits is KeepPolicy.features_and_logits:
+            name = type(self).__name__
+            raise NotImplementedError(f"{name} has neither features_and_logits nor forward; a KeepPolicy needs one")
+        return self.features_and_logits(images)[1]
 
     def decide(self, images: Tensor) -> Tensor:
         return self.greedy(self(images))
 
     def greedy(self, logits_BK: Tensor) -> Tensor:
-        """ũ = [s ≥ ½], from the unbounded s; bool (B, K)."""
+        """Decide greedily: ũ = [s ≥ ½], s = sigmoid(logits); bool (B, K). Blocks that are not free are kept."""
         return (logits_BK >= 0) | ~self.free_K
 
-    def depart_from(self, keep: Sequence[bool]) -> None:
-        """Start from a fixed keep-set: its blocks keep their first probability, the other blocks get its complement.
+    def start_from(self, keep: Sequence[bool]) -> None:
+        """Let a fresh policy start from a fixed keep-set of K blocks: the blocks of the set keep their probability, and
+        each of the others gets the complement.
 
         Raises:
             UserError: the policy has no ``keep_head`` with a bias.
@@ -128,14 +131,14 @@ def policy_network(
 
 
 def check_policy(policy: KeepPolicy, images: Tensor, num_blocks: int) -> int:
-    """Count the features of a policy network, D, having tried it on images uint8 (B, 3, H, W).
+    """Try a policy network on images uint8 (B, 3, H, W) and return the number of its features, D.
 
     Raises:
-        UserError: it fails, or does not give features (B, D) and logits (B, K).
+        UserError: the network fails, or does not return features (B, D) and logits (B, K).
     """
     kind = type(policy).__name__
     with torch.no_grad(), registry.naming_failures(f"agent: the policy network {kind}"):
-        features_BD, logits_BK = policy.eval().look(images)
+        features_BD, logits_BK = policy.eval().features_and_logits(images)
     if logits_BK.shape != (len(images), num_blocks) or features_BD.shape[:-1] != (len(images),):
         raise UserError(
             f"the policy network {kind} must give features (B, D) and logits (B, K), here ({len(images)}, D) and "
@@ -147,9 +150,16 @@ def check_policy(policy: KeepPolicy, images: Tensor, num_blocks: int) -> int:
 class PolicyNetwork(KeepPolicy):
     """A small ResNet from images to K logits.
 
-    ``family="cifar"`` is ResNet-8 (one basic block a stage, 16/32/64 channels), ``"imagenet"`` ResNet-10 (four
-    stages, 64 to 512, behind a strided stem). ``width`` is the number of channels of the first stage; the image is
-    average-pooled by ``pool`` before anything else. Both make the policy cheaper, whose cost is counted.
+    Args:
+        num_blocks: K.
+        family: "cifar", ResNet-8 (one basic block a stage, 16/32/64 channels), or "imagenet", ResNet-10 (four stages,
+            64 to 512 channels, behind a strided stem).
+        width: channels of the first stage; fewer make the policy cheaper, and its cost counts.
+        pool: factor by which the image is average-pooled before anything else, which makes the policy cheaper, too.
+        initial_keep: approximate probability with which a fresh policy keeps a block.
+
+    Raises:
+        UserError: a value that is not allowed.
     """
 
     mean: Tensor
@@ -193,26 +203,27 @@ class PolicyNetwork(KeepPolicy):
     def spec(self) -> dict[str, Any]:
         return self.arguments
 
-    def look(self, images: Tensor) -> tuple[Tensor, Tensor]:
+    def features_and_logits(self, images: Tensor) -> tuple[Tensor, Tensor]:
         features_BD: Tensor = self.features((images / 255 - self.mean) / self.std)
         return features_BD, self.keep_head(features_BD)
 
 
 class ConstantPolicy(KeepPolicy):
-    """The same K logits for every image: what the learner can do without looking. Costs nothing to evaluate."""
+    """A policy of K logits that are the same for every image: it learns the best decision that ignores the image, and
+    costs nothing to evaluate."""
 
     def __init__(self, num_blocks: int, initial_keep: float = 0.5) -> None:
         super().__init__(num_blocks)
         self.arguments = dict(num_blocks=num_blocks, initial_keep=initial_keep)
         self.logits_K = nn.Parameter(torch.full((num_blocks,), math.log(initial_keep / (1 - initial_keep))))
 
-    def depart_from(self, keep: Sequence[bool]) -> None:
+    def start_from(self, keep: Sequence[bool]) -> None:
         with torch.no_grad():
             self.logits_K.mul_(torch.tensor(keep).float() * 2 - 1)
 
     def spec(self) -> dict[str, Any]:
         return self.arguments
 
-    def look(self, images: Tensor) -> tuple[Tensor, Tensor]:
-        """Features of no dimension, (B, 0): every image is alike."""
+    def features_and_logits(self, images: Tensor) -> tuple[Tensor, Tensor]:
+        """Return features of no dimension, (B, 0), since the image is ignored, and the logits, (B, K)."""
         return self.logits_K.new_zeros(len(images), 0), self.logits_K.repeat(len(images), 1)

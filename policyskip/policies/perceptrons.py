@@ -1,6 +1,6 @@
-"""What general learners leave behind: greedy policies of plain layers, one for each environment.
+"""The policies that PPO, A2C and DQN train, without Stable-Baselines3 (SB3): one class per environment.
 
-``agents/sb3.py`` trains their layers within Stable-Baselines3; deployment builds them from plain arguments, without it.
+``agents/sb3.py`` lets SB3 train their layers; deployment builds them from plain arguments, without SB3.
 
 Shapes: B images, B' of them still in the network, K blocks, F channels of the widest features that enter a block,
 N exits, C classes, A actions, D numbers of an observation, H W pixels.
@@ -23,34 +23,42 @@ from policyskip.policies.base import Policy
 
 
 def convolutions(channels: Sequence[int]) -> nn.Sequential:
-    """Strided 3×3 convolutions with these channels, and a mean over the pixels: images (B, 3, H, W) to (B, last)."""
+    """Make strided 3×3 convolutions with these output channels, and a mean over the pixels after them: images float
+    (B, 3, H, W) to features float (B, channels[-1])."""
     layers = nn.Sequential()
-    for read, written in zip((3, *channels), channels):
-        layers += nn.Sequential(nn.Conv2d(read, written, 3, stride=2, padding=1), nn.ReLU())
+    for inputs, outputs in zip((3, *channels), channels):
+        layers += nn.Sequential(nn.Conv2d(inputs, outputs, 3, stride=2, padding=1), nn.ReLU())
     return layers + nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten())
 
 
-def perceptron(read: int, hidden: Sequence[int], written: int) -> nn.Sequential:
-    """Linear layers with a ReLU between them: (B, read) to (B, written)."""
+def perceptron(inputs: int, hidden: Sequence[int], outputs: int) -> nn.Sequential:
+    """Make linear layers with a ReLU between them: float (B, inputs) to float (B, outputs)."""
     layers = nn.Sequential()
     for width in hidden:
-        layers += nn.Sequential(nn.Linear(read, width), nn.ReLU())
-        read = width
-    return layers + nn.Sequential(nn.Linear(read, written))
+        layers += nn.Sequential(nn.Linear(inputs, width), nn.ReLU())
+        inputs = width
+    return layers + nn.Sequential(nn.Linear(inputs, outputs))
 
 
 def check_widths(**widths: Sequence[int]) -> None:
-    """Raise ``UserError`` unless each is a list of positive integers."""
+    """Check the widths of layers, by their keys of ``agent``.
+
+    Raises:
+        UserError: a width is no positive integer.
+    """
     for name, values in widths.items():
         if any(isinstance(value, bool) or not isinstance(value, int) or value < 1 for value in values):
             raise UserError(f"agent.{name} must list positive integers, got {list(values)}")
 
 
 class GreedyPolicy(Policy):
-    """Layers, and the action they find best.
+    """A policy of plain layers that takes the action whose logit or value is the highest.
+
+    Args:
+        arguments: those of the subclass's constructor, from which the policy can be built again.
 
     Attributes:
-        layers: features to logits or values of the actions, (B, A).
+        layers: features to logits or values of the actions, float (B, A).
     """
 
     layers: nn.Sequential
@@ -63,17 +71,17 @@ class GreedyPolicy(Policy):
         return self.arguments
 
     def forward(self, observation: Tensor) -> Tensor:
-        """Logits, or values, of the actions, (B, A)."""
-        best_BA: Tensor = self.layers(observation)
-        return best_BA
+        """Return logits, or values, of the actions, float (B, A)."""
+        value_BA: Tensor = self.layers(observation)
+        return value_BA
 
     def decide(self, observation: Tensor) -> Tensor:
-        """Whether the second of two actions is the better one, bool (B,)."""
+        """Return whether the second of two actions is the better one, bool (B,)."""
         return self(observation).argmax(1).bool()
 
 
 class LookPolicy(GreedyPolicy):
-    """For ``BlockSelection-v0``: from an image to the blocks that run."""
+    """The policy for ``BlockSelection-v0``: from an image it decides which blocks run."""
 
     def __init__(self, num_blocks: int, channels: Sequence[int], net_arch: Sequence[int]) -> None:
         check_widths(channels=channels, net_arch=net_arch)
@@ -88,11 +96,12 @@ class LookPolicy(GreedyPolicy):
         return logits_BK
 
     def decide(self, observation: Tensor) -> Tensor:
-        return self(observation).sigmoid().round().bool()  # as SB3 rounds: a tie skips
+        """Return which blocks run, bool (B, K), rounded as SB3 does: a block with a probability of ½ is skipped."""
+        return self(observation).sigmoid().round().bool()
 
 
 class BlockPolicy(GreedyPolicy):
-    """For ``LayerSkip-v0``: from the features that enter a block to whether it runs."""
+    """The policy for ``LayerSkip-v0``: from the features that enter a block it decides whether the block runs."""
 
     block_KK: Tensor
 
@@ -105,8 +114,10 @@ class BlockPolicy(GreedyPolicy):
     def run(
         self, backbone: Backbone, images: Tensor, break_even_K: Sequence[float] | None = None
     ) -> tuple[Tensor, Tensor]:
-        """Decide block after block; a block is computed for the images that run it, and for no others: always gathered,
-        whatever ``break_even_K`` says."""
+        """Decide and run block after block. Shapes as in :meth:`Policy.run`.
+
+        A block is computed only for the images that run it, whatever ``break_even_K`` says.
+        """
         x, keep = backbone.features(images), []
         for block, block_K in zip(backbone.blocks, self.block_KK, strict=True):
             keep.append(self.decide(layer_skip.observe(x, block_K, self.arguments["width"])))
@@ -115,7 +126,7 @@ class BlockPolicy(GreedyPolicy):
 
 
 class ExitPolicy(GreedyPolicy):
-    """For ``EarlyExit-v0``: from what an exit says to whether the image leaves there."""
+    """The policy for ``EarlyExit-v0``: from an exit's logits it decides whether the image leaves there."""
 
     def __init__(self, num_exits: int, num_classes: int, net_arch: Sequence[int]) -> None:
         check_widths(net_arch=net_arch)
@@ -123,13 +134,19 @@ class ExitPolicy(GreedyPolicy):
         self.layers = perceptron(num_classes + 3 + num_exits, net_arch, 2)
 
     def leave(self, n: int, logits_BC: Tensor, rows: Tensor) -> Tensor:
-        """Which of the images at exit n leave, bool (B',): what :func:`~policyskip.backbones.exits.run_until` asks."""
+        """Return which of the B' images at exit n leave, bool (B',), for :func:`~policyskip.backbones.exits.run_until`.
+
+        Args:
+            n: the exit, counted from 0.
+            logits_BC: float (B', C), the exit's.
+            rows: int64 (B',), the images' rows in the batch; not used.
+        """
         exit_B = torch.full((len(logits_BC),), n, device=logits_BC.device)
         return self.decide(exit_sources.observe(logits_BC, exit_B, self.arguments["num_exits"]))
 
 
 Build = Callable[[Any, Sequence[int], Sequence[int]], GreedyPolicy]
-"""From an environment, ``net_arch`` and ``channels`` to a fresh policy."""
+"""Builds a fresh policy from an environment, ``net_arch`` and ``channels``."""
 POLICIES: dict[str, Build] = {
     "block_selection": lambda env, net_arch, channels: LookPolicy(env.backbone.num_blocks, channels, net_arch),
     "layer_skip": lambda env, net_arch, channels: BlockPolicy(env.num_blocks, env.width, net_arch),

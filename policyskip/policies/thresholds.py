@@ -1,6 +1,6 @@
 """The policy of thresholds: an image leaves at the first exit where a rule is met.
 
-Shapes: B images, E early exits (one less than the N exits), C classes.
+Shapes: B images, B' of them still in the network, E early exits (one less than the N exits), C classes.
 """
 
 from __future__ import annotations
@@ -16,11 +16,14 @@ from policyskip.exits.rules import check_thresholds, rule_named
 
 
 class ThresholdPolicy(nn.Module):
-    """Leave at the first exit where the rule is met; whoever comes to the last exit leaves there.
+    """A policy under which an image leaves at the first exit where a rule is met, or else at the last exit.
 
     Args:
-        rule: confidence, entropy or delta (see ``exits/rules.py``).
+        rule: the rule's name: confidence, entropy, delta, or one of the user's own (see ``exits/rules.py``).
         thresholds: one for each exit but the last.
+
+    Raises:
+        UserError: there is no such rule, or a threshold is NaN.
     """
 
     threshold_E: Tensor
@@ -32,12 +35,18 @@ class ThresholdPolicy(nn.Module):
         self.register_buffer("threshold_E", torch.tensor(list(thresholds), dtype=torch.float64))
 
     def leave(self, n: int, logits_BC: Tensor, rows: Tensor) -> Tensor:
-        """Which of the images at exit n leave, bool (B',): what :func:`~policyskip.backbones.exits.run_until` asks."""
+        """Return which of the B' images at exit n leave, bool (B',), for :func:`~policyskip.backbones.exits.run_until`.
+
+        Args:
+            n: the exit, counted from 0.
+            logits_BC: float (B', C), the exit's.
+            rows: int64 (B',), the images' rows in the batch; not used.
+        """
         return self.rule.leaves(logits_BC.float().softmax(-1), self.threshold_E[n])
 
     def decide(self, observation: Tensor) -> Tensor:
-        """The same for observations of ``policyskip/EarlyExit-v0``, float32 (B, C + 3 + N): bool (B,)."""
+        """Decide for observations of ``policyskip/EarlyExit-v0``, float32 (B, C + 3 + N): bool (B,), True leaves."""
         num_exits = len(self.threshold_E) + 1
-        seen = split_observation(observation, observation.shape[1] - 3 - num_exits)
-        threshold_B = F.pad(self.threshold_E, (0, 1))[seen.exit_B]
-        return self.rule.leaves(seen.probability_BC, threshold_B) | (seen.exit_B == num_exits - 1)
+        parts = split_observation(observation, observation.shape[1] - 3 - num_exits)
+        threshold_B = F.pad(self.threshold_E, (0, 1))[parts.exit_B]
+        return self.rule.leaves(parts.probability_BC, threshold_B) | (parts.exit_B == num_exits - 1)

@@ -186,7 +186,7 @@ def place_exits(node: dict[str, Any], data: Data, device: torch.device, seed: in
     proposals = propose_exits(
         probes.accuracy_K, probes.macs_K, probes.full_accuracy, probes.full_macs, int(number), 1 / len(data.classes)
     )
-    return {**node, "exits": [p.place for p in proposals]}, [p.reason for p in proposals]
+    return {**node, "exits": [p.block for p in proposals]}, [p.reason for p in proposals]
 
 
 def deploy_point(
