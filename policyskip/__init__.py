@@ -9,9 +9,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if sys.argv[:1] == ["-m"] or Path(*sys.argv[:1]).stem == "policyskip":
-    with suppress(ValueError):  # where Ctrl-C is somebody else's affair
-        # Libraries take seconds to import, and do not expect an exception there: a Ctrl-C ends the command as it ends
-        # any other. ``cli`` puts Python's own handler back.
+    with suppress(ValueError):  # outside the main thread
+        # Libraries take seconds to import, and are not written for an exception meanwhile: until they are imported,
+        # a Ctrl-C ends the process at once. Then ``cli.py`` puts Python's own handler back.
         signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 import gymnasium
@@ -42,7 +42,11 @@ gymnasium.register(
 
 
 def __getattr__(name: str) -> Any:
-    """Import the public names when they are first used: torch takes seconds, and ``--help`` needs none of it."""
+    """Import a public name when it is first used: importing torch takes seconds, and ``--help`` does not need it.
+
+    Raises:
+        AttributeError: there is no such name.
+    """
     if name == "load":
         from policyskip.deployment.loading import load
 

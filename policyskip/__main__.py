@@ -1,4 +1,4 @@
-"""``python -m policyskip``."""
+"""Run the command line as ``python -m policyskip``."""
 
 from policyskip.cli import main
 

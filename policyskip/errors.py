@@ -60,10 +60,14 @@ def users_problem(error: BaseException) -> str | None:
     return f"{description} failed with {type(error).__name__}: {in_one_line(error)}" if description else None
 
 
+def users_class_failed(error: BaseException) -> bool:
+    """Return whether an error, or an exception that led to it, was raised by a user's own class."""
+    return any(users_problem(cause) for cause in _chain(error))
+
+
 def traceback_hint(error: BaseException) -> str:
-    """Return what to append to an error's message if a user's own class is behind it and no traceback was printed."""
-    behind = any(users_problem(cause) for cause in _chain(error))
-    return f"; set {TRACEBACK}=1 to see where" if behind and not traceback_wanted() else ""
+    """Return what to append to an error's message if a user's own class failed and no traceback was printed."""
+    return f"; set {TRACEBACK}=1 to see where" if users_class_failed(error) and not traceback_wanted() else ""
 
 
 def traceback_wanted() -> bool:

@@ -26,13 +26,10 @@ def reporting_write_errors(path: Path) -> Iterator[None]:
 
 
 @contextmanager
-def damaged(path: Path, otherwise: str = "not ours") -> Iterator[None]:
+def damaged(path: Path) -> Iterator[None]:
     """Turn any exception of a body that only reads ``path`` into a UserError that says that the file is damaged.
 
     Exceptions of a user's own class pass: its code failed, whatever is in the file.
-
-    Args:
-        otherwise: what else can be wrong with the file, such as "of another version".
 
     Raises:
         UserError: the body raised an exception.
@@ -44,7 +41,7 @@ def damaged(path: Path, otherwise: str = "not ours") -> Iterator[None]:
     except Exception as error:  # readers raise exceptions of every type for damaged files
         if users_problem(error):
             raise
-        raise UserError(f"{path} is damaged or {otherwise}: {in_one_line(error)}") from error
+        raise UserError(f"{path} is damaged or not ours: {in_one_line(error)}") from error
 
 
 def shell_argument(key: str, path: Path) -> str:

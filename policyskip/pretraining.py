@@ -1,4 +1,4 @@
-"""Making a backbone: supervised training of a CIFAR ResNet, with stochastic depth so that it survives skipping.
+"""Supervised training of a CIFAR ResNet with stochastic depth, so that it stays accurate when blocks are skipped.
 
 Shapes: B images, K blocks, H W pixels.
 """
@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from policyskip.agents.schedules import one_cycle
 from policyskip.backbones import sparse
 from policyskip.backbones.execution import run_block_together
 from policyskip.backbones.resnet import CifarResNet
@@ -19,20 +20,19 @@ from policyskip.errors import UserError
 from policyskip.finite import check_finite, check_gradients
 from policyskip.parallel import processes
 from policyskip.parallel.data_parallel import Divisible
-from policyskip.schedules import one_cycle
 
 
 class Pretrainer(Divisible):
-    """SGD with Nesterov momentum on the cross-entropy, the learning rate going up and down once.
+    """Trains a network by SGD with Nesterov momentum on the cross-entropy; the learning rate rises and falls once.
 
     Args:
         backbone: the network to train.
         total_steps: updates of the whole run.
-        seed: decides which blocks are dropped.
+        seed: seed of the generator that decides which blocks are dropped.
         lr, momentum, weight_decay: of SGD.
         stochastic_depth: "none"; "linear" keeps block k of K with probability ``1 − k/K (1 − survival)`` (Huang et al.
-            2016); "uniform" draws one keep probability for each image from [survival, 1], so that the network meets
-            every number of blocks.
+            2016); "uniform" draws one keep probability for each image from [survival, 1], so that the network is
+            trained on every number of blocks.
         survival: the lowest keep probability.
     """
 
@@ -64,8 +64,16 @@ class Pretrainer(Divisible):
         self.schedule = torch.optim.lr_scheduler.LambdaLR(self.optimizer, lambda step: one_cycle(step / total_steps))
 
     def update(self, feed: Feed) -> dict[str, float]:
-        """One step on the batch that the feed shows. Dropped blocks are not computed, so the statistics of batch
-        normalisation come from the images that a block really saw."""
+        """Take one step on the batch that the feed shows, and let it show the next one.
+
+        Dropped blocks are not computed, so the statistics of a block's batch normalisation are those of the images
+        that it was computed for.
+
+        Returns: loss, accuracy and learning rate of the step.
+
+        Raises:
+            NotFiniteError: logits, loss or gradients are not finite.
+        """
         batch = feed.batch
         self.backbone.train()
         logits_BC = self.forward_through_ddp(self._pass, batch.images, self._sample(len(batch)))
@@ -86,7 +94,7 @@ class Pretrainer(Divisible):
         return [self.backbone]
 
     def _pass(self, images: Tensor, keep_BK: Tensor) -> Tensor:
-        """Logits (B, C)."""
+        """Return logits (B, C) of images uint8 (B, 3, H, W), each with the blocks of its row of keep, bool (B, K)."""
         if processes.world() == 1:
             return sparse(self.backbone, images, keep_BK)
         x = self.backbone.features(images)
@@ -95,11 +103,11 @@ class Pretrainer(Divisible):
         return self.backbone.head(x)
 
     def _sample(self, images: int) -> Tensor:
-        """Which blocks run for each image, bool (B, K)."""
+        """Draw which blocks run for each image of this process, bool (B, K)."""
         return processes.this_process_slice(self._sample_whole(processes.world() * images))
 
     def _sample_whole(self, B: int) -> Tensor:
-        """The same for the batch of all processes."""
+        """Draw which blocks run for each of the B images of all processes together, bool (B, K)."""
         K = self.backbone.num_blocks
         if self.stochastic_depth == "none":
             return torch.ones(B, K, dtype=torch.bool)
@@ -111,14 +119,17 @@ class Pretrainer(Divisible):
 
     @torch.no_grad()
     def accuracies(self, images: Images, batch_size: int = 250) -> dict[str, float]:
-        """Share of the images classified rightly with all blocks, and with a random half of them (always the same)."""
+        """Return the fraction of the images classified correctly with all blocks, and with a random half of them.
+
+        The random half of an image is the same in every call.
+        """
         self.backbone.eval()
         generator = torch.Generator().manual_seed(0)
         full = half = 0
         for batch in images.stream(sequential(len(images), batch_size)):
-            some = torch.rand(len(batch), self.backbone.num_blocks, generator=generator) < 0.5
+            half_BK = torch.rand(len(batch), self.backbone.num_blocks, generator=generator) < 0.5
             full += int((self.backbone(batch.images).argmax(1) == batch.label_B).sum())
-            half += int((sparse(self.backbone, batch.images, some).argmax(1) == batch.label_B).sum())
+            half += int((sparse(self.backbone, batch.images, half_BK).argmax(1) == batch.label_B).sum())
         return {"accuracy": full / len(images), "accuracy_half_the_blocks": half / len(images)}
 
     def state_dict(self) -> dict[str, Any]:
@@ -137,7 +148,10 @@ class Pretrainer(Divisible):
 
 
 def pixel_statistics(images: Images, count: int = 5000) -> tuple[list[float], list[float]]:
-    """Mean and standard deviation of each channel for pixels in [0, 1], over ``count`` images spread over the set."""
+    """Return mean and standard deviation of each channel, for pixels in [0, 1].
+
+    They are taken over ``count`` images spread evenly over the set, or over all images if it has fewer.
+    """
     parts = spread_indices(count, len(images)).split(500)
     pixels = [batch.images.float().div(255) for batch in images.stream((part, 0) for part in parts)]
     stacked = torch.cat(pixels).double()

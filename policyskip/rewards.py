@@ -1,4 +1,4 @@
-"""Rewards: small pure callables from what came of an action to what it is worth.
+"""Rewards: small callables from the outcome of decisions to a number for each decision.
 
 A reward is any callable ``(Outcome) -> float tensor (B,)``. To use your own, put a class in a file
 of the current folder and say ``reward._target_=my_rewards.Mine``; nothing here needs to change.
@@ -23,15 +23,15 @@ from policyskip.errors import UserError
 
 @dataclass(frozen=True)
 class Outcome:
-    """What came of B decisions.
+    """The outcome of B decisions.
 
     Attributes:
-        logits_BC: float (B, C), the network's answer with only the kept blocks run.
-        label_B: int64 (B,), the truth.
+        logits_BC: float (B, C), the network's logits with only the kept blocks run.
+        label_B: int64 (B,), the true classes.
         correct_B: bool (B,), whether the top class is the label.
-        keep_BK: bool (B, K), the blocks that ran.
-        macs_B: float64 (B,), multiply-accumulates the network spent (a policy's own cost is not in it).
-        full_macs: multiply-accumulates of the whole network.
+        keep_BK: bool (B, K), the blocks that ran; of a network with N exits, (B, N), the segments that ran.
+        macs_B: float64 (B,), multiply-accumulates (MACs) that the network spent, without the policy's own.
+        full_macs: MACs of the whole network.
     """
 
     logits_BC: Tensor
@@ -43,43 +43,53 @@ class Outcome:
 
     @property
     def kept_fraction_B(self) -> Tensor:
-        """Share of the K blocks that ran, float32 (B,) in [0, 1]."""
+        """The share of the K blocks that ran, float32 (B,) in [0, 1]."""
         return self.keep_BK.float().mean(1)
 
     @property
     def macs_fraction_B(self) -> Tensor:
-        """Share of the whole network's MACs that was spent, float32 (B,) in [0, 1]."""
+        """The share of the whole network's MACs that was spent, float32 (B,) in [0, 1]."""
         return (self.macs_B / self.full_macs).float()
 
 
 Reward = Callable[[Outcome], Tensor]
+"""From an outcome of B decisions to the reward of each, float (B,)."""
 
 
 @runtime_checkable
 class Adaptive(Protocol):
-    """What a reward has besides, if it moves while an agent learns, as :class:`Budget` does."""
+    """The further methods of a reward that changes while an agent learns, as :class:`Budget` does."""
 
     def adapt(self, figures: dict[str, float]) -> dict[str, float]:
-        """Move by what an update says of its decisions (``macs_fraction``, …); what is logged of it."""
+        """Change the reward after an update with these figures (``macs_fraction``, …), and return figures to log."""
         ...
 
     def selection_score(self, figures: dict[str, float]) -> float:
-        """By what weights are chosen on validation, in the reward's place."""
+        """Return the score of validation figures by which the best weights are chosen while the reward itself moves."""
         ...
 
-    def state_dict(self) -> dict[str, float]: ...
+    def state_dict(self) -> dict[str, float]:
+        """Return the numbers from which the reward can continue."""
+        ...
 
-    def load_state_dict(self, state: dict[str, float]) -> None: ...
+    def load_state_dict(self, state: dict[str, float]) -> None:
+        """Continue from what :meth:`state_dict` returned."""
+        ...
 
 
 def unless_wrong(used_B: Tensor, outcome: Outcome, penalty: float) -> Tensor:
-    """``1 - used²`` where the answer is right and ``-penalty`` where it is wrong; float (B,)."""
+    """Return ``1 - used²`` where the prediction is right and ``-penalty`` where it is wrong, float (B,).
+
+    Args:
+        used_B: float (B,), the share of the whole that was used, in [0, 1].
+    """
     return torch.where(outcome.correct_B, 1 - used_B**2, torch.full_like(used_B, -penalty))
 
 
 @dataclass(frozen=True)
 class Utilization:
-    """BlockDrop's reward (Wu et al. 2018): ``1 - (|u|/K)²`` when correct, ``-penalty`` when not."""
+    """The reward of BlockDrop (Wu et al. 2018): ``1 - (|u|/K)²`` if the prediction is right, ``-penalty`` if not, where
+    |u| of the K blocks ran."""
 
     penalty: float = 1.0
 
@@ -89,7 +99,7 @@ class Utilization:
 
 @dataclass(frozen=True)
 class Macs:
-    """Utilization with the share of MACs spent in place of the share of blocks."""
+    """The reward of :class:`Utilization` with the share of MACs spent in place of the share of blocks that ran."""
 
     penalty: float = 1.0
 
@@ -99,7 +109,7 @@ class Macs:
 
 @dataclass(frozen=True)
 class Linear:
-    """Minus the cross-entropy (nats), minus ``weight`` times the share of MACs spent: SkipNet's trade-off."""
+    """SkipNet's trade-off: minus the cross-entropy (nats), minus ``weight`` times the share of MACs spent."""
 
     weight: float = 0.5
 
@@ -109,17 +119,17 @@ class Linear:
 
 
 class Latency:
-    """Utilization with the share of measured time in place of the share of blocks.
+    """The reward of :class:`Utilization` with the share of measured time in place of the share of blocks that ran.
 
     The time of a decision is that of stem and head, of the blocks that run, and of the shortcuts of those that do not.
 
     Args:
-        table: file that ``policyskip profile`` wrote.
-        penalty: of a wrong answer.
-        batch_size: whose times; None: the largest in the table.
+        table: the file that ``policyskip profile`` wrote.
+        penalty: what a wrong prediction costs.
+        batch_size: the batch size whose times are used; None is the largest in the table.
 
     Raises:
-        UserError: no such table or batch size in it.
+        UserError: the table cannot be read, or has no such batch size.
     """
 
     def __init__(self, table: str, penalty: float = 1.0, batch_size: int | None = None) -> None:
@@ -146,7 +156,11 @@ class Latency:
         self.penalty = penalty
 
     def milliseconds(self, keep_BK: Tensor) -> Tensor:
-        """What each decision takes for one image, float64 (B,)."""
+        """Return the time that each decision, bool (B, K), takes for one image, in milliseconds, float64 (B,).
+
+        Raises:
+            UserError: the table is of a network with another number of blocks.
+        """
         kept_ms_K, dropped_ms_K = self.kept_ms_K.to(keep_BK.device), self.dropped_ms_K.to(keep_BK.device)
         if keep_BK.shape[1] != len(kept_ms_K):
             raise UserError(f"the table of reward=latency has {len(kept_ms_K)} blocks, the network {keep_BK.shape[1]}")
@@ -159,18 +173,20 @@ class Latency:
 
 
 class Budget:
-    """1 if right, minus a price times the share of MACs: the price moves until the mean share is ``target``.
+    """A reward of 1 for a right prediction, minus a price times the share of MACs spent. The price moves until the mean
+    share is ``target``.
 
-    A constrained problem, the highest accuracy at a mean cost, by its Lagrangian: after each update the training loop
-    calls :meth:`adapt`. The price is a multiplier in [0, 10], ``multiplier ← multiplier + rate · (share − target)``,
-    plus ``gain · (share − target)``, and at least 0. The second part answers at once, so that a policy that follows
-    slowly is not driven far past the target (Stooke, Achiam, Abbeel, ICML 2020, the P and I of their PID).
+    This solves a constrained problem, the highest accuracy at a given mean cost, by its Lagrangian. After each update
+    the training loop calls :meth:`adapt`, with the update's mean share of MACs. The price is a multiplier in [0, 10],
+    ``multiplier ← multiplier + rate · (share − target)``, plus ``gain · (share − target)``, and at least 0. The second
+    term reacts at once, so that a policy that follows slowly is not driven far past the target (Stooke, Achiam, Abbeel,
+    ICML 2020, the P and I of their PID).
 
     Args:
-        target: mean share of the whole network's MACs, the policy's own included, in (0, 1).
+        target: the mean share of the whole network's MACs, the policy's own included, in (0, 1).
         rate: how fast the multiplier moves.
-        gain: how strongly the price answers to the last update's share.
-        multiplier: where it starts.
+        gain: how strongly the price reacts to the share of the last update.
+        multiplier: the first value of the multiplier.
 
     Raises:
         UserError: ``target`` is not between 0 and 1, ``multiplier`` not in [0, 10], or ``rate`` or ``gain`` is negative
@@ -188,21 +204,24 @@ class Budget:
 
     @property
     def price(self) -> float:
-        """What the whole network's MACs cost an image."""
+        """The price that an image pays for all MACs of the whole network."""
         return max(0.0, self.multiplier + self.gain * self.excess)
 
     def __call__(self, outcome: Outcome) -> Tensor:
         return outcome.correct_B.float() - self.price * outcome.macs_fraction_B
 
     def adapt(self, figures: dict[str, float]) -> dict[str, float]:
-        """Move the price; ``figures`` may be silent about the cost, where no episode has ended yet."""
+        """Move the price; ``figures`` has no ``macs_fraction`` as long as no episode has ended.
+
+        Returns: the new multiplier and price, to log.
+        """
         self.excess = figures.get("macs_fraction", self.target) - self.target
         moved = self.multiplier + self.rate * self.excess
-        self.multiplier = min(max(moved, 0.0), 10.0)  # a target out of reach must not wind it up
+        self.multiplier = min(max(moved, 0.0), 10.0)  # a target out of reach must not raise it without end
         return {"multiplier": self.multiplier, "price": self.price}
 
     def selection_score(self, figures: dict[str, float]) -> float:
-        """Accuracy, less 10 for each whole share that the cost is off the target by, beyond half a hundredth."""
+        """Return the accuracy, minus 10 times the distance of ``macs_fraction`` from the target beyond 0.005."""
         return figures["accuracy"] - 10 * max(0.0, abs(figures["macs_fraction"] - self.target) - 0.005)
 
     def state_dict(self) -> dict[str, float]:
@@ -213,10 +232,11 @@ class Budget:
 
 
 def reward_of(reward: Reward, outcome: Outcome) -> Tensor:
-    """``reward(outcome)``, refused unless it is a finite float tensor (B,).
+    """Compute ``reward(outcome)``, float32 (B,), without gradients, and check it.
 
     Raises:
-        UserError: naming the reward and what it returned.
+        UserError: the reward raised an exception, or returned something other than a finite float tensor (B,). The
+            message names the reward and what it returned.
     """
     name = getattr(reward, "__name__", type(reward).__name__)
     try:
@@ -231,8 +251,8 @@ def reward_of(reward: Reward, outcome: Outcome) -> Tensor:
             f"the reward {name} must return a float tensor of shape {expected}, not {type(reward_B).__name__}"
         )
     if tuple(reward_B.shape) != expected or not reward_B.is_floating_point():
-        found = f"{str(reward_B.dtype).removeprefix('torch.')} of shape {tuple(reward_B.shape)}"
-        raise UserError(f"the reward {name} must return a float tensor of shape {expected}, not {found}")
+        returned = f"{str(reward_B.dtype).removeprefix('torch.')} of shape {tuple(reward_B.shape)}"
+        raise UserError(f"the reward {name} must return a float tensor of shape {expected}, not {returned}")
     finite = torch.isfinite(reward_B)
     if not finite.all():
         bad = reward_B[~finite]

@@ -17,6 +17,7 @@ import matplotlib.font_manager  # noqa: F401 - its cache of fonts is made before
 import pytest
 import torch
 import torch.nn.functional as F
+from hydra._internal.hydra import Hydra
 from matplotlib.figure import Figure
 from matplotlib.layout_engine import ConstrainedLayoutEngine
 from PIL import Image
@@ -103,6 +104,7 @@ def typed(*arguments: str, cwd: Path, drawn: bool = False) -> subprocess.Complet
     """``policyskip`` with these arguments in folder ``cwd``, as the shell would run it, but in this process.
 
     Figures are made in full, but laid out and painted, which takes a third of the time of a small run, only if ``drawn``.
+    Hydra composes the configuration once, not twice: the first time is only to read hydra.mode, which is None here.
     """
     printed, errors = io.StringIO(), io.StringIO()
     with (
@@ -111,6 +113,7 @@ def typed(*arguments: str, cwd: Path, drawn: bool = False) -> subprocess.Complet
         contextlib.redirect_stderr(errors),
     ):
         patch.chdir(cwd)
+        patch.setattr(Hydra, "get_mode", lambda *_args, **_options: None)
         if not drawn:
             patch.setattr(ConstrainedLayoutEngine, "execute", lambda engine, figure: None)
             patch.setattr(Figure, "savefig", blank_picture)

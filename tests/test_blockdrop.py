@@ -10,10 +10,10 @@ import pytest
 import torch
 
 from policyskip.agents.blockdrop import BlockDrop, bernoulli_entropy, bounded, log_probability, reinforce_loss
+from policyskip.agents.schedules import one_cycle
 from policyskip.envs.block_selection import BlockSelectionVectorEnv
 from policyskip.errors import UserError
 from policyskip.policies.networks import PolicyNetwork
-from policyskip.schedules import one_cycle
 from tests.conftest import small_backbone, small_images
 
 ALPHA = 0.8

@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 from hydra import compose, initialize_config_module
 
+from policyskip.cli import with_own_classes
 from policyskip.config import FrontSettings, PretrainSettings, Settings, plain, settings_of
 
 CONFIGS = Path(__file__).parent.parent / "policyskip" / "configs"
@@ -29,7 +30,13 @@ NEEDED = {
     "cifar_resnet": ["backbone.depth=26"],
     "torchvision_resnet": ["backbone.depth=34"],
     "latency": ["reward.table=somewhere.json"],
-    "custom": ["reward._target_=policyskip.rewards.Macs"],
+}
+OWN_CLASSES = {
+    "agent": "policyskip.agents.blockdrop.BlockDrop",
+    "backbone": "policyskip.backbones.cifar_resnet",
+    "data": "policyskip.data.digits",
+    "env": "policyskip.envs.block_selection.BlockSelectionVectorEnv",
+    "reward": "policyskip.rewards.Macs",
 }
 OWN = ["run.dir=runs/x"]  # the default asks Hydra's runtime, which compose does not have
 
@@ -41,7 +48,8 @@ def composed(command: str, *overrides: str) -> dict:
 
 @pytest.mark.parametrize(("group", "option"), OPTIONS, ids=lambda value: value)
 def test_every_option_composes_and_its_keys_are_arguments_of_its_target(group, option):
-    node = composed("train", f"{group}={option}", *NEEDED.get(option, []))[group]
+    needed = [f"{group}._target_={OWN_CLASSES[group]}"] if option == "custom" else NEEDED.get(option, [])
+    node = composed("train", f"{group}={option}", *needed)[group]
     if "_target_" not in node:
         return
     module, _, name = node.pop("_target_").rpartition(".")
@@ -104,7 +112,30 @@ def test_importing_the_core_needs_neither_hydra_nor_wandb():
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "[]\n"
 
 
-def test_help_needs_no_torch():
-    code = "import sys; sys.argv = ['policyskip', '--help']; from policyskip.cli import main; main(); print('torch' in sys.modules)"
+@pytest.mark.parametrize(
+    ("arguments", "words"), [(["--help"], "policyskip train agent=blockdrop"), (["train", "--cfg", "job"], "seed: 0")]
+)
+def test_what_only_shows_text_needs_no_torch(arguments, words):
+    code = (
+        f"import atexit, sys; atexit.register(lambda: print('torch' in sys.modules)); sys.argv = ['policyskip', *{arguments}]"
+        "; from policyskip.cli import main; main()"
+    )
     output = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
-    assert "policyskip train agent=blockdrop" in output and output.endswith("False\n")
+    assert words in output and output.endswith("False\n")
+
+
+@pytest.mark.parametrize("group", OWN_CLASSES)
+def test_a_class_of_one_s_own_takes_the_place_of_the_default_and_any_keys(group):
+    own = [f"{group}._target_=mine.Mine", f"{group}.beta=2"]
+    assert composed("train", *with_own_classes(own))[group] == {"_target_": "mine.Mine", "beta": 2}
+    assert with_own_classes(["--multirun", "seed=0,1", *own])[:2] == ["--multirun", f"{group}=custom"]
+    for untouched in (["seed=1", f"{group}=x", f"{group}.beta=2"], [f"++{group}._target_=mine.Mine"]):
+        assert with_own_classes(untouched) == untouched
+
+
+def test_a_class_of_one_s_own_keeps_the_keys_of_the_group_that_is_chosen():
+    agent = composed("train", *with_own_classes(["agent=skipnet", "agent._target_=mine.Skip", "agent.beta=2"]))["agent"]
+    assert agent["_target_"] == "mine.Skip" and agent["beta"] == 2 and agent["gate"] == "rnn"
+    own = composed("train", *with_own_classes(["agent._target_=mine.A", "agent.width=4", "data._target_=mine.D"]))
+    assert own["agent"] == {"_target_": "mine.A", "width": 4} and own["data"] == {"_target_": "mine.D"}
+    assert own["front"] == composed("train")["front"]

@@ -28,6 +28,7 @@ from tests.learners import LEARNERS, augmented, learn
 
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node"]
 DEBUG = ["train", "+experiment=debug", "device=cpu", "train.log_every=1", "run.dir=x"]
+RANDOM = ["backbone=resnet20", "backbone.checkpoint=random", "front.budget=2e3"]
 LONG = [*DEBUG, "train.steps=30", "train.validate_every=4", "data.validation=16"]
 
 
@@ -196,7 +197,7 @@ def same_run(one: Run, two: Run) -> bool:
 @pytest.mark.parametrize("command", [DEBUG], ids=["train"])
 def test_a_command_comes_to_the_figures_of_one_process_and_one_process_writes(command, folder, tmp_path):
     """Ten updates: after more, a sampled decision that is within rounding of its probability may fall otherwise."""
-    words = [*command, "train.steps=10", "train.validate_every=5"]
+    words = [*command, "train.steps=10", "train.validate_every=5", *RANDOM]
     if command[0] == "pretrain":
         words = [word for word in words if "experiment" not in word] + [
             "tracking=none",

@@ -103,7 +103,7 @@ def test_every_command_runs(command, workshop):
         if "agent=cdl" in arguments:
             small += ["agent.epsilon=-1e9"]  # two updates make no head that saves anything
         if any("torchvision" in word for word in arguments):
-            small += ["data.image_size=32", "data.workers=0"]
+            small += ["data.image_size=32", "data.workers=0", "front.images=4", "front.budget=100"]
     if any("cifar10" in word for word in arguments):  # no download in a test
         arguments = [*(word for word in arguments if not word.startswith("data=")), "data=digits", *DIGITS]
     if verb == "profile":

@@ -2,15 +2,22 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import pytest
 import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
 from torch import Tensor
 
+import policyskip
 from policyskip.agents.base import Agent
 from policyskip.envs.block_selection import BlockSelectionVectorEnv
-from policyskip.evaluation.decisions import Decisions
+from policyskip.errors import UserError
+from policyskip.evaluation.decisions import Decisions, load_decisions, save_decisions
 from policyskip.evaluation.evaluate import evaluate, exit_decisions
 from policyskip.evaluation.figures import block_figures, exit_figures
+from policyskip.runs.folder import Run
 from tests.conftest import small_backbone, small_images
 from tests.test_exit_baselines import answers
 
@@ -89,6 +96,41 @@ def test_figures_of_exits_by_hand():
 
 def test_block_use_by_class():
     assert RESULT.block_use_CK(2).tolist() == [[1.0, 0.5], [0.5, 0.0]]
+
+
+def test_a_record_comes_back_from_its_file_which_holds_the_same_tables_as_ever(tmp_path):
+    stored = ("label_N", "prediction_N", "full_correct_N", "ran_NK", "macs_N", "static_F2")
+    texts = {"images": "made up", "network": "abc", "classes": ("ä", "b")}
+    static_F2 = torch.tensor([[1.0, 0.5]], dtype=torch.float64)
+    from_record = save_decisions(dataclasses.replace(RESULT, static_F2=static_F2, **texts), Run(tmp_path))
+    assert from_record == {"version": policyskip.__version__, "test_images": "made up", "frozen_network": "abc"}
+    with safe_open(tmp_path / "decisions.safetensors", framework="pt") as file:
+        assert set(file.keys()) == set(stored)
+        assert file.metadata() == {
+            "full_macs": "100.0",
+            "kind": '"blocks"',
+            "images": '"made up"',
+            "network": '"abc"',
+            "classes": '["ä", "b"]',
+        }
+    loaded = load_decisions(Run(tmp_path))
+    assert all(torch.equal(getattr(loaded, name), getattr(RESULT, name)) for name in stored[:-1])
+    assert torch.equal(loaded.static_F2, static_F2) and loaded.full_macs == 100.0 and loaded.kind == "blocks"
+    assert {name: getattr(loaded, name) for name in texts} == texts
+    assert loaded.reward_N is None and loaded.difficulty_N is None  # they are in the summary's figures only
+    assert load_decisions(Run(tmp_path / "none")) is None
+
+
+@pytest.mark.parametrize("name", ["full_correct_N", "label_N", "reward_N"])
+def test_a_record_that_lacks_a_table_or_has_another_is_refused(name, tmp_path):
+    save_decisions(RESULT, Run(tmp_path))
+    path = tmp_path / "decisions.safetensors"
+    with safe_open(path, framework="pt") as file:
+        metadata, tables = file.metadata(), {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
+    tables = {**tables, name: RESULT.reward_N} if name == "reward_N" else {k: v for k, v in tables.items() if k != name}
+    save_file(tables, path, metadata)
+    with pytest.raises(UserError, match=r"decisions\.safetensors is damaged or not ours: its tables"):
+        load_decisions(Run(tmp_path))
 
 
 class Parity(Agent):

@@ -300,20 +300,21 @@ def test_rows_are_moved_to_the_bit(dtype, shape, layout):
 
 
 @pytest.mark.parametrize(
-    ("most", "asked"), [(2**40, [2**30, 2**30]), (2**25, [2**30, 2**25, 2**30]), (0, [2**30, 2**25])]
+    ("largest", "expected"), [(2**40, [2**30, 2**30]), (2**25, [2**30, 2**25, 2**30]), (0, [2**30, 2**25])]
 )
-def test_freed_memory_is_held_as_far_as_the_system_lets(monkeypatch, most, asked):
+def test_freed_memory_is_kept_as_far_as_the_system_lets(monkeypatch, largest, expected):
     """Where no size for tensors in the heap is accepted, trimming must stay as it was: setting it freezes that size."""
-    told = []
+    calls = []
 
-    def mallopt(what: int, value: int) -> int:
-        told.append((what, value))
-        return int(value <= most)
+    def mallopt(option: int, value: int) -> int:
+        calls.append((option, value))
+        return int(value <= largest)
 
     monkeypatch.setattr(memory.ctypes, "CDLL", lambda name: SimpleNamespace(mallopt=mallopt))
     memory.keep_freed_memory()
-    assert [value for _, value in told] == asked
-    assert [what for what, _ in told] == [-3] * (len(asked) - bool(most)) + [-1] * bool(most)  # as in malloc.h
+    assert [value for _, value in calls] == expected
+    options = [-3] * (len(expected) - bool(largest)) + [-1] * bool(largest)  # as in malloc.h
+    assert [option for option, _ in calls] == options
 
 
 def test_a_network_that_is_not_finite_is_not_folded(backbone):

@@ -82,14 +82,14 @@ def test_the_rnn_remembers_and_the_others_do_not():
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(0)
             gates = GATES[kind]([(8, 6, 6)] * 2, 0.5).eval()
-        after = [gates.ask(1, x, gates.ask(0, seen, None)[1])[0] for seen in (x, other)]
+        after = [gates.logit(1, x, gates.logit(0, seen, None)[1])[0] for seen in (x, other)]
         assert torch.equal(*after) == (kind != "rnn")
 
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_fresh_gate_keeps_with_the_first_probability(kind):
     gates = GATES[kind]([(8, 6, 6)], 0.9).eval()
-    logit_B, _ = gates.ask(0, torch.zeros(3, 8, 6, 6), None)
+    logit_B, _ = gates.logit(0, torch.zeros(3, 8, 6, 6), None)
     torch.testing.assert_close(logit_B.sigmoid(), torch.full((3,), 0.9), atol=0.08, rtol=0)
 
 

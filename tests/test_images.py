@@ -107,7 +107,7 @@ def write_folders(root: Path, count: int = 10) -> None:
 
 
 @pytest.mark.parametrize("image_size", [None, 6], ids=["in memory", "from files"])
-def test_damaged_files_are_skipped_and_counted_when_asked(image_size, tmp_path, capsys):
+def test_damaged_files_are_skipped_and_counted_with_skip_damaged(image_size, tmp_path, capsys):
     write_folders(tmp_path)
     for number, how in enumerate(SPOILT):
         spoil(tmp_path / "train" / "cat" / f"{number:02}.png", how)
@@ -118,8 +118,8 @@ def test_damaged_files_are_skipped_and_counted_when_asked(image_size, tmp_path, 
     data = imagefolder(CPU, str(tmp_path), image_size, workers=0, skip_damaged=True)
     assert len(data.train) + len(data.validation) == 12 and len(data.test) == 20
     list(data.train.stream([(torch.arange(len(data.train)), 0)]))
-    (said,) = capsys.readouterr().out.splitlines()
-    assert f"8 of 10 images in {tmp_path / 'train' / 'cat'} are skipped; the first: cannot read the image" in said
+    (line,) = capsys.readouterr().out.splitlines()
+    assert f"8 of 10 images in {tmp_path / 'train' / 'cat'} are skipped; the first: cannot read the image" in line
 
 
 def test_a_class_of_damaged_files_alone_is_refused(tmp_path):

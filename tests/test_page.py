@@ -47,10 +47,10 @@ def test_its_content_can_be_read(page):
     (content,) = re.findall(r'<script type="application/json" id="content">(.*?)</script>', text, re.S)
     (group,) = json.loads(content)["groups"]
     assert set(group["galleries"]) == {"blockdrop-0", "blockdrop-1", "evil", "msdnet-0"}
-    (parts, *_) = [gallery for gallery in group["galleries"].values()]
+    parts, *_ = group["galleries"].values()
     assert [part["title"] for part in parts] == ["least computed", "most computed", "wrong"]
     used = {item["image"] for g in group["galleries"].values() for part in g for item in part["items"]}
-    assert {str(place) for place in used} <= set(json.loads(content)["images"]["g0"])
+    assert {str(index) for index in used} <= set(json.loads(content)["images"]["g0"])
 
 
 @pytest.mark.skipif(CHROMIUM is None, reason="there is no chromium")
@@ -60,11 +60,11 @@ def test_a_browser_draws_it_hovers_and_clicks(page, scheme):
     with playwright.sync_playwright() as started:
         browser = started.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
         tab = browser.new_context(color_scheme=scheme, viewport={"width": 1200, "height": 900}).new_page()
-        asked: list[str] = []
-        said: list[str] = []
-        tab.on("request", lambda request: asked.append(request.url))
-        tab.on("console", lambda message: said.append(message.text))
-        tab.on("pageerror", lambda error: said.append(str(error)))
+        requests: list[str] = []
+        messages: list[str] = []
+        tab.on("request", lambda request: requests.append(request.url))
+        tab.on("console", lambda message: messages.append(message.text))
+        tab.on("pageerror", lambda error: messages.append(str(error)))
         tab.goto(page.as_uri())
         tab.wait_for_function("document.body.dataset.drawn === 'yes'")
         assert tab.locator("h1").inner_text() == "4 runs compared"
@@ -76,21 +76,21 @@ def test_a_browser_draws_it_hovers_and_clicks(page, scheme):
         ink = tab.evaluate("getComputedStyle(document.querySelector('.plot .xtick text')).fill")
         assert (sum(int(x) for x in re.findall(r"\d+", ink)[:3]) > 400) == (scheme == "dark")
 
-        place = tab.evaluate(
+        point = tab.evaluate(
             """() => { const plot = document.getElementById('g0-0');
             plot.scrollIntoView({ block: 'center' });
             const trace = plot.data.findIndex((t) => t.name === 'blockdrop, runs'), box = plot.getBoundingClientRect();
             const layout = plot._fullLayout, x = plot.data[trace].x[1], y = plot.data[trace].y[1];
             return [box.left + layout._size.l + layout.xaxis.l2p(x), box.top + layout._size.t + layout.yaxis.l2p(y)]; }"""
         )
-        tab.mouse.move(*place)
+        tab.mouse.move(*point)
         tab.wait_for_selector(".hoverlayer .hovertext")
         assert "blockdrop-1" in tab.locator("#g0-0 .hoverlayer").text_content()
         assert tab.locator("#g0-gallery").get_attribute("data-run") != "blockdrop-1"
-        tab.mouse.click(*place)
+        tab.mouse.click(*point)
         tab.wait_for_selector("#g0-gallery[data-run='blockdrop-1']")
-        shown = tab.locator("#g0-gallery img")
-        assert shown.count() >= 12 and shown.first.evaluate("image => image.naturalWidth") == 20
+        pictures = tab.locator("#g0-gallery img")
+        assert pictures.count() >= 12 and pictures.first.evaluate("image => image.naturalWidth") == 20
         browser.close()
-    assert [url for url in asked if not url.startswith(("data:", "blob:"))] == [page.as_uri()]
-    assert said == []
+    assert [url for url in requests if not url.startswith(("data:", "blob:"))] == [page.as_uri()]
+    assert messages == []

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import json
 import math
+import shutil
+from collections.abc import Callable
 from functools import partial
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -14,7 +17,7 @@ import policyskip
 from policyskip.backbones import sparse
 from policyskip.backbones.execution import run_block, run_most
 from policyskip.backbones.resnet_exits import ResNetExits
-from policyskip.deployment.predictors import Predictor
+from policyskip.deployment.predictors import ExitPredictor, Predictor
 from policyskip.deployment.profiling import _counts, _ways, break_even, device_name, profile, side_by_side
 from policyskip.errors import UserError
 from policyskip.evaluation import speed
@@ -243,13 +246,27 @@ def test_what_cannot_be_profiled_is_refused(tmp_path, words, message):
     assert not list(tmp_path.iterdir())
 
 
+@pytest.fixture(scope="module")
+def finished_run(tmp_path_factory) -> Callable[..., None]:
+    """A function that copies a finished run of an agent into a folder, as ``run``; each agent is trained once."""
+    folder = tmp_path_factory.mktemp("finished")
+
+    def copied(into: Path, *agent: str) -> None:
+        name = agent[0].removeprefix("agent=")
+        if not (folder / name).exists():
+            result = typed("train", "+experiment=debug", *agent, f"run.dir={name}", "device=cpu", cwd=folder)
+            assert result.returncode == 0, result.stderr
+        shutil.copytree(folder / name, into / "run")
+
+    return copied
+
+
 @pytest.mark.parametrize(
     "agent", [("agent=blockdrop",), ("agent=skipnet",), ("agent=branchynet",), ("agent=ppo", "env=early_exit")]
 )
-def test_reduced_precision_changes_little(tmp_path, agent):
+def test_reduced_precision_changes_little(tmp_path, agent, finished_run):
     """Half of the mantissa gone, logits differ in the second or third digit, and most answers not at all."""
-    result = typed("train", "+experiment=debug", *agent, "run.dir=run", "device=cpu", cwd=tmp_path)
-    assert result.returncode == 0, result.stderr
+    finished_run(tmp_path, *agent)
     images = torch.randint(0, 256, (32, 3, 20, 20), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
     exact = policyskip.load(tmp_path / "run").predict(images)
     for precision, tolerance in (("float16", 0.05), ("bfloat16", 0.5)):
@@ -305,15 +322,19 @@ def test_calls_take_turns_after_one_round_to_warm_up():
 def test_what_a_run_s_blocks_should_take_by_hand():
     times = {"always_ms": 1.0, "kept_ms": [2.0, 4.0, 3.0], "dropped_ms": [0.0, 1.0, 0.0]}
     keep_BK = torch.tensor([[1, 0, 1], [1, 1, 1]], dtype=torch.bool)
-    assert speed._expected(times, SimpleNamespace(keep_BK=keep_BK)) == pytest.approx((7 + 10) / 2 / 10)
-    exits = SimpleNamespace(exit_B=torch.tensor([0, 2]))
-    assert speed._expected({**times, "dropped_ms": [0.0] * 3}, exits) == pytest.approx((3 + 10) / 2 / 10)
+    assert speed._expected_ratio(times, keep_BK) == pytest.approx((7 + 10) / 2 / 10)
+    predictor, exits = (
+        SimpleNamespace(network=SimpleNamespace(num_exits=3)),
+        SimpleNamespace(exit_B=torch.tensor([0, 2])),
+    )
+    ran_BK = ExitPredictor.ran(predictor, exits)
+    assert ran_BK.tolist() == [[True, False, False], [True, True, True]]
+    assert speed._expected_ratio({**times, "dropped_ms": [0.0] * 3}, ran_BK) == pytest.approx((3 + 10) / 2 / 10)
 
 
 @pytest.mark.parametrize("change", [{"hash": "another"}, {"device": "another"}, {"threads": 99}])
-def test_a_plan_of_another_machine_or_network_is_not_gone_by(tmp_path, change):
-    result = typed("train", "+experiment=debug", "run.dir=run", "device=cpu", cwd=tmp_path)
-    assert result.returncode == 0, result.stderr
+def test_a_plan_of_another_machine_or_network_is_not_gone_by(tmp_path, change, finished_run):
+    finished_run(tmp_path, "agent=blockdrop")
     network = json.loads((tmp_path / "run" / "policy.json").read_text())["backbone"]["hash"]
     times = {"break_even": [0.5] * 15}
     content = {"hash": network, "device": device_name(torch.device("cpu")), "threads": torch.get_num_threads()}

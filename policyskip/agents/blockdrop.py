@@ -26,6 +26,7 @@ from policyskip.agents.baselines import (
     value_advantage,
     value_loss,
 )
+from policyskip.agents.schedules import one_cycle
 from policyskip.backbones.costs import count_macs
 from policyskip.envs.block_selection import BlockSelectionVectorEnv
 from policyskip.errors import UserError, check_choice
@@ -33,7 +34,6 @@ from policyskip.finite import check_finite, check_gradients
 from policyskip.parallel import processes
 from policyskip.parallel.data_parallel import Divisible
 from policyskip.policies.networks import KeepPolicy, check_policy, policy_network
-from policyskip.schedules import one_cycle
 
 VALUE_LR = 10
 """The value head's learning rate, as a multiple of the policy's: its weights start at zero, and have to follow the

@@ -15,13 +15,13 @@ import torch
 from torch import Tensor
 
 from policyskip.agents.early_exit import EarlyExitAgent, OptimizerName
+from policyskip.agents.schedules import ScheduleName
 from policyskip.backbones.exits import ExitNetwork
 from policyskip.backbones.resnet_exits import ResNetExits
 from policyskip.errors import UserError
 from policyskip.exits.cache import CachedExits
 from policyskip.exits.placement import Stage, admit
 from policyskip.exits.rules import rule_named
-from policyskip.schedules import ScheduleName
 
 
 class CDL(EarlyExitAgent):

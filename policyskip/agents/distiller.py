@@ -15,9 +15,9 @@ import torch
 from torch import Tensor
 
 from policyskip.agents.early_exit import EarlyExitAgent, OptimizerName
+from policyskip.agents.schedules import ScheduleName
 from policyskip.backbones.exits import ExitNetwork
 from policyskip.errors import UserError
-from policyskip.schedules import ScheduleName
 
 
 class Distiller(EarlyExitAgent):

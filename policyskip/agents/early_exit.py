@@ -18,6 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from policyskip.agents.base import Agent
+from policyskip.agents.schedules import SCHEDULES, ScheduleName
 from policyskip.backbones.exits import ExitNetwork
 from policyskip.data import Feed
 from policyskip.errors import UserError
@@ -27,7 +28,6 @@ from policyskip.exits.rules import rule_named
 from policyskip.finite import check_finite, check_gradients
 from policyskip.parallel.data_parallel import Divisible
 from policyskip.policies.thresholds import ThresholdPolicy
-from policyskip.schedules import SCHEDULES, ScheduleName
 
 OptimizerName = Literal["sgd", "adam"]
 

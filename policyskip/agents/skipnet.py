@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from policyskip.agents.base import Agent
+from policyskip.agents.schedules import SCHEDULES, ScheduleName
 from policyskip.backbones.base import Backbone
 from policyskip.backbones.checkpoints import seeded
 from policyskip.backbones.costs import count_costs
@@ -26,7 +27,6 @@ from policyskip.errors import UserError, check_choice
 from policyskip.finite import check_finite, check_gradients
 from policyskip.parallel import processes
 from policyskip.parallel.data_parallel import Divisible
-from policyskip.schedules import SCHEDULES, ScheduleName
 
 
 def skipnet_returns(ce_B: Tensor, keep_BG: Tensor, cost_G: Tensor, alpha: float) -> Tensor:

@@ -1,4 +1,4 @@
-"""What every network here has in common, and the contract of one whose blocks can be kept or skipped.
+"""The base class of every network, and the contract of a network whose blocks can be kept or skipped.
 
 Shapes: B images, K blocks, C classes, H W pixels.
 """
@@ -18,17 +18,20 @@ IMAGENET_STD = (0.229, 0.224, 0.225)
 
 
 class Network(nn.Module):
-    """Normalisation, classes, a name, and how to be frozen: what a backbone and a multi-exit network share.
+    """The base class of backbones and multi-exit networks: normalisation, number of classes, name, and freezing.
 
     Args:
         num_classes: C.
         mean, std: per-channel normalisation of pixels in [0, 1]; part of the network because the weights depend on it.
+
+    Attributes:
+        frozen: whether :meth:`freeze` was called.
     """
 
     mean: Tensor
     std: Tensor
     architecture: dict[str, Any]
-    """The arguments that build it again; empty where they are not known."""
+    """The arguments from which the network can be built again; empty if they are not known."""
 
     def __init__(self, num_classes: int, mean: Sequence[float], std: Sequence[float]) -> None:
         super().__init__()
@@ -40,25 +43,26 @@ class Network(nn.Module):
         self.register_buffer("std", torch.tensor(std, dtype=torch.float32).view(1, -1, 1, 1))
 
     def normalise(self, images: Tensor) -> Tensor:
-        """Images (B, 3, H, W), uint8 in 0..255 or float in [0, 1], to what the first layer sees."""
+        """Normalise images (B, 3, H, W), uint8 in 0..255 or float in [0, 1], to the first layer's input."""
         x = images.to(self.mean.dtype)
         if not images.is_floating_point():
             x = x / 255
         return (x - self.mean) / self.std
 
     def freeze(self) -> Self:
-        """Evaluation mode, no gradients. ``train()`` on a frozen network leaves it in evaluation mode."""
+        """Put the network into evaluation mode for good, without gradients, and return it. ``train()`` on a frozen
+        network leaves it in evaluation mode."""
         self.requires_grad_(False).eval()
         self.frozen = True
         return self
 
     def train(self, mode: bool = True) -> Self:
-        """As ever, but a frozen network stays in evaluation mode."""
+        """Set training or evaluation mode as in torch, except that a frozen network stays in evaluation mode."""
         super().train(mode and not self.frozen)
         return self
 
     def content_hash(self) -> str:
-        """Hash of every parameter and buffer: two networks with one hash are the same network."""
+        """Return a hash, as text, of all parameters and buffers: two networks with one hash have the same weights."""
         digest = hashlib.sha256()
         for name, value in sorted(self.state_dict().items()):
             digest.update(f"{name}{tuple(value.shape)}".encode())
@@ -78,17 +82,18 @@ def evaluation_mode(network: nn.Module) -> Iterator[None]:
 
 
 def he_init(network: nn.Module) -> None:
-    """Draw every convolution's weights as in He et al. (2015), for ReLUs, by the size of what it leads to."""
+    """Draw the weights of every convolution as He et al. (2015) do for ReLUs, scaled by its fan-out."""
     for module in network.modules():
         if isinstance(module, nn.Conv2d):
             nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
 
 
 class Block(nn.Module):
-    """One residual unit. Kept: ``relu(shortcut(x) + residual(x))``. Dropped: ``shortcut(x)``, with no ReLU.
+    """A residual unit that gives ``relu(shortcut(x) + residual(x))`` if kept, and ``shortcut(x)``, with no ReLU, if
+    dropped.
 
-    The missing ReLU is how the original BlockDrop networks treat a dropped block
-    (it matters where the shortcut is a strided convolution); see ``execution.py``.
+    The original BlockDrop networks have no ReLU there either (it matters where the shortcut is a strided convolution);
+    see ``execution.py``.
     """
 
     def __init__(self, residual: nn.Module, shortcut: nn.Module) -> None:
@@ -97,20 +102,27 @@ class Block(nn.Module):
         self.shortcut = shortcut
 
     def forward(self, x: Tensor, inplace: bool = False) -> Tensor:
-        """``inplace``: x is no longer needed, and may be written over where no gradient is asked."""
+        """Run the block as kept, on features (B, C, H, W).
+
+        Args:
+            inplace: whether x may be overwritten, because it is not needed afterwards; never done with gradients.
+        """
         if torch.is_grad_enabled():
             return torch.relu_(self.shortcut(x) + self.residual(x))
         return self.join(self.shortcut(x), x, inplace)
 
     def join(self, shortcut: Tensor, x: Tensor, inplace: bool = False) -> Tensor:
-        """``relu(shortcut + residual(x))`` of a shortcut that is at hand, and may be written over if ``inplace``;
-        without gradients."""
+        """Return ``relu(shortcut + residual(x))`` for a shortcut that has been computed already; without gradients.
+
+        Args:
+            inplace: whether ``shortcut`` may be overwritten.
+        """
         joined: Tensor = self.residual(x).add_(shortcut).relu_()
         return joined
 
 
 class Backbone(Network):
-    """Stem, K blocks, head: everything else in the package asks a network for these three and nothing more.
+    """A network of a stem, K blocks and a head: the package uses these three of a network, and nothing else.
 
     Args:
         stem: module from normalised images (B, 3, H, W) to features.
@@ -118,7 +130,7 @@ class Backbone(Network):
         head: module from the last features to logits (B, C).
         num_classes: C.
         mean, std: as in :class:`Network`.
-        stages: number of blocks in each stage; sums to K. Used to label plots.
+        stages: number of blocks in each stage; sums to K. Used to label plots and to name blocks.
     """
 
     blocks: Sequence[Block]  # an nn.ModuleList
@@ -141,15 +153,16 @@ class Backbone(Network):
 
     @property
     def num_blocks(self) -> int:
-        """K, the number of blocks that can be skipped."""
+        """The number K of blocks that can be skipped."""
         return len(self.blocks)
 
     def features(self, images: Tensor) -> Tensor:
-        """Images (B, 3, H, W), uint8 in 0..255 or float in [0, 1], to the features that enter block 0."""
+        """Compute the features that enter block 0 from images (B, 3, H, W), uint8 in 0..255 or float in [0, 1]."""
         return self.stem(self.normalise(images))
 
     def forward(self, images: Tensor, keep_BK: Tensor | None = None) -> Tensor:
-        """Logits (B, C) of images (B, 3, H, W). ``keep_BK`` (bool; default: all kept) says which blocks run."""
+        """Compute logits (B, C) of images (B, 3, H, W), with the blocks where ``keep_BK``, bool, is true, or with all
+        blocks."""
         from policyskip.backbones.execution import dense
 
         if keep_BK is not None:

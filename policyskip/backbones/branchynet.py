@@ -1,8 +1,8 @@
 """BranchyNet's networks (Teerapittayanon, McDanel, Kung, *BranchyNet: Fast Inference via Early Exiting from Deep Neural
 Networks*, ICPR 2016, arXiv 1709.01686), as in the authors' code, for images of any size.
 
-Pooling is Chainer's: a window that hangs over the edge counts (``ceil_mode``). So is local response normalisation: it
-adds up the squares of neighbouring channels and starts from 2, where torch averages them and starts from 1.
+Pooling is as in Chainer: a window that reaches beyond the edge counts (``ceil_mode``). So is local response
+normalisation: it adds the sum of the squares of neighbouring channels to 2, where torch adds their mean to 1.
 
 Shapes: B images, N exits, C classes, H W pixels.
 """
@@ -26,8 +26,14 @@ Layers = Sequence[nn.Module]
 
 @dataclass
 class Part:
-    """The trunk up to an exit, and the exit's branch: its layers, then linear layers of the widths ``hidden`` and C,
-    with ``between`` after each of ``hidden``."""
+    """One part of a network: the trunk from the exit before to this exit, and this exit's branch.
+
+    Attributes:
+        trunk: layers from the part before to this exit.
+        branch: layers from the trunk to the linear layers.
+        hidden: widths of linear layers behind the branch; a linear layer to the C classes follows them.
+        between: layers after each of the hidden layers.
+    """
 
     trunk: Layers
     branch: Layers
@@ -36,10 +42,10 @@ class Part:
 
 
 class BranchyNet(ExitNetwork):
-    """A chain with N branches.
+    """A network of a trunk in N parts, each with a branch to an exit.
 
     Args:
-        parts: N of them, from the image to the last exit.
+        parts: the N parts, from the image to the last exit.
         num_classes: C.
         image_shape: (3, H, W), on which the sizes of the linear layers depend.
         mean, std: pixel normalisation, per channel, for pixels in [0, 1].
@@ -80,7 +86,14 @@ class BranchyNet(ExitNetwork):
 
 
 class BranchyLeNet(BranchyNet):
-    """B-LeNet, for MNIST: two exits. ``channels=1`` sees the mean of the colours, as the original saw grey images."""
+    """B-LeNet, for MNIST, with two exits.
+
+    Args:
+        channels: 3, or 1 to see only the mean of the colours, as the original saw grey images.
+
+    Raises:
+        UserError: ``channels`` is neither 1 nor 3, or images of this size are too small.
+    """
 
     def __init__(
         self,
@@ -113,8 +126,8 @@ class BranchyLeNet(BranchyNet):
 
 
 class BranchyAlexNet(BranchyNet):
-    """B-AlexNet, for CIFAR-10: three exits, after the second and third convolution as in the authors' code (the paper
-    says after the first and second)."""
+    """B-AlexNet, for CIFAR-10, with three exits: after the second and third convolution, as in the authors' code (the
+    paper says after the first and second), and at the end."""
 
     def __init__(
         self,
@@ -148,8 +161,8 @@ class BranchyAlexNet(BranchyNet):
 
 
 class BranchyResNet(BranchyNet):
-    """B-ResNet, for CIFAR-10: a ResNet of three exits, after the first convolution and after the first third of the
-    blocks. Depth 110 is the original; its first convolution is not padded, so 32 pixels become 30.
+    """B-ResNet, for CIFAR-10, with three exits: after the first convolution, after a third of the blocks, and at
+    the end. The original has depth 110. Its first convolution is not padded, so 32 pixels become 30.
 
     Raises:
         UserError: the depth is not 6n+2, or images of this size are too small.
@@ -185,14 +198,14 @@ class BranchyResNet(BranchyNet):
 
 
 class Grey(nn.Module):
-    """The mean of the colours, (B, 3, H, W) to (B, 1, H, W)."""
+    """A layer that averages the colours, (B, 3, H, W) to (B, 1, H, W)."""
 
     def forward(self, x: Tensor) -> Tensor:
         return x.mean(1, keepdim=True)
 
 
 class AveragePool(nn.Module):
-    """Averages over every ``size``×``size`` window, or over all there is if that is less."""
+    """A layer that averages over every window of ``size``×``size`` pixels, or over all pixels if there are fewer."""
 
     def __init__(self, size: int) -> None:
         super().__init__()
@@ -203,22 +216,22 @@ class AveragePool(nn.Module):
 
 
 def max_pool(kernel: int) -> nn.Module:
-    """Maxima over windows two pixels apart; those that hang over the edge count, as in Chainer."""
+    """Build max pooling over windows two pixels apart; windows that reach beyond the edge count, as in Chainer."""
     return nn.MaxPool2d(kernel, 2, ceil_mode=True)
 
 
 def response_norm() -> nn.Module:
-    """Chainer's local response normalisation over three channels with alpha 5e-5: x / (2 + 5e-5 Σ x²)^0.75."""
+    """Build Chainer's local response normalisation over three channels, x / (2 + 5e-5 Σ x²)^0.75."""
     return nn.LocalResponseNorm(3, alpha=3 * 5e-5, beta=0.75, k=2)
 
 
 def conv_relu(channels_in: int, channels_out: int) -> Layers:
-    """A 3×3 convolution and a ReLU."""
+    """Build a 3×3 convolution and a ReLU."""
     return [nn.Conv2d(channels_in, channels_out, 3, padding=1), nn.ReLU()]
 
 
 def _head(part: Part, x: Tensor, num_classes: int) -> nn.Sequential:
-    """A part's branch as one module, for features like x."""
+    """Build a part's branch as one module, for features like x (B, C, H, W)."""
     layers, size = list(part.branch), _run(nn.Sequential(*part.branch), x).numel()
     layers.append(nn.Flatten())
     for width in part.hidden:
@@ -229,7 +242,8 @@ def _head(part: Part, x: Tensor, num_classes: int) -> nn.Sequential:
 
 @torch.no_grad()
 def _run(layers: nn.Sequential, x: Tensor) -> Tensor:
-    """What layers make of x; they are left in training mode, their statistics unchanged."""
+    """Compute the layers' output for x in evaluation mode, which leaves their statistics alone, and return to training
+    mode."""
     x = layers.eval()(x)
     layers.train()
     return x

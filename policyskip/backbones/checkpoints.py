@@ -21,14 +21,14 @@ from policyskip.backbones.architectures import RANDOM as RANDOM
 from policyskip.backbones.architectures import build_again, is_users_own
 from policyskip.backbones.base import IMAGENET_MEAN, IMAGENET_STD, Backbone, Network
 from policyskip.backbones.resnet import CifarResNet, Shortcut, TorchvisionResNet
-from policyskip.errors import UserError
+from policyskip.errors import UserError, first_line
 from policyskip.files import damaged, write
 from policyskip.sealed import largest_number, read_metadata, sealed, unsealed
 
 WEIGHTS = Path(__file__).parent.parent / "weights"
 """Weights that ship with the package, each with the command and figures that made it beside it."""
 LARGEST_NUMBER = 10_000
-"""Of what an architecture may say in a file: blocks, channels, classes and the like."""
+"""The largest number that a file may say of one of the package's own networks: of blocks, channels, classes, …"""
 
 State = dict[str, Tensor]
 
@@ -214,7 +214,9 @@ def read_architecture(checkpoint: str) -> dict[str, Any] | None:
         architecture = read_metadata(path)
     except (SafetensorError, OSError, ValueError, TypeError, RecursionError) as error:
         raise UserError(f"cannot read {path} as weights: {error}") from error
-    if architecture is not None and (number := largest_number(architecture)) > LARGEST_NUMBER:
+    if architecture is None or is_users_own(architecture):
+        return architecture
+    if (number := largest_number(architecture)) > LARGEST_NUMBER:
         raise UserError(f"cannot read {path} as weights: no network has a {number} in its architecture")
     return architecture
 
@@ -239,8 +241,7 @@ def read_tensors(path: Path) -> State:
         else:
             content = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # damaged files raise whatever the reader stumbles over
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
-        raise UserError(f"cannot read {path} as weights (files are never executed): {reason}") from error
+        raise UserError(f"cannot read {path} as weights (files are never executed): {first_line(error)}") from error
     for key in ("state_dict", "resnet", "net", "model"):
         if isinstance(content, dict) and isinstance(content.get(key), dict):
             content = content[key]

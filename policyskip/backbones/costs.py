@@ -1,4 +1,4 @@
-"""What each block costs, in multiply-accumulates (MACs) of convolutions and linear layers.
+"""The cost of each block, in multiply-accumulates (MACs) of convolutions and linear layers.
 
 Shapes: B images, K blocks.
 """
@@ -19,36 +19,39 @@ from policyskip.backbones.folding import one_pass_flops
 
 @dataclass(frozen=True)
 class Costs:
-    """MACs for one image: ``always`` (stem, shortcuts, head) and ``block_K`` (float64 (K,), the residual branches)."""
+    """The MACs of one image: ``always`` for stem, shortcuts and head, and ``block_K``, float64 (K,), for the residual
+    branch of each block."""
 
     always: float
     block_K: Tensor
 
     @property
     def full(self) -> float:
-        """MACs of the whole network."""
+        """The MACs of the whole network."""
         return self.always + float(self.block_K.sum())
 
     def of(self, keep: Tensor) -> Tensor:
-        """MACs, float64 (…), of keep decisions (…, K)."""
-        return self.always + (keep * self.block_K.to(keep.device)).sum(-1)  # for one image much faster than a product
+        """Return the MACs, float64 (…), of keep decisions, bool (…, K)."""
+        return self.always + (keep * self.block_K.to(keep.device)).sum(-1)  # for one image much faster than ``@``
 
 
 def counted(call: Callable[..., Any], *inputs: Any) -> tuple[float, Any]:
-    """MACs of one call without gradients, by torch's flop counter (which counts two operations for each), and its
-    result."""
+    """Count the MACs of one call without gradients, by torch's flop counter, which counts two operations per MAC.
+
+    Returns: the MACs, and the result of the call.
+    """
     with torch.no_grad(), FlopCounterMode(display=False, custom_mapping=one_pass_flops()) as counter:
         result = call(*inputs)
     return counter.get_total_flops() / 2, result
 
 
 def count_macs(module: nn.Module, *inputs: Tensor) -> float:
-    """MACs of one call."""
+    """Count the MACs of one call of a module."""
     return counted(module, *inputs)[0]
 
 
 def count_costs(backbone: Backbone, image_shape: tuple[int, int, int]) -> Costs:
-    """Costs of each block of ``backbone`` for one image of shape (3, H, W)."""
+    """Count the MACs of each block of ``backbone`` for one image of shape (3, H, W)."""
     device = backbone.mean.device
     with evaluation_mode(backbone), torch.no_grad():
         images = torch.zeros(1, *image_shape, device=device, dtype=backbone.mean.dtype)

@@ -1,17 +1,16 @@
-"""Networks with several exits: the contract, how images leave one by one, and what each exit costs.
+"""Networks with several exits: their contract, their execution image by image, and the cost of each exit.
 
-An exit is a classifier head on the way through a network. What is computed for one exit is carried
-forward to the next and never recomputed, and an image that has left is no longer computed.
-Exits are counted from 0; the last one, N-1, is the network's own.
+An exit is a classifier head on the way through a network. What is computed for one exit is carried forward to the next
+and never recomputed, and an image that has left is computed no further. Exits are counted from 0; the last one, N-1, is
+the network's own head.
 
 Shapes: B images (B' of them still in the network), N exits, C classes, H W pixels.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -20,19 +19,21 @@ from policyskip.backbones.base import Network, evaluation_mode
 from policyskip.backbones.costs import counted
 from policyskip.errors import UserError
 
-State = dict[Any, Tensor]
-"""What is carried forward between exits. The first dimension of every tensor is the image."""
+State = dict[Hashable, Tensor]
+"""The tensors that are carried forward from one exit to the next, by keys of the network's own choice. The first
+dimension of each tensor is the image."""
 
 Leave = Callable[[int, Tensor, Tensor], Tensor]
 """``leave(n, logits_BC, rows)``: which of the images still in the network leave at exit n, bool (B',). ``logits_BC``,
-(B', C), are their logits at this exit, ``rows``, int64 (B',), their places in the batch."""
+(B', C), are their logits at this exit, ``rows``, int64 (B',), their rows in the batch."""
 
 
 class ExitNetwork(Network):
-    """A network with N exits: the environments and agents ask it for a beginning, segments and heads, and no more.
+    """A network with N exits: environments and agents call :meth:`begin`, :meth:`segment` and :meth:`head`, and nothing
+    else of it.
 
-    A subclass gives :meth:`begin`, :meth:`segment` and :meth:`head`. A state is never changed in place, so that one
-    state may be continued more than once.
+    A subclass implements these three. A state must never be changed in place, so that one state may be continued more
+    than once.
 
     Args:
         num_classes: C.
@@ -40,7 +41,7 @@ class ExitNetwork(Network):
         mean, std: per-channel normalisation of pixels in [0, 1].
 
     Raises:
-        UserError: mean or std make no sense.
+        UserError: mean or std are not three numbers, or std is not positive.
     """
 
     def __init__(self, num_classes: int, num_exits: int, mean: Sequence[float], std: Sequence[float]) -> None:
@@ -52,23 +53,23 @@ class ExitNetwork(Network):
         self.num_exits = num_exits
 
     def begin(self, images: Tensor) -> State:
-        """Images (B, 3, H, W), uint8 in 0..255 or float in [0, 1], to the state that enters segment 0."""
+        """Make the state that enters segment 0 from images (B, 3, H, W), uint8 in 0..255 or float in [0, 1]."""
         raise NotImplementedError
 
     def segment(self, n: int, state: State) -> State:
-        """Go on to exit n from exit n-1's state (from that of :meth:`begin` if n is 0); computes only what is new."""
+        """Compute the state at exit n from that at exit n-1, or from that of :meth:`begin` if n is 0."""
         raise NotImplementedError
 
     def head(self, n: int, state: State) -> Tensor:
-        """Logits (B, C) of exit n, from the state that ``segment(n, …)`` gave."""
+        """Compute the logits (B, C) of exit n from the state that ``segment(n, …)`` returned."""
         raise NotImplementedError
 
     def remarks(self, image_shape: tuple[int, int, int]) -> list[str]:
-        """Lines that are worth saying about the network before it is trained, on images of shape (3, H, W)."""
+        """Return lines to print before the network is trained on images of shape (3, H, W)."""
         return []
 
     def forward(self, images: Tensor) -> Tensor:
-        """Logits (B, N, C) of every exit. Gradients flow through all of them."""
+        """Compute the logits (B, N, C) of every exit. Gradients flow through all of them."""
         state, logits = self.begin(images), []
         for n in range(self.num_exits):
             state = self.segment(n, state)
@@ -77,23 +78,22 @@ class ExitNetwork(Network):
 
 
 def rows_of(state: State, rows: Tensor) -> State:
-    """The state of some of the images; ``rows`` is int64 or bool, as in indexing."""
+    """Select images from a state of B images by ``rows``, int64 (B',) or bool (B,)."""
     return {key: value[rows] for key, value in state.items()}
 
 
 def run_until(network: ExitNetwork, images: Tensor, leave: Leave) -> tuple[Tensor, Tensor]:
-    """Each image as far as it needs to go: whatever has left is computed no further.
+    """Compute each image up to the exit where it leaves, and no further.
 
     Args:
-        network: in evaluation mode, or batch normalisation will see only the images that stayed.
+        network: in evaluation mode, or batch normalisation would see only the images that stayed.
         images: uint8 or float (B, 3, H, W); B may be 0.
-        leave: asked at every exit but the last one, for the images that are still in the network (at least one).
+        leave: called at every exit but the last, as long as there are images in the network.
 
-    Returns:
-        ``logits_BC`` of the exit at which each image left, and ``exit_B``, int64, which exit that was.
+    Returns: the logits (B, C) at the exit where each image left, and that exit, int64 (B,).
 
     Raises:
-        ValueError: ``leave`` gave something else than bool of shape (B',).
+        ValueError: ``leave`` returned something other than bool of shape (B',).
     """
     logits_BC = torch.zeros(len(images), network.num_classes, dtype=network.mean.dtype, device=images.device)
     exit_B = torch.full((len(images),), network.num_exits - 1, device=images.device)
@@ -126,33 +126,33 @@ def run_until(network: ExitNetwork, images: Tensor, leave: Leave) -> tuple[Tenso
 
 @dataclass(frozen=True)
 class ExitCosts:
-    """MACs for one image, float64 (N,): ``trunk_N`` new in each segment, ``head_N`` of each head."""
+    """The MACs of one image: ``trunk_N`` of each segment and ``head_N`` of each head, float64 (N,)."""
 
     trunk_N: Tensor
     head_N: Tensor
 
     @property
     def cumulative_N(self) -> Tensor:
-        """MACs of leaving at each exit, every head on the way included."""
+        """The MACs of leaving at each exit, every head on the way included, float64 (N,)."""
         return (self.trunk_N + self.head_N).cumsum(0)
 
     @property
     def straight_N(self) -> Tensor:
-        """MACs of going straight to each exit, with no head on the way: what a static exit costs."""
+        """The MACs of each exit if it is the only one, with no other head on the way, float64 (N,)."""
         return self.trunk_N.cumsum(0) + self.head_N
 
     @property
     def full(self) -> float:
-        """MACs of going to the last exit, every head on the way included."""
+        """The MACs of leaving at the last exit, every head on the way included."""
         return float(self.cumulative_N[-1])
 
     def of(self, exit_B: Tensor) -> Tensor:
-        """MACs, float64 (B,), of leaving at exits int64 (B,)."""
+        """Return the MACs, float64 (B,), of leaving at exits int64 (B,)."""
         return self.cumulative_N.to(exit_B.device)[exit_B]
 
 
 def count_exit_costs(network: ExitNetwork, image_shape: tuple[int, int, int]) -> ExitCosts:
-    """Costs of each exit for one image of shape (3, H, W): convolutions and linear layers, by torch's flop counter."""
+    """Count the MACs of each segment and head for one image of shape (3, H, W), by torch's flop counter."""
     images = torch.zeros(1, *image_shape, device=network.mean.device)
     trunk, heads = [], []
     with evaluation_mode(network):
@@ -165,7 +165,8 @@ def count_exit_costs(network: ExitNetwork, image_shape: tuple[int, int, int]) ->
 
 
 def costly_exits(costs: ExitCosts) -> list[str]:
-    """One line for each head that costs as much as going on to the next exit: such a head can hardly pay."""
+    """Return a line of warning for each head that costs at least as much as the segment behind it: such a head can
+    hardly pay."""
     return [
         f"the head of exit {n} costs {head / 1e6:.3f} M MACs, going on to exit {n + 1} {going_on / 1e6:.3f} M: "
         f"make the head smaller, or move or remove the exit"
@@ -175,5 +176,5 @@ def costly_exits(costs: ExitCosts) -> list[str]:
 
 
 def in_millions(macs_N: Tensor) -> str:
-    """MACs for a person to read: "5.91, 12.62 M MACs"."""
+    """Format MACs, float (N,), as text: "5.91, 12.62 M MACs"."""
     return ", ".join(f"{macs / 1e6:.2f}" for macs in macs_N.tolist()) + " M MACs"

@@ -1,7 +1,7 @@
-"""SkipNet's gates: before each block but the first, a small network that sees what enters the block.
+"""SkipNet's gates: small networks that decide, from the features that enter a block, whether the block runs.
 
 Wang, Yu, Dou, Darrell, Gonzalez, "SkipNet: Learning Dynamic Routing in Convolutional Networks", ECCV 2018, section 3.
-Shapes of the layers are those of the published code.
+The layers have the sizes of the published code.
 
 Shapes: B images, K blocks, G gates (K - 1: the first block always runs), C channels, H W pixels.
 """
@@ -22,37 +22,44 @@ from policyskip.errors import UserError
 
 Shape = tuple[int, int, int]
 Memory = tuple[Tensor, Tensor] | None
-"""What a gate hands on to the next: the LSTM's hidden and cell state, float (B, 10) each, or nothing."""
+"""The state that a gate passes to the next gate: the LSTM's hidden and cell state, float (B, 10) each, or nothing."""
 
 
 class Gates(nn.Module, ABC):
     """The G gates of a network."""
 
     @abstractmethod
-    def ask(self, g: int, x: Tensor, memory: Memory) -> tuple[Tensor, Memory]:
-        """Gate g's answer to the features (B, C, H, W) that enter block g + 1.
+    def logit(self, g: int, x: Tensor, memory: Memory) -> tuple[Tensor, Memory]:
+        """Compute gate g's logit for the features (B, C, H, W) that enter block g + 1.
 
-        Returns: its logit, float (B,): the block should run where ``sigmoid(logit) > 1/2``; and what it remembers.
+        Args:
+            memory: what the gate before returned; None for the first gate.
+
+        Returns: the logit, float (B,): the block should run where ``sigmoid(logit) > 1/2``; and the memory for the next
+        gate.
         """
 
     @torch.no_grad()
     def macs(self, shapes: Sequence[Shape]) -> list[float]:
-        """MACs of each gate for one image, given the shape (C, H, W) of what it sees."""
+        """Count the MACs of each gate for one image, given the shapes (C, H, W) of the features that the gates see."""
         memory, macs = None, []
         device = next(self.parameters()).device
         with evaluation_mode(self):
             for g, shape in enumerate(shapes):
-                cost, (_, memory) = counted(self.ask, g, torch.zeros(1, *shape, device=device), memory)
+                cost, (_, memory) = counted(self.logit, g, torch.zeros(1, *shape, device=device), memory)
                 macs.append(cost)
         return macs
 
 
 class RNNGates(Gates):
-    """RNNGate: averages over pixels, a linear layer to 10 for each gate, and one LSTM (10, 10) that all share.
+    """RNNGate: each gate averages over the pixels and has its own linear layer to 10; all share one LSTM (10, 10).
 
     Args:
         shapes: (C, H, W) of the features that each gate sees.
-        initial_keep: probability with which a fresh gate keeps its block, about.
+        initial_keep: approximate probability with which an untrained gate keeps its block.
+
+    Raises:
+        UserError: ``initial_keep`` is not between 0 and 1.
     """
 
     size = 10
@@ -65,16 +72,20 @@ class RNNGates(Gates):
         self.answer = nn.Linear(self.size, 1)
         nn.init.constant_(self.answer.bias, _logit(initial_keep))
 
-    def ask(self, g: int, x: Tensor, memory: Memory) -> tuple[Tensor, Memory]:
+    def logit(self, g: int, x: Tensor, memory: Memory) -> tuple[Tensor, Memory]:
         hidden, cell = self.cell(self.reads[g](x.mean((2, 3))), memory)
         return self.answer(hidden).squeeze(1), (hidden, cell)
 
 
 class FFGates(Gates):
-    """Feed-forward gates, each with its own weights; nothing is handed on. Arguments as for :class:`RNNGates`.
+    """Feed-forward gates, each with its own weights and without memory.
+
+    Args:
+        layers: from a number of channels to the layers before the average over the pixels.
+        shapes, initial_keep: as for :class:`RNNGates`.
 
     Raises:
-        UserError: features that are smaller than a gate can read.
+        UserError: ``initial_keep`` is not between 0 and 1.
     """
 
     def __init__(self, layers: Callable[[int], list[nn.Module]], shapes: Sequence[Shape], initial_keep: float) -> None:
@@ -89,13 +100,18 @@ class FFGates(Gates):
             nn.init.constant_(answer.bias[1], _logit(initial_keep) / 2)
         self.answers = nn.ModuleList(answers)
 
-    def ask(self, g: int, x: Tensor, memory: Memory) -> tuple[Tensor, Memory]:
+    def logit(self, g: int, x: Tensor, memory: Memory) -> tuple[Tensor, Memory]:
         skip_B, keep_B = self.answers[g](self.features[g](x)).unbind(1)
         return keep_B - skip_B, None  # softmax over two is the sigmoid of their difference
 
 
 def ffgate1(shapes: Sequence[Shape], initial_keep: float) -> FFGates:
-    """FFGate-I: 2×2 maxima, conv3×3, conv3×3 with stride 2, averages, a linear layer to 2. 16 % of a basic block."""
+    """Build FFGate-I: 2×2 max pooling, conv3×3, conv3×3 with stride 2, averages over the pixels, a linear layer to 2.
+    A gate costs 16 % of a basic block.
+
+    Raises:
+        UserError: features are smaller than 2×2, or ``initial_keep`` is not between 0 and 1.
+    """
     if any(min(shape[1:]) < 2 for shape in shapes):
         raise UserError(
             f"agent.gate=ff1 needs features of at least 2×2, there are {min(shapes, key=lambda s: s[1])[1:]}"
@@ -104,23 +120,31 @@ def ffgate1(shapes: Sequence[Shape], initial_keep: float) -> FFGates:
 
 
 def ffgate2(shapes: Sequence[Shape], initial_keep: float) -> FFGates:
-    """FFGate-II: conv3×3 with stride 2, averages, a linear layer to 2. 12.5 % of a basic block."""
+    """Build FFGate-II: conv3×3 with stride 2, averages over the pixels, a linear layer to 2. A gate costs 12.5 % of a
+    basic block.
+
+    Raises:
+        UserError: ``initial_keep`` is not between 0 and 1.
+    """
     return FFGates(lambda C: _conv(C, 2), shapes, initial_keep)
 
 
 GATES: dict[str, Callable[[Sequence[Shape], float], Gates]] = {"rnn": RNNGates, "ff1": ffgate1, "ff2": ffgate2}
-"""Gates by name: what builds them from the shapes of the features and the first keep probability."""
+"""The functions that build gates from the shapes of the features and ``initial_keep``, by name."""
 
 
 def straight_through(kept: Tensor, skipped: Tensor, probability_B: Tensor) -> Tensor:
-    """``g · kept + (1 − g) · skipped`` with hard g = [p > ½], and dg/dp taken to be 1 (paper, section 3.3).
+    """Compute ``g · kept + (1 − g) · skipped`` with hard g = [p > ½], where dg/dp is taken to be 1 (section 3.3).
 
     Args:
-        kept, skipped: float (B, C, H, W), a block's output where it runs and where it does not.
+        kept, skipped: float (B, C, H, W), a block's output if it runs and if it is skipped.
         probability_B: float (B,), p.
 
-    Returns: float (B, C, H, W). The gradient of p is ``Σ grad · (kept − skipped)`` over an image's features; that of
-    ``kept`` and ``skipped`` goes to the one that was chosen.
+    Returns: float (B, C, H, W). The gradient of p is ``Σ grad · (kept − skipped)`` over an image's features; of
+    ``kept`` and ``skipped``, only the chosen one gets a gradient.
+
+    Raises:
+        ValueError: the shapes do not match.
     """
     if kept.shape != skipped.shape or probability_B.shape != kept.shape[:1]:
         shapes = [tuple(t.shape) for t in (kept, skipped, probability_B)]
@@ -129,8 +153,8 @@ def straight_through(kept: Tensor, skipped: Tensor, probability_B: Tensor) -> Te
 
 
 class _StraightThrough(torch.autograd.Function):
-    """Chooses with ``torch.where`` where ``g + p − p.detach()`` would multiply, so that a NaN in a skipped block does
-    not reach the output."""
+    """The autograd function of :func:`straight_through`. It chooses with ``torch.where``; the usual ``g + p −
+    p.detach()`` would multiply, and a NaN in a skipped block would reach the output."""
 
     @staticmethod
     def forward(ctx: Any, kept: Tensor, skipped: Tensor, probability_B: Tensor) -> Tensor:
@@ -145,11 +169,17 @@ class _StraightThrough(torch.autograd.Function):
 
 
 def _conv(channels: int, stride: int) -> list[nn.Module]:
+    """Build conv3×3 – BN – ReLU."""
     convolution = nn.Conv2d(channels, channels, 3, stride, padding=1, bias=False)
     return [convolution, nn.BatchNorm2d(channels), nn.ReLU()]
 
 
 def _logit(probability: float) -> float:
+    """Return the logit of a probability.
+
+    Raises:
+        UserError: it is not between 0 and 1.
+    """
     if not 0 < probability < 1:
         raise UserError(f"agent.initial_keep must be between 0 and 1, got {probability}")
     return math.log(probability / (1 - probability))

@@ -1,9 +1,10 @@
 """Multi-Scale DenseNet (Huang et al., *Multi-Scale Dense Networks for Resource Efficient Image Classification*,
 ICLR 2018, arXiv 1703.09844): a grid of L layers and S scales, and exits that read the coarsest scale.
 
-A node (l, s) of the grid is the output of layer l, 1 to L, at scale s, 0 (finest) to S-1; layer 0 is the stem. What
-an exit needs is its cone: the nodes that lead to (its layer, S-1). The paper's lazy evaluation computes these and
-defers the others until an exit needs them; the published tables, and ``lazy=False``, compute all live scales.
+A node (l, s) of the grid is the output of layer l, 1 to L, at scale s, 0 (finest) to S-1; layer 0 is the stem. The cone
+of an exit is the nodes that lead to (the exit's layer, S-1). The paper's lazy evaluation computes the cone of the next
+exit and defers all other nodes until an exit needs them; the published tables, and ``lazy=False``, compute all live
+scales.
 
 Shapes: B images, N exits, C classes, H W pixels.
 """
@@ -29,7 +30,7 @@ Stem = Literal["cifar", "imagenet"]
 
 @dataclass(frozen=True)
 class Grid:
-    """Which nodes there are, and what each one reads.
+    """The nodes of the grid, and the nodes that each of them reads.
 
     Args:
         exit_layers: the layer, from 1, that each exit follows; the last one is L.
@@ -42,7 +43,7 @@ class Grid:
     prune: Prune
 
     def live(self, layer: int) -> range:
-        """The scales that a layer computes: the coarsest ones."""
+        """Return the live scales of a layer, which it computes: the coarsest ones."""
         L, S = self.exit_layers[-1], self.num_scales
         if layer == 0:
             return range(S)
@@ -50,30 +51,31 @@ class Grid:
         return range((layer - 1) // interval if self.prune == "max" else max(0, S - (L - layer + 1)), S)
 
     def inputs(self, node: Node) -> list[Node]:
-        """What a node reads: the same scale, then the next finer one if there is one in the layer before."""
+        """Return the nodes that a node reads, in the layer before: the same scale, and the next finer one if it is
+        live there."""
         layer, scale = node
         if layer == 0:
             return [(0, scale - 1)] if scale else []
         return [(layer - 1, s) for s in (scale, scale - 1) if s in self.live(layer - 1)]
 
     def cone(self, node: Node) -> set[Node]:
-        """All the nodes that lead to a node, and itself."""
-        found, open_nodes = set(), [node]
+        """Return all nodes that lead to a node, and the node itself."""
+        cone, open_nodes = set(), [node]
         while open_nodes:
             node = open_nodes.pop()
-            if node not in found:
-                found.add(node)
+            if node not in cone:
+                cone.add(node)
                 open_nodes += self.inputs(node)
-        return found
+        return cone
 
     @property
     def exit_nodes(self) -> list[Node]:
-        """What each exit reads."""
+        """The node that each exit reads."""
         return [(layer, self.num_scales - 1) for layer in self.exit_layers]
 
     @property
     def nodes(self) -> list[Node]:
-        """Every node that some exit needs, each after what it reads."""
+        """All nodes that some exit needs, each behind the nodes that it reads."""
         return sorted(self.cone(self.exit_nodes[-1]))
 
     @property
@@ -85,13 +87,17 @@ class Grid:
         return {layer for layer in range(1, L + 1) if len(self.live(layer)) < len(self.live(layer - 1))}
 
     def plan(self, lazy: bool) -> list[tuple[list[Node], set[Node]]]:
-        """For each exit: the nodes to compute, in order, and those to remember for it and for later ones."""
+        """Plan, for each exit, the nodes to compute for it, in order, and those to remember for it and later exits.
+
+        Args:
+            lazy: whether only the exit's cone is computed, and not all live scales.
+        """
         new_N: list[list[Node]] = []
         done = {(0, 0)}
         for exit_node in self.exit_nodes:
-            wanted = self.cone(exit_node) if lazy else {node for node in self.nodes if node[0] <= exit_node[0]}
-            new_N.append(sorted(wanted - done))
-            done |= wanted
+            needed = self.cone(exit_node) if lazy else {node for node in self.nodes if node[0] <= exit_node[0]}
+            new_N.append(sorted(needed - done))
+            done |= needed
         plan = []
         later: set[Node] = set()
         for new, exit_node in zip(reversed(new_N), reversed(self.exit_nodes)):
@@ -101,12 +107,12 @@ class Grid:
 
 
 class GridNode(nn.Module):
-    """One layer at one scale: the input, what comes down from the finer scale, and what is new, side by side.
+    """One layer at one scale: concatenates its input, features from the next finer scale, and new features.
 
     Args:
-        normal: from the same scale.
-        down: strided, from the next finer scale; None at the finest.
-        transition: 1×1 convolution that narrows the result; None in most layers.
+        normal: computes new features from the same scale.
+        down: computes features from the next finer scale, with stride; None if there is no finer scale.
+        transition: a 1×1 convolution that narrows the result; None in most layers.
     """
 
     def __init__(self, normal: nn.Module, down: nn.Module | None, transition: nn.Module | None) -> None:
@@ -114,33 +120,36 @@ class GridNode(nn.Module):
         self.normal, self.down, self.transition = normal, down, transition
 
     def forward(self, same: Tensor, finer: Tensor | None = None) -> Tensor:
-        parts = [same] if self.down is None else [same, self.down(finer)]
-        x = torch.cat([*parts, self.normal(same)], 1)
+        inputs = [same] if self.down is None else [same, self.down(finer)]
+        x = torch.cat([*inputs, self.normal(same)], 1)
         return x if self.transition is None else self.transition(x)
 
 
 class MSDNet(ExitNetwork):
-    """MSDNet; in brackets the options of the authors' code.
+    """MSDNet, with the names of the authors' options in brackets.
 
     Args:
         num_classes: C.
-        num_exits: N, one at the end of each run of layers [nBlocks].
+        num_exits: N; an exit ends each block of layers [nBlocks].
         base: layers before exit 0.
         step, step_mode: layers from exit n-1 to exit n: ``step`` if "even", ``step · n + 1`` if "lin_grow" [stepmode].
-        channels: of the stem [nChannels]; each scale has its growth factor times as many, of this and the next.
-        growth_rate: channels that each layer adds [growthRate].
+        channels: channels of the stem [nChannels]; at each scale, times the scale's growth factor.
+        growth_rate: channels that each layer adds [growthRate]; at each scale, times the scale's growth factor.
         growth_factors: one for each of the S scales [grFactor].
-        bottleneck_factors: width of the 1×1 convolutions that read each scale, times what they lead to [bnFactor].
+        bottleneck_factors: one for each of the S scales [bnFactor]: the width of the 1×1 convolutions that read the
+            scale is this factor times the channels of the 3×3 convolutions behind them.
         prune: "max" drops the finest scale S-1 times, at even intervals, with a transition each time; "min" keeps each
             scale as long as an exit can use it, and has its transitions after layers ⌊L/3⌋ and ⌊2L/3⌋.
-        reduction: share of the channels that a transition leaves.
+        reduction: the share of the channels that remain after a transition.
         stem: "cifar", or "imagenet", which makes the finest scale a quarter of the image.
-        head_channels: of the two convolutions in each head, 128 for CIFAR; 0, for ImageNet: as many as they read.
-        lazy: defer what the next exit does not need. It changes no logits, and may be set between two batches.
+        head_channels: channels of the two convolutions in each head, 128 for CIFAR; 0, for ImageNet, is as many as the
+            head reads.
+        lazy: whether nodes that the next exit does not need are deferred. It changes no logits, and may be set between
+            two batches.
         mean, std: pixel normalisation, per channel, for pixels in [0, 1].
 
     Raises:
-        UserError: the arguments make no network.
+        UserError: an argument is out of range, or two do not fit together.
     """
 
     def __init__(
@@ -192,7 +201,7 @@ class MSDNet(ExitNetwork):
         self.lazy = lazy
         self._plans = {choice: self.grid.plan(choice) for choice in (False, True)}
 
-        # The width after each layer, at a growth factor of 1.
+        # The channels after each layer, at a growth factor of 1.
         width = [channels]
         for layer in range(1, self.grid.exit_layers[-1] + 1):
             wide = width[-1] + growth_rate
@@ -209,13 +218,13 @@ class MSDNet(ExitNetwork):
             return nn.Sequential(conv_bn_relu(3, channels_of(node), 7, stride=2), nn.MaxPool2d(3, 2, padding=1))
 
         def grid_node(node: Node) -> nn.Module:
-            (layer, scale), reads = node, self.grid.inputs(node)
-            new = growth_rate * growth_factors[scale] // len(reads)
+            (layer, scale), inputs = node, self.grid.inputs(node)
+            new = growth_rate * growth_factors[scale] // len(inputs)
             normal, *down = (
                 bottleneck(channels_of(read), new, bottleneck_factors[read[1]], stride=1 + (read[1] < scale))
-                for read in reads
+                for read in inputs
             )
-            grown = channels_of(reads[0]) + growth_rate * growth_factors[scale]
+            grown = channels_of(inputs[0]) + growth_rate * growth_factors[scale]
             transition = conv_bn_relu(grown, channels_of(node), 1) if layer in self.grid.transitions else None
             return GridNode(normal, down[0] if down else None, transition)
 
@@ -246,7 +255,7 @@ class MSDNet(ExitNetwork):
         he_init(self)
 
     def begin(self, images: Tensor) -> State:
-        """The finest scale of the stem; the coarser ones follow when an exit needs them."""
+        """Compute the finest scale of the stem for images (B, 3, H, W); coarser ones follow when an exit needs them."""
         return {(0, 0): self.nodes[name_of((0, 0))](self.normalise(images))}
 
     def segment(self, n: int, state: State) -> State:
@@ -269,12 +278,12 @@ class MSDNet(ExitNetwork):
 
 
 def name_of(node: Node) -> str:
-    """The name of a node's module."""
+    """Return the name of a node's module."""
     return "layer{}_scale{}".format(*node)
 
 
 def conv_bn_relu(channels_in: int, channels_out: int, kernel: int, stride: int = 1) -> nn.Sequential:
-    """Convolution of the same padding without bias – BN – ReLU."""
+    """Build a convolution with "same" padding and without bias – BN – ReLU."""
     return nn.Sequential(
         nn.Conv2d(channels_in, channels_out, kernel, stride, kernel // 2, bias=False),
         nn.BatchNorm2d(channels_out),
@@ -283,13 +292,15 @@ def conv_bn_relu(channels_in: int, channels_out: int, kernel: int, stride: int =
 
 
 def bottleneck(channels_in: int, channels_out: int, factor: int, stride: int) -> nn.Sequential:
-    """A 1×1 convolution to ``factor`` times the output's channels, but no more than the input's, and a 3×3."""
+    """Build a 1×1 convolution to ``factor`` times the output's channels, but at most the input's, and a 3×3
+    convolution."""
     width = min(channels_in, factor * channels_out)
     return nn.Sequential(conv_bn_relu(channels_in, width, 1), conv_bn_relu(width, channels_out, 3, stride))
 
 
 def _head(channels: int, width: int, num_classes: int) -> nn.Sequential:
-    """Two strided convolutions, then the average of what is left, which is 2×2 at the published image sizes."""
+    """Build a head: two strided convolutions, the average over the remaining pixels (2×2 at the published image sizes),
+    and a linear layer."""
     return nn.Sequential(
         conv_bn_relu(channels, width, 3, stride=2),
         conv_bn_relu(width, width, 3, stride=2),
@@ -300,7 +311,7 @@ def _head(channels: int, width: int, num_classes: int) -> nn.Sequential:
 
 
 def count_with_and_without_lazy(network: MSDNet, image_shape: tuple[int, int, int]) -> tuple[ExitCosts, ExitCosts]:
-    """What lazy evaluation saves: the costs of each exit with it, and without it."""
+    """Count the MACs of each exit with and without lazy evaluation, for one image of shape (3, H, W)."""
     lazy = network.lazy
     try:
         network.lazy = True

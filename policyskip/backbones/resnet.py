@@ -1,4 +1,4 @@
-"""Residual networks: the CIFAR family (depth 6n+2) and torchvision's ImageNet ResNets.
+"""Residual networks whose blocks can be skipped: the CIFAR family (depth 6n+2) and torchvision's ImageNet ResNets.
 
 Shapes: B images, C classes, H W pixels.
 """
@@ -19,7 +19,7 @@ Shortcut = Literal["A", "pool", "B"]
 
 
 class SubsampleShortcut(nn.Module):
-    """Option A of He et al. (2016): every second pixel, and zero channels added, half on each side."""
+    """Option A of He et al. (2016): take every second pixel, and add zero channels, half on each side."""
 
     def __init__(self, channels_in: int, channels_out: int, stride: int) -> None:
         super().__init__()
@@ -31,7 +31,7 @@ class SubsampleShortcut(nn.Module):
 
 
 class PoolShortcut(nn.Module):
-    """BlockDrop's parameter-free variant of option A: average pooling, and zero channels added behind."""
+    """BlockDrop's parameter-free variant of option A: average over pixels, and add zero channels behind."""
 
     def __init__(self, channels_in: int, channels_out: int, stride: int) -> None:
         super().__init__()
@@ -39,13 +39,13 @@ class PoolShortcut(nn.Module):
         self.extra = channels_out - channels_in
 
     def forward(self, x: Tensor) -> Tensor:
-        # ceil_mode keeps odd sizes in step with the strided convolution.
+        # With ceil_mode, odd sizes become the same as after the strided convolution.
         pooled = F.avg_pool2d(x, self.stride, ceil_mode=True, count_include_pad=False) if self.stride > 1 else x
         return F.pad(pooled, (0, 0, 0, 0, 0, self.extra))
 
 
 def projection_shortcut(channels_in: int, channels_out: int, stride: int) -> nn.Module:
-    """Option B of He et al. (2016): a strided 1×1 convolution with batch normalisation."""
+    """Build option B of He et al. (2016): a strided 1×1 convolution with batch normalisation."""
     return nn.Sequential(
         nn.Conv2d(channels_in, channels_out, 1, stride, bias=False),
         nn.BatchNorm2d(channels_out),
@@ -60,7 +60,7 @@ SHORTCUTS: dict[str, Callable[[int, int, int], nn.Module]] = {
 
 
 def basic_block(channels_in: int, channels_out: int, stride: int, shortcut: Shortcut) -> Block:
-    """conv3×3 – BN – ReLU – conv3×3 – BN, beside a shortcut."""
+    """Build a block of conv3×3 – BN – ReLU – conv3×3 – BN beside a shortcut."""
     residual = nn.Sequential(
         OrderedDict(
             conv1=nn.Conv2d(channels_in, channels_out, 3, stride, padding=1, bias=False),
@@ -75,7 +75,7 @@ def basic_block(channels_in: int, channels_out: int, stride: int, shortcut: Shor
 
 
 class CifarResNet(Backbone):
-    """ResNet for small images (He et al. 2016, section 4.2): three stages of n basic blocks, depth 6n+2.
+    """A ResNet for small images (He et al. 2016, section 4.2): three stages of n basic blocks, depth 6n+2.
 
     Args:
         depth: 6n+2, so 8, 14, 20, 32, 56, 110, …
@@ -85,7 +85,7 @@ class CifarResNet(Backbone):
         mean, std: pixel normalisation, per channel, for pixels in [0, 1].
 
     Raises:
-        UserError: the depth is not 6n+2, the shortcut is unknown, or width, mean or std make no sense.
+        UserError: the depth is not 6n+2, the shortcut is unknown, or width, mean or std are out of range.
     """
 
     def __init__(
@@ -128,15 +128,16 @@ class CifarResNet(Backbone):
 
 
 class TorchvisionResNet(Backbone):
-    """torchvision's ImageNet ResNet (depth 18, 34, 50, 101, 152), its blocks made skippable.
+    """One of torchvision's ImageNet ResNets, with blocks that can be skipped.
 
     Args:
-        depth: which one.
+        depth: 18, 34, 50, 101 or 152.
         num_classes: C; pretrained weights have 1000.
         weights: "DEFAULT", "IMAGENET1K_V1" or "IMAGENET1K_V2" (downloaded by torchvision), or None for random ones.
 
     Raises:
-        UserError: unknown depth or weights, or weights of another number of classes. OSError: the download failed.
+        UserError: unknown depth or weights, or weights of another number of classes.
+        OSError: the download failed.
     """
 
     def __init__(self, depth: int, num_classes: int = 1000, weights: str | None = None) -> None:

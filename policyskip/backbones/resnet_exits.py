@@ -1,7 +1,7 @@
-"""Exits on a residual network: heads after some of its blocks.
+"""A residual network with exits: heads after some of its blocks.
 
 Placement follows Distiller's early exits (Intel AI Lab; Zmora et al., *Neural Network Distiller*, arXiv 1910.12232):
-any block may be followed by an exit, and a block may be called by its module's name.
+an exit may follow any block, and a block may be given by the name of its module.
 
 Shapes: B images, N exits, C classes, K blocks, H W pixels.
 """
@@ -26,18 +26,19 @@ HeadKind = Literal["linear", "pooled", "conv", "distiller_cifar", "distiller_ima
 
 
 def linear_head(shape: Shape, num_classes: int) -> nn.Module:
-    """One linear layer over all the features, as in Conditional Deep Learning (Panda et al. 2016)."""
+    """Build a head of one linear layer over all features, as in Conditional Deep Learning (Panda et al. 2016)."""
     channels, height, width = shape
     return nn.Sequential(nn.Flatten(), nn.Linear(channels * height * width, num_classes))
 
 
 def pooled_head(shape: Shape, num_classes: int) -> nn.Module:
-    """One linear layer over each channel's average: the cheapest head."""
+    """Build a head of one linear layer over each channel's average: the cheapest head."""
     return nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(shape[0], num_classes))
 
 
 def conv_head(shape: Shape, num_classes: int, depth: int) -> nn.Module:
-    """``depth`` strided 3×3 convolutions with BN and ReLU to twice the channels, 64 at most, and a pooled head."""
+    """Build a head of ``depth`` strided 3×3 convolutions with BN and ReLU, to twice the channels but at most 64, and a
+    pooled head."""
     channels, width = shape[0], min(2 * shape[0], 64)
     layers: list[nn.Module] = []
     for _ in range(depth):
@@ -47,7 +48,11 @@ def conv_head(shape: Shape, num_classes: int, depth: int) -> nn.Module:
 
 
 def distiller_cifar_head(shape: Shape, num_classes: int) -> nn.Module:
-    """That of Distiller's CIFAR ResNets: 3×3 averages, and one linear layer over them."""
+    """Build the head of Distiller's CIFAR ResNets: 3×3 averages, and one linear layer over them.
+
+    Raises:
+        UserError: the features are smaller than 3×3.
+    """
     channels, height, width = shape
     if min(height, width) < 3:
         raise UserError(f"a distiller_cifar head needs features of at least 3×3, there are {height}×{width}")
@@ -55,7 +60,8 @@ def distiller_cifar_head(shape: Shape, num_classes: int) -> nn.Module:
 
 
 def distiller_imagenet_head(shape: Shape, num_classes: int, channels: int) -> nn.Module:
-    """That of Distiller's ResNet-50: a strided 7×7 convolution to few channels, 3×3 maxima, and a linear layer."""
+    """Build the head of Distiller's ResNet-50: a strided 7×7 convolution to ``channels``, 3×3 max pooling, and a linear
+    layer."""
     height, width = (-(-size // 4) for size in shape[1:])
     return nn.Sequential(
         nn.Conv2d(shape[0], channels, 7, 2, padding=3),
@@ -71,7 +77,8 @@ HEADS: dict[str, Callable[[Shape, int, int, int], nn.Module]] = {
     "distiller_cifar": lambda shape, num_classes, n, later: distiller_cifar_head(shape, num_classes),
     "distiller_imagenet": lambda shape, num_classes, n, later: distiller_imagenet_head(shape, num_classes, 10 + 2 * n),
 }
-"""Head by name, for features (channels, H, W), C, the exit's place n, and the number of exits that follow it."""
+"""The functions that build a head from the features' shape (channels, H, W), C, the exit's index n, and the number of
+exits from this one to the last, by name."""
 
 
 class ResNetExits(ExitNetwork):
@@ -80,16 +87,18 @@ class ResNetExits(ExitNetwork):
     Over a frozen backbone only the new heads learn: ``train()`` leaves the backbone in evaluation mode.
 
     Args:
-        backbone: what the exits are put on; all its blocks run.
-        exits: the blocks that are followed by one, ascending: indices from 0, or names as "layer1.2" or "stage1.2" (the
-            third block of the first stage), also with the ReLU that ends the block ("layer1.2.relu2").
+        backbone: the network that gets the exits; all its blocks run.
+        exits: the blocks that an exit follows, in ascending order: indices from 0, or names such as "layer1.2" or
+            "stage1.2" (the third block of the first stage), also with the ReLU that ends the block
+            ("layer1.2.relu2").
         heads: "linear" (over all features), "pooled" (over each channel's average), "conv" (strided convolutions,
             pooled: one at the last exit before the backbone's own, one more at each earlier exit, up to three),
-            "distiller_cifar" or "distiller_imagenet" (Distiller's own); one for all, or one for each of ``exits``.
+            "distiller_cifar" or "distiller_imagenet" (Distiller's own); one kind for all, or one for each of ``exits``.
         image_shape: (3, H, W), on which the sizes of the heads depend.
 
     Raises:
-        UserError: an exit after no block or the last one, not ascending, a head that is unknown or does not fit.
+        UserError: an exit follows no block or the last block, the exits are not in ascending order, or a head is
+            unknown or does not fit.
     """
 
     def __init__(
@@ -99,43 +108,46 @@ class ResNetExits(ExitNetwork):
         heads: str | Sequence[str] = "pooled",
         image_shape: tuple[int, int, int] = (3, 32, 32),
     ) -> None:
-        places = find_blocks(backbone, exits)
-        kinds = [heads] * len(places) if isinstance(heads, str) else list(heads)
+        blocks = find_blocks(backbone, exits)
+        kinds = [heads] * len(blocks) if isinstance(heads, str) else list(heads)
         unknown = [kind for kind in kinds if kind not in HEADS]
         if unknown:
             raise UserError(f"there is no head {unknown[0]!r}; heads are {', '.join(HEADS)}")
-        if len(kinds) != len(places):
-            raise UserError(f"{len(places)} exits need one kind of head or {len(places)}, got {len(kinds)}")
+        if len(kinds) != len(blocks):
+            raise UserError(f"{len(blocks)} exits need one kind of head or {len(blocks)}, got {len(kinds)}")
         mean, std = backbone.mean.flatten().tolist(), backbone.std.flatten().tolist()
-        super().__init__(backbone.num_classes, len(places) + 1, mean, std)
-        for name in ("mean", "std"):  # the backbone's, which are saved with it
+        super().__init__(backbone.num_classes, len(blocks) + 1, mean, std)
+        for name in ("mean", "std"):  # the backbone's own, which are saved as part of it
             self.register_buffer(name, getattr(backbone, name), persistent=False)
         self.backbone = backbone
-        self.exits = tuple(places)
+        self.exits = tuple(blocks)
         self.exit_heads = nn.ModuleList(
-            HEADS[kind](shape, self.num_classes, n, len(places) - n)
-            for n, (kind, shape) in enumerate(zip(kinds, feature_shapes(backbone, places, image_shape)))
+            HEADS[kind](shape, self.num_classes, n, len(blocks) - n)
+            for n, (kind, shape) in enumerate(zip(kinds, feature_shapes(backbone, blocks, image_shape)))
         )
         self.name = f"{backbone.name}_exits"
         if backbone.architecture:
             self.architecture = dict(
                 network="resnet_exits",
                 backbone=backbone.architecture,
-                exits=places,
+                exits=blocks,
                 heads=kinds,
                 image_shape=list(image_shape),
             )
 
     def only(self, kept: Sequence[int]) -> ResNetExits:
-        """This network with some of its early exits (places from 0, ascending) and its own head; all weights shared."""
+        """Make a network with only some of the early exits, given by their indices from 0, ascending, and with the last
+        exit. It shares all weights with this network."""
         fewer = copy.copy(self)
         fewer._modules = dict(self._modules)
         fewer.exits = tuple(self.exits[n] for n in kept)
         fewer.exit_heads = nn.ModuleList(self.exit_heads[n] for n in kept)
         fewer.num_exits = len(kept) + 1
-        if self.architecture:
+        if "heads" in self.architecture:
             kinds = [self.architecture["heads"][n] for n in kept]
             fewer.architecture = {**self.architecture, "exits": list(fewer.exits), "heads": kinds}
+        elif self.architecture:  # a call of the user's own made this network
+            fewer.architecture = {**self.architecture, "kept_exits": list(kept)}
         return fewer
 
     def begin(self, images: Tensor) -> State:
@@ -154,50 +166,55 @@ class ResNetExits(ExitNetwork):
 
 
 def find_blocks(backbone: Backbone, exits: Sequence[int | str]) -> list[int]:
-    """The indices, from 0, of the blocks that ``exits`` stand for (see :class:`ResNetExits`).
+    """Find the indices, from 0, of the blocks that ``exits`` follow (see :class:`ResNetExits`).
 
     Raises:
         UserError: there is no such block, it is the last one, or they are not in ascending order.
     """
     last = backbone.num_blocks - 1
-    places = [_find_block(backbone, place) for place in exits]
-    if any(a >= b for a, b in pairwise(places)):
+    blocks = [_find_block(backbone, block) for block in exits]
+    if any(a >= b for a, b in pairwise(blocks)):
         raise UserError(f"exits must be in ascending order, each once, got {list(exits)}")
-    if last in places:
+    if last in blocks:
         raise UserError(
             f"block {last} is the last of {backbone.name}: its exit is the network's own head; "
             f"exits follow blocks 0 to {last - 1}"
         )
-    return places
+    return blocks
 
 
-def _find_block(backbone: Backbone, place: int | str) -> int:
-    if isinstance(place, int):
-        if 0 <= place < backbone.num_blocks:
-            return place
+def _find_block(backbone: Backbone, name: int | str) -> int:
+    """Find the index of a block from its index or name.
+
+    Raises:
+        UserError: there is no such block.
+    """
+    if isinstance(name, int):
+        if 0 <= name < backbone.num_blocks:
+            return name
         raise UserError(
-            f"there is no block {place} in {backbone.name}: exits follow blocks 0 to {backbone.num_blocks - 2}"
+            f"there is no block {name} in {backbone.name}: exits follow blocks 0 to {backbone.num_blocks - 2}"
         )
-    match = re.fullmatch(r"(?:layer|stage)(\d+)\.(\d+)(?:\.relu(\d))?", place)
+    match = re.fullmatch(r"(?:layer|stage)(\d+)\.(\d+)(?:\.relu(\d))?", name)
     stage, block = (int(match[1]) - 1, int(match[2])) if match else (-1, -1)
     if not 0 <= stage < len(backbone.stages) or block >= backbone.stages[stage]:
         names = ", ".join(f"layer{s}.0 to layer{s}.{size - 1}" for s, size in enumerate(backbone.stages, 1))
-        raise UserError(f"there is no block {place!r} in {backbone.name}: its blocks are {names}")
+        raise UserError(f"there is no block {name!r} in {backbone.name}: its blocks are {names}")
     index = sum(backbone.stages[:stage]) + block
     convolutions = sum(isinstance(m, nn.Conv2d) for m in backbone.blocks[index].residual.modules())
     if match and match[3] and int(match[3]) != convolutions:
-        raise UserError(f"{place} is no end of a block: exits follow whole blocks, such as layer{stage + 1}.{block}")
+        raise UserError(f"{name} is no end of a block: exits follow whole blocks, such as layer{stage + 1}.{block}")
     return index
 
 
 @torch.no_grad()
-def feature_shapes(backbone: Backbone, places: Sequence[int], image_shape: tuple[int, int, int]) -> list[Shape]:
-    """The shapes (channels, H, W) of the features after some blocks."""
+def feature_shapes(backbone: Backbone, blocks: Sequence[int], image_shape: tuple[int, int, int]) -> list[Shape]:
+    """Find the shapes (channels, H, W) of the features after some blocks, given by index, for images (3, H, W)."""
     shapes: list[Shape] = []
     with evaluation_mode(backbone):
         x = backbone.features(torch.zeros(1, *image_shape, device=backbone.mean.device))
-        for k, block in enumerate(backbone.blocks[: max(places, default=-1) + 1]):
+        for k, block in enumerate(backbone.blocks[: max(blocks, default=-1) + 1]):
             x = block(x)
-            if k in places:
+            if k in blocks:
                 shapes.append((x.shape[1], x.shape[2], x.shape[3]))
     return shapes

@@ -12,7 +12,7 @@ from typing import Any
 
 from omegaconf import OmegaConf
 
-from policyskip.errors import UserError
+from policyskip.errors import UserError, in_one_line
 from policyskip.evaluation import decisions
 from policyskip.evaluation.decisions import Decisions
 from policyskip.runs.folder import Run
@@ -168,8 +168,8 @@ def _read(run: Run, name: str, decide_again: Callable[[Run], Decisions] | None) 
         config: Any = OmegaConf.to_container(OmegaConf.load(run.folder / "config.yaml"), resolve=True)
         if not isinstance(config, dict):
             raise ValueError("it must hold keys and values")
-    except Exception as error:  # damaged files raise whatever the reader stumbles over
-        raise UserError(f"{run.folder / 'config.yaml'} is damaged: {' '.join(str(error).split())[:200]}") from error
+    except Exception as error:  # readers raise exceptions of every type for damaged files
+        raise UserError(f"{run.folder / 'config.yaml'} is damaged: {in_one_line(error)}") from error
     own_decisions = decisions.load_decisions(run)
     if own_decisions is None and decide_again is not None:
         try:

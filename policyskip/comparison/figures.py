@@ -1,26 +1,38 @@
-"""The interactive figures of the page, as Plotly's plain data: lists of traces and a layout. Colours of text and grid
-are the page's, which knows whether it is light or dark."""
+"""The interactive figures of the page, as Plotly's plain data: lists of traces and a layout.
+
+The page sets the colours of text and grid, as it knows whether it is light or dark.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from typing import Any
 
-from policyskip.comparison.series import CURVES, Style, band, front_of, lowest_shown, matrix, oracles, static_front, use
+from policyskip.comparison.series import (
+    CURVES,
+    Style,
+    curves_of,
+    front_of,
+    lowest_shown,
+    matrix,
+    oracles,
+    rows_using,
+    static_front,
+)
 from policyskip.comparison.tables import MEASURES, Cells, Row
 from policyskip.evaluation.plots import STATIC
 
 Figure = dict[str, Any]
-"""``title``, ``note``, ``data`` (traces), ``layout``; and perhaps ``choices``, values that a heat map can show."""
+"""``title``, ``note``, ``data`` (traces) and ``layout``; perhaps ``choices``, the values that a heat map can show."""
 DIVERGING = [[0, "#c2412f"], [0.5, "#88888820"], [1, "#1b6ca8"]]
-"""Worse, alike, better; on white and on black."""
-DOWN = {"autorange": "reversed", "showgrid": False}
-"""The first row on top."""
+"""A colour scale from worse over alike to better, readable on white and on black."""
+FIRST_ROW_ON_TOP = {"autorange": "reversed", "showgrid": False}
+"""Settings of the vertical axis of a heat map."""
 FEW = 14
-"""Rows up to which a heat map has its numbers written in."""
+"""A heat map of at most this many rows has its numbers written in."""
 
 
-def pareto_front(rows: Sequence[Row], cells: Cells, look: dict[str, Style]) -> Figure:
+def pareto_front(rows: Sequence[Row], cells: Cells, styles: dict[str, Style]) -> Figure:
     """Accuracy against MACs; a point's ``customdata`` is the run whose gallery it opens."""
     data: list[dict[str, Any]] = []
     static = static_front(rows)
@@ -31,12 +43,12 @@ def pareto_front(rows: Sequence[Row], cells: Cells, look: dict[str, Style]) -> F
     line = _trace("Pareto front of the agents", front, "#888888", "lines", {})
     data.append(line | {"line": {"dash": "dash", "shape": "hv", "width": 1, "color": "#888888"}, "hoverinfo": "skip"})
     for row, cell in zip(rows, cells, strict=True):
-        style = look[row.label]
+        style = styles[row.label]
         name = row.title
         if len(row.results) > 1:
             data.append(_runs(row, style))
         names = [result.name for result in row.results]
-        told = f"<b>{name}</b><br>%{{y:.2f}} % at %{{x:.2f}} M MACs ({cell['macs_share']:.3f} of full)<br>"
+        hover = f"<b>{name}</b><br>%{{y:.2f}} % at %{{x:.2f}} M MACs ({cell['macs_share']:.3f} of full)<br>"
         listed = ", ".join(names[:5]) + (", …" if len(names) > 5 else "")
         kind = f"mean of {len(names)} runs: {listed}" if len(names) > 1 else f"run {names[0]}"
         mean: dict[str, Any] = {"type": "scatter", "mode": "markers", "name": name, "legendgroup": row.label}
@@ -45,11 +57,11 @@ def pareto_front(rows: Sequence[Row], cells: Cells, look: dict[str, Style]) -> F
         for axis, half, scale in (("x", cell["macs_t95"], 1e-6), ("y", cell["accuracy_t95"], 100)):
             if half is not None:
                 mean[f"error_{axis}"] = {"array": [half * scale], "color": style.colour, "thickness": 1, "width": 3}
-        data.append(mean | {"hovertemplate": f"{told}{kind}<extra></extra>"})
-    seen = oracles(rows)
-    if seen:
+        data.append(mean | {"hovertemplate": f"{hover}{kind}<extra></extra>"})
+    oracle_points = oracles(rows)
+    if oracle_points:
         marker = {"symbol": "star-open", "size": 12}
-        data.append(_trace("oracles, which see the label", seen, "#888888", "markers", marker))
+        data.append(_trace("oracles, which see the label", oracle_points, "#888888", "markers", marker))
     layout = {
         "xaxis": {"title": {"text": "MACs an image, millions, own cost included"}, "rangemode": "tozero"},
         "yaxis": {"title": {"text": "test accuracy, %"}, "range": [lowest_shown(cells), 100.5]},
@@ -90,7 +102,7 @@ def _trace(
         "type": "scatter",
         "mode": mode,
         "name": name,
-        "text": [told for _, _, told in points],
+        "text": [text for _, _, text in points],
         "x": [macs / 1e6 for macs, _, _ in points],
         "y": [100 * accuracy for _, accuracy, _ in points],
         "marker": {"color": colour, **marker},
@@ -99,16 +111,15 @@ def _trace(
     }
 
 
-def learning_curves(rows: Sequence[Row], look: dict[str, Style]) -> Figure | None:
+def learning_curves(rows: Sequence[Row], styles: dict[str, Style]) -> Figure | None:
     """Validation accuracy and MACs against updates, with bands from the lowest to the highest seed."""
-    panels = [(key, [(row, curve) for row in rows if (curve := band(row, key))]) for key in CURVES]
-    panels = [(key, curves) for key, curves in panels if curves]
+    panels = curves_of(rows)
     if not panels:
         return None
     data: list[dict[str, Any]] = []
     layout: dict[str, Any] = {"height": 380, "hovermode": "closest", "annotations": []}
-    shown: set[str] = set()
-    for n, (key, curves) in enumerate(panels):
+    in_legend: set[str] = set()
+    for n, (key, curves) in enumerate(panels.items()):
         suffix = "" if n == 0 else str(n + 1)
         left, right = n / len(panels) + (0.03 if n else 0), (n + 1) / len(panels) - 0.02
         layout[f"xaxis{suffix}"] = {"domain": [left, right], "title": {"text": "update"}, "anchor": f"y{suffix}"}
@@ -116,7 +127,7 @@ def learning_curves(rows: Sequence[Row], look: dict[str, Style]) -> Figure | Non
         centre = {"x": (left + right) / 2, "y": 1.07, "xref": "paper", "yref": "paper", "showarrow": False}
         layout["annotations"].append({"text": CURVES[key], **centre})
         for row, curve in curves:
-            colour, axes = look[row.label].colour, {"xaxis": f"x{suffix}", "yaxis": f"y{suffix}"}
+            colour, axes = styles[row.label].colour, {"xaxis": f"x{suffix}", "yaxis": f"y{suffix}"}
             common = {"type": "scatter", "legendgroup": row.label, "name": row.label, **axes}
             if len(row.results) > 1:
                 outline = {"x": [*curve.step_T, *curve.step_T[::-1]], "y": [*curve.high_T, *curve.low_T[::-1]]}
@@ -126,11 +137,11 @@ def learning_curves(rows: Sequence[Row], look: dict[str, Style]) -> Figure | Non
                 "x": curve.step_T,
                 "y": curve.mean_T,
                 "mode": "lines",
-                "line": {"color": colour, "width": 1.6, "dash": look[row.label].dash},
+                "line": {"color": colour, "width": 1.6, "dash": styles[row.label].dash},
             }
-            told = f"<b>{row.label}</b><br>update %{{x}}: %{{y:.4g}}<extra></extra>"
-            data.append({**common, **line, "hovertemplate": told, "showlegend": row.label not in shown})
-            shown.add(row.label)
+            hover = f"<b>{row.label}</b><br>update %{{x}}: %{{y:.4g}}<extra></extra>"
+            data.append({**common, **line, "hovertemplate": hover, "showlegend": row.label not in in_legend})
+            in_legend.add(row.label)
     note = (
         "Mean over seeds; bands go from the lowest seed to the highest. Agents that set thresholds do so after "
         "training: until then accuracy and cost are those of the last exit."
@@ -139,27 +150,27 @@ def learning_curves(rows: Sequence[Row], look: dict[str, Style]) -> Figure | Non
 
 
 def block_use(rows: Sequence[Row]) -> Figure | None:
-    """Share of the images that keep each block."""
-    shown = [(row.label, found[1]) for row in rows if (found := use(row)) and found[0] == "blocks"]
-    if not shown:
+    """The share of the images that keep each block."""
+    used = rows_using(rows, "blocks")
+    if not used:
         return None
-    width = max(len(share) for _, share in shown)
-    z = [[*share, *[None] * (width - len(share))] for _, share in shown]
-    heat = _heat([label for label, _ in shown], list(range(width)), z, "%{y}<br>block %{x}: %{z:.3f} of the images")
+    width = max(len(share) for _, share in used)
+    z = [[*share, *[None] * (width - len(share))] for _, share in used]
+    heat = _heat([row.label for row, _ in used], list(range(width)), z, "%{y}<br>block %{x}: %{z:.3f} of the images")
     heat |= {"colorscale": [[0, "#1b6ca80c"], [1, "#1b6ca8"]], "zmin": 0, "zmax": 1}
     layout = {
-        "height": 130 + 30 * len(shown),
-        "yaxis": DOWN,
+        "height": 130 + 30 * len(used),
+        "yaxis": FIRST_ROW_ON_TOP,
         "xaxis": {"title": {"text": "block"}, "dtick": 1 if width <= 20 else 5},
     }
     note = "How often each block runs on test images, mean over seeds."
     return {"title": "Which blocks run", "note": note, "data": [heat], "layout": layout}
 
 
-def exit_use(rows: Sequence[Row], look: dict[str, Style]) -> Figure | None:
-    """Share of the images that leave at each exit."""
-    shown = [(row, found[1]) for row in rows if (found := use(row)) and found[0] == "exits"]
-    if not shown:
+def exit_use(rows: Sequence[Row], styles: dict[str, Style]) -> Figure | None:
+    """The share of the images that leave at each exit."""
+    used = rows_using(rows, "exits")
+    if not used:
         return None
     data = [
         {
@@ -167,10 +178,10 @@ def exit_use(rows: Sequence[Row], look: dict[str, Style]) -> Figure | None:
             "name": row.label,
             "x": list(range(len(share))),
             "y": share,
-            "marker": {"color": look[row.label].colour},
+            "marker": {"color": styles[row.label].colour},
             "hovertemplate": f"<b>{row.label}</b><br>exit %{{x}}: %{{y:.3f}} of the images<extra></extra>",
         }
-        for row, share in shown
+        for row, share in used
     ]
     layout = {"height": 340, "xaxis": {"title": {"text": "exit"}, "dtick": 1}}
     layout["yaxis"] = {"title": {"text": "share of images"}, "rangemode": "tozero"}
@@ -188,7 +199,7 @@ def agreement(rows: Sequence[Row], cells: Cells) -> Figure | None:
     heat = _heat(labels, labels, choices[2]["z"], "%{y}<br>%{x}<br>%{z:.3f}")
     heat |= {"colorscale": "Viridis", "zmin": 0, "zmax": 1}
     heat |= {"texttemplate": "%{z:.2f}"} if len(known) <= FEW else {}
-    layout = {"height": 220 + 26 * len(known), "yaxis": DOWN, "xaxis": {"tickangle": 40, "showgrid": False}}
+    layout = {"height": 220 + 26 * len(known), "yaxis": FIRST_ROW_ON_TOP, "xaxis": {"tickangle": 40, "showgrid": False}}
     note = "Mean over pairs of runs; on the diagonal, seeds of one row. Empty where it cannot be said."
     figure = {"title": "Who decides alike", "note": note, "data": [heat], "layout": layout}
     return figure | {"choices": choices, "chosen": 2}
@@ -212,7 +223,11 @@ def differences(rows: Sequence[Row], cells: Cells) -> Figure | None:
     largest = max(1.0, max(abs(value) for line in z for value in line if value is not None))
     heat |= {"text": text, "colorscale": DIVERGING, "zmin": -largest, "zmax": largest}
     heat |= {"texttemplate": "%{z:+.2f}"} if len(labels) <= FEW else {}
-    layout = {"height": 220 + 26 * len(labels), "yaxis": DOWN, "xaxis": {"tickangle": 40, "showgrid": False}}
+    layout = {
+        "height": 220 + 26 * len(labels),
+        "yaxis": FIRST_ROW_ON_TOP,
+        "xaxis": {"tickangle": 40, "showgrid": False},
+    }
     note = (
         "Accuracy of the row less that of the column on the same images, in points; blue: the row is better. Costs "
         "differ too, so read it beside the first figure. Intervals are paired bootstrap intervals over images."
@@ -220,7 +235,7 @@ def differences(rows: Sequence[Row], cells: Cells) -> Figure | None:
     return {"title": "Who is better, image by image", "note": note, "data": [heat], "layout": layout}
 
 
-def _heat(y: list[str], x: list[Any], z: Any, told: str) -> dict[str, Any]:
+def _heat(y: list[str], x: list[Any], z: Any, hover: str) -> dict[str, Any]:
     bar = {"thickness": 10, "outlinewidth": 0}
     return {
         "type": "heatmap",
@@ -231,5 +246,5 @@ def _heat(y: list[str], x: list[Any], z: Any, told: str) -> dict[str, Any]:
         "ygap": 1,
         "colorbar": bar,
         "hoverongaps": False,
-        "hovertemplate": f"{told}<extra></extra>",
+        "hovertemplate": f"{hover}<extra></extra>",
     }

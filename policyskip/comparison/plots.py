@@ -10,16 +10,37 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from matplotlib.lines import Line2D
 
-from policyskip.comparison.series import CURVES, Style, band, front_of, lowest_shown, matrix, oracles, static_front, use
+from policyskip.comparison.series import (
+    CURVES,
+    Style,
+    curves_of,
+    front_of,
+    lowest_shown,
+    matrix,
+    oracles,
+    rows_using,
+    static_front,
+)
 from policyskip.comparison.tables import MEASURES, Cells, Row
-from policyskip.evaluation.plots import FULL, STATIC, figure_of, save
+from policyskip.evaluation.plots import (
+    FULL,
+    STATIC,
+    draw_image,
+    figure_of,
+    finish,
+    panel_of_curves,
+    save,
+    shorten,
+    write_pictures,
+)
 
 Images = dict[int, Any]
-"""Test images by their place: uint8 (H, W, 3)."""
+"""Test images by their index in the set: uint8 (H, W, 3)."""
 
 
-def pareto_front(rows: Sequence[Row], cells: Cells, look: dict[str, Style], path: Path) -> Path:
+def pareto_front(rows: Sequence[Row], cells: Cells, styles: dict[str, Style], path: Path) -> Path:
     """Accuracy against MACs of every row and run, with intervals, the front, the fixed choices and the oracle."""
     figure = figure_of(9.6, 5.6)
     axes = figure.subplots()
@@ -36,7 +57,7 @@ def pareto_front(rows: Sequence[Row], cells: Cells, look: dict[str, Style], path
         label="Pareto front of the agents",
     )
     for row, line in zip(rows, cells, strict=True):
-        style = look[row.label]
+        style = styles[row.label]
         runs = zip(row.values("macs_mean"), row.values("accuracy"), strict=True)
         if len(row.results) > 1:
             axes.plot(*zip(*((m / 1e6, 100 * a) for m, a in runs), strict=True), ".", color=style.colour, alpha=0.45)
@@ -51,16 +72,15 @@ def pareto_front(rows: Sequence[Row], cells: Cells, look: dict[str, Style], path
             markersize=10 if row.oracle else 7,
             label=row.title,
         )
-    seen = [(macs, accuracy) for macs, accuracy, _ in oracles(rows)]
-    if seen:
-        x, y = [macs / 1e6 for macs, _ in seen], [100 * accuracy for _, accuracy in seen]
+    oracle_points = [(macs, accuracy) for macs, accuracy, _ in oracles(rows)]
+    if oracle_points:
+        x, y = [macs / 1e6 for macs, _ in oracle_points], [100 * accuracy for _, accuracy in oracle_points]
         axes.plot(x, y, "*", color="none", markeredgecolor=FULL, markersize=11, label="oracles, which see the label")
     highest = max(100 * line["accuracy"] for line in cells)
     low = lowest_shown(cells)
-    axes.set(xlabel="MACs an image, millions, own cost included", ylabel="test accuracy, %")
-    axes.set_ylim(low, min(100.3, max(highest, *(100 * a for _, a in seen), low + 2) + 1))
+    top = min(100.3, max(highest, *(100 * a for _, a in oracle_points), low + 2) + 1)
+    finish(axes, xlabel="MACs an image, millions, own cost included", ylabel="test accuracy, %", ylim=(low, top))
     axes.set_xlim(left=0)
-    axes.grid(alpha=0.25)
     figure.legend(fontsize=8, loc="outside right upper")
     caption = (
         "Each marker is the mean over seeds, small dots are the runs, bars the 95 % intervals over seeds. Above the "
@@ -69,24 +89,22 @@ def pareto_front(rows: Sequence[Row], cells: Cells, look: dict[str, Style], path
     return save(figure, caption, path)
 
 
-def learning_curves(rows: Sequence[Row], look: dict[str, Style], path: Path) -> Path | None:
+def learning_curves(rows: Sequence[Row], styles: dict[str, Style], path: Path) -> Path | None:
     """Validation accuracy and MACs against updates, with bands from the lowest to the highest seed."""
-    panels = {key: [(row, curve) for row in rows if (curve := band(row, key))] for key in CURVES}
-    panels = {key: curves for key, curves in panels.items() if curves}
+    panels = curves_of(rows)
     if not panels:
         return None
     figure = figure_of(11, 4.4)
-    handles: dict[str, Any] = {}
+    handles: dict[str, Line2D] = {}
     for axes, (key, curves) in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels.items(), strict=True):
+        drawn = []
         for row, curve in curves:
-            style = look[row.label]
-            marker = style.marker if len(curve.step_T) < 40 else None
-            (handles[row.label],) = axes.plot(
-                *(curve.step_T, curve.mean_T), color=style.colour, marker=marker, markersize=3, linewidth=1.2
-            )
-            axes.fill_between(curve.step_T, curve.low_T, curve.high_T, color=style.colour, alpha=0.15, linewidth=0)
-        axes.set(title=CURVES[key], xlabel="update")
-        axes.grid(alpha=0.25)
+            colour, marker = styles[row.label].colour, styles[row.label].marker if len(curve.step_T) < 40 else None
+            points = list(zip(curve.step_T, curve.mean_T, strict=True))
+            drawn.append((points, dict(color=colour, marker=marker, markersize=3, linewidth=1.2)))
+            axes.fill_between(curve.step_T, curve.low_T, curve.high_T, color=colour, alpha=0.15, linewidth=0)
+        lines = panel_of_curves(axes, CURVES[key], drawn)
+        handles |= {row.label: line for (row, _), line in zip(curves, lines, strict=True)}
     figure.legend(handles.values(), handles.keys(), fontsize=8, loc="outside right upper")
     caption = (
         "Mean over seeds; the band goes from the lowest seed to the highest. Agents that set thresholds do so after "
@@ -96,37 +114,37 @@ def learning_curves(rows: Sequence[Row], look: dict[str, Style], path: Path) -> 
 
 
 def block_use(rows: Sequence[Row], path: Path) -> Path | None:
-    """Share of the images that keep each block, row by row."""
-    shown = [(row.label, found[1]) for row in rows if (found := use(row)) and found[0] == "blocks"]
-    if not shown:
+    """The share of the images that keep each block, row by row."""
+    used = rows_using(rows, "blocks")
+    if not used:
         return None
-    figure = figure_of(9, 1.9 + 0.34 * len(shown))
+    figure = figure_of(9, 1.9 + 0.34 * len(used))
     axes = figure.subplots()
-    width = max(len(share) for _, share in shown)
-    grid = np.full((len(shown), width), np.nan)
-    for n, (_, share) in enumerate(shown):
+    width = max(len(share) for _, share in used)
+    grid = np.full((len(used), width), np.nan)
+    for n, (_, share) in enumerate(used):
         grid[n, : len(share)] = share
     picture = axes.imshow(grid, aspect="auto", cmap="Blues", vmin=0, vmax=1)
     figure.colorbar(picture, ax=axes, label="share of images")
-    axes.set(xlabel="block", yticks=range(len(shown)), xticks=range(0, width, 1 if width <= 20 else 5))
-    axes.set_yticklabels([label for label, _ in shown], fontsize=8)
+    axes.set(xlabel="block", yticks=range(len(used)), xticks=range(0, width, 1 if width <= 20 else 5))
+    axes.set_yticklabels([row.label for row, _ in used], fontsize=8)
     return save(figure, "How often each block runs on test images, mean over seeds.", path)
 
 
-def exit_use(rows: Sequence[Row], look: dict[str, Style], path: Path) -> Path | None:
-    """Share of the images that leave at each exit, row by row."""
-    shown = [(row, found[1]) for row in rows if (found := use(row)) and found[0] == "exits"]
-    if not shown:
+def exit_use(rows: Sequence[Row], styles: dict[str, Style], path: Path) -> Path | None:
+    """The share of the images that leave at each exit, row by row."""
+    used = rows_using(rows, "exits")
+    if not used:
         return None
-    columns = min(4, len(shown))
-    lines = -(-len(shown) // columns)
+    columns = min(4, len(used))
+    lines = -(-len(used) // columns)
     figure = figure_of(2.7 * columns + 0.6, 1.1 + 1.9 * lines)
     grid = figure.subplots(lines, columns, sharey=True, squeeze=False)
-    for axes, (row, share) in zip(grid.flat, shown, strict=False):
-        axes.bar(range(len(share)), share, color=look[row.label].colour)
-        axes.set_title(row.label if len(row.label) < 34 else f"{row.label[:33]}…", fontsize=8)
+    for axes, (row, share) in zip(grid.flat, used, strict=False):
+        axes.bar(range(len(share)), share, color=styles[row.label].colour)
+        axes.set_title(shorten(row.label, 34), fontsize=8)
         axes.set(xticks=range(len(share)), ylim=(0, 1))
-    for axes in grid.flat[len(shown) :]:
+    for axes in grid.flat[len(used) :]:
         axes.set_visible(False)
     return save(figure, "Share of the test images that leave at each exit, mean over seeds.", path)
 
@@ -161,10 +179,10 @@ def agreement(rows: Sequence[Row], cells: Cells, path: Path) -> Path | None:
 
 
 def disagreement(
-    rows: Sequence[Row], places: Sequence[int], images: Images, path: Path, count: int = 12
+    rows: Sequence[Row], indices: Sequence[int], images: Images, path: Path, count: int = 12
 ) -> Path | None:
     """The images that divide the rows most, and who is right on each."""
-    shown = [place for place in places if place in images][:count]
+    shown = [index for index in indices if index in images][:count]
     known = [row for row in rows if row.decided]
     if not shown:
         return None
@@ -172,16 +190,14 @@ def disagreement(
     figure = figure_of(1.05 * len(shown) + 2.4, 2.4 + height)
     top, bottom = figure.subplots(2, len(shown), squeeze=False, height_ratios=[1.0, max(height, 0.4)])
     decided = known[0].decisions[0]
-    for n, (above, below, place) in enumerate(zip(top, bottom, shown, strict=True)):
-        above.imshow(images[place])
-        above.set_title(decided.classes[int(decided.label_N[place])][:12], fontsize=9)
-        right = np.array([[row.correct_N[place]] for row in known])
+    for n, (above, below, index) in enumerate(zip(top, bottom, shown, strict=True)):
+        draw_image(above, images[index], shorten(decided.classes[int(decided.label_N[index])]), "black")
+        right = np.array([[row.correct_N[index]] for row in known])
         below.imshow(right, cmap="RdYlGn", vmin=-0.15, vmax=1.15, aspect="auto")
         below.set(xticks=[], yticks=range(len(known)) if n == 0 else [])
         if n == 0:
             below.set_yticklabels([row.label for row in known], fontsize=7)
-        above.set(xticks=[], yticks=[])
-        below.set_xlabel(f"image {place}", fontsize=7)
+        below.set_xlabel(f"image {index}", fontsize=7)
     caption = "Test images that divide the agents most. Under each, who is right: green all seeds, red none."
     return save(figure, caption, path)
 
@@ -191,18 +207,26 @@ def all_plots(
     rows: Sequence[Row],
     cells: Cells,
     agreed: Cells,
-    look: dict[str, Style],
-    places: Sequence[int],
+    styles: dict[str, Style],
+    indices: Sequence[int],
     images: Images,
 ) -> list[Path]:
-    """Write every picture of a group that there is something to show on."""
-    folder.mkdir(parents=True, exist_ok=True)
-    pictures = [
-        pareto_front(rows, cells, look, folder / "pareto_front.png"),
-        learning_curves(rows, look, folder / "learning_curves.png"),
-        block_use(rows, folder / "block_use.png"),
-        exit_use(rows, look, folder / "exit_use.png"),
-        agreement(rows, agreed, folder / "agreement.png"),
-        disagreement(rows, places, images, folder / "disagreement.png"),
-    ]
-    return [picture for picture in pictures if picture is not None]
+    """Write every picture of a group of runs that has something to show.
+
+    Args:
+        agreed: the measures of agreement between two rows.
+        indices: of the images that divide the rows most.
+
+    Returns: the paths.
+    """
+    return write_pictures(
+        folder,
+        {
+            "pareto_front": lambda path: pareto_front(rows, cells, styles, path),
+            "learning_curves": lambda path: learning_curves(rows, styles, path),
+            "block_use": lambda path: block_use(rows, path),
+            "exit_use": lambda path: exit_use(rows, styles, path),
+            "agreement": lambda path: agreement(rows, agreed, path),
+            "disagreement": lambda path: disagreement(rows, indices, images, path),
+        },
+    )

@@ -19,12 +19,12 @@ from policyskip.fronts import concave_hull, pareto
 from policyskip.static_front import keep_text
 
 COLOURS = ("#3b82c4", "#d9822b", "#2f9e6e", "#c14f7f", "#8a63c9", "#9a8a1f", "#3fa3ad", "#c2543b", "#64748b", "#6b8e23")
-"""One for each agent; readable on white and on black."""
+"""The colours of agents, readable on white and on black."""
 MARKERS = (
     *(("o", "circle"), ("s", "square"), ("^", "triangle-up"), ("D", "diamond"), ("v", "triangle-down")),
     *(("P", "cross"), ("X", "x"), ("<", "triangle-left"), (">", "triangle-right"), ("p", "pentagon")),
 )
-"""One for each row of a colour, as matplotlib and as Plotly call it."""
+"""The markers of the rows of one colour, as matplotlib and as Plotly call them."""
 DASHES = ("solid", "dash", "dot", "dashdot")
 
 
@@ -39,30 +39,30 @@ class Style:
 
 
 def styles(rows: Sequence[Row]) -> dict[str, Style]:
-    """By label: rows of one agent share a colour, and rows of one colour differ in marker."""
+    """The style of each row, by its label. Rows of one agent share a colour; rows of one colour differ in marker."""
     agents: dict[str, int] = {}
     members: dict[str, int] = defaultdict(int)
-    found = {}
+    by_label = {}
     for row in rows:
         colour = COLOURS[agents.setdefault(row.agent, len(agents)) % len(COLOURS)]
         number = members[colour]
         marker, symbol = MARKERS[number % len(MARKERS)]
         members[colour] += 1
-        found[row.label] = Style(colour, marker, symbol, DASHES[number % len(DASHES)])
-    return found
+        by_label[row.label] = Style(colour, marker, symbol, DASHES[number % len(DASHES)])
+    return by_label
 
 
 def front_of(cells: Cells) -> list[int]:
-    """Places in the table of the rows on the Pareto front over mean MACs and accuracy; who sees the label is not."""
-    able = [n for n, line in enumerate(cells) if not line["sees_the_label"]]
-    return [able[n] for n in pareto([cells[n]["macs"] for n in able], [cells[n]["accuracy"] for n in able])]
+    """Indices of the rows on the Pareto front over mean MACs and accuracy, without oracles, which see the label."""
+    honest = [n for n, line in enumerate(cells) if not line["sees_the_label"]]
+    return [honest[n] for n in pareto([cells[n]["macs"] for n in honest], [cells[n]["accuracy"] for n in honest])]
 
 
 def static_front(rows: Sequence[Row]) -> list[tuple[float, float, str]]:
-    """The corners of what fixed choices, and mixtures of two, reach over any of the rows' networks, the luckiest seed's
-    where there are several: MACs, test accuracy, and of which network.
+    """The best fixed choices over any of the rows' networks: MACs, test accuracy, and the network's name.
 
-    Of rows without decisions, the exits alone, as their summaries have them.
+    Between neighbours lie the mixtures of two. Of several seeds the luckiest counts. Rows without decisions have only
+    the exits of their summaries, and none of their keep-sets.
     """
     points: set[tuple[float, float, str]] = set()
     for row in rows:
@@ -78,27 +78,27 @@ def static_front(rows: Sequence[Row]) -> list[tuple[float, float, str]]:
 
 
 def lowest_shown(cells: Cells) -> float:
-    """The accuracy, in percent, from which on a figure shows the agents: what is far below the rest is cut off."""
+    """The lowest accuracy in percent that a figure shows: agents far below the others are cut off."""
     accuracies = [100 * float(cell["accuracy"]) for cell in cells]
     low = min(accuracy for accuracy in accuracies if accuracy >= float(np.median(accuracies)) - 8)
     return max(0.0, low - 0.15 * (max(accuracies) - low) - 1)
 
 
 def oracles(rows: Sequence[Row]) -> list[tuple[float, float, str]]:
-    """What seeing the label would reach over the rows' networks: MACs, accuracy, and of which."""
-    found = []
+    """What oracles, which see the label, reach over the rows' networks: MACs, accuracy, and the oracle's name."""
+    points = []
     for row in rows:
         macs, accuracy = row.mean("oracle_macs"), row.mean("oracle_accuracy")
         if macs is not None and accuracy is not None:
-            found.append((macs, accuracy, f"the first right exit of {row.label}'s network"))
+            points.append((macs, accuracy, f"the first right exit of {row.label}'s network"))
         if row.oracle:
-            found.append((row.mean("macs_mean") or 0.0, row.mean("accuracy") or 0.0, "the best blocks for each image"))
-    return found
+            points.append((row.mean("macs_mean") or 0.0, row.mean("accuracy") or 0.0, "the best blocks for each image"))
+    return points
 
 
 @dataclass(frozen=True)
 class Band:
-    """A learning curve: mean over seeds at each step, and the lowest and highest seed."""
+    """A learning curve: the mean over seeds at each step, and the lowest and highest seed."""
 
     step_T: list[float]
     mean_T: list[float]
@@ -126,9 +126,24 @@ def band(row: Row, key: str) -> Band | None:
     return Band([float(step) for step in steps], *(column.tolist() for column in summary))
 
 
+def curves_of(rows: Sequence[Row]) -> dict[str, list[tuple[Row, Band]]]:
+    """The learning curves of all rows by metric, a key of ``CURVES``; metrics that no row has are left out."""
+    curves = {key: [(row, curve) for row in rows if (curve := band(row, key))] for key in CURVES}
+    return {key: bands for key, bands in curves.items() if bands}
+
+
+def rows_using(rows: Sequence[Row], kind: str) -> list[tuple[Row, list[float]]]:
+    """The rows of a kind, "blocks" or "exits", and how often each of these is used (see :func:`use`)."""
+    known = ((row, use(row)) for row in rows)
+    return [(row, used[1]) for row, used in known if used and used[0] == kind]
+
+
 def use(row: Row) -> tuple[str, list[float]] | None:
-    """What is decided on, "blocks" or "exits", and the share of images (mean over seeds) that keep each block, or
-    leave at each exit; None if it is not known."""
+    """How often a row uses each block or each exit; None if that is not known.
+
+    Returns: "blocks" and the share of the images that keep each, or "exits" and the share that leaves at each, as means
+        over seeds.
+    """
     shares = [_use(result) for result in row.results]
     known = [share for share in shares if share is not None]
     if len(known) < len(shares) or len({(kind, len(share)) for kind, share in known}) > 1:
@@ -148,35 +163,36 @@ def _use(result: Result) -> tuple[str, list[float]] | None:
 
 
 def gallery(result: Result, pool: Sequence[int], count: int = 6) -> list[dict[str, Any]]:
-    """Example images of a run among ``pool``: the cheapest, the dearest, and some it gets wrong.
+    """Example images of a run, of those at the indices ``pool``: the cheapest, the dearest, and some wrong answers.
 
-    Each is the image's place, label, answer, whether that is right, what ran and the MACs as a share.
+    Every example has the index of the image, label, answer, whether that is right, what ran, and MACs as a share of the
+    full network's.
     """
     decided = result.decisions
     if decided is None or not pool:
         return []
     order = sorted(pool, key=lambda n: (float(decided.macs_N[n]), n))
     wrong = [n for n in order if not bool(decided.correct_N[n])]
-    parts = (
+    groups = (
         ("least computed", order[:count]),
         ("most computed", order[-count:][::-1]),
         ("wrong", wrong[-count:][::-1]),
     )
-    return [{"title": title, "items": [_example(result, n) for n in places]} for title, places in parts if places]
+    return [{"title": title, "items": [_example(result, n) for n in indices]} for title, indices in groups if indices]
 
 
-def _example(result: Result, place: int) -> dict[str, Any]:
+def _example(result: Result, index: int) -> dict[str, Any]:
     decided = result.decisions
     assert decided is not None
-    answer, label = int(decided.prediction_N[place]), int(decided.label_N[place])
-    ran = keep_text(decided.ran_NK[place].tolist())
-    example: dict[str, Any] = {"image": place, "label": decided.classes[label], "right": answer == label, "ran": ran}
-    example |= {"answer": decided.classes[answer], "share": round(float(decided.macs_N[place]) / decided.full_macs, 3)}
-    return example if decided.kind == "blocks" else example | {"exit": int(decided.exit_N[place])}
+    answer, label = int(decided.prediction_N[index]), int(decided.label_N[index])
+    ran = keep_text(decided.ran_NK[index].tolist())
+    example: dict[str, Any] = {"image": index, "label": decided.classes[label], "right": answer == label, "ran": ran}
+    example |= {"answer": decided.classes[answer], "share": round(float(decided.macs_N[index]) / decided.full_macs, 3)}
+    return example if decided.kind == "blocks" else example | {"exit": int(decided.exit_N[index])}
 
 
 def matrix(rows: Sequence[Row], cells: Cells, key: str) -> list[list[float | None]]:
-    """A measure of ``agreement`` between all rows, symmetric; None where it is not known."""
+    """A symmetric matrix of a measure of agreement between all rows; None where it is not known."""
     known = {(line["row"], line["with"]): line[key] for line in cells}
     labels = [row.label for row in rows]
     return [[known.get((a, b), known.get((b, a))) for b in labels] for a in labels]

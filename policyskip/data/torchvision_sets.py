@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from policyskip.data.base import Data, crop_and_flip, in_memory
-from policyskip.errors import UserError
+from policyskip.errors import UserError, first_line
 from policyskip.parallel import processes
 
 TORCHVISION = {"cifar10": "CIFAR10", "cifar100": "CIFAR100", "fashion_mnist": "FashionMNIST", "mnist": "MNIST"}
@@ -42,9 +42,8 @@ def torchvision_data(
         with processes.one_a_machine_first():
             train, test = (make(root, train=is_train, download=download) for is_train in (True, False))
     except Exception as error:  # torchvision raises RuntimeError, URLError, OSError, …
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise UserError(
-            f"{name} is not in {Path(root).resolve()} and could not be downloaded ({reason}); "
+            f"{name} is not in {Path(root).resolve()} and could not be downloaded ({first_line(error)}); "
             f"put torchvision's files there, say data.root=FOLDER, or use data=digits"
         ) from error
     return in_memory(

@@ -25,7 +25,7 @@ from policyskip.deployment.predictors import (
     ThresholdPredictor,
 )
 from policyskip.deployment.profiling import device_name
-from policyskip.errors import UserError
+from policyskip.errors import UserError, first_line, in_one_line, users_problem
 from policyskip.exits.rules import check_thresholds
 from policyskip.finite import find_nonfinite
 from policyskip.memory import keep_freed_memory
@@ -79,8 +79,7 @@ def load(
     try:
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError, TypeError) as error:
-        reason = (str(error).splitlines() or [""])[0]
-        raise UserError(f"there is no device {device} here: {reason}") from error
+        raise UserError(f"there is no device {device} here: {first_line(error)}") from error
     keep_freed_memory()
     opened = open_run(str(run))
     predictor = load_predictor(opened, device, backbone, trust)
@@ -106,7 +105,7 @@ def load_predictor(
             network = _network_of(run, file, trust).to(device)
             return LOADERS[file.family](run, file, network, device)
         except (KeyError, TypeError, ValueError, RuntimeError) as error:
-            if isinstance(error, UserError):
+            if isinstance(error, UserError) or users_problem(error):
                 raise
             raise damaged_policy(run, error) from error
 
@@ -251,7 +250,7 @@ def load_state(module: nn.Module, tensors: dict[str, torch.Tensor], run: Run, de
     try:
         module.load_state_dict(tensors)
     except RuntimeError as error:
-        raise UserError(f"{path} does not fit {described}: {' '.join(str(error).split())[:200]}") from error
+        raise UserError(f"{path} does not fit {described}: {in_one_line(error)}") from error
 
 
 def _plan(run: Run, predictor: Predictor) -> dict[int, list[float]]:

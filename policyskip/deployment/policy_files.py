@@ -13,7 +13,7 @@ from policyskip.deployment.predictors import (
     ExitPredictor,
     ThresholdPredictor,
 )
-from policyskip.errors import UserError
+from policyskip.errors import UserError, in_one_line
 from policyskip.policies.base import Policy
 from policyskip.policies.perceptrons import ExitPolicy
 from policyskip.runs.folder import Run
@@ -138,5 +138,4 @@ def as_text(thresholds: list[float]) -> list[str]:
 
 def damaged_policy(run: Run, error: Exception) -> UserError:
     """Return the error that says why ``policy.json`` of a run cannot be read."""
-    reason = " ".join(str(error).split())[:200] or type(error).__name__
-    return UserError(f"{run.folder / 'policy.json'} is damaged or of another version: {reason}")
+    return UserError(f"{run.folder / 'policy.json'} is damaged or of another version: {in_one_line(error)}")

@@ -17,7 +17,7 @@ from torch import Tensor
 from policyskip.backbones import Backbone, Costs, ExitCosts, ExitNetwork, count_costs, count_exit_costs, run_until
 from policyskip.backbones.folding import folded
 from policyskip.backbones.gated import GatedNetwork
-from policyskip.errors import UserError
+from policyskip.errors import UserError, in_one_line
 from policyskip.exits.rules import decisions_at
 from policyskip.memory import BatchSplitter
 from policyskip.policies.base import Policy
@@ -276,7 +276,7 @@ def checked(images: Tensor | np.ndarray, image_shape: tuple[int, int, int]) -> T
             images = np.ascontiguousarray(images)  # such as mirrored ones, which torch does not take
         tensor = torch.as_tensor(images)
     except (TypeError, ValueError, RuntimeError) as error:
-        raise UserError(f"images cannot be read as numbers: {' '.join(str(error).split())[:200]}") from error
+        raise UserError(f"images cannot be read as numbers: {in_one_line(error)}") from error
     if tensor.dim() != 4 or tuple(tensor.shape[1:]) != image_shape or tensor.dtype != torch.uint8:
         found = f"{str(tensor.dtype).removeprefix('torch.')} {tuple(tensor.shape)}"
         raise UserError(f"images must be uint8 of shape (B, {', '.join(map(str, image_shape))}), got {found}")

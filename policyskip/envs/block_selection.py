@@ -13,7 +13,8 @@ import torch
 from gymnasium.vector.utils import batch_space
 from torch import Tensor
 
-from policyskip.envs.base import ImageVectorEnv, SingleView, decisions, numpy_of
+from policyskip.envs.base import ImageVectorEnv, decisions
+from policyskip.envs.single_view import SingleView, numpy_of
 
 
 class BlockSelectionVectorEnv(ImageVectorEnv):

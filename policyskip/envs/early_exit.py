@@ -18,8 +18,9 @@ from torch import Tensor
 
 from policyskip.backbones import ExitNetwork, load_exits
 from policyskip.data import Feed, Images, Order, batch_at, load_data
-from policyskip.envs.base import SingleView, decisions
+from policyskip.envs.base import decisions
 from policyskip.envs.exit_sources import CacheIndices, ExitSource, Live, Queue, Replay
+from policyskip.envs.single_view import SingleView
 from policyskip.errors import UserError
 from policyskip.exits.cache import CachedExits, cache_exits
 from policyskip.exits.rules import decisions_at

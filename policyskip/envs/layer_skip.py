@@ -16,7 +16,8 @@ from torch import Tensor, nn
 
 from policyskip.backbones import Backbone
 from policyskip.backbones.execution import run_block
-from policyskip.envs.base import ImageVectorEnv, SingleView, decisions
+from policyskip.envs.base import ImageVectorEnv, decisions
+from policyskip.envs.single_view import SingleView
 
 
 class LayerSkipVectorEnv(ImageVectorEnv):

@@ -35,7 +35,7 @@ class ImageIndex(Protocol):
     """An index that gives images numbers, and finds them by number."""
 
     def number(self, batch: Batch) -> Tensor:
-        """Give numbers to the images of a batch that is shown: int64 (B,) on the CPU. Called once for each batch."""
+        """Give numbers to the images of a batch that is shown: int64 (B,) on the CPU."""
         ...
 
     def find(self, number_B: Tensor) -> Tensor:
@@ -127,8 +127,7 @@ class ImageNumbers(gymnasium.spaces.Box):
 
 @flatdim.register(ImageNumbers)
 def _no_numbers_as_features(space: ImageNumbers) -> int:
-    """Refuse to count the numbers of an observation, as SB3's features extractor does: a policy would then learn
-    from the image numbers themselves.
+    """Refuse what SB3's default features extractor calls: with it, a policy would learn from the image numbers.
 
     Raises:
         UserError: always.

@@ -18,7 +18,7 @@ from safetensors.torch import save
 from torch import Tensor
 
 from policyskip.data import Images
-from policyskip.errors import UserError
+from policyskip.errors import UserError, first_line
 from policyskip.files import write
 from policyskip.runs.folder import Run
 from policyskip.runs.tracking import Examples
@@ -177,8 +177,7 @@ def load_decisions(run: Run) -> Decisions | None:
         decisions = Decisions(**tables, **metadata)
         _check(decisions)
     except Exception as error:  # damaged files raise whatever the reader stumbles over
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
-        raise UserError(f"{path} is damaged or not ours: {reason}") from error
+        raise UserError(f"{path} is damaged or not ours: {first_line(error)}") from error
     return decisions
 
 

@@ -1,4 +1,4 @@
-"""``policyskip profile``: the table of a network's times, its picture, and what a run really saves.
+"""``policyskip profile``: the table of a network's times, its picture, and how much time a run really saves.
 
 Shapes: B images, K blocks (segments, of a network with exits).
 """
@@ -16,12 +16,13 @@ import torch
 from rich.table import Table
 from torch import Tensor
 
-from policyskip.backbones import Backbone, ExitNetwork
+from policyskip.backbones import Backbone, ExitNetwork, Network
 from policyskip.build import Setup
+from policyskip.data import spread_indices
 from policyskip.deployment import profiling
 from policyskip.deployment.loading import load
 from policyskip.deployment.policy_files import read_policy
-from policyskip.deployment.predictors import Predictor
+from policyskip.deployment.predictors import ExitPredictor, GatedPredictor, Predictor
 from policyskip.errors import UserError
 from policyskip.evaluation import plots
 from policyskip.evaluation.tables import console
@@ -30,64 +31,107 @@ from policyskip.runs.folder import Run
 
 
 def of_network(
-    network: Any, image_shape: tuple[int, int, int], batch_sizes: Sequence[int], repeats: int, path: Path
+    network: Network, image_shape: tuple[int, int, int], batch_sizes: Sequence[int], repeats: int, path: Path
 ) -> int:
-    """Measure a network, write the table to ``path`` and its picture beside it, and show it."""
+    """Measure a network, write the table and its picture, and print the table.
+
+    Args:
+        network, image_shape, batch_sizes, repeats: as for :func:`policyskip.deployment.profiling.profile`.
+        path: of the table; the picture goes beside it.
+
+    Returns: 0, the exit code.
+
+    Raises:
+        UserError: the network has neither blocks nor exits, or ``path`` cannot be written.
+    """
     if not isinstance(network, Backbone | ExitNetwork):
         raise UserError(f"{network.name} has neither blocks nor exits to measure")
-    _check(path)
-    content = profiling.profile(network, image_shape, batch_sizes, repeats)
+    _check_output(path)
+    return _finish(profiling.profile(network, image_shape, batch_sizes, repeats), path)
+
+
+def of_run(setup: Setup, run: Run, batch_sizes: Sequence[int], repeats: int, count: int, path: Path) -> int:
+    """Measure the network of a run, and how much time the run's predictions save; the rest as for :func:`of_network`.
+
+    The latency also goes into the run's summary, where ``policyskip compare`` finds it.
+
+    Args:
+        setup: what the run's configuration names.
+        run: its folder, which is locked from then on.
+        count: how many validation images to predict; no more than there are.
+
+    Raises:
+        UserError: there are fewer images than the largest batch, the run cannot be loaded, or ``path`` not written.
+    """
+    _check_output(path)
+    run.lock()
+    validation = setup.data.validation.plain()
+    index_N = spread_indices(count, len(validation))
+    if len(index_N) < max(batch_sizes):
+        hint = "say images= with more, or batch_sizes= with less"
+        raise UserError(f"batches of {max(batch_sizes)} cannot be measured on {len(index_N)} images; {hint}")
+    described = read_policy(run).network
+    checkpoint = setup.config["backbone"].get("checkpoint") if "config" in described else None
+    predictor = load(run.folder, checkpoint, str(setup.device), planned=False, trust=setup.trusted)
+    content = profiling.profile(predictor.network_to_measure, setup.data.image_shape, batch_sizes, repeats)
+    content["hash"] = described["hash"]
+    images = next(iter(validation.stream([(index_N, 0)]))).images
+    _measure_predictions(predictor, images, content["batches"], repeats)
+    largest = max(content["batches"], key=int)
+    run.update_summary(
+        {
+            "latency_ms": content["batches"][largest]["run"]["predict_ms"],
+            "latency_batch": int(largest),
+            "latency_device": content["device"],
+            "latency_threads": content["threads"],
+        }
+    )
     return _finish(content, path)
 
 
 @torch.no_grad()
-def of_run(setup: Setup, run: Run, batch_sizes: Sequence[int], repeats: int, count: int, path: Path) -> int:
-    """The same for the network of a run, and what its predictions save: expected from the table, and measured."""
-    _check(path)
-    run.lock()
-    validation = setup.data.validation.plain()
-    count = min(count, len(validation))
-    if count < max(batch_sizes):
-        hint = "say images= with more, or batch_sizes= with less"
-        raise UserError(f"batches of {max(batch_sizes)} cannot be measured on {count} images; {hint}")
-    described = read_policy(run).network
-    moved = setup.config["backbone"].get("checkpoint") if "config" in described else None
-    predictor = load(run.folder, moved, str(setup.device), planned=False, trust=setup.trusted)
+def _measure_predictions(
+    predictor: Predictor | GatedPredictor | ExitPredictor, images: Tensor, tables: dict[str, Any], repeats: int
+) -> None:
+    """Measure predictions beside the whole network, and add the figures, ``run``, to the table of each batch size.
+
+    Args:
+        images: uint8 (N, 3, H, W), which are predicted.
+        tables: those of a profile, by batch size.
+    """
+    if isinstance(predictor, Predictor):  # measured with the plan that the new profile gives it
+        predictor.plan = {int(batch): table["break_even"] for batch, table in tables.items()}
     network = predictor.network_to_measure
-    content = profiling.profile(network, setup.data.image_shape, batch_sizes, repeats)
-    content["hash"] = described["hash"]
-    if isinstance(predictor, Predictor):  # what it will go by from now on
-        predictor.plan = {int(batch): times["break_even"] for batch, times in content["batches"].items()}
-    index_N = torch.linspace(0, len(validation) - 1, count).round().long()
-    images = next(iter(validation.stream([(index_N, 0)]))).images
     prediction = predictor.predict(images)
-    for batch, table in content["batches"].items():
-        size = int(batch)
+    for batch, table in tables.items():
         calls: dict[str, Callable[[], object]] = {
-            "predict": partial(predictor.predict, images, size),
-            "whole": partial(_whole, network, images.split(size)),
+            "predict": partial(predictor.predict, images, int(batch)),
+            "whole": partial(_run_whole, network, images.split(int(batch))),
         }
-        times = profiling.milliseconds(calls, repeats, setup.device)
+        times = profiling.milliseconds(calls, repeats, network.mean.device)
         table["run"] = {
             "macs_ratio": float(prediction.macs_B.mean()) / predictor.costs.full,
-            "expected_ratio": _expected(table, predictor.ran(prediction)),
+            "expected_ratio": _expected_ratio(table, predictor.ran(prediction)),
             "time_ratio": times["predict"] / times["whole"],
             "predict_ms": times["predict"] / len(images),
         }
-    largest = max(content["batches"], key=int)
-    latency = {"latency_ms": content["batches"][largest]["run"]["predict_ms"], "latency_batch": int(largest)}
-    latency |= {"latency_device": content["device"], "latency_threads": content["threads"]}
-    run.save_json("summary.json", run.load_json("summary.json") | latency)  # which `policyskip compare` shows
-    return _finish(content, path)
 
 
-def _whole(network: Backbone | ExitNetwork, parts: Sequence[Tensor]) -> None:
-    for part in parts:
-        network(part)
+def _run_whole(network: Backbone | ExitNetwork, batches: Sequence[Tensor]) -> None:
+    """Run all blocks of a network for batches of images, uint8 (B, 3, H, W)."""
+    for images in batches:
+        network(images)
 
 
-def _expected(table: dict[str, Any], ran_BK: Tensor) -> float:
-    """The share of the whole network's time that the blocks which ran should take; policy and gathering not counted."""
+def _expected_ratio(table: dict[str, Any], ran_BK: Tensor) -> float:
+    """Return the time that the blocks which ran should take, as a share of the whole network's time.
+
+    The times of the policy and of gathering images are not counted.
+
+    Args:
+        table: of one batch size.
+        ran_BK: bool (B, K), the blocks that ran for each image.
+    """
     kept_K = torch.tensor(table["kept_ms"], dtype=torch.float64)
     dropped_K = torch.tensor(table["dropped_ms"], dtype=torch.float64)
     ran_BK = ran_BK.double().cpu()
@@ -95,8 +139,12 @@ def _expected(table: dict[str, Any], ran_BK: Tensor) -> float:
     return float(spent_B.mean() / (table["always_ms"] + kept_K.sum()))
 
 
-def _check(path: Path) -> None:
-    """Refuse a place that cannot be written before minutes are spent."""
+def _check_output(path: Path) -> None:
+    """Refuse a path that cannot be written, before minutes are spent on measurements.
+
+    Raises:
+        UserError: the path is refused.
+    """
     if path.suffix == ".png":
         raise UserError(f"output={path} is where the table goes, as JSON; its picture goes beside it")
     with reporting_write_errors(path):
@@ -108,6 +156,7 @@ def _check(path: Path) -> None:
 
 
 def _finish(content: dict[str, Any], path: Path) -> int:
+    """Write a table and its picture, print the table, and return 0, the exit code."""
     write(path, (json.dumps(content, indent=1) + "\n").encode())
     picture = plots.profile(content, path.with_suffix(".png"))
     show(content)
@@ -116,7 +165,7 @@ def _finish(content: dict[str, Any], path: Path) -> int:
 
 
 def show(content: dict[str, Any]) -> None:
-    """Print a table's sums, and what a run saves."""
+    """Print the sums of a profile for each batch size, and how much time a run saves."""
     table = Table(title=f"{content['network']} on {content['device']}, {content['threads']} threads")
     runs = any("run" in times for times in content["batches"].values())
     exits = all("break_even" not in times for times in content["batches"].values())

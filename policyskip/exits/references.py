@@ -1,6 +1,6 @@
-"""What a way of leaving early has to be compared with, and what its decisions look like.
+"""References for policies that leave early (fixed exits, random exits, oracles), and statistics of where images leave.
 
-Fixed and random exits need no look at the image; the oracles look at the label, and say how much room is left.
+Fixed and random exits ignore the image. Oracles see the label, and show how much better a policy could become.
 
 Shapes: M images of a set, N exits, E early exits (N - 1), C classes, P points on a curve.
 """
@@ -18,19 +18,19 @@ from policyskip.exits.cache import CachedExits
 from policyskip.exits.rules import check_thresholds, first_exit
 
 LABEL_NATS = 0.4
-"""The cross-entropy below which Distiller's example for a CIFAR ResNet-32 lets an image leave."""
+"""The threshold of Distiller's example for a CIFAR ResNet-32: an image leaves if its cross-entropy is below it."""
 
 
 def static_exits(cache: CachedExits) -> tuple[Tensor, Tensor]:
-    """Accuracy and MACs of every image leaving at one exit, float64 (N,) each.
+    """Accuracy and MACs of each exit if all images leave there, float64 (N,) each.
 
-    Nothing is decided on the way, so no other head is run: this is less than leaving there costs a policy.
+    No other head runs on the way, as nothing is decided there: a policy pays more for leaving at the same exit.
     """
     return cache.correct_MN.double().mean(0), cache.costs.straight_N
 
 
 def static_pairs(cache: CachedExits) -> list[list[float]]:
-    """MACs and accuracy of every image leaving at one exit, a pair for each exit."""
+    """Pairs of MACs and accuracy, one for each exit, if all images leave there: :func:`static_exits` as a curve."""
     accuracy_N, macs_N = static_exits(cache)
     return [[macs, accuracy] for macs, accuracy in zip(macs_N.tolist(), accuracy_N.tolist(), strict=True)]
 
@@ -51,7 +51,7 @@ def static_mix(cache: CachedExits, macs: float, validation: CachedExits) -> tupl
     Raises:
         ValueError: no exit costs as little as ``macs``.
     """
-    accuracy_N, macs_N = (x.tolist() for x in static_exits(validation))
+    accuracy_N, macs_N = (values_N.tolist() for values_N in static_exits(validation))
     mixes = []
     for i, j in itertools.product(range(validation.num_exits), repeat=2):
         if macs_N[i] <= macs and (i == j or macs < macs_N[j]):
@@ -67,11 +67,14 @@ def static_mix(cache: CachedExits, macs: float, validation: CachedExits) -> tupl
 def random_exits(cache: CachedExits, share_N: Tensor) -> tuple[float, float]:
     """Expected accuracy and mean MACs of leaving at exit n with probability ``share_N[n]``, whatever the image.
 
-    The exact expectation, and no draw. As for :func:`static_exits`, no head is run but the one that answers: where
-    to leave is known beforehand.
+    Nothing is drawn: this is the exact expectation. As for :func:`static_exits`, only the head that answers runs,
+    because the exit is known beforehand.
 
     Args:
         share_N: (N,), not negative, summing to 1; such as the :func:`exit_histogram` of the policy to compare with.
+
+    Raises:
+        ValueError: ``share_N`` is not that.
     """
     share_N = share_N.double().to(cache.label_M.device)
     if share_N.shape != (cache.num_exits,) or (share_N < 0).any() or abs(float(share_N.sum()) - 1) > 1e-6:
@@ -81,20 +84,25 @@ def random_exits(cache: CachedExits, share_N: Tensor) -> tuple[float, float]:
 
 
 def oracle_exit(correct_MN: Tensor) -> Tensor:
-    """Where each image leaves if one knew the label, int64 (M,): the first exit that is right, else the first.
+    """The exit at which an oracle, which sees the label, lets each image leave, int64 (M,).
 
-    No policy is more accurate, and of those that are as accurate none is cheaper: an image that some exit gets right
-    costs the least that being right costs, any other image the least there is.
+    An image leaves at its first correct exit; if none is correct, at the first exit. No policy is more accurate, and
+    none of the same accuracy is cheaper.
+
+    Args:
+        correct_MN: bool (M, N), whether each exit is right.
     """
     return torch.where(correct_MN.any(1), correct_MN.int().argmax(1), 0)
 
 
 def oracle_curve(cache: CachedExits) -> tuple[Tensor, Tensor]:
-    """The best that knowing the labels allows at every cost: accuracy and mean MACs, float64 (P,), P ≤ M + 1.
+    """The best accuracy that an oracle, which sees the label, reaches at every cost.
 
-    It starts with all images leaving at the first exit and then sends on those that a later exit gets right, the
-    cheapest gain first; it ends at :func:`oracle_exit`. Every gain is one image, so this order is the best one: no
-    policy of at most a point's cost is more accurate than that point.
+    The curve starts with all images at the first exit. Then the images that a later exit gets right go on to it, the
+    cheapest gain before dearer ones, until all have: that is :func:`oracle_exit`. Each gain is one image, so no order
+    is better: no policy that costs at most what a point costs is more accurate than that point.
+
+    Returns: accuracy and mean MACs, float64 (P,) each, P ≤ M + 1.
     """
     correct_MN, macs_N = cache.correct_MN, cache.macs_N
     exit_M = oracle_exit(correct_MN)
@@ -105,16 +113,17 @@ def oracle_curve(cache: CachedExits) -> tuple[Tensor, Tensor]:
 
 
 def label_oracle(cache: CachedExits, thresholds: Sequence[float]) -> Tensor:
-    """Distiller's published criterion, which *looks at the label*, so an oracle and nothing to deploy; int64 (M,).
+    """The exit of each image by Distiller's published criterion, int64 (M,), which sees the label.
 
-    An image leaves at the first exit whose cross-entropy with the label (nats) is below its threshold; any threshold
-    up to ln 2 makes every image that leaves early right. Source: early exit in IntelLabs/distiller (archived 2023).
+    So it is an oracle, and cannot be deployed. An image leaves at the first exit whose cross-entropy with the label is
+    below the threshold of that exit. With thresholds up to ln 2 every image that leaves early is right. Source: early
+    exit in IntelLabs/distiller (archived 2023).
 
     Args:
         thresholds: in nats, one for each early exit.
 
     Raises:
-        UserError: another number of thresholds.
+        UserError: the number of thresholds is another one, or a threshold is NaN.
     """
     check_thresholds(thresholds, cache.num_exits)
     early_MCE = cache.logits_MNC[:, :-1].transpose(1, 2)
@@ -123,15 +132,15 @@ def label_oracle(cache: CachedExits, thresholds: Sequence[float]) -> Tensor:
 
 
 def exit_histogram(exit_M: Tensor, num_exits: int) -> Tensor:
-    """Share of the images that left at each exit, float64 (N,), summing to 1."""
+    """The share of the images that left at each exit, float64 (N,), summing to 1, from exits int64 (M,)."""
     return exit_M.bincount(minlength=num_exits).double() / len(exit_M)
 
 
 def accuracy_by_exit(exit_M: Tensor, correct_M: Tensor, num_exits: int) -> Tensor:
-    """Accuracy of the images that left at each exit, float64 (N,); NaN where none did.
+    """Accuracy of the images that left at each exit, float64 (N,); NaN for an exit where none left.
 
     Args:
-        exit_M: int64 (M,), where each image left.
-        correct_M: bool (M,), whether it was right there.
+        exit_M: int64 (M,), the exit of each image.
+        correct_M: bool (M,), whether the answer there is right.
     """
     return exit_M.bincount(correct_M.double(), num_exits) / exit_M.bincount(minlength=num_exits)

@@ -21,7 +21,7 @@ from torch import Tensor
 from torch.distributed.distributed_c10d import PrefixStore
 from torch.distributed.rendezvous import rendezvous
 
-from policyskip.errors import UserError
+from policyskip.errors import UserError, in_one_line
 
 T = TypeVar("T")
 
@@ -52,8 +52,7 @@ def joined() -> Iterator[None]:
         dist.init_process_group(backend, store=store, rank=rank, world_size=world)
         _patient_group = dist.new_group(timeout=PATIENCE, backend="gloo")  # type: ignore[assignment]  # all are in it
     except (RuntimeError, ValueError) as error:
-        reason = " ".join(str(error).split())[:200]
-        raise UserError(f"the other processes cannot be met ({reason}); torchrun starts them") from error
+        raise UserError(f"the other processes cannot be met ({in_one_line(error)}); torchrun starts them") from error
     if not is_first():
         sys.stdout = open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115 - for as long as the process lives
     try:

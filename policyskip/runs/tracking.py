@@ -16,7 +16,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from policyskip.errors import UserError
+from policyskip.errors import check_choice, first_line
 from policyskip.parallel import processes
 from policyskip.runs.folder import Run
 
@@ -43,6 +43,9 @@ class Tracker:
 
     Attributes:
         where: the address of the W&B run, or a line that says where its offline files are, or that there are none.
+
+    Raises:
+        UserError: there is no such mode.
     """
 
     def __init__(
@@ -55,8 +58,7 @@ class Tracker:
         job_type: str = "train",
         tags: Sequence[str] = (),
     ) -> None:
-        if mode not in MODES:
-            raise UserError(f"tracking.mode must be one of {', '.join(MODES)}, got {mode!r}")
+        check_choice("tracking.mode", mode, MODES)
         self.run = run
         self.wandb_run: wandb.Run | None = None
         self.where = "not tracked"
@@ -136,7 +138,7 @@ class Tracker:
         try:
             self.wandb_run = wandb.init(mode=mode, **options)  # type: ignore[arg-type]
         except wandb.errors.Error as error:
-            print(f"W&B cannot be reached ({str(error).splitlines()[0]}); this run is written offline", flush=True)
+            print(f"W&B cannot be reached ({first_line(error)}); this run is written offline", flush=True)
             self.wandb_run = wandb.init(mode="offline", **options)
         self.wandb_run.define_metric("step")
         for prefix in ("train", "val"):

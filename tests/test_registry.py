@@ -1,0 +1,372 @@
+"""Names of the package, of installed packages and of the user: what is imported, what is refused, what is stored."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+
+from policyskip import registry
+from policyskip.agents.blockdrop import BlockDrop
+from policyskip.agents.fixed import FixedAgent, best_static
+from policyskip.backbones import checkpoints, load_exits
+from policyskip.backbones.checkpoints import save
+from policyskip.build import build, build_backbone, build_data
+from policyskip.data import Data
+from policyskip.envs.block_selection import BlockSelectionVectorEnv
+from policyskip.errors import UserError
+from policyskip.policies.networks import PolicyNetwork
+from tests.conftest import small_backbone, small_images
+from tests.installing import install
+
+MODULE = """
+from pathlib import Path
+
+Path("imported").touch()
+
+
+def mine():
+    return 3
+
+
+class Mine:
+    class Inner:
+        pass
+
+
+three = 3
+"""
+CPU = torch.device("cpu")
+NETWORKS = """
+import torch
+from torch import nn
+
+from policyskip.backbones import Backbone, Block, ExitNetwork, ResNetExits
+from policyskip.backbones.resnet import CifarResNet
+
+
+class Residual(Backbone):
+    def __init__(self, num_classes, width=4, checkpoint="nowhere.pth"):
+        if checkpoint != "random":
+            raise OSError(f"there is no {checkpoint}")
+        blocks = [Block(nn.Conv2d(width, width, 3, padding=1), nn.Identity()) for _ in range(3)]
+        head = nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(width, num_classes))
+        super().__init__(nn.Conv2d(3, width, 3, padding=1), blocks, head, num_classes, [0.5] * 3, [0.5] * 3, [3])
+
+
+class Leaky(CifarResNet):
+    def forward(self, images, keep_BK=None):
+        return super().forward(images, keep_BK) / 2
+
+
+def leaky(num_classes, image_shape, seed, slope=0.1):
+    assert tuple(image_shape) == (3, 12, 12)
+    return Leaky(8, num_classes, width=4)
+
+
+def ours(num_classes):
+    return CifarResNet(8, num_classes, width=4)
+
+
+def with_exits(num_classes, image_shape):
+    return ResNetExits(Residual(num_classes, checkpoint="random"), [0, 1], "pooled", image_shape)
+
+
+def broken(num_classes, width=4):
+    raise IndexError("list index out of range")
+
+
+def none(num_classes):
+    return None
+"""
+
+
+@pytest.fixture(autouse=True)
+def folder(tmp_path, monkeypatch) -> Iterator[Path]:
+    """An empty current folder, importable as it is for the command line; what is imported from it is forgotten."""
+    here = tmp_path / "here"
+    here.mkdir()
+    monkeypatch.chdir(here)
+    monkeypatch.syspath_prepend(str(here))
+    before = set(sys.modules)
+    yield here
+    for name in set(sys.modules) - before:
+        if name.startswith("my_"):
+            del sys.modules[name]
+
+
+@pytest.fixture
+def site(tmp_path, monkeypatch) -> Path:
+    """A folder of installed packages, on ``sys.path`` and empty."""
+    site = tmp_path / "site"
+    site.mkdir()
+    monkeypatch.syspath_prepend(str(site))
+    return site
+
+
+def imported() -> bool:
+    return Path("imported").exists()
+
+
+# What is found
+
+
+def test_what_the_user_typed_is_imported(folder):
+    (folder / "my_module.py").write_text(MODULE)
+    assert registry.resolve("reward", "my_module.mine")() == 3
+    assert registry.resolve("reward", "my_module.Mine.Inner").__name__ == "Inner"
+    assert registry.find("rule", "my_module.three") == 3
+    assert registry.resolve("agent", "policyskip.agents.blockdrop.BlockDrop", trusted=False) is BlockDrop
+
+
+@pytest.mark.parametrize(
+    ("group", "target", "message"),
+    [
+        ("reward", "my_nothing.Mine", "could not import reward._target_=my_nothing.Mine: ModuleNotFoundError: No mod"),
+        ("reward", "my_module.Yours", "could not import reward._target_=my_module.Yours: AttributeError: .*'Yours'"),
+        ("policy", "my_module.Mine.Yours", r"could not import agent\.policy=my_module.Mine.Yours: AttributeError"),
+        ("reward", "my_module.three", "reward._target_=my_module.three is no class or function"),
+        ("rule", "my_broken.mine", r"could not import agent\.rule=my_broken\.mine: ZeroDivisionError"),
+        ("reward", "mine", r"reward\._target_=mine is no installed reward \(none is installed\); or say package\.modu"),
+    ],
+)
+def test_what_cannot_be_imported_is_named(folder, group, target, message):
+    (folder / "my_module.py").write_text(MODULE)
+    (folder / "my_broken.py").write_text("1 / 0")
+    with pytest.raises(UserError, match=message) as refused:
+        registry.resolve(group, target)
+    assert "\n" not in str(refused.value)
+
+
+@pytest.mark.parametrize("group", registry.GROUPS)
+def test_installed_names_and_their_paths_need_no_trust(site, group):
+    point = {"data": "policyskip.data", "policy": "policyskip.policies"}.get(group, f"policyskip.{group}s")
+    install(
+        site, "my_package", {point: {"short": "my_module:mine", "nested": "my_module:Mine.Inner"}}, my_module=MODULE
+    )
+    for target in ("short", "my_module.mine"):
+        assert registry.resolve(group, target, trusted=False)() == 3
+        assert registry.path_of(group, target) == "my_module.mine"
+        with registry.trusting(False):
+            assert registry.resolve(group, target)() == 3
+    assert registry.resolve(group, "my_module.Mine.Inner", trusted=False).__name__ == "Inner"
+    other = "reward" if group == "env" else "env"
+    with pytest.raises(UserError, match="not installed here"):
+        registry.resolve(other, "my_module.mine", trusted=False)
+
+
+def test_the_older_name_of_the_group_of_data_sets_is_read_too(site):
+    install(site, "my_package", {"policyskip.datas": {"short": "my_module:mine"}}, my_module=MODULE)
+    assert registry.resolve("data", "short", trusted=False)() == 3
+
+
+def test_a_class_that_its_package_exports_again_goes_by_the_module_that_defines_it(site):
+    points = {"policyskip.policies": {"short": "my_package:Mine"}}
+    install(
+        site, "my_package", points, my_module=MODULE, my_package="from my_module import Mine\nfrom my_package2 import A"
+    )
+    (site / "my_package2.py").write_text("class A: ...")
+    with pytest.raises(UserError, match="not installed here"):  # of another package, as far as names tell
+        registry.resolve("policy", "my_module.Mine", trusted=False)
+    assert not imported()
+    install(site, "my_other", {"policyskip.policies": {"other": "my_package2:B"}})
+    (site / "my_package2.py").write_text("class A: ...\nB = A")
+    kind = registry.resolve("policy", "other", trusted=False)
+    assert registry.name_of("policy", kind) == "my_package2.A"
+    assert registry.resolve("policy", "my_package2.A", trusted=False) is kind
+
+
+# What is stored
+
+
+def test_names_to_store():
+    assert registry.name_of("policy", PolicyNetwork) == "PolicyNetwork"
+    assert registry.name_of("policy", type("Mine", (PolicyNetwork,), {"__module__": "my_module"})) == "my_module.Mine"
+
+
+def test_the_class_that_a_target_declares():
+    def unknown(): ...
+
+    def nothing() -> None: ...
+
+    def undefined() -> Undefined: ...  # noqa: F821
+
+    assert registry.declared_class(BlockDrop) is BlockDrop
+    assert registry.declared_class(best_static) is FixedAgent
+    assert [registry.declared_class(target) for target in (unknown, nothing, undefined)] == [None] * 3
+
+
+# What is refused
+
+
+def test_a_stored_name_is_imported_only_with_trust(folder):
+    (folder / "my_module.py").write_text(MODULE)
+    for group, what in (("policy", "policy"), ("rule", "exit rule"), ("backbone", "network")):
+        refusal = (
+            rf"this {what} is my_module\.mine, which is not installed here \(.*policyskip\..*\); say trust=True to imp"
+        )
+        with pytest.raises(UserError, match=refusal):
+            registry.resolve(group, "my_module.mine", trusted=False)
+        with registry.trusting(False), registry.trusting(True), pytest.raises(UserError, match=refusal):
+            registry.resolve(group, "my_module.mine")
+        with pytest.raises(
+            UserError, match=rf"this {what} is short, which is not installed here \(none is installed\)$"
+        ):
+            registry.resolve(group, "short", trusted=True)
+    assert not imported()
+    assert registry.resolve("policy", "my_module.mine", trusted=True)() == 3
+
+
+def test_what_lies_in_the_current_folder_is_not_installed(folder, monkeypatch):
+    """A stranger's folder may hold anything, metadata as if of an installed package, too."""
+    monkeypatch.setattr(sys, "path", ["", *sys.path])
+    install(folder, "my_package", {"policyskip.rewards": {"short": "my_module:mine"}}, my_module=MODULE)
+    assert registry.installed("reward") == {}
+    for target in ("short", "my_module.mine"):
+        with pytest.raises(UserError, match="not installed here"):
+            registry.resolve("reward", target, trusted=False)
+    assert not imported()
+
+
+@pytest.mark.parametrize("key", ["policy", "rule"])
+def test_names_within_an_agent_s_arguments_are_trusted_as_the_agent_is(folder, key):
+    (folder / "my_module.py").write_text(MODULE)
+    target = {
+        "policy": "policyskip.agents.blockdrop.BlockDrop",
+        "rule": "policyskip.agents.msdnet.MSDNetAgent",
+    }[key]
+    env = BlockSelectionVectorEnv(4, backbone=small_backbone(), images=small_images())
+    network = load_exits("msdnet_digits")
+    network.requires_grad_(True)
+    node = {"_target_": target, key: "my_module.mine"}
+    with pytest.raises(
+        UserError, match=f"the run's {key} my_module.mine is not one of policyskip's own; say trust=tru"
+    ):
+        build("agent", node, trusted=False, env=env, network=network, total_steps=2, seed=0)
+    assert not imported()
+    with pytest.raises(UserError, match=r"my_module\.mine|exit rule my_module\.mine is a int"):
+        build("agent", node, trusted=True, env=env, network=network, total_steps=2, seed=0)
+    assert imported()
+
+
+def test_metadata_of_weights_import_nothing(folder):
+    (folder / "my_module.py").write_text(MODULE)
+    backbone = small_backbone()
+    backbone.architecture = {"network": "my_module.mine"}
+    save(backbone, folder / "net.safetensors")
+    for load in (checkpoints.load, load_exits):
+        with pytest.raises(UserError, match=r"this network is my_module\.mine, which is not installed here"):
+            load("net.safetensors")
+        assert not imported()
+    with pytest.raises(UserError, match=r"my_module\.mine gave a int; it must be a Backbone"):
+        checkpoints.load("net.safetensors", trusted=True)
+    assert imported()
+
+
+# What is built, and built again
+
+
+def data() -> Data:
+    images = small_images()
+    return Data("mine", images, images, images, tuple("abcde"), (3, 12, 12))
+
+
+@pytest.mark.parametrize(
+    ("node", "architecture"),
+    [
+        (
+            {"_target_": "my_networks.Residual", "width": 6, "checkpoint": "random"},
+            {"network": "my_networks.Residual", "num_classes": 5, "width": 6, "checkpoint": "random"},
+        ),
+        (
+            {"_target_": "my_networks.leaky"},
+            {"network": "my_networks.leaky", "num_classes": 5, "image_shape": [3, 12, 12], "seed": 20_000},
+        ),
+        ({"_target_": "my_networks.with_exits"}, None),
+    ],
+    ids=["class", "derived from one of ours", "exits"],
+)
+def test_a_network_of_the_user_s_is_built_again(folder, node, architecture):
+    (folder / "my_networks.py").write_text(NETWORKS)
+    before = torch.random.get_rng_state()
+    networks = [build_backbone(node, data(), CPU, seed=20_000) for _ in range(2)]
+    assert torch.equal(torch.random.get_rng_state(), before)
+    network = networks[0]
+    assert networks[1].content_hash() == network.content_hash()  # random weights follow from the seed
+    assert architecture is None or network.architecture == architecture
+    save(network.eval(), folder / "net.safetensors")
+    load = load_exits if node["_target_"].endswith("exits") else checkpoints.load
+    again = load("net.safetensors", trusted=True)
+    assert type(again) is type(network) and again.frozen
+    images = small_images(3).images
+    with torch.no_grad():
+        torch.testing.assert_close(again(images), network(images))
+    with pytest.raises(UserError, match=rf"this network is {node['_target_']}, which is not installed here"):
+        load("net.safetensors")
+
+
+def test_one_of_our_networks_that_a_function_of_the_user_s_makes_needs_no_trust(folder):
+    (folder / "my_networks.py").write_text(NETWORKS)
+    network = build_backbone({"_target_": "my_networks.ours"}, data(), CPU)
+    save(network, folder / "net.safetensors")
+    assert checkpoints.load("net.safetensors").content_hash() == network.content_hash()
+
+
+def test_an_installed_network_is_built_again_without_trust(folder, site):
+    install(site, "my_package", {"policyskip.backbones": {"residual": "my_networks:Residual"}}, my_networks=NETWORKS)
+    node = {"_target_": "residual", "checkpoint": "random"}
+    network = build_backbone(node, data(), CPU, trusted=False)
+    assert network.architecture["network"] == "my_networks.Residual"
+    save(network, folder / "net.safetensors")
+    assert checkpoints.load("net.safetensors").content_hash() == network.content_hash()
+
+
+def test_exits_that_a_network_of_the_user_s_does_without_stay_away(folder):
+    (folder / "my_networks.py").write_text(NETWORKS)
+    network = build_backbone({"_target_": "my_networks.with_exits"}, data(), CPU)
+    fewer = network.only([1])
+    save(fewer, folder / "net.safetensors")
+    again = load_exits("net.safetensors", trusted=True)
+    assert again.num_exits == 2 and again.content_hash() == fewer.content_hash()
+
+
+@pytest.mark.parametrize(
+    ("node", "message"),
+    [
+        (
+            {"_target_": "my_networks.Residual"},
+            r"backbone: my_networks\.Residual failed with OSError: there is no nowh",
+        ),
+        (
+            {"_target_": "my_networks.none"},
+            r"backbone\._target_=my_networks\.none gave a NoneType; it must be a policy",
+        ),
+    ],
+)
+def test_what_is_no_network_is_refused(folder, node, message):
+    (folder / "my_networks.py").write_text(NETWORKS)
+    with pytest.raises(UserError, match=message):
+        build_backbone(node, data(), CPU)
+
+
+def test_a_network_that_fails_while_it_is_read_is_not_called_damaged(folder):
+    (folder / "my_networks.py").write_text(NETWORKS)
+    network = small_backbone()
+    network.architecture = {"network": "my_networks.broken", "num_classes": 5}
+    save(network, folder / "net.safetensors")
+    with pytest.raises(
+        UserError, match=r"^net\.safetensors: my_networks\.broken failed with IndexError: list index"
+    ) as error:
+        checkpoints.load("net.safetensors", trusted=True)
+    assert isinstance(error.value.__cause__, IndexError)
+
+
+def test_data_and_agents_of_another_kind_are_refused(folder):
+    (folder / "my_data.py").write_text("def nothing(device):\n    return {}")
+    with pytest.raises(
+        UserError, match=r"data\._target_=my_data\.nothing gave a dict; it must be a policyskip\.data\.Data"
+    ):
+        build_data({"_target_": "my_data.nothing"}, CPU)
