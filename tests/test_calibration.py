@@ -14,15 +14,14 @@ from policyskip.exits.cache import CachedExits
 from policyskip.exits.calibration import (
     BRANCHYNET_NATS,
     Curve,
-    UnmetError,
     check_search,
-    choose,
     common_curve,
     curve_of,
     grid_curve,
     quota_curve,
 )
 from policyskip.exits.rules import CONFIDENCE, ENTROPY, RULES, exit_of, exit_shares, q_for_budget, rule_named
+from policyskip.exits.targets import UnmetError, choose
 from policyskip.fronts import knee, pareto
 from tests.conftest import small_cache
 
