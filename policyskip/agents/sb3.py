@@ -39,12 +39,8 @@ RESERVED |= {"replay_buffer_class", "replay_buffer_kwargs", "optimize_memory_usa
 """Arguments of SB3's learners that this module chooses; every other argument is a key of ``agent``."""
 
 FIGURE_NAMES = {
-    "train/loss": "loss",
+    **{f"train/{name}": name for name in ("loss", "policy_loss", "value_loss", "approx_kl", "clip_fraction")},
     "train/policy_gradient_loss": "policy_loss",
-    "train/policy_loss": "policy_loss",
-    "train/value_loss": "value_loss",
-    "train/approx_kl": "approx_kl",
-    "train/clip_fraction": "clip_fraction",
     "train/explained_variance": "explained_variance",
     "train/learning_rate": "lr",
     "rollout/exploration_rate": "exploration_rate",

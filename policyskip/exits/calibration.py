@@ -1,7 +1,6 @@
-"""Thresholds that meet a user's target: accuracy to lose at most, or MACs to spend at most.
+"""Curves of accuracy against cost, made by searching thresholds on the cached outputs of *validation* images.
 
-Everything here is chosen on the cached outputs of *validation* images; test images only report what was chosen.
-Three ways to search make curves of accuracy against cost, from which :func:`choose` picks a point:
+There are three ways to search; ``targets.py`` picks a point of the curve:
 
 - ``quota`` (MSDNet): a fraction of the images for each exit, with one parameter, which is hard to overfit;
 - ``grid`` (BranchyNet's screening): every combination of some thresholds for each exit;
