@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -18,8 +19,10 @@ from policyskip.build import build, build_backbone, build_data
 from policyskip.data import Data
 from policyskip.envs.block_selection import BlockSelectionVectorEnv
 from policyskip.errors import UserError
-from policyskip.policies.networks import PolicyNetwork
-from tests.conftest import small_backbone, small_images
+from policyskip.exits.calibration import curve_of
+from policyskip.exits.rules import Measured, exit_of, rule_named
+from policyskip.policies.networks import PolicyNetwork, policy_network
+from tests.conftest import small_backbone, small_cache, small_images
 from tests.installing import install
 
 MODULE = """
@@ -370,3 +373,213 @@ def test_data_and_agents_of_another_kind_are_refused(folder):
         UserError, match=r"data\._target_=my_data\.nothing gave a dict; it must be a policyskip\.data\.Data"
     ):
         build_data({"_target_": "my_data.nothing"}, CPU)
+
+
+# Exit rules
+
+RULES = """
+import torch
+
+from policyskip.exits.rules import Measured
+
+
+def distance(probability):
+    top = probability.topk(2, -1).values
+    return top[..., 0] - top[..., 1]
+
+
+class Margin:
+    extremes = (2.0, 0.0)
+
+    def leaves(self, probability, threshold):
+        return distance(probability) >= threshold
+
+    def turning_points(self, probability):
+        return distance(probability).flatten()
+
+
+class Late(Margin):
+    extremes = (0.0,)
+
+
+class Soft(Margin):
+    def leaves(self, probability, threshold):
+        return probability.amax(-1)
+
+
+class Square(Margin):
+    def turning_points(self, probability):
+        return probability
+
+
+class Broken(Margin):
+    def leaves(self, probability, threshold):
+        return [][1]
+
+
+class Empty(Margin):
+    extremes = ()
+
+
+class Needy(Margin):
+    def __init__(self, sharpness):
+        pass
+
+
+margin = Margin()
+top = Measured("whatever", lambda p: p.amax(-1), high_is_sure=True, never=2.0, always=0.0)
+
+
+def from_function():
+    return top
+"""
+
+
+@pytest.mark.parametrize("target", ["Margin", "margin", "top", "from_function"])
+def test_a_rule_of_the_user_s_goes_by_its_path(folder, target):
+    (folder / "my_rules.py").write_text(RULES)
+    rule = rule_named(f"my_rules.{target}")
+    assert rule.name == f"my_rules.{target}"
+    assert isinstance(rule, Measured) == (target in ("top", "from_function"))
+    cache = small_cache()
+    search = "quota" if isinstance(rule, Measured) else "grid"
+    curve = curve_of(cache, rule.name, search)
+    exit_M = exit_of(rule, cache.probability_MNC, curve[5].thresholds)
+    accuracy, macs = (figure.item() for figure in cache.judge(exit_M.unsqueeze(0)))
+    assert curve[5].rule == rule.name and (curve[5].accuracy, curve[5].macs) == pytest.approx((accuracy, macs))
+    if not isinstance(rule, Measured):
+        with pytest.raises(
+            UserError, match=r"quota needs a rule that orders images, .* my_rules\.\w+ does not: say age"
+        ):
+            curve_of(cache, rule.name, "quota")
+
+
+def test_an_installed_rule_goes_by_its_name_without_trust(site):
+    install(site, "my_package", {"policyskip.rules": {"margin": "my_rules:Margin"}}, my_rules=RULES)
+    with registry.trusting(False):
+        assert rule_named("margin").name == "margin" and rule_named("my_rules.Margin").name == "my_rules.Margin"
+        with pytest.raises(
+            UserError, match=r"one of confidence, .*, got 'label', which is not installed .* \(margin\)"
+        ):
+            rule_named("label")
+
+
+@pytest.mark.parametrize(
+    ("target", "message"),
+    [
+        ("torch", "the exit rule my_rules.torch is a module without extremes; a rule needs it"),
+        ("Empty", r"extremes of the exit rule my_rules\.Empty must be a tuple of one or two numbers, got \(\)"),
+        ("Late", "at 0.0, the first of its extremes, no image may leave by the exit rule my_rules.Late"),
+        ("Soft", r"leaves of the exit rule my_rules\.Soft must return bool .* got torch\.float32 \(2,\)"),
+        ("Square", r"turning_points of .*Square must return floats in one dimension, got torch\.float32 \(2, 3\)"),
+        ("Broken", "the exit rule my_rules.Broken failed with IndexError: list index"),
+        ("Needy", "the exit rule my_rules.Needy failed with TypeError: .*'sharpness'"),
+    ],
+)
+def test_what_is_no_rule_is_refused_before_anything_is_learned(folder, target, message):
+    (folder / "my_rules.py").write_text(RULES)
+    with pytest.raises(UserError, match=message) as refused:
+        rule_named(f"my_rules.{target}")
+    assert "\n" not in str(refused.value)
+
+
+# Policy networks
+
+POLICIES = """
+import torch
+from torch import nn
+
+from policyskip.policies.networks import KeepPolicy, keep_layer
+
+
+class Looks(KeepPolicy):
+    def __init__(self, num_blocks, initial_keep, image_shape, hidden=3):
+        super().__init__(num_blocks)
+        self.features = nn.Sequential(nn.Flatten(), nn.Linear(3 * image_shape[1] * image_shape[2], hidden))
+        self.keep_head = keep_layer(hidden, num_blocks, initial_keep)
+
+    def look(self, images):
+        features = self.features(images / 255)
+        return features, self.keep_head(features)
+
+
+class Forward(KeepPolicy):
+    def __init__(self, num_blocks):
+        super().__init__(num_blocks)
+        self.layers = nn.Linear(3, num_blocks)
+
+    def forward(self, images):
+        return self.layers((images / 255).mean((2, 3)))
+
+
+class Neither(KeepPolicy):
+    pass
+
+
+class Narrow(Forward):
+    def forward(self, images):
+        return super().forward(images)[:, :1]
+
+
+class Broken(KeepPolicy):
+    def __init__(self, num_blocks):
+        raise IndexError("list index out of range")
+
+
+class Other(nn.Module):
+    pass
+"""
+
+
+def learner(**arguments) -> BlockDrop:
+    env = BlockSelectionVectorEnv(8, backbone=small_backbone(), images=small_images())
+    agent: BlockDrop = build("agent", {"_target_": BLOCKDROP, **arguments}, env=env, total_steps=4, seed=0)
+    agent.update(env)
+    return agent
+
+
+BLOCKDROP = "policyskip.agents.blockdrop.BlockDrop"
+
+
+@pytest.mark.parametrize("baseline", ["greedy", "value"])
+@pytest.mark.parametrize("target", ["Looks", "Forward"])
+def test_a_policy_network_of_the_user_s_learns_and_is_built_again(folder, target, baseline):
+    (folder / "my_policies.py").write_text(POLICIES)
+    agent = learner(policy=f"my_policies.{target}", baseline=baseline, initial_keep=0.9)
+    policy = agent.policy
+    arguments = {"num_blocks": 6} | ({"initial_keep": 0.9, "image_shape": [3, 12, 12]} if target == "Looks" else {})
+    assert policy.spec() == arguments and agent.decision_macs > 0
+    again = registry.resolve("policy", registry.name_of("policy", type(policy)), trusted=True)(**policy.spec())
+    again.load_state_dict(policy.state_dict())
+    images = small_images(5).images
+    assert torch.equal(again.eval().decide(images), policy.eval().decide(images))
+    assert copy.deepcopy(policy).spec() == arguments
+
+
+def test_a_policy_network_of_the_user_s_starts_from_a_keep_set(folder):
+    (folder / "my_policies.py").write_text(POLICIES)
+    start = (True, False, True, True, False, True)
+    policy = policy_network("my_policies.Looks", 6, (3, 12, 12), initial_keep=0.999)
+    policy.depart_from(start)
+    assert policy.decide(torch.zeros(1, 3, 12, 12, dtype=torch.uint8)).tolist() == [list(start)]
+    with pytest.raises(UserError, match=r"Forward cannot start from a keep-set, .*; say agent\.warm_start=false"):
+        policy_network("my_policies.Forward", 6, (3, 12, 12)).depart_from(start)
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        (
+            "my_policies.Other",
+            "agent.policy=my_policies.Other must be a subclass of policyskip.policies.networks.KeepPol",
+        ),
+        ("my_policies.Broken", "agent.policy=my_policies.Broken failed with IndexError: list index out of range"),
+        ("my_policies.Neither", "failed with NotImplementedError: Neither has neither look nor forward"),
+        ("my_policies.Narrow", r"must give features .*, here \(1, D\) and \(1, 6\); got \(1, 0\) and \(1, 1\)"),
+        ("mine", r"'cifar', 'imagenet' or 'constant', got 'mine', which is not installed here either \(none is inst"),
+    ],
+)
+def test_what_is_no_policy_network_is_refused(folder, name, message):
+    (folder / "my_policies.py").write_text(POLICIES)
+    with pytest.raises(UserError, match=message):
+        learner(policy=name)

@@ -1,9 +1,8 @@
 """PPO, A2C and DQN: the learners of Stable-Baselines3 (SB3) as agents.
 
 SB3 collects, stores and learns. A :class:`~policyskip.policies.perceptrons.GreedyPolicy` of plain layers shares the
-parameters of SB3's policy; that policy is judged, and is deployed without SB3. Nothing is ever loaded from SB3's own
-files, because loading them executes code that they contain. No other module of the agents imports SB3, and this one is
-imported only for a run of one of its agents.
+parameters of SB3's policy; that policy is judged, and is deployed without SB3. Files of SB3 are never loaded: they can
+contain code. No other module of the agents imports SB3.
 
 Shapes: B images side by side, K blocks, N exits.
 """
@@ -40,12 +39,8 @@ RESERVED |= {"replay_buffer_class", "replay_buffer_kwargs", "optimize_memory_usa
 """Arguments of SB3's learners that this module chooses; every other argument is a key of ``agent``."""
 
 FIGURE_NAMES = {
-    "train/loss": "loss",
+    **{f"train/{name}": name for name in ("loss", "policy_loss", "value_loss", "approx_kl", "clip_fraction")},
     "train/policy_gradient_loss": "policy_loss",
-    "train/policy_loss": "policy_loss",
-    "train/value_loss": "value_loss",
-    "train/approx_kl": "approx_kl",
-    "train/clip_fraction": "clip_fraction",
     "train/explained_variance": "explained_variance",
     "train/learning_rate": "lr",
     "rollout/exploration_rate": "exploration_rate",

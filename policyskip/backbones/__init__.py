@@ -11,7 +11,7 @@ from policyskip.backbones.builders import (
     multi_scale_densenet,
     torchvision_resnet_exits,
 )
-from policyskip.backbones.checkpoints import cifar_resnet, load, torchvision_resnet
+from policyskip.backbones.checkpoints import cifar_resnet, load, load_checkpoint, torchvision_resnet
 from policyskip.backbones.costs import Costs, count_costs
 from policyskip.backbones.execution import dense, sparse, sparse_many
 from policyskip.backbones.exits import ExitCosts, ExitNetwork, costly_exits, count_exit_costs, rows_of, run_until
@@ -40,6 +40,7 @@ __all__ = [
     "count_exit_costs",
     "dense",
     "load",
+    "load_checkpoint",
     "load_exits",
     "multi_scale_densenet",
     "rows_of",

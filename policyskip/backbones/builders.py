@@ -1,9 +1,9 @@
 """Multi-exit networks with weights: the functions that ``configs/backbone`` names, and shipped weights by name.
 
-Of every function: ``checkpoint`` is a file that :func:`policyskip.backbones.checkpoints.save` wrote, a shipped name, or
-"random" (the weights of ``seed``, to be trained). What is left None comes from the checkpoint, or is the network's
-default. Each raises UserError if there is no such checkpoint, or one of another network, or if the arguments make no
-network.
+In every function, ``checkpoint`` is a file that :func:`policyskip.backbones.checkpoints.save` wrote, a shipped name, or
+"random" (the weights of ``seed``, to be trained). Arguments that are None are taken from the checkpoint, or are the
+network's defaults. Every function raises UserError if there is no such checkpoint, if it holds another network, or if
+the arguments make no network.
 
 Shapes: C classes, H W pixels.
 """
@@ -35,8 +35,6 @@ from policyskip.backbones.resnet_exits import ResNetExits, find_blocks
 from policyskip.errors import UserError
 
 Shape = tuple[int, int, int]
-
-
 Built = TypeVar("Built", bound=ExitNetwork)
 
 
@@ -61,8 +59,8 @@ def multi_scale_densenet(
     image_size: int | None = None,
     seed: int = 0,
 ) -> MSDNet:
-    """An :class:`MSDNet`. ``image_size`` is what image folders are scaled to for it; the network takes any size."""
-    asked = dict(
+    """Build an :class:`MSDNet`. Image folders are scaled to ``image_size``; the network itself takes any size."""
+    arguments = dict(
         num_classes=num_classes,
         num_exits=num_exits,
         base=base,
@@ -79,7 +77,7 @@ def multi_scale_densenet(
         mean=mean,
         std=std,
     )
-    network = _with_weights(MSDNet, "msdnet", asked, checkpoint, seed)
+    network = _with_weights(MSDNet, "msdnet", arguments, checkpoint, seed)
     network.lazy = lazy
     return network
 
@@ -93,9 +91,9 @@ def branchy_lenet(
     std: Sequence[float] | None = None,
     seed: int = 0,
 ) -> BranchyLeNet:
-    """A :class:`BranchyLeNet` for images of shape (3, H, W)."""
-    asked = dict(num_classes=num_classes, image_shape=image_shape, channels=channels, mean=mean, std=std)
-    return _with_weights(BranchyLeNet, "branchy_lenet", asked, checkpoint, seed)
+    """Build a :class:`BranchyLeNet` for images of shape (3, H, W)."""
+    arguments = dict(num_classes=num_classes, image_shape=image_shape, channels=channels, mean=mean, std=std)
+    return _with_weights(BranchyLeNet, "branchy_lenet", arguments, checkpoint, seed)
 
 
 def branchy_alexnet(
@@ -106,9 +104,9 @@ def branchy_alexnet(
     std: Sequence[float] | None = None,
     seed: int = 0,
 ) -> BranchyAlexNet:
-    """A :class:`BranchyAlexNet` for images of shape (3, H, W)."""
-    asked = dict(num_classes=num_classes, image_shape=image_shape, mean=mean, std=std)
-    return _with_weights(BranchyAlexNet, "branchy_alexnet", asked, checkpoint, seed)
+    """Build a :class:`BranchyAlexNet` for images of shape (3, H, W)."""
+    arguments = dict(num_classes=num_classes, image_shape=image_shape, mean=mean, std=std)
+    return _with_weights(BranchyAlexNet, "branchy_alexnet", arguments, checkpoint, seed)
 
 
 def branchy_resnet(
@@ -120,9 +118,9 @@ def branchy_resnet(
     std: Sequence[float] | None = None,
     seed: int = 0,
 ) -> BranchyResNet:
-    """A :class:`BranchyResNet` for images of shape (3, H, W)."""
-    asked = dict(num_classes=num_classes, image_shape=image_shape, depth=depth, mean=mean, std=std)
-    return _with_weights(BranchyResNet, "branchy_resnet", asked, checkpoint, seed)
+    """Build a :class:`BranchyResNet` for images of shape (3, H, W)."""
+    arguments = dict(num_classes=num_classes, image_shape=image_shape, depth=depth, mean=mean, std=std)
+    return _with_weights(BranchyResNet, "branchy_resnet", arguments, checkpoint, seed)
 
 
 def cifar_resnet_exits(
@@ -138,12 +136,12 @@ def cifar_resnet_exits(
     std: Sequence[float] | None = None,
     seed: int = 0,
 ) -> ResNetExits:
-    """:class:`ResNetExits` over a CIFAR ResNet. A checkpoint of the ResNet alone (see :func:`cifar_resnet`) leaves the
-    exits' heads random."""
-    asked = dict(depth=depth, num_classes=num_classes, shortcut=shortcut, width=width, mean=mean, std=std)
+    """Build :class:`ResNetExits` over a CIFAR ResNet. With a checkpoint of the ResNet alone (see
+    :func:`cifar_resnet`), the exits' heads are random."""
+    arguments = dict(depth=depth, num_classes=num_classes, shortcut=shortcut, width=width, mean=mean, std=std)
     return _exits_over(
         lambda: cifar_resnet(num_classes, depth, checkpoint, shortcut, width, mean, std, seed),
-        *(asked, exits, heads, image_shape, checkpoint, seed),
+        *(arguments, exits, heads, image_shape, checkpoint, seed),
     )
 
 
@@ -157,8 +155,8 @@ def torchvision_resnet_exits(
     image_size: int = 224,
     seed: int = 0,
 ) -> ResNetExits:
-    """:class:`ResNetExits` over torchvision's ResNet. A checkpoint of the ResNet alone (see :func:`torchvision_resnet`)
-    leaves the exits' heads random. ``image_size`` is what image folders are scaled to."""
+    """Build :class:`ResNetExits` over torchvision's ResNet. With a checkpoint of the ResNet alone (see
+    :func:`torchvision_resnet`), the exits' heads are random. Image folders are scaled to ``image_size``."""
     return _exits_over(
         lambda: torchvision_resnet(num_classes, depth, checkpoint, image_size, seed),
         *(dict(depth=depth, num_classes=num_classes), exits, heads, image_shape, checkpoint, seed),
@@ -178,18 +176,18 @@ def load_exits(name: str, trusted: bool = False) -> ExitNetwork:
     architecture = read_architecture(name) or {}
     kind = architecture.get("network")
     if not (is_users_own(architecture) or (isinstance(kind, str) and kind in EXIT_NETWORKS)):
-        raise UserError(f"{name} holds no multi-exit network{_what(architecture)}")
+        raise UserError(f"{name} holds no multi-exit network{_but_a(architecture)}")
     network = rebuilt(architecture, read_tensors(find(name)), name, trusted)
     if not isinstance(network, ExitNetwork):
-        raise UserError(f"{name} holds no multi-exit network{_what(architecture)}")
+        raise UserError(f"{name} holds no multi-exit network{_but_a(architecture)}")
     return network.freeze()
 
 
 def _with_weights(
-    kind: Callable[..., Built], name: str, asked: dict[str, Any], checkpoint: str | None, seed: int
+    kind: Callable[..., Built], name: str, arguments: dict[str, Any], checkpoint: str | None, seed: int
 ) -> Built:
-    """The network that was asked for (None: as the checkpoint says), with the checkpoint's weights."""
-    given = {key: value for key, value in asked.items() if value is not None}
+    """Build a network with a checkpoint's weights; arguments that are None are as the checkpoint says."""
+    chosen = {key: value for key, value in arguments.items() if value is not None}
     if checkpoint is None:
         raise UserError(
             f"backbone.checkpoint is not set: {name} needs weights; give a file, one of {', '.join(shipped())}, or say "
@@ -197,48 +195,53 @@ def _with_weights(
         )
     if checkpoint == RANDOM:
         with seeded(seed):
-            return kind(**given)
-    found = read_architecture(checkpoint) or {}
-    if found.get("network") != name:
-        raise UserError(f"{checkpoint} holds no {name}{_what(found)}")
-    _check_same(checkpoint, name, given, found)
-    network: Built = rebuilt({**found, **given}, read_tensors(find(checkpoint)), checkpoint)  # type: ignore[assignment]
+            return kind(**chosen)
+    stored = read_architecture(checkpoint) or {}
+    if stored.get("network") != name:
+        raise UserError(f"{checkpoint} holds no {name}{_but_a(stored)}")
+    _check_same(checkpoint, name, chosen, stored)
+    network: Built = rebuilt({**stored, **chosen}, read_tensors(find(checkpoint)), checkpoint)  # type: ignore[assignment]
     return network
 
 
 def _exits_over(
-    backbone: Callable[[], Backbone],
-    asked: dict[str, Any],
+    make_backbone: Callable[[], Backbone],
+    arguments: dict[str, Any],
     exits: list[int | str],
     heads: str | list[str],
     image_shape: Shape,
     checkpoint: str | None,
     seed: int,
 ) -> ResNetExits:
-    """Exits over the backbone, or the checkpoint's if it has them already and they are those that were asked for."""
+    """Build exits over a ResNet: with random heads, or with those of a checkpoint that has the same exits.
+
+    Args:
+        make_backbone: makes the ResNet, if the checkpoint has no exits.
+        arguments: of the ResNet; those that are None are as the checkpoint says.
+    """
     if not exits:
         raise UserError("backbone.exits is empty; name the blocks that an exit follows")
-    found = _architecture_if_file(checkpoint)
-    if checkpoint is None or found.get("network") != "resnet_exits":
-        trunk = backbone()
+    stored = _architecture_if_file(checkpoint)
+    if checkpoint is None or stored.get("network") != "resnet_exits":
+        backbone = make_backbone()
         with seeded(seed):
-            return ResNetExits(trunk, exits, heads, image_shape)
-    given = {key: value for key, value in asked.items() if value is not None}
-    if not isinstance(found.get("backbone"), dict):
+            return ResNetExits(backbone, exits, heads, image_shape)
+    chosen = {key: value for key, value in arguments.items() if value is not None}
+    if not isinstance(stored.get("backbone"), dict):
         raise UserError(
             f"{checkpoint} is damaged or of another version: it does not say which network its exits are on"
         )
-    _check_same(checkpoint, "ResNet", given, found["backbone"])
-    architecture = {**found, "backbone": {**found["backbone"], **given}}
+    _check_same(checkpoint, "ResNet", chosen, stored["backbone"])
+    architecture = {**stored, "backbone": {**stored["backbone"], **chosen}}
     network: ResNetExits = rebuilt(architecture, read_tensors(find(checkpoint)), checkpoint)  # type: ignore[assignment]
-    places = find_blocks(network.backbone, exits)
-    kinds = [heads] * len(places) if isinstance(heads, str) else list(heads)
-    _check_same(checkpoint, network.name, dict(exits=places, heads=kinds, image_shape=image_shape), found)
+    blocks = find_blocks(network.backbone, exits)
+    kinds = [heads] * len(blocks) if isinstance(heads, str) else list(heads)
+    _check_same(checkpoint, network.name, dict(exits=blocks, heads=kinds, image_shape=image_shape), stored)
     return network
 
 
 def _architecture_if_file(checkpoint: str | None) -> dict[str, Any]:
-    """What a file of ours says of itself; nothing if ``checkpoint`` is no such file."""
+    """Read the architecture in a file of the package's own; it is empty if ``checkpoint`` is no such file."""
     try:
         find(checkpoint or RANDOM)
     except UserError:
@@ -246,15 +249,20 @@ def _architecture_if_file(checkpoint: str | None) -> dict[str, Any]:
     return read_architecture(checkpoint or RANDOM) or {}
 
 
-def _check_same(checkpoint: str, name: str, given: dict[str, Any], found: dict[str, Any]) -> None:
-    """Refuse a checkpoint that was made with other arguments; the normalisation may be another."""
-    for key, value in given.items():
-        value, was = json.loads(json.dumps(value)), found.get(key)
-        if key == "num_classes" and was != value:
-            raise UserError(f"{checkpoint} has {was} classes, the data has {value}")
-        if key not in ("mean", "std") and was != value:
-            raise UserError(f"{checkpoint} holds a {name} of {key} {was}, not of {key} {value}")
+def _check_same(checkpoint: str, name: str, chosen: dict[str, Any], stored: dict[str, Any]) -> None:
+    """Refuse a checkpoint that was made with other arguments than the chosen ones; the normalisation may differ.
+
+    Raises:
+        UserError: says the argument, and both of its values.
+    """
+    for key, value in chosen.items():
+        value, stored_value = json.loads(json.dumps(value)), stored.get(key)
+        if key == "num_classes" and stored_value != value:
+            raise UserError(f"{checkpoint} has {stored_value} classes, the data has {value}")
+        if key not in ("mean", "std") and stored_value != value:
+            raise UserError(f"{checkpoint} holds a {name} of {key} {stored_value}, not of {key} {value}")
 
 
-def _what(architecture: dict[str, Any]) -> str:
+def _but_a(architecture: dict[str, Any]) -> str:
+    """The end of a message, which says what network a file holds, if it says so itself."""
     return f" but a {architecture.get('network', 'CIFAR ResNet')}" if architecture else ""

@@ -1,4 +1,4 @@
-"""Weights in and out: shipped ones by name, our own files, and networks that others trained.
+"""Weights are read and written here: shipped weights by name, the package's own files, and files that others made.
 
 No file is ever unpickled freely: safetensors, or ``torch.load(weights_only=True)``, which refuses code.
 """
@@ -6,7 +6,6 @@ No file is ever unpickled freely: safetensors, or ``torch.load(weights_only=True
 from __future__ import annotations
 
 import json
-import re
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -19,8 +18,9 @@ from torch import Tensor
 from policyskip import registry
 from policyskip.backbones.architectures import RANDOM as RANDOM
 from policyskip.backbones.architectures import build_again, is_users_own
-from policyskip.backbones.base import IMAGENET_MEAN, IMAGENET_STD, Backbone, Network
+from policyskip.backbones.base import Backbone, Network
 from policyskip.backbones.resnet import CifarResNet, Shortcut, TorchvisionResNet
+from policyskip.backbones.translation import State, from_cifar_names, from_torchvision_names
 from policyskip.errors import UserError, first_line
 from policyskip.files import damaged, write
 from policyskip.sealed import largest_number, read_metadata, sealed, unsealed
@@ -29,8 +29,6 @@ WEIGHTS = Path(__file__).parent.parent / "weights"
 """Weights that ship with the package, each with the command and figures that made it beside it."""
 LARGEST_NUMBER = 10_000
 """The largest number that a file may say of one of the package's own networks: of blocks, channels, classes, …"""
-
-State = dict[str, Tensor]
 
 
 def cifar_resnet(
@@ -43,17 +41,17 @@ def cifar_resnet(
     std: Sequence[float] | None = None,
     seed: int = 0,
 ) -> CifarResNet:
-    """A CIFAR ResNet with the weights of ``checkpoint``: a shipped name, a file, or "random".
+    """Build a CIFAR ResNet with the weights of ``checkpoint``: a shipped name, a file, or "random".
 
-    What is left None comes from the checkpoint: our files say it; in others it follows from their layout
-    (see :func:`read_checkpoint`). With "random": the weights of ``seed``, shortcut "pool", width 16, ImageNet's
-    normalisation.
+    Arguments that are None are taken from the checkpoint: the package's own files state them, and in others they follow
+    from the tensors (see :func:`read_checkpoint`). With "random", the weights are those of ``seed``, and the defaults
+    are shortcut "pool", width 16 and ImageNet's normalisation.
 
     Raises:
         UserError: no such checkpoint, or one of another depth, width, number of classes or architecture.
     """
-    asked: dict[str, Any] = dict(depth=depth, shortcut=shortcut, width=width, mean=mean, std=std)
-    given = {name: value for name, value in asked.items() if value is not None}
+    arguments = dict(depth=depth, shortcut=shortcut, width=width, mean=mean, std=std)
+    chosen: dict[str, Any] = {name: value for name, value in arguments.items() if value is not None}
     if checkpoint is None:
         raise UserError(
             f"backbone.checkpoint is not set: a frozen ResNet-{depth} needs trained weights; give a file, one of "
@@ -61,16 +59,16 @@ def cifar_resnet(
         )
     if checkpoint == RANDOM:
         with seeded(seed):
-            return CifarResNet(**{"num_classes": num_classes, **given})
-    state, found = read_checkpoint(checkpoint)
+            return CifarResNet(**{"num_classes": num_classes, **chosen})
+    state, stored = read_checkpoint(checkpoint)
     own = read_architecture(checkpoint) is not None
     for name in ("depth", "width", "shortcut") if own else ("depth", "width"):
-        if name in given and name in found and given[name] != found[name]:
-            raise UserError(f"{checkpoint} holds a ResNet of {name} {found[name]}, not of {name} {given[name]}")
-    if found["num_classes"] != num_classes:
-        raise UserError(f"{checkpoint} has {found['num_classes']} classes, the data has {num_classes}")
-    check_size(lambda: CifarResNet(**{**found, **given}), state, checkpoint)
-    backbone = CifarResNet(**{**found, **given})
+        if name in chosen and name in stored and chosen[name] != stored[name]:
+            raise UserError(f"{checkpoint} holds a ResNet of {name} {stored[name]}, not of {name} {chosen[name]}")
+    if stored["num_classes"] != num_classes:
+        raise UserError(f"{checkpoint} has {stored['num_classes']} classes, the data has {num_classes}")
+    check_size(lambda: CifarResNet(**{**stored, **chosen}), state, checkpoint)
+    backbone = CifarResNet(**{**stored, **chosen})
     load_into(backbone, state, checkpoint)
     return backbone
 
@@ -78,10 +76,15 @@ def cifar_resnet(
 def torchvision_resnet(
     num_classes: int, depth: int, checkpoint: str | None = "DEFAULT", image_size: int = 224, seed: int = 0
 ) -> TorchvisionResNet:
-    """torchvision's ImageNet ResNet: its own weights ("DEFAULT", "IMAGENET1K_V1", …, downloaded by torchvision),
-    a file with a torchvision state dict of any number of classes, or "random" (those of ``seed``).
+    """Build torchvision's ImageNet ResNet.
 
-    ``image_size`` is what image folders are scaled to for it; the network itself takes any size.
+    Args:
+        num_classes: C.
+        depth: 18, 34, 50, 101 or 152.
+        checkpoint: torchvision's weights, which it downloads ("DEFAULT", "IMAGENET1K_V1", …), a file with a torchvision
+            state dict, or "random".
+        image_size: the size to which image folders are scaled for the network, which itself takes any size.
+        seed: decides random weights.
 
     Raises:
         UserError: the weights cannot be had, or do not fit.
@@ -93,7 +96,7 @@ def torchvision_resnet(
             return TorchvisionResNet(depth, num_classes)
     if Path(checkpoint).is_file():
         backbone = TorchvisionResNet(depth, num_classes)
-        load_into(backbone, _from_torchvision_names(read_tensors(Path(checkpoint)), backbone), checkpoint)
+        load_into(backbone, from_torchvision_names(read_tensors(Path(checkpoint)), backbone), checkpoint)
         return backbone
     try:
         return TorchvisionResNet(depth, num_classes, checkpoint)
@@ -107,7 +110,7 @@ def torchvision_resnet(
 
 @contextmanager
 def seeded(seed: int) -> Iterator[None]:
-    """Random weights that are the same every time, without touching the global generator."""
+    """Make the random numbers drawn inside follow from ``seed`` alone, and leave the global generator as it was."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         yield
@@ -160,17 +163,21 @@ def rebuilt(architecture: dict[str, Any], state: State, source: str, trusted: bo
 
 
 def save(network: Network, path: Path) -> None:
-    """Write a network that ``backbone.checkpoint=`` takes: its weights, and the arguments that build it again."""
+    """Write a network's weights, and the arguments that build it again, into a file for ``backbone.checkpoint=``."""
     write(path, sealed(network.state_dict(), network.architecture))
 
 
 def shipped() -> list[str]:
-    """Names of the weights that come with the package."""
+    """List the names of the weights that come with the package."""
     return sorted(file.stem for file in WEIGHTS.glob("*.safetensors"))
 
 
 def find(checkpoint: str) -> Path:
-    """The file that a checkpoint's name or path stands for."""
+    """Find the file of a checkpoint's name or path.
+
+    Raises:
+        UserError: there is none.
+    """
     for path in (Path(checkpoint).expanduser(), WEIGHTS / f"{checkpoint}.safetensors"):
         if path.is_file():
             return path
@@ -178,7 +185,11 @@ def find(checkpoint: str) -> Path:
 
 
 def check_data(checkpoint: str | None, data: str) -> None:
-    """UserError if ``checkpoint`` names shipped weights that were trained on other data than ``data``."""
+    """Refuse shipped weights for other data than they were trained on.
+
+    Raises:
+        UserError: ``checkpoint`` names shipped weights, and ``data`` another data set than theirs.
+    """
     if checkpoint not in shipped() or find(checkpoint).parent != WEIGHTS:
         return
     trained_on = json.loads((WEIGHTS / f"{checkpoint}.json").read_bytes())["data"]
@@ -190,23 +201,31 @@ def check_data(checkpoint: str | None, data: str) -> None:
 
 
 def read_checkpoint(checkpoint: str) -> tuple[State, dict[str, Any]]:
-    """Tensors under our names, and the arguments of :class:`CifarResNet` that fit them.
+    """Read a CIFAR ResNet: tensors under the package's names, and the arguments of :class:`CifarResNet` that fit them.
 
-    Other people's files are recognised by their names: ``layerL.B.…`` (torchvision, and the many CIFAR ResNets
-    written after it; ImageNet normalisation, shortcut A unless there are projections) and ``blocks.S.B.…``
+    Files that others made are recognised by the names of their tensors: ``layerL.B.…`` (torchvision, and the many CIFAR
+    ResNets written after it; ImageNet normalisation, shortcut A unless there are projections) and ``blocks.S.B.…``
     (BlockDrop's; no normalisation, average-pool shortcut).
+
+    Raises:
+        UserError: the file holds another network, or cannot be read.
     """
     architecture = read_architecture(checkpoint)
     if architecture is None:
-        return _translate(read_tensors(find(checkpoint)), checkpoint)
+        return from_cifar_names(read_tensors(find(checkpoint)), checkpoint)
     if "network" in architecture:
         raise UserError(f"{checkpoint} holds a {architecture['network']}, not a CIFAR ResNet")
     return read_tensors(find(checkpoint)), architecture
 
 
 def read_architecture(checkpoint: str) -> dict[str, Any] | None:
-    """The arguments that :func:`save` wrote: those of the class named by "network" (without: :class:`CifarResNet`).
-    None if the file is not ours."""
+    """Read the arguments that :func:`save` wrote into a file beside the weights: the network's ``architecture``.
+
+    Returns: None if the file was made by others.
+
+    Raises:
+        UserError: there is no such file, or it cannot be read.
+    """
     path = find(checkpoint)
     if path.suffix != ".safetensors":
         return None
@@ -222,19 +241,34 @@ def read_architecture(checkpoint: str) -> dict[str, Any] | None:
 
 
 def check_size(make: Callable[[], Network], state: State, source: str) -> None:
-    """UserError if a network's tensors, which are not made yet, would be larger than those that a file has for it."""
+    """Refuse a file whose network would need far more memory than its tensors do, before the network is made.
+
+    Args:
+        make: makes the network.
+        state: the file's tensors.
+        source: the file's name.
+
+    Raises:
+        UserError: the network's tensors would hold more numbers than the file does.
+    """
     try:
         with torch.device("meta"):
             needed = sum(value.numel() for value in make().state_dict().values())
-    except (NotImplementedError, RuntimeError):  # of networks that look at numbers while they are made
+    except UserError:
+        raise
+    except Exception:  # networks that look at numbers while they are made cannot be made without memory
         return
-    given = sum(value.numel() for value in state.values())
-    if needed > 2 * given + 10_000:
-        raise UserError(f"{source} is damaged: it holds {given} numbers, its network needs {needed}")
+    stored = sum(value.numel() for value in state.values())
+    if needed > 2 * stored + 10_000:
+        raise UserError(f"{source} is damaged: it holds {stored} numbers, its network needs {needed}")
 
 
 def read_tensors(path: Path) -> State:
-    """The tensors of a checkpoint file, ``module.`` prefixes removed; nothing in the file is executed."""
+    """Read the tensors of a checkpoint file, ``module.`` prefixes removed; nothing in the file is executed.
+
+    Raises:
+        UserError: the file cannot be read, or holds no tensors.
+    """
     try:
         if path.suffix == ".safetensors":
             content: Any = unsealed(path)
@@ -251,65 +285,18 @@ def read_tensors(path: Path) -> State:
     return tensors
 
 
-def _translate(tensors: State, source: str) -> tuple[State, dict[str, Any]]:
-    """Other people's names to ours, and what architecture they imply."""
-    torchvision_like = any(name.startswith("layer1.0.") for name in tensors)
-    blockdrop = any(name.startswith("blocks.0.0.") for name in tensors)
-    if not (torchvision_like or blockdrop) or "conv1.weight" not in tensors:
-        some = ", ".join(list(tensors)[:3])
-        raise UserError(f"{source} is not a CIFAR ResNet that is known here; its tensors are named {some}, …")
-    pattern = re.compile(r"layer(\d+)\.(\d+)\.(.+)" if torchvision_like else r"blocks\.(\d+)\.(\d+)\.(.+)")
-    first = 1 if torchvision_like else 0
-    places = {(int(m[1]) - first, int(m[2])) for m in map(pattern.fullmatch, tensors) if m}
-    sizes = [sum(stage == s for stage, _ in places) for s in range(max(stage for stage, _ in places) + 1)]
-    if len(sizes) != 3 or len(set(sizes)) != 1:
-        raise UserError(f"{source} is not a CIFAR ResNet: its stages have {sizes} blocks, not three times the same")
-    n, state = sizes[0], {}
-    for name, value in tensors.items():
-        match = pattern.fullmatch(name)
-        shortcut = re.fullmatch(r"ds\.(\d+)\.(.+)", name)
-        if match:
-            k, rest = (int(match[1]) - first) * n + int(match[2]), match[3]
-            inner = re.sub(r"^(shortcut|downsample)\.", "", rest)
-            state[f"blocks.{k}.{'residual' if inner == rest else 'shortcut'}.{inner}"] = value
-        elif shortcut:
-            state[f"blocks.{int(shortcut[1]) * n}.shortcut.{shortcut[2]}"] = value
-        else:
-            renamed = re.sub(r"^conv1\.", "stem.conv.", re.sub(r"^bn1\.", "stem.bn.", name))
-            state[re.sub(r"^(fc|linear)\.", "head.linear.", renamed)] = value
-    if "head.linear.weight" not in state:
-        raise UserError(f"{source} has no classifier (fc or linear)")
-    projections = any(".shortcut." in name for name in state)
-    return state, {
-        "depth": 6 * n + 2,
-        "num_classes": len(state["head.linear.weight"]),
-        "shortcut": "B" if projections else "A" if torchvision_like else "pool",
-        "width": len(tensors["conv1.weight"]),
-        "mean": IMAGENET_MEAN if torchvision_like else (0.0, 0.0, 0.0),
-        "std": IMAGENET_STD if torchvision_like else (1.0, 1.0, 1.0),
-    }
+def load_checkpoint(network: Network, checkpoint: str) -> None:
+    """Load the weights of a file into a network of the user's own; with "random", the network keeps those it has.
 
-
-def _from_torchvision_names(tensors: State, backbone: Backbone) -> State:
-    """torchvision's names to those of a :class:`TorchvisionResNet`."""
-    starts = [sum(backbone.stages[:s]) for s in range(len(backbone.stages))]
-    state = {}
-    for name, value in tensors.items():
-        match = re.fullmatch(r"layer(\d)\.(\d+)\.(.+)", name)
-        if match:
-            k, rest = starts[int(match[1]) - 1] + int(match[2]), match[3]
-            branch = "shortcut" if rest.startswith("downsample.") else "residual"
-            name = f"blocks.{k}.{branch}.{rest.removeprefix('downsample.')}"
-        else:
-            name = re.sub(
-                r"^fc\.", "head.linear.", re.sub(r"^bn1\.", "stem.bn.", re.sub(r"^conv1\.", "stem.conv.", name))
-            )
-        state[name] = value
-    return state
+    Raises:
+        UserError: there is no such file, or its tensors are not the network's.
+    """
+    if checkpoint != RANDOM:
+        load_into(network, read_tensors(find(checkpoint)), checkpoint)
 
 
 def load_into(network: Network, state: State, source: str) -> None:
-    """Load every tensor or none; the normalisation and old files' missing counters are the network's own.
+    """Load a file's tensors into a network, all or none. The normalisation, and counters that old files lack, stay.
 
     Raises:
         UserError: the first tensor that is missing, too many, or of another shape.

@@ -15,7 +15,8 @@ from policyskip.deployment.predictors import ThresholdPredictor
 from policyskip.errors import UserError
 from policyskip.evaluation.tables import console
 from policyskip.exits.cache import CachedExits, cache_exits
-from policyskip.exits.calibration import Curve, check_target, choose, curve_of
+from policyskip.exits.calibration import Curve, curve_of
+from policyskip.exits.targets import check_target, choose
 from policyskip.files import damaged
 from policyskip.runs.folder import Run
 from policyskip.runs.tracking import Tracker
