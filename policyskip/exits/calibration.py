@@ -241,12 +241,8 @@ class UnmetError(UserError):
     """No threshold meets the target.
 
     Args:
-        target: the target, as text.
-        nearest: the nearest target that can be met, as text.
-        point: the point that meets the nearest target.
-
-    Attributes:
-        nearest: that point.
+        target, nearest: the target and the nearest one that can be met, as text.
+        point: the point that meets the nearest target; it is the attribute ``nearest``.
     """
 
     def __init__(self, target: str, nearest: str, point: Point) -> None:
