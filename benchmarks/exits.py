@@ -26,8 +26,9 @@ from policyskip.backbones import run_until
 from policyskip.data import digits
 from policyskip.deployment.predictors import ThresholdPredictor
 from policyskip.exits.cache import cache_exits
-from policyskip.exits.calibration import choose, curve_of
+from policyskip.exits.calibration import curve_of
 from policyskip.exits.rules import exit_of
+from policyskip.exits.targets import choose
 from policyskip.policies.thresholds import ThresholdPolicy
 
 RESULTS = Path(__file__).parent / "results" / "exits.csv"

@@ -29,7 +29,8 @@ from policyskip.backbones import ExitNetwork
 from policyskip.build import build_data
 from policyskip.deployment.predictors import ThresholdPredictor
 from policyskip.exits.cache import cache_exits
-from policyskip.exits.calibration import choose, curve_of
+from policyskip.exits.calibration import curve_of
+from policyskip.exits.targets import choose
 from policyskip.policies.thresholds import ThresholdPolicy
 
 RESULTS = Path(__file__).parent / "results" / "stopping.csv"

@@ -195,10 +195,10 @@ def calibrate(config: DictConfig) -> int:
     """Choose other thresholds for a run that leaves early, for a target; without one, show the whole curve."""
     settings = settings_of(config, CalibrateSettings)
     run = open_run(settings.run)
-    if settings.target.given:
+    if settings.target.chosen:
         run.lock()
     setup = _setup_of(run, settings.device, settings.trust)
-    if not settings.target.given:
+    if not settings.target.chosen:
         calibration.show_curve(setup, run)
         print(f"Every point is in {run.folder / 'curve.json'}; a target, such as target.macs_fraction=0.5, deploys one")
         return 0

@@ -51,7 +51,7 @@ class TargetSection(_Section):
     knee: bool
 
     @property
-    def given(self) -> dict[str, Any]:
+    def chosen(self) -> dict[str, Any]:
         """Return the targets that were set; an empty dictionary if none was."""
         return {key: value for key, value in self.model_dump().items() if value is not None and value is not False}
 

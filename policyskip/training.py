@@ -101,9 +101,9 @@ def train(
     started = time.monotonic() - progress.seconds
 
     def check() -> None:
-        place = find_nonfinite(learner.state_dict())
-        if place is not None:
-            raise NotFiniteError(f"{name_of(learner)} has non-finite numbers after update {step}, in {place}")
+        name = find_nonfinite(learner.state_dict())
+        if name is not None:
+            raise NotFiniteError(f"{name_of(learner)} has non-finite numbers after update {step}, in {name}")
 
     def save() -> None:
         nonlocal saved_step

@@ -1,4 +1,4 @@
-"""Every agent that learns with its own loss, small, in the one training loop."""
+"""Small versions of every agent that learns by a loss of its own, for tests of the training loop."""
 
 from __future__ import annotations
 
@@ -71,7 +71,7 @@ def pretrain(steps: int, **options: Any) -> Made:
 
 
 def deep(steps: int) -> Made:
-    """From random weights, so that in float32 rounding decides some of its ReLUs."""
+    """Pretrain from random weights in float64, because in float32 rounding would decide some of the ReLUs."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         backbone = CifarResNet(32, 5, width=4).double()

@@ -29,7 +29,7 @@ REWARD = torch.tensor([1.0, 3.4, 1.0, 3.6, 3.7, 3.5, 3.9, 3.1], dtype=torch.floa
 
 
 def advantages(baseline: str, reward_SB: Tensor) -> Tensor:
-    """What each baseline makes of rewards (S, B) of decisions for the small problem."""
+    """The advantages (S, B) that a baseline makes of rewards (S, B), in the small problem."""
     B = reward_SB.shape[1]
     if baseline == "greedy":
         greedy = (LOGITS >= 0).int() @ torch.tensor([4, 2, 1], dtype=torch.int32)
@@ -42,7 +42,7 @@ def advantages(baseline: str, reward_SB: Tensor) -> Tensor:
 
 
 def probabilities(logits_K: Tensor) -> Tensor:
-    """Of each of the 8 decisions."""
+    """The probability of each of the 8 decisions, (8,)."""
     s_K = bounded(logits_K.sigmoid(), ALPHA)
     return torch.where(EVERY, s_K, 1 - s_K).prod(1)
 
@@ -91,7 +91,7 @@ def test_every_estimator_is_unbiased(baseline):
 
 
 def test_a_sample_in_its_own_baseline_would_be_biased():
-    """Less the mean of all samples, its own included, the gradient is (S−1)/S of the right one."""
+    """With the mean of all samples, its own included, as the baseline, the gradient is (S−1)/S of the right one."""
     gradient_RK, weight_R = estimates("leave_one_out")
     logits = LOGITS.clone().requires_grad_()
     expected = torch.autograd.grad(-expected_reward(logits), logits)[0]
@@ -102,14 +102,14 @@ def test_a_sample_in_its_own_baseline_would_be_biased():
 
 
 def test_variances_on_the_small_problem(monkeypatch):
-    """Exactly, over all pairs: with rewards far from 0, any comparison helps, and the expected reward helps most. A
+    """Exactly, over all pairs: with rewards far from 0, every baseline helps, and the expected reward helps most. A
     constant added to every reward changes nothing but the variance without a baseline."""
-    found = {baseline: variance(baseline) for baseline in ("greedy", "leave_one_out", "value", "none")}
-    assert found["value"] < found["greedy"] < found["leave_one_out"] < found["none"]
+    variances = {baseline: variance(baseline) for baseline in ("greedy", "leave_one_out", "value", "none")}
+    assert variances["value"] < variances["greedy"] < variances["leave_one_out"] < variances["none"]
     monkeypatch.setitem(globals(), "REWARD", REWARD - 3)
     for baseline in ("greedy", "leave_one_out", "value"):
-        assert variance(baseline) == pytest.approx(found[baseline])
-    assert variance("none") < found["none"] / 5
+        assert variance(baseline) == pytest.approx(variances[baseline])
+    assert variance("none") < variances["none"] / 5
 
 
 @pytest.mark.parametrize(
@@ -139,16 +139,16 @@ def make_agent(env: BlockSelectionVectorEnv, total_steps: int = 10, **kwargs) ->
 @pytest.mark.parametrize(("baseline", "decisions"), [("greedy", 4), ("leave_one_out", 3), ("value", 3), ("none", 3)])
 def test_an_update_scores_what_its_baseline_needs(baseline, decisions, monkeypatch):
     env = make_env()
-    agent, asked, score = make_agent(env, baseline=baseline), [], env.score
-    monkeypatch.setattr(env, "score", lambda keep: asked.append(keep) or score(keep))
+    agent, scored, score = make_agent(env, baseline=baseline), [], env.score
+    monkeypatch.setattr(env, "score", lambda keep: scored.append(keep) or score(keep))
     metrics = agent.update(env)
-    assert [len(keep) for keep in asked] == [decisions]
+    assert [len(keep) for keep in scored] == [decisions]
     assert ("reward" in metrics) == (baseline == "greedy") and ("value_loss" in metrics) == (baseline == "value")
 
 
 @pytest.mark.parametrize("policy", ["cifar", "constant"])
 def test_the_value_head_learns_and_leaves_the_policy_alone(policy):
-    """A reward that is the same for every decision: the policy has nothing to learn, the head learns the reward."""
+    """If the reward is the same for every decision, the policy has nothing to learn, and the head learns the reward."""
     env = make_env(reward=lambda outcome: torch.full_like(outcome.kept_fraction_B, 3.0))
     agent = make_agent(env, total_steps=120, baseline="value", beta=0.0, lr=0.01, policy=policy)
     losses = [agent.update(env)["value_loss"] for _ in range(120)]

@@ -64,7 +64,7 @@ def test_expected_gradient_is_the_gradient_of_the_expected_reward(with_baseline,
     logits = torch.randn(B, K, generator=generator, dtype=torch.float64, requires_grad=True)
     reward_of_code = torch.randn(2**K, B, generator=generator, dtype=torch.float64)
 
-    keep_SBK = EVERY.unsqueeze(1).expand(-1, B, -1) | ~free_K  # what the curriculum forces to be kept
+    keep_SBK = EVERY.unsqueeze(1).expand(-1, B, -1) | ~free_K  # blocks that are not free are kept
     code = (keep_SBK * torch.tensor([8, 4, 2, 1])).sum(2)
     reward_SB = reward_of_code.gather(0, code)
     s = bounded(logits.sigmoid(), ALPHA)
@@ -124,12 +124,12 @@ def test_misshapen_advantages_are_refused():
 
 
 def test_update_compares_samples_with_the_greedy_decision(monkeypatch):
-    """The loss that an update reports is the formula, applied to what the environment was really asked."""
+    """The loss that an update reports is the formula, applied to the decisions that the environment scored."""
     env = make_env()
     agent = make_agent(env, samples=3, beta=0.05)
-    asked = []
+    scored = []
     score = env.score
-    monkeypatch.setattr(env, "score", lambda keep: asked.append(keep) or score(keep))
+    monkeypatch.setattr(env, "score", lambda keep: scored.append(keep) or score(keep))
     agent.policy.train()
     with torch.no_grad():
         logits = agent.policy(env.observation)
@@ -137,7 +137,7 @@ def test_update_compares_samples_with_the_greedy_decision(monkeypatch):
     labels = env.feed.batch
     metrics = agent.update(env)
 
-    (keep,) = asked
+    (keep,) = scored
     assert keep.shape == (4, 16, env.backbone.num_blocks)
     assert torch.equal(keep[-1], logits >= 0)
     env.feed.batch = labels
@@ -183,7 +183,7 @@ def test_schedule():
     assert one_cycle(0.55) == pytest.approx(0.5)
 
 
-def test_a_fresh_policy_keeps_with_the_asked_probability():
+def test_a_fresh_policy_keeps_with_its_initial_probability():
     policy = PolicyNetwork(5, width=4, initial_keep=0.9)
     torch.testing.assert_close(policy.keep_head.bias.sigmoid(), torch.full((5,), 0.9))
 
@@ -215,7 +215,7 @@ def test_the_backbone_is_bit_identical_after_training():
 
 
 @pytest.mark.parametrize("options", [{}, {"baseline": "value", "samples": 3}])
-def test_state_goes_on_where_it_stopped(options):
+def test_a_restored_state_goes_on_where_it_stopped(options):
     """The value head is part of the state."""
     env, twin_env = make_env(), make_env()
     agent, twin = make_agent(env, **options), make_agent(twin_env, seed=5, **options)

@@ -1,4 +1,4 @@
-"""Curves against each choice run on its own, fronts and knees by hand, and targets met and not met."""
+"""Curves against every choice run on its own, fronts and knees by hand, and targets met and not met."""
 
 from __future__ import annotations
 
@@ -14,15 +14,14 @@ from policyskip.exits.cache import CachedExits
 from policyskip.exits.calibration import (
     BRANCHYNET_NATS,
     Curve,
-    UnmetError,
     check_search,
-    choose,
     common_curve,
     curve_of,
     grid_curve,
     quota_curve,
 )
 from policyskip.exits.rules import CONFIDENCE, ENTROPY, RULES, exit_of, exit_shares, q_for_budget, rule_named
+from policyskip.exits.targets import UnmetError, choose
 from policyskip.fronts import knee, pareto
 from tests.conftest import small_cache
 
@@ -42,7 +41,7 @@ def hand_made(top_MN: list[list[float]], right_MN: list[list[int]]) -> CachedExi
 
 
 FOUR = hand_made([[0.9, 0.9], [0.8, 0.9], [0.7, 0.9], [0.6, 0.9]], [[1, 1], [1, 1], [0, 1], [0, 0]])
-"""Four images, two exits of 1 and 2 MACs; the surer at exit 0, the righter."""
+"""Four images, two exits of 1 and 2 MACs; exit 0 is right about the two images of which it is surest."""
 
 
 def test_a_cache_judges_policies():
@@ -100,8 +99,8 @@ def test_common_thresholds_are_run_at_every_exit(rule, at_once, monkeypatch):
 
 
 @pytest.mark.parametrize(("rule", "search"), SEARCHES)
-def test_curves_hold_what_they_promise(rule, search):
-    """From validation thresholds to what they do, and the ends: all images to the last exit, or out at the first."""
+def test_the_figures_of_curves_are_those_of_their_thresholds(rule, search):
+    """Judge every threshold on its own; and the ends: all images go to the last exit, or leave at the first."""
     cache = small_cache(200)
     curve = curve_of(cache, rule, search)
     for i in range(0, len(curve), 1 + len(curve) // 20):
@@ -113,8 +112,8 @@ def test_curves_hold_what_they_promise(rule, search):
 
 
 @pytest.mark.parametrize("rule", [CONFIDENCE, ENTROPY])
-def test_quotas_spend_what_was_asked(rule):
-    """Without ties every share is met to the image, so its cost is the asked one to a few images' worth."""
+def test_quotas_spend_their_budget(rule):
+    """Without ties every quota is met to the image, so the cost differs from the budget by a few images' worth."""
     cache = small_cache(1000)
     curve = quota_curve(rule, cache, points=21)
     for budget in torch.linspace(float(cache.macs_N[0]), float(cache.macs_N[-1]), 21):
@@ -235,7 +234,7 @@ def test_the_nearest_that_a_refusal_names_can_be_met():
 
 
 @pytest.mark.parametrize(("rule", "search"), SEARCHES)
-def test_a_budget_asked_on_validation_is_spent_on_test(rule, search):
+def test_a_budget_met_on_validation_is_spent_on_test(rule, search):
     validation, test = small_cache(2000, exits=4, seed=1), small_cache(4000, exits=4, seed=2)
     curve = curve_of(validation, rule, search)
     for fraction in (0.35, 0.5, 0.7, 0.9):
@@ -255,11 +254,11 @@ def test_an_accuracy_target_is_met_on_validation_at_the_least_cost(rule, search)
     assert not ((lower_P >= curve.last_accuracy - 0.02) & (curve.macs_P < point.macs)).any()
 
 
-def test_quotas_do_at_least_as_well_as_shares_at_random():
+def test_quotas_do_at_least_as_well_as_random_exits():
     cache = small_cache(2000, exits=4)
     point = choose(curve_of(cache), macs_fraction=0.5)
-    shares = exit_shares(q_for_budget(point.macs, cache.macs_N), 4)
-    assert point.accuracy > float(shares @ cache.correct_MN.double().mean(0)) + 0.05
+    quota_N = exit_shares(q_for_budget(point.macs, cache.macs_N), 4)
+    assert point.accuracy > float(quota_N @ cache.correct_MN.double().mean(0)) + 0.05
 
 
 @pytest.mark.parametrize(

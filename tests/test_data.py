@@ -40,10 +40,10 @@ CPU = torch.device("cpu")
 
 
 def test_digits_are_the_same_for_the_same_seed_only():
-    first, again = render_digits("train", 20, seed=3), render_digits("train", 20, seed=3)
-    assert all(torch.equal(a, b) for a, b in zip(first, again, strict=True))
-    assert not torch.equal(first[0], render_digits("train", 20, seed=4)[0])
-    assert not torch.equal(first[0], render_digits("test", 20, seed=3)[0])
+    one, other = render_digits("train", 20, seed=3), render_digits("train", 20, seed=3)
+    assert all(torch.equal(a, b) for a, b in zip(one, other, strict=True))
+    assert not torch.equal(one[0], render_digits("train", 20, seed=4)[0])
+    assert not torch.equal(one[0], render_digits("test", 20, seed=3)[0])
 
 
 def test_digits_have_the_promised_shapes_and_ranges(monkeypatch):
@@ -92,8 +92,8 @@ def test_the_digits_data_set_is_the_same_in_every_run():
     data = digits(CPU, train=12, validation=8, test=4)
     assert [len(data.split(name)) for name in ("train", "validation", "test")] == [12, 8, 4]
     assert data.image_shape == (3, SIZE, SIZE) and data.classes == tuple("0123456789")
-    again = load_data("digits", CPU, train=12, validation=8, test=4)
-    assert data.train.fingerprint() == again.train.fingerprint() != data.validation.fingerprint()
+    same = load_data("digits", CPU, train=12, validation=8, test=4)
+    assert data.train.fingerprint() == same.train.fingerprint() != data.validation.fingerprint()
     with pytest.raises(UserError, match=r"data\.test must be at least 1 image, got 0"):
         digits(CPU, train=1, validation=1, test=0)
     with pytest.raises(UserError, match="split must be train, validation or test, got 'val'"):
@@ -116,7 +116,7 @@ def test_shuffled_goes_on_from_any_batch():
     whole = list(islice(shuffled(10, 4, seed=1), 12))
     for start in range(9):
         for (index_B, seed), (expected_B, expected_seed) in zip(
-            islice(shuffled(10, 4, seed=1, start=start), 3), whole[start:], strict=False
+            islice(shuffled(10, 4, seed=1, first_batch=start), 3), whole[start:], strict=False
         ):
             assert torch.equal(index_B, expected_B) and seed == expected_seed
 
@@ -134,8 +134,8 @@ def test_a_batch_may_be_larger_than_the_set():
 
 def test_sequential_shows_each_index_once_in_order():
     assert [index_B.tolist() for index_B, _ in sequential(7, 3)] == [[0, 1, 2], [3, 4, 5], [6]]
-    assert [index_B.tolist() for index_B, _ in sequential(7, 3, start=2)] == [[6]]
-    assert list(sequential(7, 3, start=3)) == []
+    assert [index_B.tolist() for index_B, _ in sequential(7, 3, first_batch=2)] == [[6]]
+    assert list(sequential(7, 3, first_batch=3)) == []
 
 
 # Feeds
@@ -215,8 +215,8 @@ def test_each_output_is_a_crop_of_its_own_padded_image_or_its_mirror():
 
 def test_augmentation_follows_its_generator():
     images = numbered(8).images
-    one, again, other = (crop_and_flip(images, torch.Generator().manual_seed(seed)) for seed in (1, 1, 2))
-    assert torch.equal(one, again) and not torch.equal(one, other)
+    one, same, other = (crop_and_flip(images, torch.Generator().manual_seed(seed)) for seed in (1, 1, 2))
+    assert torch.equal(one, same) and not torch.equal(one, other)
 
 
 # Splits
@@ -407,10 +407,10 @@ def test_an_unreadable_image_in_a_stream_is_named_in_one_line(tmp_path, workers)
 class Fake:
     """What torchvision's data sets have in common, with six training images and two test images."""
 
-    asked: ClassVar[list[dict]] = []
+    calls: ClassVar[list[dict]] = []
 
     def __init__(self, root: str, train: bool, download: bool) -> None:
-        Fake.asked.append(dict(root=root, train=train, download=download))
+        Fake.calls.append(dict(root=root, train=train, download=download))
         count, first = (6, 0) if train else (2, 100)
         self.classes = ["no", "yes"]
         self.targets = [i % 2 for i in range(count)]
@@ -435,13 +435,13 @@ class FakeMnist(Fake):
 def fake_torchvision(monkeypatch):
     fakes = dict(CIFAR10=FakeCifar, CIFAR100=FakeCifar, MNIST=FakeMnist, FashionMNIST=FakeMnist)
     monkeypatch.setattr(torchvision, "datasets", SimpleNamespace(**fakes))
-    monkeypatch.setattr(Fake, "asked", [])
+    monkeypatch.setattr(Fake, "calls", [])
 
 
 @pytest.mark.parametrize("name", ["cifar10", "cifar100", "mnist", "fashion_mnist"])
 def test_torchvision_sets_are_converted_and_split(fake_torchvision, name):
     data = torchvision_data(CPU, name, root="here", validation=0.34, augment=False, download=False)
-    assert Fake.asked == [dict(root="here", train=train, download=False) for train in (True, False)]
+    assert Fake.calls == [dict(root="here", train=train, download=False) for train in (True, False)]
     assert data.name == name and data.classes == ("no", "yes") and data.image_shape == (3, 4, 4)
     assert [len(data.train), len(data.validation), len(data.test)] == [4, 2, 2]
     numbers = []

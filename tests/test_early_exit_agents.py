@@ -122,7 +122,7 @@ def test_cdl_leaves_the_trunk_bit_identical():
 
 
 def test_cdl_drops_a_head_that_saves_nothing():
-    """Dark images are class 0 and bright ones class 1; the first head learns that, so later ones resolve nobody."""
+    """Dark images are class 0 and bright ones class 1; the first head learns that, so no image leaves at a later one."""
     generator = torch.Generator().manual_seed(0)
     label_N = torch.arange(64) % 2
     pixels = torch.randint(0, 60, (64, 3, 12, 12), generator=generator) + 180 * label_N.view(-1, 1, 1, 1)
@@ -140,14 +140,14 @@ def test_cdl_drops_a_head_that_saves_nothing():
     torch.testing.assert_close(fewer(images.images)[:, 1], net(images.images)[:, 2])
 
 
-def test_cdl_wants_a_residual_network():
+def test_cdl_needs_a_residual_network():
     with pytest.raises(UserError, match="resnet32_exits"):
         CDL(BranchyLeNet(5, (3, 12, 12)), 10)
 
 
 @pytest.mark.parametrize("rule", ["confidence", "entropy", "delta"])
 def test_the_policy_decides_alike_in_the_environment_and_in_the_network(rule):
-    """In the environment it reads probabilities from observations, in the deployed network it sees logits."""
+    """In the environment the policy sees probabilities in an observation, in the deployed network logits."""
     logits_BC = 3 * torch.randn(50, 4, generator=torch.Generator().manual_seed(0))
     policy = ThresholdPolicy(rule, [0.6, 0.8])
     for n in (0, 1):
@@ -164,7 +164,7 @@ def test_an_agent_without_thresholds_says_so():
         agent.act(torch.zeros(1, 11))
 
 
-def test_state_goes_on_where_it_stopped():
+def test_a_restored_state_goes_on_where_it_stopped():
     feed, twin_feed = (Feed(small_images(), 16, "shuffled", 0) for _ in range(2))
     agent, twin = MSDNetAgent(network(), 10), MSDNetAgent(network(), 10)
     for _ in range(3):

@@ -81,8 +81,8 @@ def test_an_environment_declares_what_it_is():
     env.reset(seed=0)
     assert (env.family, env.key, env.id, env.steps_per_episode) == ("exit_policy", "early_exit", ID[11:], N)
     leave = torch.ones(8, dtype=torch.bool)
-    for asked in (1, 2, 2):  # whoever comes to the last exit leaves there, and no policy is asked
-        assert env.decisions_of(env.score(leave)).tolist() == [asked] * 8
+    for decisions in (1, 2, 2):  # at the last exit every image leaves, and there is nothing to decide
+        assert env.decisions_of(env.score(leave)).tolist() == [decisions] * 8
         env.step(~leave)
 
 
@@ -158,31 +158,31 @@ def test_the_outcome_is_that_of_the_network_at_the_exit():
 
 
 def play(env: EarlyExitVectorEnv, policy_MN: Tensor) -> dict[int, tuple]:
-    """Play a sequential order to its end; what came of each image: exit, label, correct, MACs, reward, logits."""
+    """Play a sequential order to its end, and return for each image: exit, label, correct, MACs, reward, logits."""
     observation, _ = env.reset()
-    came = {}
+    results = {}
     while len(observation):
         index_B, exit_B = env.index_B, env.exit_B
         observation, reward, over, *_ = env.step(policy_MN[index_B, exit_B])
         out = env.outcome
         rows = (index_B[over], exit_B[over], out.label_B, out.correct_B, out.macs_B, reward[over], out.logits_BC)
         for index, *row in zip(*rows, strict=True):
-            assert int(index) not in came
-            came[int(index)] = tuple(row)
-    return came
+            assert int(index) not in results
+            results[int(index)] = tuple(row)
+    return results
 
 
 @pytest.mark.parametrize("num_envs", [1, 7, 40, 64])
 def test_cached_and_live_give_the_same_outcome_image_by_image_whoever_is_beside(num_envs):
     policy_MN = torch.rand(40, N, generator=torch.Generator().manual_seed(0)) < 0.5
-    wanted_M = torch.where(policy_MN.any(1), policy_MN.int().argmax(1), N - 1).clamp(max=N - 1)
+    expected_M = torch.where(policy_MN.any(1), policy_MN.int().argmax(1), N - 1).clamp(max=N - 1)
     live = play(make(8, order="sequential", reward=Linear()), policy_MN)
     cached = play(make(num_envs, order="sequential", reward=Linear(), cached=True), policy_MN)
-    again = play(make(num_envs, order="sequential", reward=Linear()), policy_MN)
+    other_live = play(make(num_envs, order="sequential", reward=Linear()), policy_MN)
     assert list(sorted(live)) == list(range(40))
     for i in range(40):
-        assert live[i][0] == wanted_M[i]
-        for other in (cached, again):
+        assert live[i][0] == expected_M[i]
+        for other in (cached, other_live):
             assert live[i][:4] == other[i][:4]
             torch.testing.assert_close(live[i][4:], other[i][4:])
 

@@ -113,11 +113,11 @@ def test_many_decisions_are_dense_with_their_gradients(fold, images):
 
 def test_leaders_by_hand():
     keep_SBK = torch.tensor([[[1, 1, 0]], [[1, 0, 0]], [[0, 1, 0]], [[1, 0, 1]]], dtype=torch.bool)  # one image
-    leader_SB, found = torch.zeros(4, 1, dtype=torch.int64), []
+    leader_SB, leaders_by_block = torch.zeros(4, 1, dtype=torch.int64), []
     for keep_SB in keep_SBK.unbind(2):
         leader_SB = leaders(leader_SB, keep_SB)
-        found.append(leader_SB.flatten().tolist())
-    assert found == [[0, 0, 2, 0], [0, 1, 2, 1], [0, 1, 2, 3]]
+        leaders_by_block.append(leader_SB.flatten().tolist())
+    assert leaders_by_block == [[0, 0, 2, 0], [0, 1, 2, 1], [0, 1, 2, 3]]
 
 
 def test_a_dropped_block_leaves_the_shortcut_without_relu():
@@ -267,17 +267,17 @@ def test_gradients_and_unusual_padding_take_the_long_way(monkeypatch, images):
 
 
 def test_features_that_grow_keep_what_they_were(backbone, images):
-    """Rows are copied behind; with room for them they are not copied anew."""
+    """Rows are appended; in a buffer that has room for them, the features are not copied again."""
     with torch.no_grad():
         x = backbone.features(images).to(memory_format=torch.channels_last)
         rows = torch.tensor([2, 2, 0])
-        grown, room = append(x, rows, None, 12)
-        assert torch.equal(grown, torch.cat([x, x[rows]])) and room.shape[0] == 12
-        again, same = append(grown, torch.tensor([8]), room, 12)
-        assert same is room and again.data_ptr() == grown.data_ptr()
-        assert torch.equal(again, torch.cat([grown, x[2:3]]))
-    grown, room = append(x.requires_grad_(), rows, None, 12)
-    assert room is None and grown.requires_grad
+        grown, buffer = append(x, rows, None, 12)
+        assert torch.equal(grown, torch.cat([x, x[rows]])) and buffer.shape[0] == 12
+        longer, same = append(grown, torch.tensor([8]), buffer, 12)
+        assert same is buffer and longer.data_ptr() == grown.data_ptr()
+        assert torch.equal(longer, torch.cat([grown, x[2:3]]))
+    grown, buffer = append(x.requires_grad_(), rows, None, 12)
+    assert buffer is None and grown.requires_grad
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
@@ -332,9 +332,9 @@ def test_a_network_in_half_the_bits_is_counted_and_hashed(backbone):
 
 
 @pytest.mark.parametrize("large", [0, 2**40])
-def test_features_that_somebody_needs_are_left_alone(monkeypatch, images, large):
-    """And those that nobody needs give the same when they are written over; also where the residual is one convolution,
-    which must not read what it has written."""
+def test_features_that_are_needed_are_left_alone(monkeypatch, images, large):
+    """Features that are not needed are overwritten, and the results are the same; also where the residual is a single
+    convolution, which must not read what it has written."""
     monkeypatch.setattr(folding, "LARGE", large)
     alone = Block(nn.Sequential(nn.Conv2d(4, 4, 3, padding=1)), nn.Identity())
     network = nn.ModuleList([alone, *small_backbone(shortcut="B").blocks])

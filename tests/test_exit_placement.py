@@ -39,8 +39,8 @@ def test_admission_by_hand():
     assert [s.gain for s in later] == pytest.approx([31.8, -14, 16])
 
 
-def test_a_gain_is_what_the_images_are_saved():
-    """The mean cost with the admitted heads is that without any, less the gains."""
+def test_gains_add_up_to_the_macs_that_the_images_save():
+    """The mean cost with the admitted heads is the cost without any head, minus the gains."""
     leave_MS = torch.rand(50, 3, generator=torch.Generator().manual_seed(0)) < 0.4
     stages = admit(leave_MS, TRUNK, HEADS)
     assert {s.admitted for s in stages} == {True, False}
@@ -55,7 +55,7 @@ def test_a_gain_is_what_the_images_are_saved():
     assert cost / 50 == pytest.approx(102 - sum(s.gain for s in stages if s.admitted))
 
 
-def test_a_head_that_nobody_leaves_at_or_that_gains_nothing_is_not_admitted():
+def test_a_head_where_no_image_leaves_or_that_gains_nothing_is_not_admitted():
     assert admit(torch.zeros(5, 1).bool(), torch.ones(2), torch.ones(2)) == [Stage(0, 5, -1.0, False)]
     even = admit(torch.tensor([[True], [False]]), torch.tensor([1.0, 1]), torch.ones(2))  # 1 · 1 - 1 · 1
     assert even == [Stage(1, 1, 0.0, False)]
@@ -70,9 +70,9 @@ ACCURACY, MACS = [0.32, 0.55, 0.6, 0.58, 0.8, 0.85, 0.86], [1e6, 2e6, 3e6, 4.5e6
 def test_proposals_are_the_best_of_every_choice(number):
     """The area under the staircase of accuracy over MACs, by enumeration."""
 
-    def area(places: tuple[int, ...]) -> float:
-        steps = [0.1, *(ACCURACY[k] for k in places)]
-        edges = [0, *(MACS[k] for k in places), 10e6]
+    def area(blocks: tuple[int, ...]) -> float:
+        steps = [0.1, *(ACCURACY[k] for k in blocks)]
+        edges = [0, *(MACS[k] for k in blocks), 10e6]
         return sum(a * (high - low) for a, low, high in zip(steps, edges, edges[1:]))
 
     best = max(itertools.combinations(range(7), number), key=area)
@@ -80,7 +80,7 @@ def test_proposals_are_the_best_of_every_choice(number):
     assert tuple(p.block for p in proposed) == best
 
 
-def test_a_proposal_says_why():
+def test_a_proposal_names_its_reason():
     """One exit: block 1 has area 0.1·2 + 0.55·8 = 4.6, block 4 0.1·5 + 0.8·5 = 4.5, block 2 4.5, the others less."""
     (one,) = propose_exits(ACCURACY, MACS, 0.9, 10e6, 1, chance=0.1)
     assert one.block == 1
@@ -94,7 +94,7 @@ def test_a_proposal_says_why():
 
 
 @pytest.mark.parametrize("number", [0, 8])
-def test_a_number_of_exits_that_there_is_no_place_for_is_refused(number):
+def test_too_many_exits_or_none_are_refused(number):
     with pytest.raises(UserError, match=f"from 1 to 7, the places there are, got {number}"):
         propose_exits(ACCURACY, MACS, 0.9, 10e6, number, chance=0.1)
 

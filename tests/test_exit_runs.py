@@ -143,8 +143,15 @@ def test_bad_input_is_one_line(workshop, typed_words, message):
 
 
 def test_calibrate_wants_a_run_with_exits(tmp_path):
-    arguments = ["agent=blockdrop", *SMALL, "backbone=resnet20", "backbone.checkpoint=random", "agent.width=4"]
-    arguments += ["train.steps=1", "front.budget=1e4", "front.images=20", "front.learner_steps=0", "run.dir=b"]
+    arguments = ["agent=blockdrop", *SMALL, "data.train=64", "backbone=resnet20", "backbone.checkpoint=random"]
+    arguments += [
+        "train.steps=1",
+        "front.budget=1e2",
+        "front.images=8",
+        "front.learner_steps=0",
+        "agent.width=4",
+        "run.dir=b",
+    ]
     assert typed("train", *arguments, cwd=tmp_path).returncode == 0
     result = typed("calibrate", "run=b", "target.macs_fraction=0.5", cwd=tmp_path)
     assert result.returncode == 2 and "b skips blocks; it has no exits" in result.stderr

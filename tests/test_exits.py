@@ -188,31 +188,31 @@ def pattern(num_exits: int) -> Tensor:
 
 
 def test_each_image_gets_the_logits_of_its_exit(network, images):
-    wanted_B, asked = pattern(network.num_exits), []
+    expected_B, calls = pattern(network.num_exits), []
     with torch.no_grad():
         expected_BNC = network(images)
 
         def leave(n, logits_BC, rows):
-            asked.append((n, rows.tolist()))
+            calls.append((n, rows.tolist()))
             torch.testing.assert_close(logits_BC, expected_BNC[rows, n], **TOLERANCE)
-            return wanted_B[rows] == n
+            return expected_B[rows] == n
 
         logits_BC, exit_B = run_until(network, images, leave)
-    assert torch.equal(exit_B, wanted_B)
-    torch.testing.assert_close(logits_BC, expected_BNC[torch.arange(B), wanted_B], **TOLERANCE)
-    stayed = [(n, (wanted_B >= n).nonzero().squeeze(1).tolist()) for n in range(network.num_exits - 1)]
-    assert asked == stayed  # and never at the last exit
+    assert torch.equal(exit_B, expected_B)
+    torch.testing.assert_close(logits_BC, expected_BNC[torch.arange(B), expected_B], **TOLERANCE)
+    stayed = [(n, (expected_B >= n).nonzero().squeeze(1).tolist()) for n in range(network.num_exits - 1)]
+    assert calls == stayed  # and never at the last exit
 
 
 @pytest.mark.parametrize("name", BUILD)
 def test_images_that_left_are_not_computed(name, images):
     """Every layer sees exactly the images that are still there at the exit that it is computed for."""
     network, seen = built(name), {}
-    wanted_B = pattern(network.num_exits)
+    expected_B = pattern(network.num_exits)
     watch(network, lambda layer, rows: seen.update({layer: rows}))
     with torch.no_grad():
-        run_until(network, images, lambda n, logits_BC, rows: wanted_B[rows] == n)
-    remaining_N = [int((wanted_B >= n).sum()) for n in range(network.num_exits)]
+        run_until(network, images, lambda n, logits_BC, rows: expected_B[rows] == n)
+    remaining_N = [int((expected_B >= n).sum()) for n in range(network.num_exits)]
     assert len(set(remaining_N)) == network.num_exits
     assert seen == {layer: remaining_N[n] for layer, n in layers_by_exit(name, images[:1]).items()}
 
@@ -234,7 +234,9 @@ def test_when_none_leaves_all_reach_the_last_exit(network, images):
 
 
 def test_no_images(network, images):
-    logits_BC, exit_B = run_until(network, images[:0], lambda n, logits_BC, rows: pytest.fail("nobody to ask for"))
+    logits_BC, exit_B = run_until(
+        network, images[:0], lambda n, logits_BC, rows: pytest.fail("no image is in the network")
+    )
     assert logits_BC.shape == (0, C) and exit_B.shape == (0,) and exit_B.dtype == torch.int64
 
 

@@ -1,4 +1,4 @@
-"""Agents that learn nothing: their decisions by hand, the oracle against enumeration, and whole runs."""
+"""Agents with nothing to train: their decisions by hand, the oracle against enumeration, and whole runs."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ def make_front() -> StaticFront:
 
 
 def decision(agent: Agent) -> str:
-    """What the agent keeps, if that is the same for every image."""
+    """The keep-set as text of an agent that keeps the same blocks for every image."""
     (keep,) = agent.act(small_images(5).images).unique(dim=0).int().tolist()
     return "".join(map(str, keep))
 
@@ -69,7 +69,7 @@ def test_even_distances_by_hand():
         assert sum(spread_blocks(15, m)) == sum(first_blocks(15, m)) == m
 
 
-def test_random_blocks_are_as_many_as_asked_and_evenly_used():
+def test_random_blocks_have_the_number_that_is_set_and_are_evenly_used():
     images = small_images(4000, size=4).images
     keep_BK = fixed.random(make_env(), blocks=2).policy.decide(images)
     assert (keep_BK.sum(1) == 2).all()
@@ -81,8 +81,8 @@ def test_random_blocks_are_as_many_as_asked_and_evenly_used():
 def test_random_blocks_depend_on_the_image_and_the_seed_alone():
     images = small_images(50).images
     policy, other = RandomPolicy(K, seed=1), RandomPolicy(K, seed=2)
-    for each in (policy, other):
-        each.blocks.fill_(3)
+    for random_policy in (policy, other):
+        random_policy.blocks.fill_(3)
     together, alone = policy.decide(images), torch.cat([policy.decide(image[None]) for image in images])
     assert torch.equal(together, alone) and not torch.equal(together, other.decide(images))
     changed = images[:1].clone()
@@ -92,33 +92,33 @@ def test_random_blocks_depend_on_the_image_and_the_seed_alone():
 
 
 def test_the_oracle_is_never_below_any_policy():
-    """With all 2^K sets at hand, nothing earns more for any image; what is right costs as little as it can, so that a
-    policy of equal cost can be right no more often."""
+    """If the front holds all 2^K sets, no decision earns more for any image. An image that is right costs as little as
+    it can, so that no policy of equal cost is right more often."""
     for reward in (Macs(2.0), Utilization(2.0), Linear(0.5)):
         env = make_env(reward)
         oracle = Oracle(env, StaticFront([tuple(k) for k in EVERY.tolist()], [], [], 40, True, "", ""))
         keep_BK = oracle.decide(env)
         every_SBK = EVERY.unsqueeze(1).expand(-1, len(keep_BK), -1)
-        everything, found = env.score(every_SBK), env.score(keep_BK)
+        everything, chosen = env.score(every_SBK), env.score(keep_BK)
         reward_SB = env.rewards(everything).view(2**K, -1)
-        torch.testing.assert_close(env.rewards(found), reward_SB.amax(0))
+        torch.testing.assert_close(env.rewards(chosen), reward_SB.amax(0))
         if isinstance(reward, Macs):
             correct_SB, macs_SB = everything.correct_B.view(2**K, -1), everything.macs_B.view(2**K, -1)
-            assert torch.equal(found.correct_B, correct_SB.any(0))
+            assert torch.equal(chosen.correct_B, correct_SB.any(0))
             cheapest_B = torch.where(correct_SB, macs_SB, torch.inf).amin(0)
-            torch.testing.assert_close(found.macs_B, cheapest_B.where(correct_SB.any(0), macs_SB.amin(0)))
+            torch.testing.assert_close(chosen.macs_B, cheapest_B.where(correct_SB.any(0), macs_SB.amin(0)))
 
 
 def test_the_oracle_s_search_starts_from_the_front_and_flips_single_blocks():
-    """A reward that counts the blocks that are as wanted is climbed to its top from any set."""
-    wanted = torch.tensor([1, 0, 1, 1, 0, 1]).bool()
+    """Under a reward that counts the blocks on which a decision and a hidden keep-set agree, the search finds that set."""
+    hidden = torch.tensor([1, 0, 1, 1, 0, 1]).bool()
 
     def matching(outcome) -> Tensor:
-        return (outcome.keep_BK == wanted).float().sum(1)
+        return (outcome.keep_BK == hidden).float().sum(1)
 
     env = make_env(matching)
     for front in (None, make_front()):
-        assert torch.equal(Oracle(env, front).decide(env), wanted.expand(16, -1))
+        assert torch.equal(Oracle(env, front).decide(env), hidden.expand(16, -1))
 
 
 @pytest.mark.parametrize("reward", [Utilization(1.0), Macs(3.0), Linear(0.3)])
@@ -139,7 +139,7 @@ def test_of_equal_rewards_the_cheapest_is_taken():
     assert not choice.any()
 
 
-def test_what_cannot_be_is_one_line():
+def test_impossible_settings_are_refused_in_one_line():
     env = make_env()
     with pytest.raises(UserError, match="agent.blocks must be from 0 to 6, the network's blocks, got 7"):
         fixed.random(env, blocks=7)
@@ -182,8 +182,8 @@ def test_a_run_from_end_to_end(agent, workshop, monkeypatch):
         assert (summary["test/kept_mean"], summary["test/kept_sd"]) == (4, 0)
     assert (summary["test/unique_decisions"] == 1) == (agent not in ("random", "oracle"))
 
-    again = typed("evaluate", f"run={run}", "device=cpu", cwd=workshop)
-    assert "Every figure is that of summary.json." in again.stdout, again.stderr
+    evaluated = typed("evaluate", f"run={run}", "device=cpu", cwd=workshop)
+    assert "Every figure is that of summary.json." in evaluated.stdout, evaluated.stderr
     finished = typed("train", f"run.resume={run}", cwd=workshop)
     assert finished.returncode == 0, finished.stderr
     assert json.loads((run / "summary.json").read_text()) == summary

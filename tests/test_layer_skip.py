@@ -284,12 +284,12 @@ def test_score_asks_about_whole_decisions_without_moving_on():
     keep_BK = random_keep(8)
     for k in range(K):
         shown = env.observation
-        asked = env.score(torch.stack([keep_BK, ~keep_BK]))
-        assert env.observation is shown and asked.keep_BK.shape == (16, K)
+        scored = env.score(torch.stack([keep_BK, ~keep_BK]))
+        assert env.observation is shown and scored.keep_BK.shape == (16, K)
         _, reward, *_ = env.step(keep_BK[:, k])
-    torch.testing.assert_close(env.outcome.logits_BC, asked.logits_BC[:8], **TOLERANCE)
-    assert torch.equal(env.outcome.macs_B, asked.macs_B[:8])
-    torch.testing.assert_close(reward, env.rewards(asked)[:8], **TOLERANCE)
+    torch.testing.assert_close(env.outcome.logits_BC, scored.logits_BC[:8], **TOLERANCE)
+    assert torch.equal(env.outcome.macs_B, scored.macs_B[:8])
+    torch.testing.assert_close(reward, env.rewards(scored)[:8], **TOLERANCE)
 
 
 def test_it_pays_what_block_selection_pays_for_the_same_decisions():

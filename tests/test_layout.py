@@ -25,22 +25,23 @@ LAYERS = (
     ("tasks",),  # one run of one family, from its start to its figures
     ("evaluation",),  # what a policy decided, and how good that is
     ("build",),  # from settings to objects
+    ("pretraining",),  # a network that learns to classify
     ("agents", "deployment"),  # what learns, and what is loaded again: neither needs the other
     ("policies",),  # from what is observed to a decision
     ("envs",),
-    ("exits", "static_front", "pretraining", "runs.lifecycle"),  # what needs networks and images, and no environment
+    ("exits", "static_front", "runs.lifecycle"),  # what needs networks and images, and no environment
     ("backbones", "data"),  # networks, and images: neither needs the other
 )
 # Below all of them. Its modules may import each other, without a circle.
 GROUND_FLOOR = (
-    *("config", "registry", "rewards", "schedules", "training"),
+    *("config", "registry", "rewards", "training"),
     *("runs", "parallel", "memory", "files", "sealed", "finite", "errors"),
     *("fronts", "intervals"),
 )
 # Imports inside functions, which are made when the function is called: so that `policyskip --help` needs no torch, and
 # `import policyskip` neither Hydra nor W&B. Of our modules, these alone.
 LAZY = {
-    "": {"rewards", "deployment.loading", "deployment.policy_files", "deployment.predictors"},  # public names
+    "": {"rewards", "deployment.loading", "deployment.predictors"},  # public names
     "cli": {"commands"},
     "backbones.base": {"backbones.execution"},  # Backbone.forward runs as execution says, which needs Backbone
 }

@@ -14,12 +14,12 @@ from policyskip.evaluation.figures import block_figures
 from policyskip.rewards import Outcome
 from tests.conftest import small_backbone
 
-WANTED = torch.tensor([[1, 0, 1, 1, 0, 0], [0, 1, 1, 0, 0, 1]]).bool()
+BEST = torch.tensor([[1, 0, 1, 1, 0, 0], [0, 1, 1, 0, 0, 1]]).bool()
 
 
 def matching(outcome: Outcome) -> Tensor:
-    """Share of the blocks that are as WANTED for the image's class: 1 at best, 0.5 by chance."""
-    return (outcome.keep_BK == WANTED[outcome.label_B]).float().mean(1)
+    """The fraction of the blocks that are as in BEST for the image's class: 1 at best, 0.5 by chance."""
+    return (outcome.keep_BK == BEST[outcome.label_B]).float().mean(1)
 
 
 @pytest.mark.parametrize("curriculum", [0.0, 0.3])
@@ -34,7 +34,7 @@ def test_it_finds_the_known_best_decision_for_each_kind_of_image(curriculum):
     agent = BlockDrop(env, total_steps=150, lr=0.01, beta=0.0, samples=4, width=4, curriculum=curriculum)
     for _ in range(150):
         agent.update(env)
-    held = BlockSelectionVectorEnv(32, backbone=env.backbone, images=images, reward=matching, order="sequential")
-    result = evaluate(agent, held)
+    sequential = BlockSelectionVectorEnv(32, backbone=env.backbone, images=images, reward=matching, order="sequential")
+    result = evaluate(agent, sequential)
     assert result.reward_N.mean() > 0.95
     assert block_figures(result)["unique_decisions"] >= 2

@@ -190,6 +190,7 @@ def test_a_budget_that_makes_no_sense_is_refused(arguments):
         Budget(**arguments)
 
 
+QUICK_FRONT = "front.budget=2e3"  # what +experiment=debug spends takes a second
 SMALL = ("data.train=200", "data.validation=60", "data.test=60", "device=cpu")
 
 
@@ -198,7 +199,7 @@ def test_profile_is_typed_and_read(tmp_path, monkeypatch):
     result = typed("profile", "repeats=1", "batch_sizes=[1,4]", *SMALL, "output=t.json", cwd=tmp_path, drawn=True)
     assert result.returncode == 0, result.stderr
     assert "gather if fewer" in result.stdout and (tmp_path / "t.png").stat().st_size > 10_000
-    words = ("+experiment=debug", "reward=latency", "reward.table=t.json", "run.dir=run", "device=cpu")
+    words = ("+experiment=debug", "reward=latency", "reward.table=t.json", "run.dir=run", "device=cpu", QUICK_FRONT)
     result = typed("train", *words, cwd=tmp_path)
     assert result.returncode == 0, result.stderr
     result = typed("profile", "run=run", "repeats=1", "batch_sizes=[4]", "images=8", cwd=tmp_path)
@@ -254,7 +255,8 @@ def finished_run(tmp_path_factory) -> Callable[..., None]:
     def copied(into: Path, *agent: str) -> None:
         name = agent[0].removeprefix("agent=")
         if not (folder / name).exists():
-            result = typed("train", "+experiment=debug", *agent, f"run.dir={name}", "device=cpu", cwd=folder)
+            front = [QUICK_FRONT] if name in ("blockdrop", "skipnet") else []
+            result = typed("train", "+experiment=debug", *agent, *front, f"run.dir={name}", "device=cpu", cwd=folder)
             assert result.returncode == 0, result.stderr
         shutil.copytree(folder / name, into / "run")
 
@@ -355,7 +357,7 @@ def test_a_target_out_of_reach_does_not_wind_the_multiplier_up():
 def test_a_budget_moves_while_an_agent_learns_and_goes_on_where_it_was(tmp_path):
     """Two and two more updates are four; weights are chosen by where the figures stand."""
     words = ["train", "+experiment=debug", "reward=budget", "reward.target=0.3", "train.validate_every=2", "device=cpu"]
-    words += ["train.log_every=1"]
+    words += ["train.log_every=1", QUICK_FRONT]
     for name, steps in (("whole", 4), ("parts", 2)):
         result = typed(*words, f"train.steps={steps}", f"run.dir={name}", "agent.schedule=constant", cwd=tmp_path)
         assert result.returncode == 0, result.stderr

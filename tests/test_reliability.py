@@ -55,7 +55,7 @@ def test_a_collapsed_policy_is_a_warning_in_the_summary_on_screen_and_in_wandb(t
         *SMALL,
         "train.steps=1",
         "agent.policy=constant",
-        "front.budget=1e4",
+        "front.budget=4e3",
         "front.images=20",
         "front.learner_steps=0",
     ]
@@ -72,7 +72,7 @@ def test_a_collapsed_policy_is_a_warning_in_the_summary_on_screen_and_in_wandb(t
 
 def test_one_test_image_has_no_interval(tmp_path):
     arguments = [*SMALL, "data.test=1", "backbone=resnet20", "backbone.checkpoint=random", "tracking=none", "run.dir=x"]
-    arguments += ["front.budget=1e4", "front.images=20", "front.learner_steps=0", "agent.width=4"]
+    arguments += ["front.budget=4e3", "front.images=20", "front.learner_steps=0", "agent.width=4"]
     result = typed("train", *arguments, cwd=tmp_path, drawn=True)
     assert result.returncode == 0 and "± – points" in result.stdout, result.stderr
     summary = json.loads((tmp_path / "x/summary.json").read_text(), parse_constant=pytest.fail)
@@ -213,7 +213,7 @@ def test_an_interruption_that_waits_for_nothing_claims_nothing(saved, tmp_path, 
         return update(agent, env)
 
     monkeypatch.setattr(BlockDrop, "update", interrupted)
-    result = typed("train", "+experiment=debug", "device=cpu", "run.dir=x", cwd=tmp_path)
+    result = typed("train", "+experiment=debug", "front.budget=2e3", "device=cpu", "run.dir=x", cwd=tmp_path)
     assert result.returncode == 130 and result.stderr == ""
     printed = "Stopped at once; what came after update 3 is not kept" if saved else "before anything was saved"
     assert printed in result.stdout and "policyskip train run.resume=x" in result.stdout
@@ -226,7 +226,7 @@ def test_an_interruption_that_waits_for_nothing_claims_nothing(saved, tmp_path, 
 def test_sigterm_saves_first(tmp_path):
     process = subprocess.Popen(
         [*COMMAND, "train", "+experiment=debug", "device=cpu", "train.steps=9000", "train.validate_every=9000",
-         "run.dir=x"], cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+         "front.budget=2e3", "run.dir=x"], cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
     )  # fmt: skip
     deadline = time.monotonic() + 120
     while not (tmp_path / "x/metrics.jsonl").exists() and time.monotonic() < deadline:

@@ -1,4 +1,4 @@
-"""The learners of Stable-Baselines3 as agents: they learn, decide as SB3 does, go on where they stopped."""
+"""The learners of Stable-Baselines3 as agents: they learn, decide as SB3 does, and go on where they stopped."""
 
 from __future__ import annotations
 
@@ -45,24 +45,24 @@ OPTIONS = {
 }
 
 
-def as_the_label_says(outcome: Outcome) -> Tensor:
-    """Whatever the environment: class 1 should run everything, class 0 as little as there is. 1 if so."""
+def label_reward(outcome: Outcome) -> Tensor:
+    """A reward for every environment: 1 where an image of class 1 runs everything, or one of class 0 as little as it can."""
     least_K = torch.zeros_like(outcome.keep_BK)
     least_K[:, :1] = outcome.keep_BK[:, :1] & (outcome.keep_BK.shape[1] == 3)  # of three exits the first is always run
-    wanted_BK = torch.where(outcome.label_B.bool().unsqueeze(1), True, least_K)
-    return (outcome.keep_BK == wanted_BK).float().mean(1)
+    best_BK = torch.where(outcome.label_B.bool().unsqueeze(1), True, least_K)
+    return (outcome.keep_BK == best_BK).float().mean(1)
 
 
-def told_apart(count: int = 64) -> CachedExits:
-    """Three exits that say 0 or 1 of an image and are right."""
+def separable_cache(count: int = 64) -> CachedExits:
+    """Outputs of three exits that are right about every image, of class 0 or 1."""
     label_M = torch.arange(count) % 2
     logits_MNC = 4 * torch.nn.functional.one_hot(label_M, 2).float().unsqueeze(1).expand(-1, 3, -1).contiguous()
     return CachedExits(logits_MNC, label_M, ExitCosts(torch.tensor([3.0, 4.0, 5.0]).double(), torch.ones(3).double()))
 
 
-def make(name: str, order: str = "shuffled", reward=as_the_label_says):
+def make(name: str, order: str = "shuffled", reward=label_reward):
     if name == "early_exit":
-        return EarlyExitVectorEnv(16, network=told_apart(), reward=reward, order=order)
+        return EarlyExitVectorEnv(16, network=separable_cache(), reward=reward, order=order)
     backbone = small_backbone(8)
     return ENVIRONMENTS[name](16, backbone=backbone, images=BlackAndWhite(), reward=reward, order=order)
 
@@ -73,7 +73,7 @@ def agent_for(kind: type[SB3Agent], env, steps: int = 60, **options) -> SB3Agent
 
 @pytest.mark.parametrize(("kind", "name"), PAIRS)
 def test_a_small_known_problem_is_solved(kind, name):
-    """1 is the best there is, and what is decided by chance, or for all alike, earns about a half."""
+    """The best policy earns 1; one that decides by chance, or the same for all images, earns about a half."""
     env = make(name)
     steps = 300 if kind is A2C else 60  # one step of the optimizer each
     agent = agent_for(kind, env, steps)
@@ -81,8 +81,8 @@ def test_a_small_known_problem_is_solved(kind, name):
         figures = agent.update(env)
     assert all(np.isfinite(value) for value in figures.values())
     if name == "early_exit":
-        cache = told_apart()
-        reward = as_the_label_says(outcome_of(exits_of(agent.policy, cache), cache)).mean()
+        cache = separable_cache()
+        reward = label_reward(outcome_of(exits_of(agent.policy, cache), cache)).mean()
     else:
         reward = evaluate(agent, make(name, "sequential")).reward_N.mean()
     assert reward > 0.95
@@ -94,15 +94,15 @@ def test_the_greedy_action_is_sb3_s(kind, name):
     agent = agent_for(kind, env)
     for _ in range(3):
         agent.update(env)
-        shown = agent.adapter._observe(env.observation)
-        expected, _ = agent.model.predict(shown, deterministic=True)
+        observation = agent.adapter._observe(env.observation)
+        expected, _ = agent.model.predict(observation, deterministic=True)
         acted = agent.act(env.observation)
         assert acted.dtype == torch.bool and np.array_equal(acted.numpy(), expected.astype(bool))
 
 
 @pytest.mark.parametrize(("kind", "name"), PAIRS)
-def test_state_goes_round_to_the_bit(kind, name):
-    """And PPO and A2C, where rollouts end with the episodes, go on as if nothing had happened."""
+def test_state_is_saved_and_restored_to_the_bit(kind, name):
+    """PPO and A2C also go on as if nothing had happened, where rollouts end with the episodes."""
     env = make(name)
     options = {"n_steps": 6} if name == "layer_skip" and kind is not DQN else {}
     agent = agent_for(kind, env, **options)
@@ -112,18 +112,18 @@ def test_state_goes_round_to_the_bit(kind, name):
     torch.save(agent.state_dict(), buffer)
     cursor = env.cursor
     buffer.seek(0)
-    again = make(name)
-    fresh = agent_for(kind, again, seed=1, **options)
-    fresh.load_state_dict(torch.load(buffer, weights_only=True))
-    again.seek(cursor)
-    before, after = agent.model.policy.state_dict(), fresh.model.policy.state_dict()
+    restored_env = make(name)
+    restored = agent_for(kind, restored_env, seed=1, **options)
+    restored.load_state_dict(torch.load(buffer, weights_only=True))
+    restored_env.seek(cursor)
+    before, after = agent.model.policy.state_dict(), restored.model.policy.state_dict()
     assert before.keys() == after.keys() and all(torch.equal(before[key], after[key]) for key in before)
-    assert torch.equal(agent.act(env.observation), fresh.act(env.observation))
-    assert fresh.step == 3 and fresh.model.num_timesteps == agent.model.num_timesteps
-    expected, found = agent.update(env), fresh.update(again)
+    assert torch.equal(agent.act(env.observation), restored.act(env.observation))
+    assert restored.step == 3 and restored.model.num_timesteps == agent.model.num_timesteps
+    expected, figures = agent.update(env), restored.update(restored_env)
     if kind is not DQN and name != "early_exit":
-        assert found == expected
-    assert found.keys() == expected.keys()
+        assert figures == expected
+    assert figures.keys() == expected.keys()
 
 
 def test_a_replay_buffer_is_filled_anew_before_learning_goes_on():
@@ -131,15 +131,15 @@ def test_a_replay_buffer_is_filled_anew_before_learning_goes_on():
     agent = agent_for(DQN, env)
     while agent.model.num_timesteps <= agent.model.learning_starts:
         agent.update(env)
-    again = make("early_exit")
-    fresh = agent_for(DQN, again)
-    fresh.load_state_dict(agent.state_dict())
-    fresh.update(again)
-    assert fresh.model.replay_buffer.size() * 16 >= fresh.model.learning_starts
-    assert fresh.model._n_updates == agent.model._n_updates + fresh._gradient_steps
+    restored_env = make("early_exit")
+    restored = agent_for(DQN, restored_env)
+    restored.load_state_dict(agent.state_dict())
+    restored.update(restored_env)
+    assert restored.model.replay_buffer.size() * 16 >= restored.model.learning_starts
+    assert restored.model._n_updates == agent.model._n_updates + restored._gradient_steps
 
 
-def test_nobody_else_s_randomness_is_touched():
+def test_the_global_generators_stay_as_they_were():
     env = make("block_selection")
     before, numbers = torch.get_rng_state(), np.random.get_state()[1].copy()
     agent = agent_for(PPO, env)
@@ -177,7 +177,7 @@ def test_the_best_weights_are_put_into_sb3_s_policy_as_well():
     assert torch.equal(agent.model.policy.action_net.weight, other.model.policy.action_net.weight)
 
 
-def test_a_fresh_policy_departs_from_a_fixed_set():
+def test_a_fresh_policy_starts_from_a_fixed_set():
     """At probability 0.9: nine of ten blocks as the set says."""
     env = make("block_selection")
     agent = agent_for(PPO, env, start=[True, False, True], initial_keep=0.9)
@@ -186,7 +186,7 @@ def test_a_fresh_policy_departs_from_a_fixed_set():
     assert torch.allclose(probability, torch.tensor([0.9, 0.1, 0.9]), atol=0.02)
 
 
-def test_what_a_policy_costs_is_counted_at_every_decision():
+def test_the_policy_s_cost_is_counted_at_every_decision():
     env = make("layer_skip")
     agent = agent_for(PPO, env)
     assert agent.decision_macs == (env.width + 3) * 16 + 16 * 2
@@ -195,7 +195,7 @@ def test_what_a_policy_costs_is_counted_at_every_decision():
     assert torch.equal(result.macs_N, env.costs.of(result.ran_NK) + 3 * agent.decision_macs)
 
 
-def test_block_by_block_is_what_the_environment_does():
+def test_running_block_by_block_is_the_same_as_in_the_environment():
     env = make("layer_skip", "sequential")
     agent = agent_for(DQN, make("layer_skip"))
     result = evaluate(agent, env)
@@ -204,7 +204,7 @@ def test_block_by_block_is_what_the_environment_does():
     assert torch.equal(keep_BK, result.ran_NK) and torch.equal(logits_BC.argmax(1), result.prediction_N)
 
 
-def test_leaving_is_what_the_environment_does():
+def test_leaving_is_the_same_as_in_the_environment():
     cache = small_cache(50)
     env = EarlyExitVectorEnv(16, network=cache, order="sequential")
     agent = agent_for(A2C, EarlyExitVectorEnv(16, network=cache))
@@ -242,7 +242,7 @@ def test_the_network_stays_as_it_was():
         (lambda: DQN(make("block_selection"), 1), "agent=dqn cannot take actions from MultiBinary"),
     ],
 )
-def test_what_cannot_work_is_refused_in_one_line(build, message):
+def test_impossible_settings_are_refused_in_one_line(build, message):
     with pytest.raises(UserError, match=message) as refused:
         build()
     assert "\n" not in str(refused.value)

@@ -1,4 +1,4 @@
-"""SkipNet's losses by hand, what learns in each stage, and that an image's gradient is its own affair."""
+"""SkipNet's losses by hand, what learns in each stage, and that an image's gradient depends on that image alone."""
 
 from __future__ import annotations
 
@@ -56,8 +56,8 @@ def test_the_published_broadcast_cannot_happen(shape):
     with pytest.raises(ValueError, match="expected"):
         skipnet_returns(torch.zeros(shape), keep, costs, 0.1)
     good = [torch.zeros(4), torch.zeros(4, 2), torch.zeros(4, 2), torch.zeros(4, 2)]
-    for place in (0, 1, 3):
-        wrong = [*good[:place], torch.zeros(shape), *good[place + 1 :]]
+    for i in (0, 1, 3):
+        wrong = [*good[:i], torch.zeros(shape), *good[i + 1 :]]
         with pytest.raises(ValueError, match="expected"):
             hybrid_loss(*wrong, 1.0)
     with pytest.raises(ValueError, match="expected"):
@@ -81,8 +81,8 @@ def test_expected_gradient_is_that_of_the_expected_objective(baseline):
         hybrid_loss(ce[i : i + 1], log_p[i : i + 1], returns[i : i + 1], torch.full((1, 3), baseline), 1.0)
         for i in range(8)
     ]
-    (found,) = torch.autograd.grad(sum(p.detach() * loss for p, loss in zip(pi, losses)), gate)
-    torch.testing.assert_close(found, expected)
+    (gradient,) = torch.autograd.grad(sum(p.detach() * loss for p, loss in zip(pi, losses)), gate)
+    torch.testing.assert_close(gradient, expected)
 
 
 def test_an_image_s_gradient_is_independent_of_the_others_rewards():
@@ -136,7 +136,7 @@ def test_frozen_means_bit_identical(supervised):
     assert not changed(agent.network.backbone, blocks) and changed(agent.network.gates, gates)
 
 
-def test_the_given_network_stays_as_it_is():
+def test_the_backbone_that_is_copied_stays_as_it_is():
     backbone = small_backbone()
     before = weights_of(backbone)
     agent = SkipNet(backbone, IMAGE, 10, supervised=0.5)
@@ -161,7 +161,7 @@ def test_costs_are_one_on_average():
     assert make_agent(cost="ones").cost_G.tolist() == [1] * 5
 
 
-def test_state_goes_on_where_it_stopped():
+def test_a_restored_state_goes_on_where_it_stopped():
     feed, twin_feed = (Feed(small_images(), 16) for _ in range(2))
     options = dict(supervised=0.3, baseline="greedy", optimizer="adam", initial_keep=0.7)
     agent, twin = make_agent(**options), make_agent(**options)
@@ -191,7 +191,7 @@ def test_evaluation_is_the_gates_own_pass():
 
 
 def test_it_learns_to_skip_what_does_not_matter():
-    """Every image has one class, so any network is right once its head says so; skipping is then all there is to gain."""
+    """Every image has one class, so any network is right once its head says so; skipping is then the only gain."""
     images = TensorImages(small_images(64).images, torch.zeros(64, dtype=torch.int64))
     options = dict(supervised=0.2, alpha=1.0, initial_keep=0.9, optimizer="adam", baseline="greedy", seed=1)
     agent, feed = make_agent(60, **{**options, "lr": 0.02, "hybrid_lr": 0.05, "schedule": "constant"}), Feed(images, 32)

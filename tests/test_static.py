@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from policyskip.backbones import count_costs, sparse
-from policyskip.static_front import SetScorer, StaticFront, find_front, known_front, search
+from policyskip.static_front import SetScorer, StaticFront, find_front, keep_text, known_front, search
 from tests.conftest import small_backbone, small_images
 
 EVERY = list(itertools.product([False, True], repeat=6))
@@ -35,7 +35,7 @@ def test_common_beginnings_are_computed_once():
 
 
 class Planted:
-    """Scores sets by a formula in place of a network: 100 images, of which a share is right."""
+    """Scores sets by a formula in place of a network: 100 images, of which a fraction is right."""
 
     count = 100
 
@@ -65,6 +65,10 @@ def test_the_planted_optimum_is_found_where_elimination_misses_it():
     assert finished and [sum(keep) for keep in sets] == list(range(9))
     assert accuracy == pytest.approx([round(100 * best[size]) / 100 for size in range(9)])
     assert len(scorer.known) < 2**8, "the search must not have tried everything"
+
+
+def test_a_keep_set_as_text():
+    assert keep_text((True, True, False, True)) == keep_text(torch.tensor([1, 1, 0, 1]).tolist()) == "1101"
 
 
 def test_few_sets_are_all_tried():

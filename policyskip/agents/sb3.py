@@ -1,9 +1,8 @@
 """PPO, A2C and DQN: the learners of Stable-Baselines3 (SB3) as agents.
 
 SB3 collects, stores and learns. A :class:`~policyskip.policies.perceptrons.GreedyPolicy` of plain layers shares the
-parameters of SB3's policy; that policy is judged, and is deployed without SB3. Nothing is ever loaded from SB3's own
-files, because loading them executes code that they contain. No other module of the agents imports SB3, and this one is
-imported only for a run of one of its agents.
+parameters of SB3's policy; that policy is judged, and is deployed without SB3. Files of SB3 are never loaded: they can
+contain code. No other module of the agents imports SB3.
 
 Shapes: B images side by side, K blocks, N exits.
 """
@@ -40,12 +39,8 @@ RESERVED |= {"replay_buffer_class", "replay_buffer_kwargs", "optimize_memory_usa
 """Arguments of SB3's learners that this module chooses; every other argument is a key of ``agent``."""
 
 FIGURE_NAMES = {
-    "train/loss": "loss",
+    **{f"train/{name}": name for name in ("loss", "policy_loss", "value_loss", "approx_kl", "clip_fraction")},
     "train/policy_gradient_loss": "policy_loss",
-    "train/policy_loss": "policy_loss",
-    "train/value_loss": "value_loss",
-    "train/approx_kl": "approx_kl",
-    "train/clip_fraction": "clip_fraction",
     "train/explained_variance": "explained_variance",
     "train/learning_rate": "lr",
     "rollout/exploration_rate": "exploration_rate",
@@ -153,6 +148,7 @@ class SB3Agent(Agent):
             self.adapter = EpisodeStatistics(env, remember=self.steps_collected + env.num_envs)
             self.model = self._build(seed, net_arch, channels, hyperparameters)
             self._share_layers()
+        self.optimizer: torch.optim.Optimizer = self.model.policy.optimizer
         self.decision_macs = self.adapter.decision_macs = count_macs(self.policy, env.observation[:1])
         self._means: dict[str, float] = {}
 
@@ -220,7 +216,7 @@ class SB3Agent(Agent):
     def state_dict(self) -> dict[str, Any]:
         return {
             "policy": self.model.policy.state_dict(),
-            "optimizer": self.model.policy.optimizer.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
             "randomness": self.randomness.state,
             "step": self.step,
             "timesteps": self.model.num_timesteps,
@@ -230,9 +226,11 @@ class SB3Agent(Agent):
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self.model.policy.load_state_dict(state["policy"])
-        self.model.policy.optimizer.load_state_dict(state["optimizer"])
+        self.optimizer.load_state_dict(state["optimizer"])
         self.randomness.state = state["randomness"]
-        self.step, self._means = state["step"], state["means"]
+        with self.randomness.own():  # so that a state that the generators do not take is refused now
+            pass
+        self.step, self._means = state["step"], {str(key): float(value) for key, value in state["means"].items()}
         self.model.num_timesteps, self.model._n_updates = state["timesteps"], state["updates"]
 
 

@@ -17,7 +17,6 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from policyskip.agents.base import Agent
-from policyskip.agents.early_exit import OptimizerName
 from policyskip.agents.schedules import SCHEDULES, ScheduleName
 from policyskip.backbones.base import Backbone
 from policyskip.backbones.checkpoints import seeded
@@ -152,7 +151,7 @@ class SkipNet(Agent, Divisible):
         lr: float = 0.1,
         hybrid_lr: float = 1e-4,
         backbone_lr: float = 1.0,
-        optimizer: OptimizerName = "sgd",
+        optimizer: Literal["sgd", "adam"] = "sgd",
         weight_decay: float = 1e-4,
         schedule: ScheduleName = "steps",
     ) -> None:

@@ -270,7 +270,7 @@ class MSDNet(ExitNetwork):
 
     def remarks(self, image_shape: tuple[int, int, int]) -> list[str]:
         lazy, eager = count_with_and_without_lazy(self, image_shape)
-        saved = ", ".join(f"{1 - share:.0%}" for share in (lazy.cumulative_N / eager.cumulative_N).tolist())
+        saved = ", ".join(f"{1 - fraction:.0%}" for fraction in (lazy.cumulative_N / eager.cumulative_N).tolist())
         return [
             f"without lazy evaluation: {in_millions(eager.cumulative_N)}; it saves {saved}"
             + ("" if self.lazy else ", and is switched off (backbone.lazy=true)")

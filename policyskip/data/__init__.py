@@ -2,10 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
-import torch
-
 from policyskip.data.base import (
     Augment,
     Batch,
@@ -20,6 +16,7 @@ from policyskip.data.base import (
     sequential,
     spread_indices,
 )
+from policyskip.data.by_name import load_data
 from policyskip.data.cluttered import digits
 from policyskip.data.folders import FileImages, imagefolder, read_image
 from policyskip.data.torchvision_sets import torchvision_data
@@ -44,16 +41,3 @@ __all__ = [
     "spread_indices",
     "torchvision_data",
 ]
-
-
-def load_data(name: str, device: torch.device, **options: Any) -> Data:
-    """Load a data set by name: digits, imagefolder, or one of torchvision's small sets.
-
-    Raises:
-        UserError: unknown name, bad options, or images that are missing or cannot be read.
-    """
-    if name == "digits":
-        return digits(device, **options)
-    if name == "imagefolder":
-        return imagefolder(device, **options)
-    return torchvision_data(device, name, **options)

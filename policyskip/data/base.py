@@ -116,10 +116,10 @@ class Data:
         return split
 
 
-def shuffled(length: int, batch_size: int, seed: int, start: int = 0) -> Iterator[tuple[Tensor, int]]:
-    """Yield batches of indices, int64 (B,), and their augmentation seeds, from batch number ``start`` on and without
-    end: one random order of the set after another."""
-    number, epoch, order = start, -1, torch.empty(0, dtype=torch.int64)
+def shuffled(length: int, batch_size: int, seed: int, first_batch: int = 0) -> Iterator[tuple[Tensor, int]]:
+    """Yield batches of indices, int64 (B,), and their augmentation seeds, from batch number ``first_batch`` on and
+    without end: one random order of the set after another."""
+    number, epoch, order = first_batch, -1, torch.empty(0, dtype=torch.int64)
     while True:
         position, pieces, needed = number * batch_size, [], batch_size
         while needed:
@@ -134,10 +134,10 @@ def shuffled(length: int, batch_size: int, seed: int, start: int = 0) -> Iterato
         number += 1
 
 
-def sequential(length: int, batch_size: int, start: int = 0) -> Iterator[tuple[Tensor, int]]:
-    """Yield batches of indices, int64 (B,), in order, each index once, from batch number ``start`` on; the augmentation
-    seed is 0, and the last batch may be short."""
-    for low in range(start * batch_size, length, batch_size):
+def sequential(length: int, batch_size: int, first_batch: int = 0) -> Iterator[tuple[Tensor, int]]:
+    """Yield batches of indices, int64 (B,), in order, each index once, from batch number ``first_batch`` on; the
+    augmentation seed is 0, and the last batch may be short."""
+    for low in range(first_batch * batch_size, length, batch_size):
         yield torch.arange(low, min(low + batch_size, length)), 0
 
 
@@ -299,18 +299,18 @@ def in_memory(
     )
 
 
-def hold_out(count: int, share: float) -> tuple[Tensor, Tensor]:
-    """Divide ``count`` images into validation and training images, ``share`` of them and at least one for validation.
+def hold_out(count: int, fraction: float) -> tuple[Tensor, Tensor]:
+    """Divide ``count`` images into validation images, ``fraction`` of them and at least one, and training images.
 
     Returns: the indices of the validation and of the training images, int64, ascending, the same on every call.
 
     Raises:
-        UserError: ``share`` is not between 0 and 1, or there are fewer than two images.
+        UserError: ``fraction`` is not between 0 and 1, or there are fewer than two images.
     """
-    if not 0 < share < 1:
-        raise UserError(f"data.validation must be a share between 0 and 1, got {share}")
+    if not 0 < fraction < 1:
+        raise UserError(f"data.validation must be a share between 0 and 1, got {fraction}")
     if count < 2:
         raise UserError(f"the training split needs at least 2 images, one of them for validation; it has {count}")
     order = torch.randperm(count, generator=torch.Generator().manual_seed(SPLIT_SEED))
-    cut = min(max(1, round(count * share)), count - 1)
+    cut = min(max(1, round(count * fraction)), count - 1)
     return order[:cut].sort().values, order[cut:].sort().values

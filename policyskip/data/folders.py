@@ -190,8 +190,8 @@ class FileImages:
         return torch.from_numpy(image).permute(2, 0, 1), int(self.label_N[index]), index
 
     def stream(self, orders: Iterable[tuple[Tensor, int]], rows: slice = WHOLE) -> Iterator[Batch]:
-        batches: Any = ([(int(i), seed) for i in index_B[rows]] for index_B, seed in orders)
-        loader: Any = torch.utils.data.DataLoader(
+        batches = ([(int(i), seed) for i in index_B[rows]] for index_B, seed in orders)
+        loader: torch.utils.data.DataLoader[Any] = torch.utils.data.DataLoader(
             self,  # type: ignore[arg-type]
             batch_sampler=batches,
             num_workers=self.workers,

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -56,7 +56,7 @@ def torchvision_data(
     )
 
 
-def _as_images(pixels: Any) -> Tensor:
+def _as_images(pixels: Tensor | np.ndarray) -> Tensor:
     """Convert pixels (N, H, W) or (N, H, W, 3) to (N, 3, H, W)."""
     images = torch.as_tensor(pixels)
     if images.dim() == 3:

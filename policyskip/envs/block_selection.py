@@ -13,7 +13,7 @@ import torch
 from gymnasium.vector.utils import batch_space
 from torch import Tensor
 
-from policyskip.envs.base import ImageVectorEnv, decisions
+from policyskip.envs.base import ImageVectorEnv, Step, decisions
 from policyskip.envs.single_view import SingleView, numpy_of
 
 
@@ -37,7 +37,7 @@ class BlockSelectionVectorEnv(ImageVectorEnv):
         self.action_space = batch_space(self.single_action_space, num_envs)
 
     @torch.no_grad()
-    def step(self, actions: Tensor | np.ndarray) -> tuple[Tensor, Tensor, Tensor, Tensor, dict[str, Any]]:
+    def step(self, actions: Tensor | np.ndarray) -> Step:
         """Score ``actions`` (B, K) on the images shown, and show the next images."""
         self.outcome = self.score(decisions(actions, self.device))
         reward_B, over_B, info = self._end(self.outcome)

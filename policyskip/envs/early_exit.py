@@ -18,7 +18,7 @@ from torch import Tensor
 
 from policyskip.backbones import ExitNetwork, load_exits
 from policyskip.data import Feed, Images, Order, batch_at, load_data
-from policyskip.envs.base import decisions
+from policyskip.envs.base import Step, decisions
 from policyskip.envs.exit_sources import CacheIndices, ExitSource, Live, Queue, Replay
 from policyskip.envs.single_view import SingleView
 from policyskip.errors import UserError
@@ -193,7 +193,7 @@ class EarlyExitVectorEnv(VectorEnv[Tensor, Tensor, Tensor]):
         return decisions_at(outcome.keep_BK.sum(1) - 1, self.num_exits)
 
     @torch.no_grad()
-    def step(self, actions: Tensor | np.ndarray) -> tuple[Tensor, Tensor, Tensor, Tensor, dict[str, Any]]:
+    def step(self, actions: Tensor | np.ndarray) -> Step:
         """Let the images leave whose action, in ``actions`` (B,), is 1, show the next images in their rows, and take
         the other images to the next exit.
 

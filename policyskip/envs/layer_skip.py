@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from policyskip.backbones import Backbone
 from policyskip.backbones.execution import run_block
-from policyskip.envs.base import ImageVectorEnv, decisions
+from policyskip.envs.base import ImageVectorEnv, Step, decisions
 from policyskip.envs.single_view import SingleView
 
 
@@ -88,7 +88,7 @@ class LayerSkipVectorEnv(ImageVectorEnv):
         self._observation = observe(self._features, self._block_KK[block], self.width)
 
     @torch.no_grad()
-    def step(self, actions: Tensor | np.ndarray) -> tuple[Tensor, Tensor, Tensor, Tensor, dict[str, Any]]:
+    def step(self, actions: Tensor | np.ndarray) -> Step:
         """Run the block for the images whose action, in ``actions`` (B,), is 1, and go on to the next block; after the
         last block, end the episodes and show the next images.
 

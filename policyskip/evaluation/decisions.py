@@ -17,6 +17,7 @@ from safetensors import safe_open
 from safetensors.torch import save
 from torch import Tensor
 
+from policyskip import __version__
 from policyskip.data import Images
 from policyskip.errors import UserError, first_line
 from policyskip.files import write
@@ -150,8 +151,6 @@ def save_decisions(decisions: Decisions, run: Run) -> dict[str, Any]:
 
     Returns: what ``summary.json`` says of the record: the package's version, the images and the network.
     """
-    from policyskip import __version__
-
     tables = {name: getattr(decisions, name).contiguous() for name in TABLES}
     metadata = {name: json.dumps(getattr(decisions, name), ensure_ascii=False) for name in METADATA}
     write(run.folder / FILE, save(tables, metadata=metadata))

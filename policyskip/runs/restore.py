@@ -68,17 +68,17 @@ def _restore_learner(learner: Any, state: dict[str, Any]) -> None:
     Raises:
         ValueError: the learner could not go on from it. Other exceptions: those of ``load_state_dict``.
     """
-    if (place := find_nonfinite(state)) is not None:
-        raise ValueError(f"{place} holds numbers that are not finite")
+    if (name := find_nonfinite(state)) is not None:
+        raise ValueError(f"{name} holds numbers that are not finite")
     for key, value in learner.state_dict().items():
         if type(value) in (int, float) and isinstance(state.get(key), str | bool | dict | list | tuple | None):
             raise ValueError(f"{key} is {state.get(key)!r:.80}, not a number")
     learner.load_state_dict(state)
-    attributes = [*vars(learner).values(), getattr(learner, "optimizer", None)]
-    for optimizer in {id(value): value for value in attributes if isinstance(value, Optimizer)}.values():
-        _check_optimizer(optimizer)
-    for schedule in [value for value in attributes if isinstance(value, LRScheduler)]:
-        _check_schedule(schedule)
+    for attribute in vars(learner).values():
+        if isinstance(attribute, Optimizer):
+            _check_optimizer(attribute)
+        elif isinstance(attribute, LRScheduler):
+            _check_schedule(attribute)
 
 
 def _check_optimizer(optimizer: Optimizer) -> None:
@@ -86,7 +86,7 @@ def _check_optimizer(optimizer: Optimizer) -> None:
 
     Raises:
         Exception: of any type, as the optimizer stumbles over its state; an optimizer that takes no such step without
-            a state either is let pass.
+            a state and with its default settings either is let pass.
     """
     trial = copy.deepcopy(optimizer)
     for group in trial.param_groups:
@@ -96,6 +96,8 @@ def _check_optimizer(optimizer: Optimizer) -> None:
         trial.step()
     except Exception:
         trial.state.clear()
+        for group in trial.param_groups:
+            group.update(trial.defaults)
         if _takes_a_step(trial):
             raise
 

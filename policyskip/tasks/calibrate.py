@@ -15,7 +15,8 @@ from policyskip.deployment.predictors import ThresholdPredictor
 from policyskip.errors import UserError
 from policyskip.evaluation.tables import console
 from policyskip.exits.cache import CachedExits, cache_exits
-from policyskip.exits.calibration import Curve, check_target, choose, curve_of
+from policyskip.exits.calibration import Curve, curve_of
+from policyskip.exits.targets import check_target, choose
 from policyskip.files import damaged
 from policyskip.runs.folder import Run
 from policyskip.runs.tracking import Tracker
@@ -32,13 +33,13 @@ def recalibrate(setup: Setup, run: Run, target: TargetSection) -> dict[str, Any]
     """
     predictor, validation, curve = finished(setup, run)
     check_target(**target.model_dump())
-    point = choose(curve, **target.given)
+    point = choose(curve, **target.chosen)
     before = run.load_json("summary.json")
     names = ("agent", "env", "backbone", "data", "seed", "steps", "seconds")
     with damaged(run.folder / "summary.json"):
         head: dict[str, Any] = {name: before[name] for name in names}
     tracker = Tracker(run, "none", {})
-    return deploy_point(setup, predictor, validation, curve, point, target.given, run, tracker, head)
+    return deploy_point(setup, predictor, validation, curve, point, target.chosen, run, tracker, head)
 
 
 def finished(setup: Setup, run: Run) -> tuple[ThresholdPredictor, CachedExits, Curve]:

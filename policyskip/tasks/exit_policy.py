@@ -40,7 +40,7 @@ class ExitPolicyTask(FamilyTask):
 
     def __init__(self, setup: Setup, settings: Settings) -> None:
         network = setup.backbone
-        if settings.target is not None and settings.target.given:
+        if settings.target is not None and settings.target.chosen:
             raise UserError("target is for thresholds; a learned policy has none, and follows reward.penalty")
         if not isinstance(network, ExitNetwork) or network.num_exits < 2:
             raise UserError(f"{network.name} has no early exits; say backbone=resnet32_digits_exits")

@@ -31,10 +31,11 @@ from policyskip.evaluation.exit_plots import exit_pictures
 from policyskip.evaluation.figures import exit_figures
 from policyskip.evaluation.tables import console, show_exits
 from policyskip.exits.cache import CachedExits, cache_exits
-from policyskip.exits.calibration import Curve, Point, UnmetError, check_target, choose
+from policyskip.exits.calibration import Curve, Point
 from policyskip.exits.placement import probe_blocks, propose_exits
 from policyskip.exits.references import static_pairs
 from policyskip.exits.rules import exit_of, rule_named
+from policyskip.exits.targets import UnmetError, check_target, choose
 from policyskip.policies.thresholds import ThresholdPolicy
 from policyskip.runs.folder import Run
 from policyskip.runs.tracking import Tracker
@@ -60,7 +61,7 @@ class ThresholdTask(FamilyTask):
             raise UserError(
                 f"{network.name} has no exits; say backbone=resnet32_exits, or agent=blockdrop to skip blocks"
             )
-        self.target = settings.target.given or {"accuracy_drop": ACCURACY_DROP}
+        self.target = settings.target.chosen or {"accuracy_drop": ACCURACY_DROP}
         check_target(**settings.target.model_copy(update=self.target).model_dump())
         _check_unused(setup)
         self.setup, self.network, self.trained_network = setup, network, network
