@@ -198,7 +198,8 @@ def _not_installed(group: str, target: str, source: _Source) -> str:
     if source.stored:
         return (
             f"this {WORDS.get(group, group)} is {target}, which is not installed here (no installed package declares "
-            f"it in the entry-point group {_entry_point_groups(group)[0]}); say trust=True to import it"
+            f"it in the entry-point group {_entry_point_groups(group)[0]}); say trust=True to import it "
+            "(on the command line: trust=true)"
         )
     return (
         f"the run's {group} {target} is not one of policyskip's own; say trust=true (when resuming: run.trust=true) "

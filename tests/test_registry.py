@@ -498,7 +498,7 @@ class Looks(KeepPolicy):
         self.features = nn.Sequential(nn.Flatten(), nn.Linear(3 * image_shape[1] * image_shape[2], hidden))
         self.keep_head = keep_layer(hidden, num_blocks, initial_keep)
 
-    def look(self, images):
+    def features_and_logits(self, images):
         features = self.features(images / 255)
         return features, self.keep_head(features)
 
@@ -560,10 +560,10 @@ def test_a_policy_network_of_the_user_s_starts_from_a_keep_set(folder):
     (folder / "my_policies.py").write_text(POLICIES)
     start = (True, False, True, True, False, True)
     policy = policy_network("my_policies.Looks", 6, (3, 12, 12), initial_keep=0.999)
-    policy.depart_from(start)
+    policy.start_from(start)
     assert policy.decide(torch.zeros(1, 3, 12, 12, dtype=torch.uint8)).tolist() == [list(start)]
     with pytest.raises(UserError, match=r"Forward cannot start from a keep-set, .*; say agent\.warm_start=false"):
-        policy_network("my_policies.Forward", 6, (3, 12, 12)).depart_from(start)
+        policy_network("my_policies.Forward", 6, (3, 12, 12)).start_from(start)
 
 
 @pytest.mark.parametrize(
@@ -574,7 +574,7 @@ def test_a_policy_network_of_the_user_s_starts_from_a_keep_set(folder):
             "agent.policy=my_policies.Other must be a subclass of policyskip.policies.networks.KeepPol",
         ),
         ("my_policies.Broken", "agent.policy=my_policies.Broken failed with IndexError: list index out of range"),
-        ("my_policies.Neither", "failed with NotImplementedError: Neither has neither look nor forward"),
+        ("my_policies.Neither", "failed with NotImplementedError: Neither has neither features_and_logits nor forward"),
         ("my_policies.Narrow", r"must give features .*, here \(1, D\) and \(1, 6\); got \(1, 0\) and \(1, 1\)"),
         ("mine", r"'cifar', 'imagenet' or 'constant', got 'mine', which is not installed here either \(none is inst"),
     ],

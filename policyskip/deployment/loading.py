@@ -155,15 +155,16 @@ def _external_network(run: Run, file: PolicyFile) -> Backbone:
     config = dict(file.network["config"])
     target = str(config.pop("_target_"))
     make = OWN_BACKBONES.get(target) or registry.resolve("backbone", target)
-    parameters = inspect.signature(make).parameters
-    known = {"num_classes": len(file.classes), "image_shape": file.image_shape}
-    network = _built(run, target, make, {k: v for k, v in known.items() if k in parameters} | config)
+    parameters, seed = inspect.signature(make).parameters, int(file.network.get("seed", 0))
+    known = {"num_classes": len(file.classes), "image_shape": file.image_shape, "seed": seed}
+    with checkpoints.seeded(seed):  # as build_backbone draws the random weights of a user's network
+        network = _built(run, target, make, {k: v for k, v in known.items() if k in parameters} | config)
     if not isinstance(network, Backbone):
         raise UserError(f"{target} of {run.folder / 'policy.json'} gives no network with blocks")
     if network.content_hash() != file.network["hash"]:
         raise UserError(
             f"the policy of {run.folder} was trained with the network {file.network['hash']}, "
-            f"but {config.get('checkpoint')} is {network.content_hash()}"
+            f"but {config.get('checkpoint', target)} is {network.content_hash()}"
         )
     return network
 

@@ -33,8 +33,8 @@ class PolicyFile:
     Attributes:
         family: of the policy.
         policy: what builds the policy again, beside the weights in ``best.safetensors``.
-        network: its content hash, ``hash``; and ``config``, its part of the configuration, if the run folder does not
-            hold it as ``network.safetensors``.
+        network: its content hash, ``hash``; and if the run folder does not hold it as ``network.safetensors``,
+            ``config``, its part of the configuration, and the run's ``seed``.
         classes: their names.
         image_shape: (3, H, W).
     """
@@ -88,12 +88,15 @@ def read_policy(run: Run) -> PolicyFile:
         raise damaged_policy(run, error) from error
 
 
-def describe_blocks(policy: Policy, policy_macs: float, backbone: Backbone, config: dict[str, Any]) -> dict[str, Any]:
+def describe_blocks(
+    policy: Policy, policy_macs: float, backbone: Backbone, config: dict[str, Any], seed: int
+) -> dict[str, Any]:
     """Return the entries ``policy`` and ``network`` of a policy that decides which blocks of a frozen network run.
 
     Args:
         policy_macs: what the policy costs for one image.
         config: the network's part of the run's configuration.
+        seed: the run's, by which random weights of the network were drawn.
     """
     checkpoint = config.get("checkpoint")
     if checkpoint and Path(checkpoint).is_file():
@@ -101,7 +104,7 @@ def describe_blocks(policy: Policy, policy_macs: float, backbone: Backbone, conf
     name = registry.name_of("policy", type(policy))
     return {
         "policy": {"name": name, "arguments": policy.spec(), "macs": policy_macs},
-        "network": {"config": config, "hash": backbone.content_hash()},
+        "network": {"config": config, "hash": backbone.content_hash(), "seed": seed},
     }
 
 

@@ -72,7 +72,7 @@ class BlockTask(FamilyTask):
         judgement = judge_policy(setup, self.learner, self.front, "test")
         self.front.save(run.folder / "front.json")
         macs = judgement.decisions.policy_macs
-        described = describe_blocks(policy, macs, setup.backbone, setup.config["backbone"])
+        described = describe_blocks(policy, macs, setup.backbone, setup.config["backbone"], setup.config["seed"])
         return write_finished(
             run,
             tracker,
