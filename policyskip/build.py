@@ -1,4 +1,4 @@
-"""From settings to objects: data, network, reward, environments and agents of a configuration.
+"""Objects are built here from settings: data, network, reward, environments and agents of a configuration.
 
 Every group's YAML says ``_target_: package.module.Name`` and the arguments of that name. The arguments are checked
 against its signature here, so that a wrong key or value is one clear line.
@@ -34,7 +34,7 @@ from policyskip.static_front import Keep, StaticFront
 
 @dataclass(frozen=True)
 class Call:
-    """A class or function that a group's ``_target_`` names, and the checked arguments to call it with.
+    """Holds the class or function that a group's ``_target_`` names, and the checked arguments to call it with.
 
     Attributes:
         label: group and target, for messages.
@@ -45,7 +45,7 @@ class Call:
     arguments: dict[str, Any]
 
     def result(self) -> Any:
-        """What the call returns.
+        """Make the call, and return what it returns.
 
         Raises:
             UserError: it failed.
@@ -113,7 +113,7 @@ def check_call(group: str, node: dict[str, Any], optional: dict[str, Any] | None
 
 
 def class_of(config: dict[str, Any], group: str, trusted: bool = True) -> Any:
-    """The class or function that a group's ``_target_`` names.
+    """Return the class or function that a group's ``_target_`` names.
 
     Raises:
         UserError: it cannot be imported, or has to be trusted for it.
@@ -123,7 +123,7 @@ def class_of(config: dict[str, Any], group: str, trusted: bool = True) -> Any:
 
 
 def _converted(key: str, value: Any, hint: Any) -> Any:
-    """A configuration's value as its parameter's annotation declares it.
+    """Convert a configuration's value to the type that its parameter's annotation declares.
 
     Hydra leaves ``1e-3`` a string: it is converted where a float is declared, and nothing else is. An annotation that
     pydantic cannot check lets every value pass.
@@ -144,7 +144,8 @@ def _converted(key: str, value: Any, hint: Any) -> Any:
 
 
 def _hints(function: Any) -> dict[str, Any]:
-    """The annotations of a function's parameters, or of a class's constructor; empty if one of them makes no sense."""
+    """Return the annotations of a function's parameters, or of a class's constructor; none if one of them makes no
+    sense."""
     try:
         return get_type_hints(function.__init__ if inspect.isclass(function) else function)
     except Exception:
@@ -152,7 +153,7 @@ def _hints(function: Any) -> dict[str, Any]:
 
 
 def find_device(name: str) -> torch.device:
-    """``auto`` (a GPU if there is one), ``cpu``, ``cuda`` or ``cuda:N``.
+    """Find the device ``auto`` (a GPU if there is one), ``cpu``, ``cuda`` or ``cuda:N``.
 
     Raises:
         UserError: no such device here.
@@ -179,7 +180,7 @@ def find_device(name: str) -> torch.device:
 
 @dataclass
 class Setup:
-    """Data, backbone and reward of a configuration, and the environments and agents over them."""
+    """Holds data, backbone and reward of a configuration, and makes the environments and agents over them."""
 
     config: dict[str, Any]
     device: torch.device
@@ -190,14 +191,14 @@ class Setup:
     trusted: bool = True
 
     def env(self, images: Images, order: Order = "sequential", seed: int = 0) -> Any:
-        """An environment over a set of images."""
+        """Make an environment over a set of images."""
         network = "network" if isinstance(self.backbone, ExitNetwork) else "backbone"
         given = {network: self.backbone, "images": images, "reward": self.reward, "order": order, "seed": seed}
         count = min(self.batch_size, len(images))
         return build("env", group_of(self.config, "env"), self.trusted, num_envs=count, **given)
 
     def agent(self, env: Any, front: StaticFront | None = None, best: Keep | None = None) -> Agent:
-        """A fresh agent for an environment.
+        """Make a fresh agent for an environment.
 
         Args:
             env: the environment that the agent will learn in.
@@ -290,5 +291,5 @@ def build_backbone(
 
 
 def _wrong_kind(group: str, node: dict[str, Any], made: Any, kind: str) -> str:
-    """The message for a target that made an object of another class than its group needs."""
+    """Return the message for a target that made an object of another class than its group needs."""
     return f"{group}._target_={node['_target_']} gave a {type(made).__name__}; it must be a {kind}"

@@ -1,4 +1,4 @@
-"""``policyskip <command> key=value …``: from arguments to a Hydra job, and from errors to one line.
+"""``policyskip <command> key=value …``: arguments become a Hydra job, and errors become one line.
 
 This module must not import torch, which takes seconds: ``commands.py``, which does, is imported when a configuration is
 known to be good.

@@ -60,12 +60,13 @@ def run_command(name: str, config: DictConfig) -> int:
 
 
 def train(config: DictConfig) -> int:
-    """Let an agent learn in an environment over a backbone, and judge it on the test split."""
+    """Let an agent learn in an environment over a backbone, and judge the agent on the test split."""
     return _run_course("train", config, Settings, _agent_task, "policy.json", _where_things_are)
 
 
 def pretrain(config: DictConfig) -> int:
-    """Let a CIFAR ResNet learn to classify with stochastic depth, and write it for ``backbone.checkpoint=``."""
+    """Let a CIFAR ResNet learn to classify with stochastic depth, and write the network for
+    ``backbone.checkpoint=``."""
     return _run_course("pretrain", config, PretrainSettings, _pretrain_task, DEPLOYED, _how_to_use_backbone)
 
 
@@ -148,7 +149,8 @@ def _agent_task(
 
 
 def _with_placed_exits(node: dict[str, Any], data: Any, device: torch.device, seed: int) -> dict[str, Any]:
-    """Return a ``backbone`` node with the exits of its "auto N" in place, and print why each is where it is."""
+    """Put exits where "auto N" stands in a ``backbone`` node, print why each exit is where it is, and return the
+    node."""
     node, reasons = place_exits(node, data, device, seed)
     print("proposed exits:", *reasons, sep="\n  ", flush=True)
     return node
@@ -223,7 +225,11 @@ def front(config: DictConfig) -> int:
 
 
 def profile(config: DictConfig) -> int:
-    """Measure where a network's time goes on this device, and with a run, what its decisions really save."""
+    """Measure where a network's time goes on this device, and with a run, what its decisions really save.
+
+    Raises:
+        UserError: ``data`` or ``backbone`` was typed beside ``run=``, or what the settings name cannot be built.
+    """
     settings = settings_of(config, ProfileSettings)
     device, content = find_device(settings.device), plain(config)
     if settings.run is None:

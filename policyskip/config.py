@@ -63,7 +63,7 @@ class TrackingSection(_Section):
 
 
 class Settings(_Section):
-    """The settings of ``train``."""
+    """The settings that ``train`` takes."""
 
     groups: ClassVar[tuple[str, ...]] = ("data", "backbone", "reward", "env", "agent")
     seed: Annotated[int, Field(ge=0, lt=2**63)]
@@ -76,14 +76,14 @@ class Settings(_Section):
 
 
 class PretrainSettings(Settings):
-    """The settings of ``pretrain``."""
+    """The settings that ``pretrain`` takes."""
 
     groups = ("data", "backbone", "pretrain")
     required_group = "pretrain"
 
 
 class CalibrateSettings(_Section):
-    """The settings of ``calibrate``."""
+    """The settings that ``calibrate`` takes."""
 
     run: str
     device: str
@@ -92,7 +92,7 @@ class CalibrateSettings(_Section):
 
 
 class FrontSettings(_Section):
-    """The settings of ``front``."""
+    """The settings that ``front`` takes."""
 
     groups = ("data", "backbone", "env")
     device: str
@@ -101,7 +101,7 @@ class FrontSettings(_Section):
 
 
 class CompareSettings(_Section):
-    """The settings of ``compare``."""
+    """The settings that ``compare`` takes."""
 
     runs: str | list[str]
     output: str
@@ -114,7 +114,7 @@ class CompareSettings(_Section):
 
 
 class EvaluateSettings(_Section):
-    """The settings of ``evaluate``."""
+    """The settings that ``evaluate`` takes."""
 
     run: str
     split: Literal["train", "validation", "test"]
@@ -123,7 +123,7 @@ class EvaluateSettings(_Section):
 
 
 class ProfileSettings(_Section):
-    """The settings of ``profile``."""
+    """The settings that ``profile`` takes."""
 
     groups = ("data", "backbone")
     run: str | None

@@ -11,7 +11,8 @@ TRACEBACK = "POLICYSKIP_TRACEBACK"
 
 
 class UserError(ValueError):
-    """Bad input. Its message says what was given and what is allowed; the command line prints it and exits with 2."""
+    """An error that says which input is bad: what was given and what is allowed. The command line prints the message
+    and exits with 2."""
 
 
 def check_choice(key: str, value: str, allowed: Iterable[str]) -> None:

@@ -14,7 +14,7 @@ from policyskip.errors import UserError, in_one_line, users_problem
 
 @contextmanager
 def reporting_write_errors(path: Path) -> Iterator[None]:
-    """Turn an OSError into a UserError that says that ``path`` cannot be written, and why.
+    """Turn an OSError of the body into a UserError that says that ``path`` cannot be written, and why.
 
     Raises:
         UserError: the body raised an OSError.

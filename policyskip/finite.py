@@ -12,7 +12,7 @@ from policyskip.errors import UserError
 
 
 class NotFiniteError(UserError):
-    """A NaN or an infinity where a finite number was needed."""
+    """An error that says that a number is NaN or infinite where it has to be finite."""
 
 
 def check_finite(learner: str, update: int, **tensors: Tensor) -> None:

@@ -1,4 +1,4 @@
-"""Points of cost (MACs) and accuracy: which of them are worth having.
+"""Points of cost (MACs) and accuracy are compared here: which of them are worth having.
 
 All functions take P costs and the P accuracies that belong to them.
 """

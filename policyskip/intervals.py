@@ -1,4 +1,5 @@
-"""95 % intervals of means: by the normal approximation, by Student's t over seeds, and by the bootstrap over images.
+"""The 95 % intervals of means are computed here: by the normal approximation, Student's t over seeds, or the bootstrap
+over images.
 
 Shapes: N images, V different values, D draws of the bootstrap.
 """

@@ -1,4 +1,4 @@
-"""Memory: freed memory that stays with the process, and batches that are halved when a GPU is full.
+"""Memory that is freed stays with the process, and batches are halved when a GPU is full.
 
 glibc returns the memory of a large tensor to the system as soon as the tensor is freed. The memory of the next such
 tensor is then set up page by page, which takes a fifth of the time of a small network on a CPU. So this package keeps

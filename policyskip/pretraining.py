@@ -34,6 +34,9 @@ class Pretrainer(Divisible):
             2016); "uniform" draws one keep probability for each image from [survival, 1], so that the network is
             trained on every number of blocks.
         survival: the lowest keep probability.
+
+    Raises:
+        UserError: an argument is out of range.
     """
 
     may_skip_parameters = True

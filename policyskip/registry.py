@@ -1,4 +1,4 @@
-"""Classes and functions by name: the package's own, those of installed packages, and those in the user's own files.
+"""Names are resolved here to classes and functions: the package's own, those of installed packages, and the user's own.
 
 Importing a module executes it, so a name is imported only if the user decided for it. The user decided for a name that
 was typed, and for one that an installed package declares as an entry point. A dotted path that comes with a run folder
@@ -42,7 +42,7 @@ WORDS = {"backbone": "network", "rule": "exit rule"}
 
 @dataclass(frozen=True)
 class _Source:
-    """Where names come from, and whether what they name may be imported."""
+    """Says where names come from, and whether what they name may be imported."""
 
     trusted: bool = True
     stored: bool = False  # read from a file such as policy.json, rather than from settings
@@ -101,7 +101,11 @@ def find(group: str, target: str, trusted: bool | None = None) -> Any:
 
 
 def _found(group: str, target: str, source: _Source) -> Any:
-    """Import the object that ``target`` names, from a source of names."""
+    """Import the object that ``target`` names, from a source of names.
+
+    Raises:
+        UserError: the name is not the package's own and neither trusted nor installed, or its import failed.
+    """
     own = is_own(target.rpartition(".")[0], group)
     if own or ("." in target and source.trusted):
         with _naming_import(group, target, source):
@@ -117,19 +121,21 @@ def _found(group: str, target: str, source: _Source) -> Any:
 
 
 def name_of(group: str, kind: type) -> str:
-    """The name under which files store a class: the plain name if it is the package's own, else its dotted path."""
+    """Return the name under which files store a class: the plain name if it is the package's own, else its dotted
+    path."""
     return kind.__name__ if is_own(kind.__module__, group) else f"{kind.__module__}.{kind.__qualname__}"
 
 
 def path_of(group: str, target: str) -> str:
-    """The dotted path of what ``target`` names: itself, or what an installed entry point of that name stands for."""
+    """Return the dotted path of what ``target`` names: itself, or what an installed entry point of that name stands
+    for."""
     point = installed(group).get(target) if "." not in target else None
     return target if point is None else f"{point.module}.{point.attr}"
 
 
 def declared_class(target: Callable[..., Any]) -> type | None:
-    """The class of what ``target`` makes: itself if it is a class, else what its return annotation says; None if it
-    has no annotation that names a class."""
+    """Return the class of what ``target`` makes: itself if it is a class, else what its return annotation says; None if
+    it has no annotation that names a class."""
     if inspect.isclass(target):
         return target
     try:
@@ -140,12 +146,12 @@ def declared_class(target: Callable[..., Any]) -> type | None:
 
 
 def is_own(module: str | None, group: str | None = None) -> bool:
-    """Whether a module belongs to the package, and to the package's modules for ``group`` if one is given."""
+    """Return whether a module belongs to the package, and to the package's modules for ``group`` if there is one."""
     return f"{module}.".startswith(f"{GROUPS[group] if group else 'policyskip'}.")
 
 
 def installed(group: str) -> dict[str, EntryPoint]:
-    """The entry points that installed packages declare for a group, by name.
+    """Find the entry points that installed packages declare for a group, by name.
 
     What lies in the current folder is not installed: whoever unpacks a folder of somebody else's and works in it has
     decided for nothing in it.
@@ -172,7 +178,7 @@ def naming_failures(label: str) -> Iterator[None]:
 
 
 def _installed_point(group: str, target: str) -> EntryPoint | None:
-    """The installed entry point of that name or dotted path; None if there is none."""
+    """Find the installed entry point of that name or dotted path; None if there is none."""
     points = installed(group)
     if "." not in target:
         return points.get(target)
@@ -189,7 +195,7 @@ def _installed_point(group: str, target: str) -> EntryPoint | None:
 
 
 def _not_installed(group: str, target: str, source: _Source) -> str:
-    """Why an import is refused: the message for a name that is not installed here, or has to be trusted."""
+    """Say why an import is refused: the message for a name that is not installed here, or has to be trusted."""
     if "." not in target:
         known = ", ".join(sorted(installed(group))) or "none is installed"
         if source.stored:
@@ -234,10 +240,11 @@ def _locate(path: str, nested: bool) -> Any:
 
 
 def _entry_point_groups(group: str) -> tuple[str, ...]:
-    """The entry-point groups in which installed packages declare members of a group, the documented one first."""
+    """Return the entry-point groups in which installed packages declare members of a group, the documented one
+    first."""
     return ENTRY_POINT_GROUPS.get(group, (f"policyskip.{group}s",))
 
 
 def _key(group: str) -> str:
-    """The configuration key that names a member of a group."""
+    """Return the configuration key that names a member of a group."""
     return KEYS.get(group, f"{group}._target_")

@@ -1,4 +1,4 @@
-"""Rewards: small callables from the outcome of decisions to a number for each decision.
+"""Rewards are small callables that turn the outcome of decisions into a number for each decision.
 
 A reward is any callable ``(Outcome) -> float tensor (B,)``. To use your own, put a class in a file
 of the current folder and say ``reward._target_=my_rewards.Mine``; nothing here needs to change.
@@ -23,7 +23,7 @@ from policyskip.errors import UserError
 
 @dataclass(frozen=True)
 class Outcome:
-    """The outcome of B decisions.
+    """Holds the outcome of B decisions.
 
     Attributes:
         logits_BC: float (B, C), the network's logits with only the kept blocks run.
@@ -43,12 +43,12 @@ class Outcome:
 
     @property
     def kept_fraction_B(self) -> Tensor:
-        """The share of the K blocks that ran, float32 (B,) in [0, 1]."""
+        """Return the share of the K blocks that ran, float32 (B,) in [0, 1]."""
         return self.keep_BK.float().mean(1)
 
     @property
     def macs_fraction_B(self) -> Tensor:
-        """The share of the whole network's MACs that was spent, float32 (B,) in [0, 1]."""
+        """Return the share of the whole network's MACs that was spent, float32 (B,) in [0, 1]."""
         return (self.macs_B / self.full_macs).float()
 
 
@@ -58,7 +58,7 @@ Reward = Callable[[Outcome], Tensor]
 
 @runtime_checkable
 class Adaptive(Protocol):
-    """The further methods of a reward that changes while an agent learns, as :class:`Budget` does."""
+    """The protocol of a reward that changes while an agent learns, as :class:`Budget` does."""
 
     def adapt(self, figures: dict[str, float]) -> dict[str, float]:
         """Change the reward after an update with these figures (``macs_fraction``, …), and return figures to log."""
@@ -88,8 +88,8 @@ def unless_wrong(used_B: Tensor, outcome: Outcome, penalty: float) -> Tensor:
 
 @dataclass(frozen=True)
 class Utilization:
-    """The reward of BlockDrop (Wu et al. 2018): ``1 - (|u|/K)²`` if the prediction is right, ``-penalty`` if not, where
-    |u| of the K blocks ran."""
+    """The reward of BlockDrop (Wu et al. 2018), which is ``1 - (|u|/K)²`` if the prediction is right, ``-penalty`` if
+    not, where |u| of the K blocks ran."""
 
     penalty: float = 1.0
 
@@ -99,7 +99,8 @@ class Utilization:
 
 @dataclass(frozen=True)
 class Macs:
-    """The reward of :class:`Utilization` with the share of MACs spent in place of the share of blocks that ran."""
+    """A reward like :class:`Utilization` that takes the share of MACs spent in place of the share of blocks that
+    ran."""
 
     penalty: float = 1.0
 
@@ -109,7 +110,8 @@ class Macs:
 
 @dataclass(frozen=True)
 class Linear:
-    """SkipNet's trade-off: minus the cross-entropy (nats), minus ``weight`` times the share of MACs spent."""
+    """The reward that is SkipNet's trade-off: minus the cross-entropy (nats), minus ``weight`` times the share of MACs
+    spent."""
 
     weight: float = 0.5
 
@@ -119,7 +121,8 @@ class Linear:
 
 
 class Latency:
-    """The reward of :class:`Utilization` with the share of measured time in place of the share of blocks that ran.
+    """A reward like :class:`Utilization` that takes the share of measured time in place of the share of blocks that
+    ran.
 
     The time of a decision is that of stem and head, of the blocks that run, and of the shortcuts of those that do not.
 
@@ -173,8 +176,8 @@ class Latency:
 
 
 class Budget:
-    """A reward of 1 for a right prediction, minus a price times the share of MACs spent. The price moves until the mean
-    share is ``target``.
+    """A reward that is 1 for a right prediction, minus a price times the share of MACs spent. The price moves until the
+    mean share is ``target``.
 
     This solves a constrained problem, the highest accuracy at a given mean cost, by its Lagrangian. After each update
     the training loop calls :meth:`adapt`, with the update's mean share of MACs. The price is a multiplier in [0, 10],
@@ -204,7 +207,7 @@ class Budget:
 
     @property
     def price(self) -> float:
-        """The price that an image pays for all MACs of the whole network."""
+        """Return the price that an image pays for all MACs of the whole network."""
         return max(0.0, self.multiplier + self.gain * self.excess)
 
     def __call__(self, outcome: Outcome) -> Tensor:

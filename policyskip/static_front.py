@@ -1,4 +1,4 @@
-"""Fixed keep-sets: the best that can be done without looking at the image.
+"""Fixed keep-sets are searched here: the best that can be done without looking at the image.
 
 A policy that decides per image has to beat the best *fixed* choice of equal cost, and backward greedy elimination alone
 finds a weak one. The search here eliminates with a beam (or tries every set, where there are few), takes in the sets
@@ -115,7 +115,7 @@ class SetScorer:
 
 @dataclass(frozen=True)
 class StaticFront:
-    """The best fixed keep-set found of every size, from no block to all K, and every other on the hull over MACs.
+    """Holds the best fixed keep-set found of every size, from no block to all K, and every other on the hull over MACs.
 
     Attributes:
         sets: F keep-sets.

@@ -1,4 +1,4 @@
-"""Many runs from one command: ``--multirun seed=0,1,2``. Each job has a folder of its own, a log, and two lines on the
+"""One command makes many runs: ``--multirun seed=0,1,2``. Each job has a folder of its own, a log, and two lines on the
 screen; a job that fails does not end the others, and is named at the end.
 
 A job may run in another process or on another machine (Hydra's launchers), so it reports its failure in a file of the

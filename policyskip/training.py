@@ -1,4 +1,4 @@
-"""The one training loop: update, validate, checkpoint, resume.
+"""The one training loop, which updates, validates, writes checkpoints and resumes.
 
 It drives everything that learns from a stream of images: agents in an environment, and the networks that
 ``policyskip pretrain`` trains.
@@ -29,7 +29,7 @@ from policyskip.runs.tracking import Tracker
 
 
 class Source(Protocol):
-    """An environment or a feed that a learner learns from. Its cursor is all of its state."""
+    """An environment or a feed that a learner learns from; its cursor is all of its state."""
 
     @property
     def cursor(self) -> int: ...
@@ -41,7 +41,7 @@ S = TypeVar("S", bound=Source, contravariant=True)
 
 
 class Learner(Protocol[S]):
-    """An agent, or a network in pretraining."""
+    """Anything that learns: an agent, or a network in pretraining."""
 
     def update(self, source: S) -> dict[str, float]: ...
 

@@ -1,4 +1,4 @@
-"""The contract of an agent: a policy, the way it learns, and what a run has to know of it beforehand.
+"""The contract that every agent keeps: its policy, how it learns, and what a run must know of it beforehand.
 
 Shapes: B images.
 """
@@ -15,7 +15,7 @@ from policyskip.policies.base import Policy
 
 
 class Agent(ABC):
-    """A policy and the way it learns.
+    """An agent is a policy and the way it learns.
 
     A subclass that learns defines :meth:`update`, :meth:`state_dict` and :meth:`load_state_dict`, and sets ``policy``
     and ``decision_macs`` in its ``__init__``. One without learning is a :class:`~policyskip.agents.fixed.FixedAgent`.
@@ -44,7 +44,7 @@ class Agent(ABC):
 
     @property
     def name(self) -> str:
-        """The agent's name in summaries; by default its class's name in lower case."""
+        """Return the agent's name in summaries; by default its class's name in lower case."""
         return type(self).__name__.lower()
 
     @abstractmethod

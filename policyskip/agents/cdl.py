@@ -1,4 +1,4 @@
-"""Conditional Deep Learning: linear heads on a frozen network, admitted while they save operations.
+"""Conditional Deep Learning trains linear heads on a frozen network, and admits them while they save operations.
 
 Panda, Sengupta, Roy, "Conditional Deep Learning for Energy-Efficient and Enhanced Pattern Recognition", DATE 2016
 (arXiv 1509.08971). The code of the paper was never published; docs/agents/cdl.md lists what it leaves open and how we

@@ -1,4 +1,4 @@
-"""The oracle: for each image the best set of blocks that a search can find when it may see the label.
+"""The oracle searches the best set of blocks for each image, and may see the label for it.
 
 The oracle cannot be deployed. It shows how much deciding per image could gain: at least this much, since the search
 tries the static front's sets and changes them block by block, but not all 2^K sets.
@@ -33,7 +33,8 @@ class Oracle(FixedAgent):
         self.sets_FK = torch.tensor([(False,) * K, (True,) * K] if front is None else front.sets)
 
     def decide(self, env: BlockSelectionVectorEnv) -> Tensor:
-        """Find the best of the front's sets for each image shown, then flip single blocks as long as a flip helps.
+        """Find the best of the front's sets for each image shown, then flip single blocks as long as a flip helps: bool
+        (B, K).
 
         The reward, which sees the label, judges every flip.
 

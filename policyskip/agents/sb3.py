@@ -1,4 +1,4 @@
-"""PPO, A2C and DQN: the learners of Stable-Baselines3 (SB3) as agents.
+"""PPO, A2C and DQN: agents that the learners of Stable-Baselines3 (SB3) train.
 
 SB3 collects, stores and learns. A :class:`~policyskip.policies.perceptrons.GreedyPolicy` of plain layers shares the
 parameters of SB3's policy; that policy is judged, and is deployed without SB3. Files of SB3 are never loaded: they can
@@ -79,7 +79,7 @@ class EpisodeStatistics(SB3VecEnv):
 
 
 class Convolutions(BaseFeaturesExtractor):
-    """The convolutions of a ``LookPolicy`` as an extractor for SB3, behind ``LookUp``."""
+    """A features extractor for SB3 that holds the convolutions of a ``LookPolicy``; it stands behind ``LookUp``."""
 
     def __init__(self, observation_space: Box, channels: Sequence[int]) -> None:
         super().__init__(observation_space, channels[-1])
@@ -181,7 +181,7 @@ class SB3Agent(Agent):
 
     @property
     def remaining(self) -> float:
-        """The fraction of the run that remains."""
+        """Return the fraction of the run that remains."""
         return max(0.0, 1 - self.step / self.total_steps)
 
     def update(self, source: DecisionEnv) -> dict[str, float]:
@@ -242,6 +242,9 @@ class OnPolicy(SB3Agent):
         initial_keep: probability with which a fresh policy runs a block, or goes on to the next exit.
         start: a fixed keep-set to begin from: a fresh policy keeps the blocks of the set with probability
             ``initial_keep`` and drops the others with that probability. None: it keeps every block with it.
+
+    Raises:
+        UserError: ``initial_keep`` is not between 0 and 1, or an argument does not fit.
     """
 
     environments = ("block_selection", "layer_skip", "early_exit")
@@ -280,13 +283,13 @@ class OnPolicy(SB3Agent):
 
 
 class PPO(OnPolicy):
-    """Proximal policy optimisation (Schulman et al. 2017), by SB3."""
+    """An agent that learns by SB3's proximal policy optimisation (Schulman et al. 2017)."""
 
     learner = stable_baselines3.PPO
 
 
 class A2C(OnPolicy):
-    """Advantage actor-critic (Mnih et al. 2016, synchronous), by SB3."""
+    """An agent that learns by SB3's advantage actor-critic (Mnih et al. 2016, synchronous)."""
 
     learner = stable_baselines3.A2C
 
@@ -297,7 +300,8 @@ class A2C(OnPolicy):
 
 
 class DQN(SB3Agent):
-    """Deep Q-learning (Mnih et al. 2015), by SB3. It needs few actions, so it decides block by block or exit by exit.
+    """An agent that learns by SB3's deep Q-learning (Mnih et al. 2015). It needs few actions, so it decides block by
+    block or exit by exit.
 
     The replay buffer is not part of the state. When a stopped run goes on, the policy as it is fills the buffer again
     until it holds ``learning_starts`` steps.

@@ -1,4 +1,5 @@
-"""From what a file says of its network to the network: the package's own by name, others by their dotted path."""
+"""Networks are built again from the ``architecture`` in a file: the package's own by name, others by their dotted
+path."""
 
 from __future__ import annotations
 
@@ -42,7 +43,7 @@ EXIT_NETWORKS: dict[str | None, Callable[..., ExitNetwork]] = {
 
 
 def is_users_own(architecture: dict[str, Any]) -> bool:
-    """Whether an ``architecture`` names a network that is not the package's: by its dotted path."""
+    """Return whether an ``architecture`` names, by its dotted path, a network that is not the package's."""
     name = architecture.get("network")
     return isinstance(name, str) and "." in name
 
@@ -90,7 +91,7 @@ def record_architecture(network: Network, path: str, target: Callable[..., Any],
 
 
 def _builds_again(network: Network) -> bool:
-    """Whether a network's ``architecture`` builds the same modules and tensors."""
+    """Return whether a network's ``architecture`` builds the same modules and tensors."""
     try:
         with torch.device("meta"):
             other = build_again(network.architecture)
@@ -104,12 +105,12 @@ def _builds_again(network: Network) -> bool:
 
 
 def _arguments(architecture: dict[str, Any]) -> dict[str, Any]:
-    """The arguments in an ``architecture``."""
+    """Return the arguments in an ``architecture``, without the network's name."""
     return {key: value for key, value in architecture.items() if key != "network"}
 
 
 def _is_plain(value: Any) -> bool:
-    """Whether JSON can hold a value."""
+    """Return whether JSON can hold a value."""
     try:
         json.dumps(value)
     except (TypeError, ValueError):

@@ -18,7 +18,7 @@ IMAGENET_STD = (0.229, 0.224, 0.225)
 
 
 class Network(nn.Module):
-    """The base class of backbones and multi-exit networks: normalisation, number of classes, name, and freezing.
+    """Holds what backbones and multi-exit networks share: normalisation, number of classes, name, and freezing.
 
     Args:
         num_classes: C.
@@ -153,7 +153,7 @@ class Backbone(Network):
 
     @property
     def num_blocks(self) -> int:
-        """The number K of blocks that can be skipped."""
+        """Return K, the number of blocks that can be skipped."""
         return len(self.blocks)
 
     def features(self, images: Tensor) -> Tensor:

@@ -1,5 +1,5 @@
-"""BranchyNet's networks (Teerapittayanon, McDanel, Kung, *BranchyNet: Fast Inference via Early Exiting from Deep Neural
-Networks*, ICPR 2016, arXiv 1709.01686), as in the authors' code, for images of any size.
+"""BranchyNet's networks, which follow the authors' code and take images of any size (Teerapittayanon, McDanel, Kung,
+*BranchyNet: Fast Inference via Early Exiting from Deep Neural Networks*, ICPR 2016, arXiv 1709.01686).
 
 Pooling is as in Chainer: a window that reaches beyond the edge counts (``ceil_mode``). So is local response
 normalisation: it adds the sum of the squares of neighbouring channels to 2, where torch adds their mean to 1.
@@ -26,7 +26,7 @@ Layers = Sequence[nn.Module]
 
 @dataclass
 class Part:
-    """One part of a network: the trunk from the exit before to this exit, and this exit's branch.
+    """Holds one part of a network: the trunk from the exit before to this exit, and this exit's branch.
 
     Attributes:
         trunk: layers from the part before to this exit.
@@ -42,7 +42,7 @@ class Part:
 
 
 class BranchyNet(ExitNetwork):
-    """A network of a trunk in N parts, each with a branch to an exit.
+    """A network whose trunk has N parts, each with a branch to an exit.
 
     Args:
         parts: the N parts, from the image to the last exit.
@@ -86,7 +86,7 @@ class BranchyNet(ExitNetwork):
 
 
 class BranchyLeNet(BranchyNet):
-    """B-LeNet, for MNIST, with two exits.
+    """B-LeNet, a network for MNIST that has two exits.
 
     Args:
         channels: 3, or 1 to see only the mean of the colours, as the original saw grey images.
@@ -126,8 +126,8 @@ class BranchyLeNet(BranchyNet):
 
 
 class BranchyAlexNet(BranchyNet):
-    """B-AlexNet, for CIFAR-10, with three exits: after the second and third convolution, as in the authors' code (the
-    paper says after the first and second), and at the end."""
+    """B-AlexNet, a network for CIFAR-10 that has three exits: after the second and third convolution, as in the
+    authors' code (the paper says after the first and second), and at the end."""
 
     def __init__(
         self,
@@ -161,8 +161,8 @@ class BranchyAlexNet(BranchyNet):
 
 
 class BranchyResNet(BranchyNet):
-    """B-ResNet, for CIFAR-10, with three exits: after the first convolution, after a third of the blocks, and at
-    the end. The original has depth 110. Its first convolution is not padded, so 32 pixels become 30.
+    """B-ResNet, a network for CIFAR-10 that has three exits: after the first convolution, after a third of the blocks,
+    and at the end. The original has depth 110. Its first convolution is not padded, so 32 pixels become 30.
 
     Raises:
         UserError: the depth is not 6n+2, or images of this size are too small.

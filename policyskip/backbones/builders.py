@@ -1,4 +1,4 @@
-"""Multi-exit networks with weights: the functions that ``configs/backbone`` names, and shipped weights by name.
+"""The functions that ``configs/backbone`` names to build multi-exit networks, with weights from files or shipped ones.
 
 In every function, ``checkpoint`` is a file that :func:`policyskip.backbones.checkpoints.save` wrote, a shipped name, or
 "random" (the weights of ``seed``, to be trained). Arguments that are None are taken from the checkpoint, or are the
@@ -186,7 +186,11 @@ def load_exits(name: str, trusted: bool = False) -> ExitNetwork:
 def _with_weights(
     kind: Callable[..., Built], name: str, arguments: dict[str, Any], checkpoint: str | None, seed: int
 ) -> Built:
-    """Build a network with a checkpoint's weights; arguments that are None are as the checkpoint says."""
+    """Build a network with a checkpoint's weights; arguments that are None are as the checkpoint says.
+
+    Raises:
+        UserError: no checkpoint is set, or it holds another network.
+    """
     chosen = {key: value for key, value in arguments.items() if value is not None}
     if checkpoint is None:
         raise UserError(
@@ -218,6 +222,9 @@ def _exits_over(
     Args:
         make_backbone: makes the ResNet, if the checkpoint has no exits.
         arguments: of the ResNet; those that are None are as the checkpoint says.
+
+    Raises:
+        UserError: ``exits`` is empty, or the checkpoint does not fit.
     """
     if not exits:
         raise UserError("backbone.exits is empty; name the blocks that an exit follows")
@@ -264,5 +271,5 @@ def _check_same(checkpoint: str, name: str, chosen: dict[str, Any], stored: dict
 
 
 def _but_a(architecture: dict[str, Any]) -> str:
-    """The end of a message, which says what network a file holds, if it says so itself."""
+    """Return the end of a message, which says what network a file holds, if the file itself says so."""
     return f" but a {architecture.get('network', 'CIFAR ResNet')}" if architecture else ""

@@ -1,4 +1,4 @@
-"""The cost of each block, in multiply-accumulates (MACs) of convolutions and linear layers.
+"""The cost of each block is counted here, in multiply-accumulates (MACs) of convolutions and linear layers.
 
 Shapes: B images, K blocks.
 """
@@ -19,15 +19,15 @@ from policyskip.backbones.folding import one_pass_flops
 
 @dataclass(frozen=True)
 class Costs:
-    """The MACs of one image: ``always`` for stem, shortcuts and head, and ``block_K``, float64 (K,), for the residual
-    branch of each block."""
+    """Holds the MACs of one image: ``always`` for stem, shortcuts and head, and ``block_K``, float64 (K,), for the
+    residual branch of each block."""
 
     always: float
     block_K: Tensor
 
     @property
     def full(self) -> float:
-        """The MACs of the whole network."""
+        """Return the MACs of the whole network."""
         return self.always + float(self.block_K.sum())
 
     def of(self, keep: Tensor) -> Tensor:

@@ -119,7 +119,7 @@ def leaders(leader_SB: Tensor, keep_SB: Tensor) -> Tensor:
 
 
 def append(x: Tensor, rows: Tensor, buffer: Tensor | None, capacity: int) -> tuple[Tensor, Tensor | None]:
-    """Append copies of the rows, int64 (V,), to features x (U, …): (U + V, …).
+    """Append copies of the rows, int64 (V,), to features x (U, …), and return the features (U + V, …).
 
     Args:
         buffer: a tensor of ``capacity`` rows. If x is its first rows, only the copies are written; otherwise, or if it

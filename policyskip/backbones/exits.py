@@ -1,4 +1,4 @@
-"""Networks with several exits: their contract, their execution image by image, and the cost of each exit.
+"""Networks that have several exits: their contract, their execution image by image, and the cost of each exit.
 
 An exit is a classifier head on the way through a network. What is computed for one exit is carried forward to the next
 and never recomputed, and an image that has left is computed no further. Exits are counted from 0; the last one, N-1, is
@@ -29,8 +29,8 @@ Leave = Callable[[int, Tensor, Tensor], Tensor]
 
 
 class ExitNetwork(Network):
-    """A network with N exits: environments and agents call :meth:`begin`, :meth:`segment` and :meth:`head`, and nothing
-    else of it.
+    """A network that has N exits: environments and agents call :meth:`begin`, :meth:`segment` and :meth:`head`, and
+    nothing else of it.
 
     A subclass implements these three. A state must never be changed in place, so that one state may be continued more
     than once.
@@ -57,7 +57,8 @@ class ExitNetwork(Network):
         raise NotImplementedError
 
     def segment(self, n: int, state: State) -> State:
-        """Compute the state at exit n from that at exit n-1, or from that of :meth:`begin` if n is 0."""
+        """Compute the state at exit n from the state at exit n-1, or from the state that :meth:`begin` made if n is
+        0."""
         raise NotImplementedError
 
     def head(self, n: int, state: State) -> Tensor:
@@ -126,24 +127,24 @@ def run_until(network: ExitNetwork, images: Tensor, leave: Leave) -> tuple[Tenso
 
 @dataclass(frozen=True)
 class ExitCosts:
-    """The MACs of one image: ``trunk_N`` of each segment and ``head_N`` of each head, float64 (N,)."""
+    """Holds the MACs of one image: ``trunk_N`` of each segment and ``head_N`` of each head, float64 (N,)."""
 
     trunk_N: Tensor
     head_N: Tensor
 
     @property
     def cumulative_N(self) -> Tensor:
-        """The MACs of leaving at each exit, every head on the way included, float64 (N,)."""
+        """Return the MACs of leaving at each exit, every head on the way included, float64 (N,)."""
         return (self.trunk_N + self.head_N).cumsum(0)
 
     @property
     def straight_N(self) -> Tensor:
-        """The MACs of each exit if it is the only one, with no other head on the way, float64 (N,)."""
+        """Return the MACs of each exit if it is the only one, with no other head on the way, float64 (N,)."""
         return self.trunk_N.cumsum(0) + self.head_N
 
     @property
     def full(self) -> float:
-        """The MACs of leaving at the last exit, every head on the way included."""
+        """Return the MACs of leaving at the last exit, every head on the way included."""
         return float(self.cumulative_N[-1])
 
     def of(self, exit_B: Tensor) -> Tensor:

@@ -66,7 +66,7 @@ def ends_in_convolution(residual: nn.Module) -> TypeGuard[nn.Sequential]:
 
 
 class ConvReLU(nn.Conv2d):
-    """A convolution together with the ReLU behind it."""
+    """A module that applies a convolution and the ReLU behind it."""
 
     def __init__(self, conv: nn.Conv2d) -> None:
         nn.Module.__init__(self)

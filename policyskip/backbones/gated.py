@@ -20,7 +20,7 @@ from policyskip.errors import UserError
 
 @dataclass(frozen=True)
 class GatedRun:
-    """The results of one pass: logits float (B, C), the gates' logits float (B, G), and the blocks that ran, bool
+    """Holds the results of one pass: logits float (B, C), the gates' logits float (B, G), and the blocks that ran, bool
     (B, K), the first of them always."""
 
     logits_BC: Tensor

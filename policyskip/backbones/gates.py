@@ -26,7 +26,7 @@ Memory = tuple[Tensor, Tensor] | None
 
 
 class Gates(nn.Module, ABC):
-    """The G gates of a network."""
+    """The base class of the G gates of a network, which compute from features whether a block runs."""
 
     @abstractmethod
     def logit(self, g: int, x: Tensor, memory: Memory) -> tuple[Tensor, Memory]:
@@ -153,8 +153,8 @@ def straight_through(kept: Tensor, skipped: Tensor, probability_B: Tensor) -> Te
 
 
 class _StraightThrough(torch.autograd.Function):
-    """The autograd function of :func:`straight_through`. It chooses with ``torch.where``; the usual ``g + p −
-    p.detach()`` would multiply, and a NaN in a skipped block would reach the output."""
+    """The autograd function that computes :func:`straight_through`. It chooses with ``torch.where``; the usual ``g + p
+    − p.detach()`` would multiply, and a NaN in a skipped block would reach the output."""
 
     @staticmethod
     def forward(ctx: Any, kept: Tensor, skipped: Tensor, probability_B: Tensor) -> Tensor:

@@ -30,7 +30,7 @@ Stem = Literal["cifar", "imagenet"]
 
 @dataclass(frozen=True)
 class Grid:
-    """The nodes of the grid, and the nodes that each of them reads.
+    """Describes the nodes of the grid, and the nodes that each of them reads.
 
     Args:
         exit_layers: the layer, from 1, that each exit follows; the last one is L.
@@ -70,17 +70,17 @@ class Grid:
 
     @property
     def exit_nodes(self) -> list[Node]:
-        """The node that each exit reads."""
+        """Return the node that each exit reads."""
         return [(layer, self.num_scales - 1) for layer in self.exit_layers]
 
     @property
     def nodes(self) -> list[Node]:
-        """All nodes that some exit needs, each behind the nodes that it reads."""
+        """Return all nodes that some exit needs, each behind the nodes that it reads."""
         return sorted(self.cone(self.exit_nodes[-1]))
 
     @property
     def transitions(self) -> set[int]:
-        """The layers that end in a transition."""
+        """Return the layers that end in a transition."""
         L = self.exit_layers[-1]
         if self.prune == "min":
             return {L // 3, 2 * L // 3} - {0}
@@ -107,7 +107,7 @@ class Grid:
 
 
 class GridNode(nn.Module):
-    """One layer at one scale: concatenates its input, features from the next finer scale, and new features.
+    """A layer at one scale that concatenates its input, features from the next finer scale, and new features.
 
     Args:
         normal: computes new features from the same scale.
@@ -126,7 +126,7 @@ class GridNode(nn.Module):
 
 
 class MSDNet(ExitNetwork):
-    """MSDNet, with the names of the authors' options in brackets.
+    """The network MSDNet, whose arguments have the names of the authors' options in brackets.
 
     Args:
         num_classes: C.

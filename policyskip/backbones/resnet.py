@@ -19,7 +19,8 @@ Shortcut = Literal["A", "pool", "B"]
 
 
 class SubsampleShortcut(nn.Module):
-    """Option A of He et al. (2016): take every second pixel, and add zero channels, half on each side."""
+    """A shortcut that takes every second pixel, and adds zero channels, half on each side: option A of He et al.
+    (2016)."""
 
     def __init__(self, channels_in: int, channels_out: int, stride: int) -> None:
         super().__init__()
@@ -31,7 +32,8 @@ class SubsampleShortcut(nn.Module):
 
 
 class PoolShortcut(nn.Module):
-    """BlockDrop's parameter-free variant of option A: average over pixels, and add zero channels behind."""
+    """A shortcut that averages over pixels, and adds zero channels behind: BlockDrop's parameter-free variant of option
+    A."""
 
     def __init__(self, channels_in: int, channels_out: int, stride: int) -> None:
         super().__init__()
@@ -75,7 +77,7 @@ def basic_block(channels_in: int, channels_out: int, stride: int, shortcut: Shor
 
 
 class CifarResNet(Backbone):
-    """A ResNet for small images (He et al. 2016, section 4.2): three stages of n basic blocks, depth 6n+2.
+    """A ResNet for small images that has three stages of n basic blocks, depth 6n+2 (He et al. 2016, section 4.2).
 
     Args:
         depth: 6n+2, so 8, 14, 20, 32, 56, 110, …

@@ -1,4 +1,4 @@
-"""A residual network with exits: heads after some of its blocks.
+"""A residual network whose early exits are heads after some of its blocks.
 
 Placement follows Distiller's early exits (Intel AI Lab; Zmora et al., *Neural Network Distiller*, arXiv 1910.12232):
 an exit may follow any block, and a block may be given by the name of its module.
@@ -82,7 +82,7 @@ exits from this one to the last, by name."""
 
 
 class ResNetExits(ExitNetwork):
-    """A backbone with exits after some of its blocks; the last exit is the backbone's own head.
+    """A backbone that has exits after some of its blocks; the last exit is the backbone's own head.
 
     Over a frozen backbone only the new heads learn: ``train()`` leaves the backbone in evaluation mode.
 

@@ -1,4 +1,4 @@
-"""Agreement of two runs on the same images: in their answers, in their choices, and in what they spend.
+"""Measures of how far two runs agree on the same images: in their answers, in their choices, and in what they spend.
 
 Shapes: N images, K blocks or exits.
 """

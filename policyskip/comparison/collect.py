@@ -35,7 +35,7 @@ NOT_THE_SETTING = ("seed", "device", "run", "tracking", "front", "target")
 
 @dataclass(frozen=True)
 class Result:
-    """A finished run.
+    """Holds the content of a finished run's folder.
 
     Attributes:
         name: a name that no other run of the comparison has.
@@ -53,18 +53,19 @@ class Result:
     decisions: Decisions | None
 
     def figure(self, key: str) -> Any:
-        """A figure of the test split, by its key without ``test/``; None if the summary does not have it."""
+        """Return a figure of the test split, by its key without ``test/``; None if the summary does not have the
+        figure."""
         return self.summary.get(f"test/{key}")
 
     @property
     def version(self) -> str:
-        """The version of policyskip that made the run, or "unknown"."""
+        """Return the version of policyskip that made the run, or "unknown"."""
         return str(self.summary.get("version", "unknown"))
 
     @cached_property
     def setting(self) -> dict[str, str]:
-        """The setting of the run: its configuration as flat keys and texts, without :data:`NOT_THE_SETTING`, and its
-        targets. Keys that are null or false are left out."""
+        """Return the setting of the run: its configuration as flat keys and texts, without :data:`NOT_THE_SETTING`, and
+        its targets. Keys that are null or false are left out."""
         config = {key: value for key, value in self.config.items() if key not in NOT_THE_SETTING}
         summary = self.summary.items()
         targets = [(key.replace("/", "."), str(value)) for key, value in summary if key.startswith("target/")]
@@ -73,7 +74,8 @@ class Result:
 
 @dataclass(frozen=True)
 class Collected:
-    """The finished runs that were found, the folders that were left out with the reason for each, and warnings."""
+    """Holds the finished runs that were found, the folders that were left out with the reason for each, and
+    warnings."""
 
     results: list[Result]
     left_out: list[tuple[Path, str]]

@@ -56,7 +56,7 @@ class Comparison:
 
     @property
     def tables(self) -> dict[str, tables.Cells]:
-        """Every table, with the rows of all groups, by the name of its file."""
+        """Return every table, with the rows of all groups, by the name of its file."""
         return _tables(self.sections)
 
 

@@ -1,4 +1,4 @@
-"""The interactive figures of the page, as Plotly's plain data: lists of traces and a layout.
+"""The interactive figures of the page, which are Plotly's plain data: lists of traces and a layout.
 
 The page sets the colours of text and grid, as it knows whether it is light or dark.
 """
@@ -33,7 +33,7 @@ FEW = 14
 
 
 def pareto_front(rows: Sequence[Row], cells: Cells, styles: dict[str, Style]) -> Figure:
-    """Accuracy against MACs; a point's ``customdata`` is the run whose gallery it opens."""
+    """Draw accuracy against MACs; a point's ``customdata`` is the run whose gallery it opens."""
     data: list[dict[str, Any]] = []
     static = static_front(rows)
     if static:
@@ -112,7 +112,8 @@ def _trace(
 
 
 def learning_curves(rows: Sequence[Row], styles: dict[str, Style]) -> Figure | None:
-    """Validation accuracy and MACs against updates, with bands from the lowest to the highest seed."""
+    """Draw validation accuracy and MACs against updates, with bands from the lowest to the highest seed; None if no run
+    has such curves."""
     panels = curves_of(rows)
     if not panels:
         return None
@@ -150,7 +151,7 @@ def learning_curves(rows: Sequence[Row], styles: dict[str, Style]) -> Figure | N
 
 
 def block_use(rows: Sequence[Row]) -> Figure | None:
-    """The share of the images that keep each block."""
+    """Draw the share of the images that keep each block; None if no run skips blocks."""
     used = rows_using(rows, "blocks")
     if not used:
         return None
@@ -168,7 +169,7 @@ def block_use(rows: Sequence[Row]) -> Figure | None:
 
 
 def exit_use(rows: Sequence[Row], styles: dict[str, Style]) -> Figure | None:
-    """The share of the images that leave at each exit."""
+    """Draw the share of the images that leave at each exit; None if no run leaves early."""
     used = rows_using(rows, "exits")
     if not used:
         return None
@@ -190,7 +191,8 @@ def exit_use(rows: Sequence[Row], styles: dict[str, Style]) -> Figure | None:
 
 
 def agreement(rows: Sequence[Row], cells: Cells) -> Figure | None:
-    """How alike two rows decide on the same images, by a measure that the page lets one choose."""
+    """Draw how alike two rows decide on the same images, by a measure that the page lets one choose; None for fewer
+    than two rows whose decisions are known."""
     known = [row for row in rows if row.decided]
     if len(known) < 2:
         return None
@@ -206,7 +208,8 @@ def agreement(rows: Sequence[Row], cells: Cells) -> Figure | None:
 
 
 def differences(rows: Sequence[Row], cells: Cells) -> Figure | None:
-    """Accuracy of each row less that of each other on the same images, with paired bootstrap intervals."""
+    """Draw the accuracy of each row less that of each other row on the same images, with paired bootstrap intervals;
+    None without ``cells``."""
     if not cells:
         return None
     labels = [row.label for row in rows if row.decided]

@@ -1,4 +1,4 @@
-"""The tables of a comparison as text: as CSV, as Markdown, and with numbers written for people."""
+"""The tables of a comparison are written here as text: as CSV, as Markdown, and with numbers for people."""
 
 from __future__ import annotations
 

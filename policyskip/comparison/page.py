@@ -1,4 +1,4 @@
-"""The page of a comparison: one HTML file with tables, interactive figures and images, which loads no other file."""
+"""The page of a comparison is one HTML file with tables, interactive figures and images, which loads no other file."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ SIDE = 48
 
 @dataclass(frozen=True)
 class Section:
-    """Everything that the page and the files say of one group of runs.
+    """Holds everything that the page and the files say of one group of runs.
 
     Attributes:
         group: the runs.

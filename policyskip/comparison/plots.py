@@ -41,7 +41,7 @@ Images = dict[int, Any]
 
 
 def pareto_front(rows: Sequence[Row], cells: Cells, styles: dict[str, Style], path: Path) -> Path:
-    """Accuracy against MACs of every row and run, with intervals, the front, the fixed choices and the oracle."""
+    """Draw accuracy against MACs of every row and run, with intervals, the front, the fixed choices and the oracle."""
     figure = figure_of(9.6, 5.6)
     axes = figure.subplots()
     static, front = static_front(rows), front_of(cells)
@@ -90,7 +90,8 @@ def pareto_front(rows: Sequence[Row], cells: Cells, styles: dict[str, Style], pa
 
 
 def learning_curves(rows: Sequence[Row], styles: dict[str, Style], path: Path) -> Path | None:
-    """Validation accuracy and MACs against updates, with bands from the lowest to the highest seed."""
+    """Draw validation accuracy and MACs against updates, with bands from the lowest to the highest seed; None if no run
+    has such curves."""
     panels = curves_of(rows)
     if not panels:
         return None
@@ -114,7 +115,7 @@ def learning_curves(rows: Sequence[Row], styles: dict[str, Style], path: Path) -
 
 
 def block_use(rows: Sequence[Row], path: Path) -> Path | None:
-    """The share of the images that keep each block, row by row."""
+    """Draw the share of the images that keep each block, row by row; None if no run skips blocks."""
     used = rows_using(rows, "blocks")
     if not used:
         return None
@@ -132,7 +133,7 @@ def block_use(rows: Sequence[Row], path: Path) -> Path | None:
 
 
 def exit_use(rows: Sequence[Row], styles: dict[str, Style], path: Path) -> Path | None:
-    """The share of the images that leave at each exit, row by row."""
+    """Draw the share of the images that leave at each exit, row by row; None if no run leaves early."""
     used = rows_using(rows, "exits")
     if not used:
         return None
@@ -150,7 +151,8 @@ def exit_use(rows: Sequence[Row], styles: dict[str, Style], path: Path) -> Path 
 
 
 def agreement(rows: Sequence[Row], cells: Cells, path: Path) -> Path | None:
-    """The three measures of agreement between rows, as heat maps."""
+    """Draw the three measures of agreement between rows, as heat maps; None for fewer than two rows whose decisions are
+    known."""
     known = [row for row in rows if row.decided]
     if len(known) < 2:
         return None
@@ -181,7 +183,8 @@ def agreement(rows: Sequence[Row], cells: Cells, path: Path) -> Path | None:
 def disagreement(
     rows: Sequence[Row], indices: Sequence[int], images: Images, path: Path, count: int = 12
 ) -> Path | None:
-    """The images that divide the rows most, and who is right on each."""
+    """Draw the images on which the rows differ most, and show which rows are right on each; None if ``images`` holds
+    none of them."""
     shown = [index for index in indices if index in images][:count]
     known = [row for row in rows if row.decided]
     if not shown:

@@ -1,4 +1,5 @@
-"""What the pictures and the page both show: points, fronts, learning curves, use of blocks and exits, example images.
+"""Data that the pictures and the page both show: points, fronts, learning curves, use of blocks and exits, example
+images.
 
 Shapes: K blocks or exits, T validations.
 """
@@ -30,7 +31,7 @@ DASHES = ("solid", "dash", "dot", "dashdot")
 
 @dataclass(frozen=True)
 class Style:
-    """A row's colour, its marker in matplotlib and in Plotly, and its line in Plotly."""
+    """Holds a row's colour, its marker in matplotlib and in Plotly, and its line in Plotly."""
 
     colour: str
     marker: str
@@ -39,7 +40,8 @@ class Style:
 
 
 def styles(rows: Sequence[Row]) -> dict[str, Style]:
-    """The style of each row, by its label. Rows of one agent share a colour; rows of one colour differ in marker."""
+    """Choose the style of each row, by its label. Rows of one agent share a colour; rows of one colour differ in
+    marker."""
     agents: dict[str, int] = {}
     members: dict[str, int] = defaultdict(int)
     by_label = {}
@@ -53,13 +55,14 @@ def styles(rows: Sequence[Row]) -> dict[str, Style]:
 
 
 def front_of(cells: Cells) -> list[int]:
-    """Indices of the rows on the Pareto front over mean MACs and accuracy, without oracles, which see the label."""
+    """Return the indices of the rows on the Pareto front over mean MACs and accuracy, without oracles, which see the
+    label."""
     honest = [n for n, line in enumerate(cells) if not line["sees_the_label"]]
     return [honest[n] for n in pareto([cells[n]["macs"] for n in honest], [cells[n]["accuracy"] for n in honest])]
 
 
 def static_front(rows: Sequence[Row]) -> list[tuple[float, float, str]]:
-    """The best fixed choices over any of the rows' networks: MACs, test accuracy, and the network's name.
+    """Return the best fixed choices over any of the rows' networks: MACs, test accuracy, and the network's name.
 
     Between neighbours lie the mixtures of two. Of several seeds the luckiest counts. Rows without decisions have only
     the exits of their summaries, and none of their keep-sets.
@@ -78,14 +81,15 @@ def static_front(rows: Sequence[Row]) -> list[tuple[float, float, str]]:
 
 
 def lowest_shown(cells: Cells) -> float:
-    """The lowest accuracy in percent that a figure shows: agents far below the others are cut off."""
+    """Return the lowest accuracy in percent that a figure shows: agents far below the others are cut off."""
     accuracies = [100 * float(cell["accuracy"]) for cell in cells]
     low = min(accuracy for accuracy in accuracies if accuracy >= float(np.median(accuracies)) - 8)
     return max(0.0, low - 0.15 * (max(accuracies) - low) - 1)
 
 
 def oracles(rows: Sequence[Row]) -> list[tuple[float, float, str]]:
-    """What oracles, which see the label, reach over the rows' networks: MACs, accuracy, and the oracle's name."""
+    """Return what oracles, which see the label, reach over the rows' networks: MACs, accuracy, and the oracle's
+    name."""
     points = []
     for row in rows:
         macs, accuracy = row.mean("oracle_macs"), row.mean("oracle_accuracy")
@@ -98,7 +102,7 @@ def oracles(rows: Sequence[Row]) -> list[tuple[float, float, str]]:
 
 @dataclass(frozen=True)
 class Band:
-    """A learning curve: the mean over seeds at each step, and the lowest and highest seed."""
+    """Holds a learning curve: the mean over seeds at each step, and the lowest and highest seed."""
 
     step_T: list[float]
     mean_T: list[float]
@@ -113,7 +117,7 @@ CURVES = {
 
 
 def band(row: Row, key: str) -> Band | None:
-    """A row's curve of one metric, at the steps that all its seeds have; None if there is none."""
+    """Return a row's curve of one metric, at the steps that all its seeds have; None if there is no such step."""
     curves = [
         {r["step"]: r[key] for r in result.records if is_number(r.get(key)) and is_number(r.get("step"))}
         for result in row.results
@@ -127,19 +131,20 @@ def band(row: Row, key: str) -> Band | None:
 
 
 def curves_of(rows: Sequence[Row]) -> dict[str, list[tuple[Row, Band]]]:
-    """The learning curves of all rows by metric, a key of ``CURVES``; metrics that no row has are left out."""
+    """Return the learning curves of all rows by metric, a key of ``CURVES``; metrics that no row has are left out."""
     curves = {key: [(row, curve) for row in rows if (curve := band(row, key))] for key in CURVES}
     return {key: bands for key, bands in curves.items() if bands}
 
 
 def rows_using(rows: Sequence[Row], kind: str) -> list[tuple[Row, list[float]]]:
-    """The rows of a kind, "blocks" or "exits", and how often each of these is used (see :func:`use`)."""
+    """Return the rows of a kind, "blocks" or "exits", and how often each row uses each block or exit (see
+    :func:`use`)."""
     known = ((row, use(row)) for row in rows)
     return [(row, used[1]) for row, used in known if used and used[0] == kind]
 
 
 def use(row: Row) -> tuple[str, list[float]] | None:
-    """How often a row uses each block or each exit; None if that is not known.
+    """Count how often a row uses each block or each exit; None if that is not known.
 
     Returns: "blocks" and the share of the images that keep each, or "exits" and the share that leaves at each, as means
         over seeds.
@@ -163,7 +168,8 @@ def _use(result: Result) -> tuple[str, list[float]] | None:
 
 
 def gallery(result: Result, pool: Sequence[int], count: int = 6) -> list[dict[str, Any]]:
-    """Example images of a run, of those at the indices ``pool``: the cheapest, the dearest, and some wrong answers.
+    """Choose example images of a run, of those at the indices ``pool``: the cheapest, the dearest, and some wrong
+    answers.
 
     Every example has the index of the image, label, answer, whether that is right, what ran, and MACs as a share of the
     full network's.
@@ -192,7 +198,7 @@ def _example(result: Result, index: int) -> dict[str, Any]:
 
 
 def matrix(rows: Sequence[Row], cells: Cells, key: str) -> list[list[float | None]]:
-    """A symmetric matrix of a measure of agreement between all rows; None where it is not known."""
+    """Make the symmetric matrix of a measure of agreement between all rows; None where the measure is not known."""
     known = {(line["row"], line["with"]): line[key] for line in cells}
     labels = [row.label for row in rows]
     return [[known.get((a, b), known.get((b, a))) for b in labels] for a in labels]

@@ -64,7 +64,11 @@ class ExampleImages:
         return images
 
     def _test(self, result: Result) -> Images:
-        """The test split of a run's data, without augmentation; runs with one fingerprint share one."""
+        """Return the test split of a run's data, without augmentation; runs with one fingerprint share one split.
+
+        Raises:
+            UserError: the data cannot be read.
+        """
         fingerprint = result.decisions.images if result.decisions else ""
         if fingerprint not in self._loaded:
             node = {**group_of(result.config, "data")}

@@ -32,7 +32,7 @@ MEASURES = {
 
 @dataclass(frozen=True)
 class Row:
-    """Runs of one setting, in the order of their seeds; no other row of the group has the same ``label``."""
+    """Holds the runs of one setting, in the order of their seeds; no other row of the group has the same ``label``."""
 
     label: str
     results: list[Result]
@@ -43,7 +43,7 @@ class Row:
 
     @property
     def oracle(self) -> bool:
-        """Whether the agent sees the label of an image."""
+        """Return whether the agent sees the label of an image."""
         return bool(self.results[0].figure("sees_the_label"))
 
     def values(self, key: str) -> list[float]:
@@ -58,33 +58,33 @@ class Row:
 
     @property
     def title(self) -> str:
-        """The row's label, with a remark if the agent sees the label of an image."""
+        """Return the row's label, with a remark if the agent sees the label of an image."""
         return f"{self.label} (sees the label)" if self.oracle else self.label
 
     @cached_property
     def decisions(self) -> list[Decisions]:
-        """The decisions of every run; an empty list if any run has none in its folder."""
+        """Return the decisions of every run; an empty list if any run has none in its folder."""
         known = [result.decisions for result in self.results if result.decisions is not None]
         return known if len(known) == len(self.results) else []
 
     @property
     def decided(self) -> bool:
-        """Whether the decisions of all runs are known."""
+        """Return whether the decisions of all runs are known."""
         return bool(self.decisions)
 
     @cached_property
     def correct_N(self) -> NDArray[np.float64]:
-        """Share of the seeds that are right on each image, float64 (N,)."""
+        """Return the share of the seeds that are right on each image, float64 (N,)."""
         return self._mean_N([d.correct_N.double().numpy() for d in self.decisions])
 
     @cached_property
     def full_correct_N(self) -> NDArray[np.float64]:
-        """Share of the seeds whose full network is right on each image, float64 (N,)."""
+        """Return the share of the seeds whose full network is right on each image, float64 (N,)."""
         return self._mean_N([d.full_correct_N.double().numpy() for d in self.decisions if d.full_correct_N is not None])
 
     @cached_property
     def share_N(self) -> NDArray[np.float64]:
-        """MACs of each image as a share of the full network's, float64 (N,), mean over seeds."""
+        """Return the MACs of each image as a share of the full network's, float64 (N,), mean over seeds."""
         return self._mean_N([(d.macs_N / d.full_macs).numpy() for d in self.decisions])
 
     @staticmethod

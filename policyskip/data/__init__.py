@@ -1,4 +1,4 @@
-"""Data sets: images and labels, their splits, and their batches."""
+"""Data sets hold labelled images in three splits, which are read batch by batch."""
 
 from __future__ import annotations
 

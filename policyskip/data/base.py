@@ -1,4 +1,4 @@
-"""Images and labels: uint8 on the device, seeded splits, augmentation in batches.
+"""Labelled images, which are uint8 on the device, split by a seed, and augmented batch by batch.
 
 A small set is one tensor on the device (``TensorImages``); a large one is read from files as it is needed
 (``FileImages``). Both keep the contract of ``Images``. A batch depends on the seed and the batch number alone, so that
@@ -34,7 +34,7 @@ WHOLE = slice(None)
 
 @dataclass(frozen=True)
 class Batch:
-    """Images uint8 (B, 3, H, W), labels int64 (B,), and the images' indices in the set, int64 (B,) on the CPU."""
+    """Holds images uint8 (B, 3, H, W), labels int64 (B,), and the images' indices in the set, int64 (B,) on the CPU."""
 
     images: Tensor
     label_B: Tensor
@@ -95,7 +95,7 @@ def spread_indices(count: int, size: int) -> Tensor:
 
 @dataclass(frozen=True)
 class Data:
-    """The three splits of a data set, its class names, and ``image_shape``, which is (3, H, W)."""
+    """Holds the three splits of a data set, its class names, and ``image_shape``, which is (3, H, W)."""
 
     name: str
     train: Images
@@ -147,7 +147,7 @@ def mix(*numbers: int) -> int:
 
 
 class Feed:
-    """The batches of a set, shown one at a time. ``cursor``, the number of the batch shown, is its whole state.
+    """Shows the batches of a set one at a time. ``cursor``, the number of the batch shown, is its whole state.
 
     Args:
         order: "shuffled" goes on without end; "sequential" shows each image once, with a short last batch and then

@@ -1,4 +1,4 @@
-"""Data sets by name."""
+"""Data sets are loaded here by name."""
 
 from __future__ import annotations
 

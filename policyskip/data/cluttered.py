@@ -1,4 +1,4 @@
-"""Cluttered digits: real handwriting of known difficulty, with no download.
+"""Cluttered digits: images of real handwriting whose difficulty is known, and which need no download.
 
 The 1,797 8×8 digits that ship inside scikit-learn (Alpaydin & Kaynak, 1998) are rendered larger among pieces cut from
 other digits, after the cluttered task of Mnih et al. (2014, "Recurrent models of visual attention"). A difficulty in

@@ -1,4 +1,4 @@
-"""Folders of images: held in memory if they fit, otherwise read from their files batch by batch.
+"""Folders of images are held in memory if they fit, and otherwise read from their files batch by batch.
 
 Shapes: N images in a set, B images in a batch, H W pixels.
 """

@@ -1,4 +1,4 @@
-"""``policyskip.load``: from a run folder to a predictor.
+"""``policyskip.load`` makes a predictor from a run folder.
 
 Loading executes nothing that a run folder names: a policy, network or rule is one of the package's own, or one of an
 installed entry point, or the user says ``trust=True``.
@@ -92,7 +92,11 @@ def load(
 def load_predictor(
     run: Run, device: str | torch.device, backbone: str | None = None, trust: bool = False
 ) -> Predictor | GatedPredictor | ExitPredictor:
-    """Build a run's predictor on a device, in float32 and without a plan. Arguments and errors as for :func:`load`."""
+    """Build a run's predictor on a device, in float32 and without a plan. The arguments are those of :func:`load`.
+
+    Raises:
+        UserError: as for :func:`load`.
+    """
     file = read_policy(run)
     if backbone is not None and "config" not in file.network:
         raise UserError(
@@ -151,7 +155,11 @@ def _network_of(run: Run, file: PolicyFile, trust: bool) -> Network:
 
 
 def _external_network(run: Run, file: PolicyFile) -> Backbone:
-    """Build a network that the run folder names but does not hold."""
+    """Build a network that the run folder names but does not hold.
+
+    Raises:
+        UserError: the name is none of a network with blocks, or the network is another than the run's.
+    """
     config = dict(file.network["config"])
     target = str(config.pop("_target_"))
     make = OWN_BACKBONES.get(target) or registry.resolve("backbone", target)
@@ -223,7 +231,12 @@ def _policy_of(run: Run, name: str, entry: dict[str, Any]) -> Policy:
 
 
 def _built(run: Run, name: str, make: Callable[..., Any], arguments: dict[str, Any]) -> Any:
-    """Call what ``policy.json`` names. Errors of the user's own code are reported as theirs, and not as damage."""
+    """Call what ``policy.json`` names. Errors of the user's own code are reported as such, and not as damage of the
+    file.
+
+    Raises:
+        UserError: the call failed.
+    """
     try:
         return make(**arguments)
     except UserError:
@@ -244,7 +257,11 @@ def load_weights(module: nn.Module, run: Run, described: str = "policy.json") ->
 
 
 def load_state(module: nn.Module, tensors: dict[str, torch.Tensor], run: Run, described: str) -> None:
-    """The same for some of the run's best weights."""
+    """Put some of a run's best weights into a module that was built as ``described``.
+
+    Raises:
+        UserError: the weights are not finite, or belong to another module.
+    """
     path = run.folder / "best.safetensors"
     if (name := find_nonfinite(tensors)) is not None:
         raise UserError(f"{path} cannot be used: {name} holds numbers that are not finite")
@@ -255,7 +272,11 @@ def load_state(module: nn.Module, tensors: dict[str, torch.Tensor], run: Run, de
 
 
 def _plan(run: Run, predictor: Predictor) -> dict[int, list[float]]:
-    """Read what ``policyskip profile run=…`` measured; nothing if that was for another network or another device."""
+    """Read what ``policyskip profile run=…`` measured; empty if that was for another network or another device.
+
+    Raises:
+        UserError: the file is damaged.
+    """
     if not (run.folder / "profile.json").is_file():
         return {}
     content = run.load_json("profile.json")

@@ -1,4 +1,4 @@
-"""``policy.json``: its one reader and its one writer, and what each family puts into it."""
+"""``policy.json`` has one reader and one writer, which are here, with what each family puts into it."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ LONGEST_SIDE = 10_000
 
 @dataclass(frozen=True)
 class PolicyFile:
-    """The content of ``policy.json``.
+    """Holds the content of ``policy.json``.
 
     Attributes:
         family: of the policy.
@@ -47,7 +47,7 @@ class PolicyFile:
 
     @property
     def files(self) -> tuple[str, ...]:
-        """Names of the files in the run folder that hold the weights to deploy."""
+        """Return the names of the files in the run folder that hold the weights to deploy."""
         weights = () if self.family == "thresholds" else ("best.safetensors",)
         return weights if "config" in self.network else (*weights, "network.safetensors")
 
@@ -109,7 +109,8 @@ def describe_blocks(
 
 
 def describe_gates(network: GatedNetwork) -> dict[str, Any]:
-    """The same for gates. The network is ``network.safetensors``, and the gates are in ``best.safetensors``."""
+    """Return the entries ``policy`` and ``network`` of gates; the network is ``network.safetensors``, and the gates are
+    in ``best.safetensors``."""
     return {
         "policy": {"kind": network.gate, "macs": network.gate_macs},
         "network": {"hash": network.content_hash()},
@@ -117,7 +118,8 @@ def describe_gates(network: GatedNetwork) -> dict[str, Any]:
 
 
 def describe_thresholds(predictor: ThresholdPredictor) -> dict[str, Any]:
-    """The same for thresholds. The network is ``network.safetensors``, and nothing else has weights."""
+    """Return the entries ``policy`` and ``network`` of thresholds; the network is ``network.safetensors``, and nothing
+    else has weights."""
     policy = predictor.policy
     thresholds = as_text(policy.threshold_E.tolist())
     return {
@@ -127,7 +129,8 @@ def describe_thresholds(predictor: ThresholdPredictor) -> dict[str, Any]:
 
 
 def describe_exit_policy(predictor: ExitPredictor) -> dict[str, Any]:
-    """The same for a learned policy at exits: ``network.safetensors``, and the policy's own ``best.safetensors``."""
+    """Return the entries ``policy`` and ``network`` of a learned policy at exits; the network is
+    ``network.safetensors``, and the policy's weights are in ``best.safetensors``."""
     entry = {"arguments": predictor.policy.spec(), "macs": predictor.decision_macs}
     if type(predictor.policy) is not ExitPolicy:
         entry["name"] = registry.name_of("policy", type(predictor.policy))

@@ -1,4 +1,4 @@
-"""Predictors: a learned policy and its network, ready to use on new images.
+"""Predictors hold a learned policy and its network, ready to use on new images.
 
 Shapes: B images, K blocks, N exits, C classes, H W pixels.
 """
@@ -27,7 +27,7 @@ from policyskip.policies.thresholds import ThresholdPolicy
 
 @dataclass(frozen=True)
 class Prediction:
-    """The answers for B images, and the blocks that were kept for them.
+    """Holds the answers for B images, and the blocks that were kept for them.
 
     Attributes:
         label_B: int64 (B,), the class that was answered.
@@ -44,7 +44,7 @@ class Prediction:
 
 @dataclass(frozen=True)
 class ExitPrediction:
-    """The answers for B images, and the exits at which they left.
+    """Holds the answers for B images, and the exits at which the images left.
 
     Attributes:
         label_B: int64 (B,), the class that was answered.
@@ -60,7 +60,7 @@ class ExitPrediction:
 
 
 class BasePredictor(ABC):
-    """Checks images, answers them batch by batch, and says what that cost.
+    """Checks images, answers them batch by batch, and says what the answers cost.
 
     Args:
         network: left as it is; the predictor executes a copy with batch normalisation folded into the convolutions.
@@ -82,19 +82,20 @@ class BasePredictor(ABC):
 
     @property
     def network_to_measure(self) -> Backbone | ExitNetwork:
-        """The network whose blocks or exits ``policyskip profile`` measures."""
+        """Return the network whose blocks or exits ``policyskip profile`` measures."""
         return self.network
 
     @abstractmethod
     def ran(self, prediction: Any) -> Tensor:
-        """Which blocks (or segments) ran for a prediction's images, bool (B, K)."""
+        """Return which blocks (or segments) ran for a prediction's images, bool (B, K)."""
 
     @abstractmethod
     def _answer(self, images: Tensor) -> tuple[Tensor, Tensor]:
-        """Logits (B, C) and decisions (B, …) for images uint8 (B, 3, H, W) on the network's device."""
+        """Compute logits (B, C) and decisions (B, …) for images uint8 (B, 3, H, W) on the network's device."""
 
     def _answers(self, images: Tensor | np.ndarray, batch_size: int) -> tuple[Tensor, Tensor]:
-        """The same for any number of images, a batch at a time."""
+        """Compute logits (B, C) and decisions (B, …) for any number of images uint8 (B, 3, H, W), ``batch_size`` at a
+        time."""
         on_device = checked(images, self.image_shape).to(self.network.mean.device)
         answers = self.splitter(lambda rows: self._answer(on_device[rows]), len(on_device), batch_size)
         logits_BC, decision_B = (torch.cat(column) for column in zip(*answers, strict=True))
@@ -102,7 +103,7 @@ class BasePredictor(ABC):
 
 
 class Predictor(BasePredictor):
-    """A policy in front of its network: it decides at once which blocks run.
+    """A predictor whose policy stands in front of its network: it decides at once which blocks run.
 
     Args:
         policy: left as it is; a copy is executed, as of the network.
@@ -132,7 +133,7 @@ class Predictor(BasePredictor):
 
     @property
     def backbone(self) -> Backbone:
-        """The network, by the name that it has where blocks are skipped."""
+        """Return the network, by the name that it has where blocks are skipped."""
         return self.network
 
     @torch.no_grad()
@@ -156,12 +157,12 @@ class Predictor(BasePredictor):
         return self.policy.run(self.backbone, images, self.plan_for(len(images)))
 
     def plan_for(self, batch: int) -> list[float] | None:
-        """The plan of the nearest batch size that was measured; None without a plan."""
+        """Return the plan of the nearest batch size that was measured; None without a plan."""
         return self.plan[min(self.plan, key=lambda size: abs(size - batch))] if self.plan else None
 
 
 class GatedPredictor(BasePredictor):
-    """A network whose gates decide on the way which of its blocks run."""
+    """A predictor whose network has gates, which decide on the way which blocks run."""
 
     network: GatedNetwork
 
@@ -171,7 +172,7 @@ class GatedPredictor(BasePredictor):
 
     @property
     def network_to_measure(self) -> Backbone:
-        """The network without its gates."""
+        """Return the network without its gates."""
         return self.network.backbone
 
     @torch.no_grad()
@@ -198,7 +199,7 @@ class GatedPredictor(BasePredictor):
 
 
 class ExitPredictor(BasePredictor):
-    """A network that really stops: images that left are computed no further.
+    """A predictor whose network really stops: images that left are computed no further.
 
     Args:
         policy: says at every exit which images leave.

@@ -1,4 +1,5 @@
-"""The environments' protocol, and what those over blocks share: a frozen network, its costs, and the images shown.
+"""The protocol that all environments follow, and the base class of those over blocks: a frozen network, its costs, and
+the images shown.
 
 Shapes: B images side by side (``num_envs``), S decisions for each image, K blocks, H W pixels.
 """
@@ -32,8 +33,8 @@ info. B is the number of images shown before the step; the next observation may 
 
 
 class DecisionEnv(Protocol):
-    """A vector environment in which a policy decides about images: what agents, the adapter, evaluation and training
-    use of it, whichever of the three environments it is.
+    """A vector environment in which a policy decides about images: the protocol holds what agents, the adapter,
+    evaluation and training use of any of the three environments.
 
     Attributes:
         family: how policies of this environment are deployed and reported: "blocks" or "exit_policy".
@@ -52,42 +53,42 @@ class DecisionEnv(Protocol):
 
     @property
     def device(self) -> torch.device:
-        """Where observations, outcomes and rewards are."""
+        """Return the device that observations, outcomes and rewards are on."""
         ...
 
     @property
     def feed(self) -> Feed:
-        """The feed that the images come from."""
+        """Return the feed that the images come from."""
         ...
 
     @property
     def costs(self) -> Costs | ExitCosts:
-        """MACs of the network's blocks or exits."""
+        """Return the MACs of the network's blocks or exits."""
         ...
 
     @property
     def reward(self) -> Reward:
-        """The function from outcomes to rewards."""
+        """Return the function from outcomes to rewards."""
         ...
 
     @property
     def steps_per_episode(self) -> int:
-        """The largest number of steps that an episode can have: 1, K or N."""
+        """Return the largest number of steps that an episode can have: 1, K or N."""
         ...
 
     @property
     def observation(self) -> Tensor:
-        """The observation (B, …) of the images shown; after the last image of a sequential order, B is 0."""
+        """Return the observation (B, …) of the images shown; after the last image of a sequential order, B is 0."""
         ...
 
     @property
     def outcome(self) -> Outcome:
-        """The outcome of the episodes that ended at the last step at which any ended."""
+        """Return the outcome of the episodes that ended at the last step at which any ended."""
         ...
 
     @property
     def cursor(self) -> int:
-        """The position in the order of the images; :meth:`seek` goes back to it."""
+        """Return the position in the order of the images; :meth:`seek` goes back to it."""
         ...
 
     def seek(self, cursor: int) -> None:
@@ -107,19 +108,19 @@ class DecisionEnv(Protocol):
         ...
 
     def score(self, decisions: Tensor, /) -> Outcome:
-        """The outcome that these decisions, bool, would have for the images shown; nothing moves on."""
+        """Compute the outcome that these decisions, bool, would have for the images shown; nothing moves on."""
         ...
 
     def rewards(self, outcome: Outcome) -> Tensor:
-        """The reward of each image of an outcome, float32 (B,)."""
+        """Compute the reward of each image of an outcome, float32 (B,)."""
         ...
 
     def decisions_of(self, outcome: Outcome) -> Tensor | int:
-        """The number of decisions that a policy made about each image of an outcome: int64 (B,), or one int for all."""
+        """Count the decisions that a policy made about each image of an outcome: int64 (B,), or one int for all."""
         ...
 
     def close(self) -> None:
-        """Gymnasium's; there is nothing to release."""
+        """Do nothing: Gymnasium asks for this method, and there is nothing to release."""
         ...
 
 
@@ -182,12 +183,12 @@ class ImageVectorEnv(VectorEnv[Tensor, Tensor, Tensor]):
 
     @property
     def observation(self) -> Tensor:
-        """The images now shown, uint8 (B, 3, H, W)."""
+        """Return the images now shown, uint8 (B, 3, H, W)."""
         return self.feed.batch.images
 
     @property
     def cursor(self) -> int:
-        """The number of the batch shown; :meth:`seek` goes back to it."""
+        """Return the number of the batch shown; :meth:`seek` goes back to it."""
         return self.feed.cursor
 
     def seek(self, cursor: int, seed: int | None = None) -> None:

@@ -1,4 +1,4 @@
-"""One decision for each image: which of the K residual blocks run. ``policyskip/BlockSelection-v0``.
+"""One decision for each image says which of the K residual blocks run: ``policyskip/BlockSelection-v0``.
 
 Shapes: B images side by side, K blocks, H W pixels.
 """
@@ -45,7 +45,7 @@ class BlockSelectionVectorEnv(ImageVectorEnv):
 
 
 class BlockSelectionEnv(SingleView):
-    """The same environment as :class:`BlockSelectionVectorEnv` with B = 1: one image at a time, in numpy.
+    """An environment that shows one image at a time, in numpy: :class:`BlockSelectionVectorEnv` with B = 1.
 
     Observation uint8 (3, H, W), action MultiBinary(K), reward float. ``reset`` shows an image, ``step`` ends the
     episode. The image stays until the next ``reset``, so that further steps try other blocks on the same image.

@@ -1,4 +1,4 @@
-"""One decision for each image at every exit: leave here, or go on to the next exit. ``policyskip/EarlyExit-v0``.
+"""One decision for each image at every exit says whether the image leaves or goes on: ``policyskip/EarlyExit-v0``.
 
 Shapes: B images side by side, B' of them that leave or begin, N exits, C classes, M images of a set,
 D numbers of an observation (C + 3 + N).
@@ -121,13 +121,13 @@ class EarlyExitVectorEnv(VectorEnv[Tensor, Tensor, Tensor]):
 
     @property
     def feed(self) -> Feed:
-        """The feed that the images come from."""
+        """Return the feed that the images come from."""
         return self.source.feed
 
     @property
     def cursor(self) -> int:
-        """The position in the order of the images to go on from: that of the first image shown or, once a step was
-        made, that of the next image that was not shown yet."""
+        """Return the position in the order of the images to go on from: that of the first image shown or, once a step
+        was made, that of the next image that was not shown yet."""
         return self.queue.position - (0 if self._moved else len(self.exit_B))
 
     def seek(self, cursor: int) -> None:
@@ -261,7 +261,7 @@ def check_fit(network: ExitNetwork, images: Images) -> None:
 
 
 class EarlyExitEnv(SingleView):
-    """The same environment as :class:`EarlyExitVectorEnv` with B = 1: one image at a time, in numpy.
+    """An environment that shows one image at a time, in numpy: :class:`EarlyExitVectorEnv` with B = 1.
 
     Observation float32 (C + 3 + N,), action Discrete(2), reward float. ``reset`` shows an image at its first exit.
     ``step`` takes it to the next exit; with action 1, and at the last exit, ``step`` ends the episode and returns the

@@ -1,4 +1,4 @@
-"""The two sources of the exit environment's observations: exits that are computed step by step, and cached outputs.
+"""The two sources that the exit environment's observations come from: exits computed step by step, and cached outputs.
 
 Shapes: B images side by side, B' of them that begin or leave, N exits, C classes, M images of a set, D numbers of an
 observation (C + 3 + N).
@@ -21,8 +21,8 @@ from policyskip.exits.rules import entropy, top_two
 
 
 class ExitObservation(NamedTuple):
-    """The columns of an observation: the softmax float32 (B, C), three measures of it float32 (B,), and the exit int64
-    (B,)."""
+    """Holds the columns of an observation: the softmax float32 (B, C), three measures of it float32 (B,), and the exit
+    int64 (B,)."""
 
     probability_BC: Tensor
     entropy_B: Tensor
@@ -51,7 +51,7 @@ def split_observation(observation: Tensor, num_classes: int) -> ExitObservation:
 
 
 class ExitSource(Protocol):
-    """The logits of the images that are shown, each at its present exit.
+    """Gives the logits of the images that are shown, each at its present exit.
 
     Attributes:
         feed: the feed that the images come from.
@@ -174,7 +174,8 @@ class Replay:
 
 
 class CacheIndices:
-    """The indices of a cache as a set of images: in its batches, ``images`` are indices of the cache, int64 (B,)."""
+    """A set of images that holds the indices of a cache: in its batches, ``images`` are indices of the cache, int64
+    (B,)."""
 
     difficulty: Tensor | None = None
 
@@ -195,7 +196,7 @@ class CacheIndices:
 
 
 class Queue:
-    """The images of a feed in its order, taken in any number at a time, whatever the size of the feed's batches."""
+    """Hands out the images of a feed in its order, any number at a time, whatever the size of the feed's batches."""
 
     def __init__(self, feed: Feed) -> None:
         self.feed = feed
@@ -203,7 +204,7 @@ class Queue:
 
     @property
     def position(self) -> int:
-        """The position, in the order of the images, of the next image to be taken."""
+        """Return the position, in the order of the images, of the next image to be taken."""
         return self.feed.cursor * self.feed.batch_size + self._taken
 
     def seek(self, position: int, seed: int | None = None) -> None:

@@ -1,4 +1,4 @@
-"""Block by block, one decision for each image: run this block, or skip it. ``policyskip/LayerSkip-v0``.
+"""Block by block, one decision for each image says whether the block runs: ``policyskip/LayerSkip-v0``.
 
 Shapes: B images side by side, K blocks, F channels of the widest features that enter a block, H W pixels,
 D numbers of an observation (F + K).
@@ -58,12 +58,13 @@ class LayerSkipVectorEnv(ImageVectorEnv):
 
     @property
     def observation(self) -> Tensor:
-        """The observation at block :attr:`block`, float32 (B, F + K)."""
+        """Return the observation at block :attr:`block`, float32 (B, F + K)."""
         return self._observation
 
     @property
     def cursor(self) -> int:
-        """The number of the batch to go on from: that of the batch shown or, once a step was made, that of the next."""
+        """Return the number of the batch to go on from: that of the batch shown or, once a step was made, that of the
+        next."""
         return self.feed.cursor + (1 if self.block else 0)
 
     def reset(self, *, seed: int | None = None, options: dict[str, Any] | None = None) -> tuple[Tensor, dict[str, Any]]:
@@ -134,7 +135,7 @@ def _channels(backbone: Backbone, images: Tensor) -> list[int]:
 
 
 class LayerSkipEnv(SingleView):
-    """The same environment as :class:`LayerSkipVectorEnv` with B = 1: one image at a time, in numpy.
+    """An environment that shows one image at a time, in numpy: :class:`LayerSkipVectorEnv` with B = 1.
 
     Observation float32 (F + K,), action Discrete(2), reward float. ``reset`` shows an image at block 0; the K-th
     ``step`` ends the episode and returns the observation at block K - 1 again.

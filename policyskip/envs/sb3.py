@@ -1,4 +1,4 @@
-"""The adapter from the environments to Stable-Baselines3 (SB3): ``PPO("MlpPolicy", SB3VecEnv(env), ...)``.
+"""The adapter that lets Stable-Baselines3 (SB3) learn in the environments: ``PPO("MlpPolicy", SB3VecEnv(env), ...)``.
 
 SB3 moves and stores observations as numpy arrays. Where an observation is an image, the adapter gives SB3 a number in
 its place, and :class:`LookUp`, the first layer of the policy, finds the image with that number on the device: no image
@@ -183,7 +183,7 @@ class LookUp(BaseFeaturesExtractor):
 
 
 class SB3VecEnv(VecEnv):
-    """Any of the three vector environments as a vector environment of Stable-Baselines3.
+    """Wraps any of the three vector environments as a vector environment of Stable-Baselines3.
 
     **Observation** over ``BlockSelection-v0`` image numbers, int64 (B, 1), for which the policy needs :class:`LookUp`;
     over the other two their own, float32 (B, D). **Action** that of the environment, in numpy. **Reward** float32 (B,).

@@ -1,4 +1,4 @@
-"""A view of a vector environment as an ordinary Gymnasium environment: one image at a time, in numpy."""
+"""A view that shows a vector environment as an ordinary Gymnasium environment: one image at a time, in numpy."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from policyskip.envs.base import DecisionEnv
 
 
 class SingleView(gymnasium.Env[np.ndarray, np.int64 | np.ndarray]):
-    """A vector environment of B = 1 as an ordinary environment: one image at a time, in numpy.
+    """Shows a vector environment of B = 1 as an ordinary environment: one image at a time, in numpy.
 
     ``reset`` shows an image; the ``step`` that ends the episode returns the last observation of that episode.
 

@@ -34,7 +34,8 @@ BLOCKS, EXITS = "blocks", "exits"
 
 @dataclass(frozen=True)
 class Decisions:
-    """What was decided for each image of a set, and what came of it: a row an image, in the set's order, on the CPU.
+    """Holds what was decided for each image of a set, and what came of it: a row an image, in the set's order, on the
+    CPU.
 
     Attributes:
         kind: what the policy decides on, "blocks" or "exits".
@@ -74,27 +75,27 @@ class Decisions:
 
     @property
     def correct_N(self) -> Tensor:
-        """Whether each prediction is the label, bool (N,)."""
+        """Return whether each prediction is the label, bool (N,)."""
         return self.prediction_N == self.label_N
 
     @property
     def accuracy(self) -> float:
-        """The fraction of the predictions that are right."""
+        """Return the fraction of the predictions that are right."""
         return self.correct_N.double().mean().item()
 
     @property
     def macs_fraction(self) -> float:
-        """Mean MACs as a fraction of the whole network's."""
+        """Return the mean MACs as a fraction of the whole network's."""
         return self.macs_N.mean().item() / self.full_macs
 
     @property
     def exit_N(self) -> Tensor:
-        """The exit at which each image left, int64 (N,), counted from 0."""
+        """Return the exit at which each image left, int64 (N,), counted from 0."""
         return self.ran_NK.sum(1) - 1
 
     @property
     def kept_by_difficulty(self) -> list[float | None] | None:
-        """Mean number of kept blocks in each quarter of the images, easiest first.
+        """Return the mean number of kept blocks in each quarter of the images, easiest first.
 
         A quarter without images has None. Without a measure of difficulty the whole list is None.
         """
@@ -105,12 +106,14 @@ class Decisions:
         return [kept_N[quarter].mean().item() if len(quarter) else None for quarter in quarters]
 
     def block_use_CK(self, classes: int) -> Tensor:
-        """Fraction of the images of each class that kept each block, float64 (C, K); NaN for a class without images."""
+        """Compute the fraction of the images of each class that kept each block, float64 (C, K); NaN for a class
+        without images."""
         return torch.stack([self.ran_NK[self.label_N == c].double().mean(0) for c in range(classes)])
 
 
 def collapse_warnings(decisions: Decisions) -> list[str]:
-    """One warning if a learned policy decides the same for every image, else none; one image alone is no evidence."""
+    """Return one warning if a learned policy decides the same for every image, else none; one image alone is no
+    evidence."""
     ran_NK = decisions.ran_NK
     N, K = ran_NK.shape
     if N < 2 or (decisions.kind == EXITS and K < 2) or not (ran_NK == ran_NK[0]).all():
@@ -127,13 +130,13 @@ def collapse_warnings(decisions: Decisions) -> list[str]:
 
 
 def pixels(images: Images, index_B: Tensor) -> NDArray[np.uint8]:
-    """The images of a set at indices int64 (B,), for pictures: uint8 (B, H, W, 3)."""
+    """Return the images of a set at indices int64 (B,), for pictures: uint8 (B, H, W, 3)."""
     shown: NDArray[np.uint8] = next(iter(images.stream([(index_B, 0)]))).images.permute(0, 2, 3, 1).cpu().numpy()
     return shown
 
 
 def examples(decisions: Decisions, images: Images, count: int = 24) -> Examples:
-    """A table of example images, from the least computed to the most, with the blocks or segments that ran."""
+    """Make a table of example images, from the least computed to the most, with the blocks or segments that ran."""
     order = decisions.macs_N.argsort(stable=True)
     chosen = order[torch.linspace(0, len(order) - 1, min(count, len(order))).long()]
     rows = []

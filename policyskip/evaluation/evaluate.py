@@ -20,7 +20,8 @@ from policyskip.exits.rules import decisions_at
 
 
 def evaluate(agent: Agent, env: ImageVectorEnv, full: bool = True) -> Decisions:
-    """Let the agent decide greedily for every image of a sequential environment, at once or block after block.
+    """Let the agent decide greedily for every image of a sequential environment, at once, block by block or exit by
+    exit.
 
     Args:
         full: also run the whole network on the same images.

@@ -32,7 +32,7 @@ Pairs = list[list[float]]
 
 
 def learning_curves(metrics: list[dict[str, Any]], num_exits: int, path: Path) -> Path:
-    """The loss, and every exit's accuracy on validation images, against updates."""
+    """Draw the loss, and every exit's accuracy on validation images, against updates."""
     figure = figure_of(9, 3.6)
     left, right = figure.subplots(1, 2)
     loss_style = dict(color=KEPT, marker=".", linewidth=1, markersize=2)
@@ -49,7 +49,7 @@ def learning_curves(metrics: list[dict[str, Any]], num_exits: int, path: Path) -
 
 
 def accuracy_against_macs(decisions: Decisions, cache: CachedExits, budgeted: Pairs, path: Path) -> Path:
-    """Anytime decisions (each exit for all images) and budgeted ones, the chosen point, and the oracle.
+    """Draw anytime decisions (each exit for all images) and budgeted ones, the chosen point, and the oracle.
 
     Without ``budgeted`` a learned policy decided.
     """
@@ -76,12 +76,12 @@ def accuracy_against_macs(decisions: Decisions, cache: CachedExits, budgeted: Pa
 
 
 def _fractions(pairs: Pairs, full: float) -> tuple[list[float], list[float]]:
-    """MACs as fractions of those of the whole network, and accuracies."""
+    """Return the MACs of pairs as fractions of the whole network's, and the accuracies."""
     return [macs / full for macs, _ in pairs], [accuracy for _, accuracy in pairs]
 
 
 def exit_use(decisions: Decisions, cache: CachedExits, path: Path) -> Path:
-    """The share of the images that leave at each exit, and how many of those are right."""
+    """Draw the share of the images that leave at each exit, and how many of those are right."""
     N = cache.num_exits
     figure = figure_of(7, 3.8)
     axes = figure.subplots()
@@ -101,7 +101,8 @@ def exit_use(decisions: Decisions, cache: CachedExits, path: Path) -> Path:
 
 
 def exit_by_difficulty(decisions: Decisions, cache: CachedExits, path: Path) -> Path | None:
-    """MACs spent on the network against the data set's own measure of difficulty; None if the set has none."""
+    """Draw the MACs spent on the network against the data set's own measure of difficulty; None if the set has no
+    measure."""
     if decisions.difficulty_N is None:
         return None
     figure = figure_of(7, 3.8)
@@ -115,7 +116,7 @@ def exit_by_difficulty(decisions: Decisions, cache: CachedExits, path: Path) -> 
 
 
 def exit_gallery(decisions: Decisions, cache: CachedExits, images: Images, path: Path) -> Path:
-    """The test images that left first, most surely, and those that went furthest."""
+    """Draw the test images that left first, most surely, and those that went furthest."""
     exit_M = decisions.exit_N
     top_M = cache.probability_MNC.amax(-1).cpu().gather(1, exit_M.unsqueeze(1)).squeeze(1)
     caption = (

@@ -1,4 +1,4 @@
-"""The figures that a summary states, computed from the record of what was decided.
+"""The figures that a summary states are computed here, from the record of what was decided.
 
 Shapes: N images of a set (M in a cache), K blocks or exits.
 """
@@ -23,7 +23,7 @@ from policyskip.intervals import half_interval
 
 
 def block_figures(decisions: Decisions) -> dict[str, Any]:
-    """The figures of a policy that decides which blocks run; docs/agents/blockdrop.md explains each of them."""
+    """Compute the figures of a policy that decides which blocks run; docs/agents/blockdrop.md explains each of them."""
     kept_N = decisions.ran_NK.sum(1).double()
     figures: dict[str, Any] = {"accuracy": decisions.accuracy}
     if decisions.reward_N is not None:
@@ -49,7 +49,8 @@ def block_figures(decisions: Decisions) -> dict[str, Any]:
 
 
 def exit_figures(decisions: Decisions, cache: CachedExits, validation: CachedExits) -> dict[str, Any]:
-    """The figures of a policy that decides where images leave, beside the fixed exits, random exits and the oracles.
+    """Compute the figures of a policy that decides where images leave, beside the fixed exits, random exits and the
+    oracles.
 
     Args:
         cache: outputs of all exits for the images that were decided on.

@@ -1,4 +1,5 @@
-"""What all pictures share, the pictures of policies that skip blocks, and that of a network's profile.
+"""Drawing functions that all pictures share, the pictures of policies that skip blocks, and that of a network's
+profile.
 
 Each function that is given a path writes one PNG whose caption says what is to be seen.
 
@@ -34,7 +35,7 @@ Points = Sequence[tuple[float, float]]
 
 
 def figure_of(width: float, height: float) -> Figure:
-    """An empty figure of a size in inches."""
+    """Make an empty figure of a size in inches."""
     figure = Figure(figsize=(width, height), dpi=120, layout="constrained")
     FigureCanvasAgg(figure)
     return figure
@@ -84,22 +85,24 @@ def panel_of_curves(axes: Axes, title: str, curves: Iterable[tuple[Points, dict[
 
 
 def points_of(records: list[dict[str, Any]], name: str) -> list[tuple[float, float]]:
-    """The steps and values of a figure in the records that have it; damaged records lack it."""
+    """Return the steps and values of a figure in the records that have it; damaged records lack it."""
     return [(r["step"], r[name]) for r in records if isinstance(r.get(name), int | float)]
 
 
 def groups_by_difficulty(difficulty_N: Tensor, count: int = 20) -> list[Tensor]:
-    """Indices of the images in ``count`` groups from easy to hard, int64 tensors; fewer groups of few images."""
+    """Sort the images into ``count`` groups from easy to hard, and return their indices, int64; few images make fewer
+    groups."""
     return [group for group in difficulty_N.argsort().tensor_split(count) if len(group)]
 
 
 def shorten(name: str, length: int = 12) -> str:
-    """A name cut to a length, for print only: different names may be cut to the same text."""
+    """Cut a name to a length, for print only: different names may be cut to the same text."""
     return name if len(name) <= length else name[: length - 1] + "…"
 
 
 def title_of(decisions: Decisions, index: int, before_prediction: str) -> tuple[str, str]:
-    """The title of an image, and its colour: the label; where the prediction is another class also that, in red."""
+    """Return the title of an image, and its colour: the label; where the prediction is another class also that, in
+    red."""
     label, prediction = (
         decisions.classes[int(class_N[index])] for class_N in (decisions.label_N, decisions.prediction_N)
     )
@@ -131,7 +134,7 @@ def gallery(
     strip: Callable[[Axes, int], None] | None = None,
     count: int = 8,
 ) -> Path:
-    """The first images in an order, above, and the last, below, each under its title.
+    """Draw the first images in an order, above, and the last, below, each under its title.
 
     Args:
         order_N: int64 (N,), indices of the images.
@@ -164,7 +167,7 @@ def gallery(
 
 
 def learning_curves(metrics: list[dict[str, Any]], blocks: int | None, path: Path) -> Path:
-    """Reward, accuracy and kept blocks (``blocks`` None: MACs) against updates, in training and on validation."""
+    """Draw reward, accuracy and kept blocks (``blocks`` None: MACs) against updates, in training and on validation."""
     figure = figure_of(10, 3.6)
     cost_key, cost_title, cost = (
         ("macs_fraction", "MACs, share of all", "MACs")
@@ -184,7 +187,7 @@ def learning_curves(metrics: list[dict[str, Any]], blocks: int | None, path: Pat
 
 
 def accuracy_against_macs(decisions: Decisions, path: Path) -> Path:
-    """The policy beside the full network and the static front."""
+    """Draw the policy beside the full network and the static front."""
     figure = figure_of(6, 4.6)
     axes = figure.subplots()
     lowest = min(decisions.accuracy - 0.1, 0.8)
@@ -204,7 +207,7 @@ def accuracy_against_macs(decisions: Decisions, path: Path) -> Path:
 
 
 def block_use(decisions: Decisions, stages: tuple[int, ...], path: Path) -> Path:
-    """The share of the images that keep each block."""
+    """Draw the share of the images that keep each block."""
     figure = figure_of(8, 3.4)
     axes = figure.subplots()
     use_K = decisions.ran_NK.double().mean(0)
@@ -215,7 +218,7 @@ def block_use(decisions: Decisions, stages: tuple[int, ...], path: Path) -> Path
 
 
 def block_use_by_class(decisions: Decisions, stages: tuple[int, ...], path: Path) -> Path:
-    """The share of each class's images that keep each block, as a heat map of at most 40 classes."""
+    """Draw the share of each class's images that keep each block, as a heat map of at most 40 classes."""
     classes = decisions.classes
     shown = classes[:40]
     figure = figure_of(8, 1.8 + 0.26 * len(shown))
@@ -238,7 +241,8 @@ def _mark_stages(axes: Axes, stages: tuple[int, ...]) -> None:
 
 
 def kept_by_difficulty(decisions: Decisions, path: Path) -> Path | None:
-    """Kept blocks and accuracy against the data set's own measure of difficulty; None if the set has none."""
+    """Draw kept blocks and accuracy against the data set's own measure of difficulty; None if the set has no
+    measure."""
     if decisions.difficulty_N is None:
         return None
     figure = figure_of(7, 4)
@@ -267,7 +271,7 @@ def kept_by_difficulty(decisions: Decisions, path: Path) -> Path | None:
 
 
 def block_gallery(decisions: Decisions, images: Images, path: Path) -> Path:
-    """The test images that got the fewest and the most blocks, each over the strip of blocks that ran."""
+    """Draw the test images that got the fewest and the most blocks, each over the strip of blocks that ran."""
     kept_N = decisions.ran_NK.sum(1)
     K = decisions.ran_NK.shape[1]
 
@@ -322,7 +326,7 @@ def block_pictures(
 
 
 def profile(content: dict[str, Any], path: Path) -> Path:
-    """Each block's time at every batch size, and its share of MACs beside its share of time."""
+    """Draw each block's time at every batch size, and its share of MACs beside its share of time."""
     figure = figure_of(10, 3.8)
     left, right = figure.subplots(1, 2)
     macs_K = np.array(content["macs"]["blocks"])

@@ -1,4 +1,4 @@
-"""``policyskip profile``: the table of a network's times, its picture, and how much time a run really saves.
+"""``policyskip profile`` shows the table of a network's times, its picture, and how much time a run really saves.
 
 Shapes: B images, K blocks (segments, of a network with exits).
 """
@@ -51,7 +51,8 @@ def of_network(
 
 
 def of_run(setup: Setup, run: Run, batch_sizes: Sequence[int], repeats: int, count: int, path: Path) -> int:
-    """Measure the network of a run, and how much time the run's predictions save; the rest as for :func:`of_network`.
+    """Measure the network of a run, and how much time the run's predictions save; write and print as :func:`of_network`
+    does.
 
     The latency also goes into the run's summary, where ``policyskip compare`` finds it.
 

@@ -13,12 +13,12 @@ from policyskip.exits.references import LABEL_NATS
 
 
 def console() -> Console:
-    """The console that tables are printed on; wide enough for them where the output is no terminal."""
+    """Make the console that tables are printed on; wide enough for them where the output is no terminal."""
     return Console(width=None if sys.stdout.isatty() else 110)
 
 
 def verdict(summary: dict[str, Any]) -> tuple[str, str]:
-    """Whether deciding per image pays against the best fixed choice, and by how many points: two texts."""
+    """Say whether deciding per image pays against the best fixed choice, and by how many points: two texts."""
     margin, half = 100 * summary["test/static_margin"], summary["test/static_margin_ci95"]
     if half is None:
         return "cannot be judged by one image", f"{margin:+.2f} ± –"
@@ -91,7 +91,7 @@ def show_exits(summary: dict[str, Any]) -> None:
 
 
 def _figures_on_test(summary: dict[str, Any]) -> dict[str, Any]:
-    """The figures of a summary on the test split, by their names without ``test/``."""
+    """Return the figures of a summary on the test split, by their names without ``test/``."""
     return {key.removeprefix("test/"): value for key, value in summary.items() if key.startswith("test/")}
 
 
@@ -100,7 +100,8 @@ def _percent(accuracy: float) -> str:
 
 
 def _cost(macs: float, full_macs: float, sd: float | None = None) -> tuple[str, str]:
-    """Two cells of a table: millions of MACs, with their standard deviation if given, and the fraction of full."""
+    """Return two cells of a table: millions of MACs, with their standard deviation if there is one, and the fraction of
+    full."""
     spread = "" if sd is None else f" ± {sd / 1e6:.2f}"
     return f"{macs / 1e6:.2f}{spread}", f"{macs / full_macs:.3f}"
 

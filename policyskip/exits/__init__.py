@@ -1,1 +1,1 @@
-"""Early exits: rules and their thresholds, references to compare with, and where exits pay."""
+"""Early exits: the rules by which images leave, references to compare with, and where exits pay."""

@@ -1,4 +1,4 @@
-"""The outputs of every exit of a frozen network for a set of images, computed once.
+"""The outputs of every exit of a frozen network are computed once for a set of images, and kept.
 
 Thresholds are fitted to these outputs, policies are judged on them, and the exit environment replays them.
 
@@ -25,7 +25,7 @@ PIXELS_AT_ONCE = 2**20
 
 @dataclass(frozen=True)
 class CachedExits:
-    """Outputs of every exit, image by image, in the order of the set.
+    """Holds the outputs of every exit, image by image, in the order of the set.
 
     Attributes:
         logits_MNC: float32 (M, N, C).
@@ -42,27 +42,27 @@ class CachedExits:
 
     @property
     def num_exits(self) -> int:
-        """N."""
+        """Return N, the number of exits."""
         return self.logits_MNC.shape[1]
 
     @property
     def num_classes(self) -> int:
-        """C."""
+        """Return C, the number of classes."""
         return self.logits_MNC.shape[2]
 
     @cached_property
     def probability_MNC(self) -> Tensor:
-        """Softmax of the logits, float32 (M, N, C)."""
+        """Return the softmax of the logits, float32 (M, N, C)."""
         return self.logits_MNC.softmax(-1)
 
     @cached_property
     def correct_MN(self) -> Tensor:
-        """Whether each exit's top class is the label, bool (M, N)."""
+        """Return whether each exit's top class is the label, bool (M, N)."""
         return self.logits_MNC.argmax(-1) == self.label_M.unsqueeze(1)
 
     @cached_property
     def macs_N(self) -> Tensor:
-        """MACs of leaving at each exit, float64 (N,), with every head on the way."""
+        """Return the MACs of leaving at each exit, float64 (N,), with every head on the way."""
         return self.costs.cumulative_N.to(self.label_M.device)
 
     def fingerprint(self) -> str:

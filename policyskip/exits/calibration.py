@@ -1,4 +1,4 @@
-"""Curves of accuracy against cost, made by searching thresholds on the cached outputs of *validation* images.
+"""Curves of accuracy against cost, which are made by searching thresholds on the cached outputs of *validation* images.
 
 There are three ways to search; ``targets.py`` picks a point of the curve:
 
@@ -48,7 +48,7 @@ NUMBERS_AT_ONCE = 2**24
 
 @dataclass(frozen=True)
 class Point:
-    """A threshold for each early exit, and accuracy and cost on the images that the thresholds were fitted to.
+    """Holds a threshold for each early exit, and accuracy and cost on the images that the thresholds were fitted to.
 
     Attributes:
         rule: name of the rule that the thresholds are for.
@@ -67,7 +67,7 @@ class Point:
 
 @dataclass(frozen=True)
 class Curve:
-    """P choices of thresholds, the cheapest first, with accuracy and cost on the images that they were fitted to.
+    """Holds P choices of thresholds, the cheapest first, with accuracy and cost on the images that they were fitted to.
 
     Attributes:
         rule: name of the rule.
@@ -112,8 +112,8 @@ class Curve:
 
     @property
     def drop_P(self) -> Tensor:
-        """The smallest target ``accuracy_drop`` that each point meets, float64 (P,): the point's loss of accuracy, plus
-        ``SPARE`` standard errors."""
+        """Return the smallest target ``accuracy_drop`` that each point meets, float64 (P,): the point's loss of
+        accuracy, plus ``SPARE`` standard errors."""
         return self.last_accuracy - self.accuracy_P + SPARE * self.error_P
 
     def knee(self) -> Point:
@@ -193,7 +193,7 @@ def _screen(rule: Rule, cache: CachedExits, threshold_EG: Tensor, index_R: Tenso
 
 
 def common_curve(rule: Rule, cache: CachedExits, points: int = 1001) -> Curve:
-    """Make the curve of ``points`` thresholds, each for all exits, as the δ of Conditional Deep Learning is."""
+    """Make the curve of ``points`` thresholds, each of them for all exits, as the δ of Conditional Deep Learning is."""
     early_MEC = cache.probability_MNC[:, :-1]
     threshold_P = spread(rule, early_MEC, points)
     rows = max(1, NUMBERS_AT_ONCE // early_MEC[..., 0].numel())

@@ -21,7 +21,7 @@ from policyskip.errors import UserError
 
 @dataclass(frozen=True)
 class Stage:
-    """A candidate head, judged on the images that reach it.
+    """Holds the figures of a candidate head on the images that reach it.
 
     Attributes:
         resolved: number of images that would leave at the head.
@@ -86,7 +86,7 @@ def admit(leave_MS: Tensor, trunk_N: Tensor, head_N: Tensor, epsilon: float = 0.
 
 @dataclass(frozen=True)
 class Probes:
-    """Accuracy and cost of a probe after each block, by which :func:`propose_exits` chooses.
+    """Holds accuracy and cost of a probe after each block, by which :func:`propose_exits` chooses.
 
     Attributes:
         accuracy_K: accuracy on validation images of the probe after each block but the last, in [0, 1].
@@ -103,7 +103,7 @@ class Probes:
 
 @dataclass(frozen=True)
 class Proposal:
-    """An exit after block ``block`` (counted from 0), and the reason to put one there."""
+    """Holds an exit after block ``block`` (counted from 0), and the reason to put one there."""
 
     block: int
     reason: str

@@ -22,7 +22,7 @@ LABEL_NATS = 0.4
 
 
 def static_exits(cache: CachedExits) -> tuple[Tensor, Tensor]:
-    """Accuracy and MACs of each exit if all images leave there, float64 (N,) each.
+    """Return accuracy and MACs of each exit if all images leave there, float64 (N,) each.
 
     No other head runs on the way, as nothing is decided there: a policy pays more for leaving at the same exit.
     """
@@ -30,13 +30,14 @@ def static_exits(cache: CachedExits) -> tuple[Tensor, Tensor]:
 
 
 def static_pairs(cache: CachedExits) -> list[list[float]]:
-    """Pairs of MACs and accuracy, one for each exit, if all images leave there: :func:`static_exits` as a curve."""
+    """Return pairs of MACs and accuracy, one for each exit, if all images leave there: :func:`static_exits` as a
+    curve."""
     accuracy_N, macs_N = static_exits(cache)
     return [[macs, accuracy] for macs, accuracy in zip(macs_N.tolist(), accuracy_N.tolist(), strict=True)]
 
 
 def static_mix(cache: CachedExits, macs: float, validation: CachedExits) -> tuple[Tensor, float]:
-    """The fixed exits of a cost that are best on validation images: one exit, or two of them mixed at random.
+    """Find the fixed exits of a cost that are best on validation images: one exit, or two of them mixed at random.
 
     Which exits, and with what probability each, is chosen on the validation images, as for every other choice. The
     accuracy on the judged images is therefore an honest one: the mixture may turn out worse there than another.
@@ -65,7 +66,7 @@ def static_mix(cache: CachedExits, macs: float, validation: CachedExits) -> tupl
 
 
 def random_exits(cache: CachedExits, share_N: Tensor) -> tuple[float, float]:
-    """Expected accuracy and mean MACs of leaving at exit n with probability ``share_N[n]``, whatever the image.
+    """Compute expected accuracy and mean MACs of leaving at exit n with probability ``share_N[n]``, whatever the image.
 
     Nothing is drawn: this is the exact expectation. As for :func:`static_exits`, only the head that answers runs,
     because the exit is known beforehand.
@@ -84,7 +85,7 @@ def random_exits(cache: CachedExits, share_N: Tensor) -> tuple[float, float]:
 
 
 def oracle_exit(correct_MN: Tensor) -> Tensor:
-    """The exit at which an oracle, which sees the label, lets each image leave, int64 (M,).
+    """Find the exit at which an oracle, which sees the label, lets each image leave, int64 (M,).
 
     An image leaves at its first correct exit; if none is correct, at the first exit. No policy is more accurate, and
     none of the same accuracy is cheaper.
@@ -96,7 +97,7 @@ def oracle_exit(correct_MN: Tensor) -> Tensor:
 
 
 def oracle_curve(cache: CachedExits) -> tuple[Tensor, Tensor]:
-    """The best accuracy that an oracle, which sees the label, reaches at every cost.
+    """Compute the best accuracy that an oracle, which sees the label, reaches at every cost.
 
     The curve starts with all images at the first exit. Then the images that a later exit gets right go on to it, the
     cheapest gain before dearer ones, until all have: that is :func:`oracle_exit`. Each gain is one image, so no order
@@ -113,7 +114,7 @@ def oracle_curve(cache: CachedExits) -> tuple[Tensor, Tensor]:
 
 
 def label_oracle(cache: CachedExits, thresholds: Sequence[float]) -> Tensor:
-    """The exit of each image by Distiller's published criterion, int64 (M,), which sees the label.
+    """Find the exit of each image by Distiller's published criterion, int64 (M,), which sees the label.
 
     So it is an oracle, and cannot be deployed. An image leaves at the first exit whose cross-entropy with the label is
     below the threshold of that exit. With thresholds up to ln 2 every image that leaves early is right. Source: early
@@ -132,12 +133,12 @@ def label_oracle(cache: CachedExits, thresholds: Sequence[float]) -> Tensor:
 
 
 def exit_histogram(exit_M: Tensor, num_exits: int) -> Tensor:
-    """The share of the images that left at each exit, float64 (N,), summing to 1, from exits int64 (M,)."""
+    """Return the share of the images that left at each exit, float64 (N,), summing to 1, from exits int64 (M,)."""
     return exit_M.bincount(minlength=num_exits).double() / len(exit_M)
 
 
 def accuracy_by_exit(exit_M: Tensor, correct_M: Tensor, num_exits: int) -> Tensor:
-    """Accuracy of the images that left at each exit, float64 (N,); NaN for an exit where none left.
+    """Return the accuracy of the images that left at each exit, float64 (N,); NaN for an exit where none left.
 
     Args:
         exit_M: int64 (M,), the exit of each image.

@@ -25,18 +25,18 @@ from policyskip.errors import UserError
 
 
 def top_probability(probability: Tensor) -> Tensor:
-    """The probability of the likeliest class, (…,) in [1/C, 1], of probabilities (…, C)."""
+    """Return the probability of the likeliest class, (…,) in [1/C, 1], of probabilities (…, C)."""
     return probability.amax(-1)
 
 
 def entropy(probability: Tensor) -> Tensor:
-    """``-Σ p ln p`` in nats, (…,) in [0, ln C], of probabilities (…, C); ``0 ln 0`` is 0."""
+    """Compute ``-Σ p ln p`` in nats, (…,) in [0, ln C], of probabilities (…, C); ``0 ln 0`` is 0."""
     # Rounding must not lift a uniform distribution over its bound.
     return torch.special.entr(probability).sum(-1).clamp(max=math.log(probability.shape[-1]))
 
 
 def top_two(probability: Tensor) -> Tensor:
-    """The two largest probabilities, (…, 2), of probabilities (…, C)."""
+    """Return the two largest probabilities, (…, 2), of probabilities (…, C)."""
     return probability.topk(2, dim=-1).values
 
 
@@ -57,11 +57,13 @@ class Rule(Protocol):
     def extremes(self) -> tuple[float, ...]: ...
 
     def leaves(self, probability: Tensor, threshold: Tensor | float) -> Tensor:
-        """Whether an image with ``probability`` (…, C) leaves: bool (…,). ``threshold`` must broadcast to (…,)."""
+        """Return whether an image with ``probability`` (…, C) leaves: bool (…,). ``threshold`` must broadcast to
+        (…,)."""
         ...
 
     def turning_points(self, probability: Tensor) -> Tensor:
-        """The thresholds, float (any number,), at which the decision about one of these images, (…, C), changes."""
+        """Return the thresholds, float (any number,), at which the decision about one of these images, (…, C),
+        changes."""
         ...
 
 
@@ -92,7 +94,7 @@ class Measured:
         return self.never, self.always
 
     def passes(self, value: Tensor, threshold: Tensor | float) -> Tensor:
-        """Whether an image whose measure is ``value`` (…,) leaves: bool (…,)."""
+        """Return whether an image whose measure is ``value`` (…,) leaves: bool (…,)."""
         threshold = _as(value, threshold)
         return value >= threshold if self.high_is_sure else value < threshold
 
@@ -105,7 +107,7 @@ class Measured:
 
 @dataclass(frozen=True)
 class Delta:
-    """Leave if exactly one class reaches the threshold: ``top >= δ`` and ``second < δ``.
+    """A rule by which an image leaves if exactly one class reaches the threshold: ``top >= δ`` and ``second < δ``.
 
     The activation module of Conditional Deep Learning (Panda, Sengupta, Roy 2016, arXiv 1509.08971) as we read it. Over
     half, δ is the rule of the top probability; below, an image with two likely classes goes on.
@@ -133,7 +135,7 @@ RULES: dict[str, Rule] = {rule.name: rule for rule in (CONFIDENCE, ENTROPY, Delt
 
 @dataclass(frozen=True)
 class Named:
-    """A rule of the user's own under the name by which it was chosen."""
+    """A rule of the user's own that carries the name by which it was chosen."""
 
     name: str
     rule: Rule
@@ -177,7 +179,7 @@ def rule_named(name: str) -> Rule:
 
 
 def _check_rule(name: str, rule: Any) -> None:
-    """UserError unless an object has what :class:`Rule` asks for, and no image leaves at the first of its extremes."""
+    """Check that an object has what :class:`Rule` asks for, and that no image leaves at the first of its extremes."""
     missing = [attribute for attribute in ("extremes", "leaves", "turning_points") if not hasattr(rule, attribute)]
     if missing:
         raise UserError(f"the exit rule {name} is a {type(rule).__name__} without {missing[0]}; a rule needs it")
@@ -200,12 +202,13 @@ def _check_rule(name: str, rule: Any) -> None:
 
 
 def _kind(value: Any) -> str:
-    """The class of a value, and of a tensor its type and shape."""
+    """Return the class of a value, and of a tensor its type and shape."""
     return f"{value.dtype} {tuple(value.shape)}" if isinstance(value, Tensor) else type(value).__name__
 
 
 def check_thresholds(thresholds: Sequence[float] | Tensor, num_exits: int) -> None:
-    """UserError unless there is one threshold for each of ``num_exits`` exits but the last, and none is NaN."""
+    """Refuse thresholds (UserError) that are not one for each of ``num_exits`` exits but the last, or of which one is
+    NaN."""
     values = [float(value) for value in thresholds]
     if len(values) != num_exits - 1:
         raise UserError(
@@ -217,19 +220,19 @@ def check_thresholds(thresholds: Sequence[float] | Tensor, num_exits: int) -> No
 
 
 def first_exit(leave_E: Tensor) -> Tensor:
-    """The first exit at which an image leaves, int64 (…,), from whether it would at each early exit, bool (…, E).
+    """Find the first exit at which an image leaves, int64 (…,), from whether it would at each early exit, bool (…, E).
 
     An image that leaves at no early exit leaves at the last one, E."""
     return (~leave_E).cumprod(-1).sum(-1)
 
 
 def decisions_at(exit_B: Tensor, num_exits: int) -> Tensor:
-    """How many decisions a policy made on images that left at exits int64 (B,): none is made at the last exit."""
+    """Count the decisions that a policy made on images that left at exits int64 (B,): none is made at the last exit."""
     return (exit_B + 1).clamp(max=num_exits - 1)
 
 
 def exit_of(rule: Rule, probability_MNC: Tensor, thresholds: Sequence[float] | Tensor) -> Tensor:
-    """The exit at which each image leaves, int64 (M,), when every exit's probabilities (M, N, C) are known.
+    """Find the exit at which each image leaves, int64 (M,), when every exit's probabilities (M, N, C) are known.
 
     Args:
         rule: the rule by which images leave.
@@ -245,7 +248,8 @@ def exit_of(rule: Rule, probability_MNC: Tensor, thresholds: Sequence[float] | T
 
 
 def exit_shares(q: float, num_exits: int) -> Tensor:
-    """Shares of the images that leave at each exit, float64 (N,): ``q_k = z (1-q)^(k-1) q``, k = 1…N, summing to 1.
+    """Compute the shares of the images that leave at each exit, float64 (N,): ``q_k = z (1-q)^(k-1) q``, k = 1…N,
+    summing to 1.
 
     In the paper, a share ``0 < q < 1`` of the images that reach an exit leave there. The authors' code writes the same
     as ``f_k ∝ p^k`` with ``p = 1 - q``, and allows p above 1, which favours late exits: here ``q < 0``. The limit
@@ -264,7 +268,7 @@ STEEPEST = 30.0
 
 
 def q_for_budget(macs: float, macs_N: Tensor) -> float:
-    """The q whose shares cost ``macs`` on average: ``Σ q_k C_k = macs``; the mean cost falls as q rises.
+    """Find the q whose shares cost ``macs`` on average: ``Σ q_k C_k = macs``; the mean cost falls as q rises.
 
     Args:
         macs: mean MACs of an image; below the first exit's cost or above the last one's, the q of that end is found.
@@ -282,13 +286,14 @@ def q_for_budget(macs: float, macs_N: Tensor) -> float:
 
 
 def between(low: Tensor, high: Tensor) -> float:
-    """A threshold above ``low`` and not above ``high``: half-way between them, so that rounding changes no decision."""
+    """Return a threshold above ``low`` and not above ``high``: half-way between them, so that rounding changes no
+    decision."""
     middle = low + (high - low) / 2
     return float(middle if middle > low else high)
 
 
 def quota_thresholds(rule: Measured, value_ME: Tensor, share_N: Tensor) -> Tensor:
-    """Thresholds that send a given share of the images out at each exit (Huang et al. 2018), float64 (E,).
+    """Find thresholds that send a given share of the images out at each exit (Huang et al. 2018), float64 (E,).
 
     At each exit, the surest of the remaining images leave, as many as the exit's quota. Quotas are cumulative: by exit
     k, ``M · (share_1 + … + share_k)`` images, rounded, are to have left. Two cases depend on chance in the authors'
@@ -326,7 +331,8 @@ def quota_thresholds(rule: Measured, value_ME: Tensor, share_N: Tensor) -> Tenso
 
 
 def spread(rule: Rule, probability: Tensor, count: int) -> Tensor:
-    """``count`` thresholds to try at exits with ``probability`` (…, C), float64 (count,); some repeat if few differ.
+    """Choose ``count`` thresholds to try at exits with ``probability`` (…, C), float64 (count,); some repeat if few
+    differ.
 
     They are the rule's extremes, and values half-way between neighbouring turning points. These are spread evenly over
     the images and not over the scale: where many images lie, thresholds are close.

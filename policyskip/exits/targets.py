@@ -15,7 +15,7 @@ WINDOW = 0.01
 
 
 class UnmetError(UserError):
-    """No threshold meets the target.
+    """An error that says that no threshold meets the target.
 
     Args:
         target: the target, as text.

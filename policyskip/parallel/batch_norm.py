@@ -47,7 +47,7 @@ class WholeBatchNorm2d(nn.BatchNorm2d):
 
 
 class _Sum(torch.autograd.Function):
-    """The sum of a tensor over the processes.
+    """The autograd function that sums a tensor over the processes.
 
     The loss of every process depends on the sum, so its gradient is the sum of their gradients.
     """

@@ -37,7 +37,7 @@ class Divisible:
 
     @property
     def trainable_modules(self) -> list[nn.Module]:
-        """The modules whose parameters the learner updates."""
+        """Return the modules whose parameters the learner updates."""
         raise NotImplementedError
 
 

@@ -148,7 +148,7 @@ def check_policy(policy: KeepPolicy, images: Tensor, num_blocks: int) -> int:
 
 
 class PolicyNetwork(KeepPolicy):
-    """A small ResNet from images to K logits.
+    """A small ResNet that computes K logits from images.
 
     Args:
         num_blocks: K.
@@ -209,7 +209,7 @@ class PolicyNetwork(KeepPolicy):
 
 
 class ConstantPolicy(KeepPolicy):
-    """A policy of K logits that are the same for every image: it learns the best decision that ignores the image, and
+    """A policy whose K logits are the same for every image: it learns the best decision that ignores the image, and
     costs nothing to evaluate."""
 
     def __init__(self, num_blocks: int, initial_keep: float = 0.5) -> None:

@@ -81,7 +81,11 @@ class GreedyPolicy(Policy):
 
 
 class LookPolicy(GreedyPolicy):
-    """The policy for ``BlockSelection-v0``: from an image it decides which blocks run."""
+    """The policy for ``BlockSelection-v0``: from an image it decides which blocks run.
+
+    Raises:
+        UserError: ``channels`` is empty, or a width is not positive.
+    """
 
     def __init__(self, num_blocks: int, channels: Sequence[int], net_arch: Sequence[int]) -> None:
         check_widths(channels=channels, net_arch=net_arch)

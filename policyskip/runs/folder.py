@@ -34,7 +34,7 @@ T = TypeVar("T")
 
 
 class Run:
-    """A run's folder, made by :func:`create` or found by :func:`open_run`.
+    """A run's folder, which :func:`create` makes and :func:`open_run` finds.
 
     A copy that is sent to another process is a :class:`ReadOnlyRun`.
     """
@@ -77,7 +77,7 @@ class Run:
 
     @property
     def command(self) -> str:
-        """The command that made the run."""
+        """Return the command that made the run."""
         return (self.folder / "config.yaml").read_text("utf-8").partition("\n")[0].removeprefix("# ")
 
     def save_config(self, command: str, config: str) -> None:

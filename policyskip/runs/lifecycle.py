@@ -1,4 +1,4 @@
-"""The life of a run: begun anew or resumed, stopped, interrupted, finished; and what is printed at each.
+"""The life of a run, which is begun or resumed, stopped, interrupted or finished; and what is printed at each.
 
 Nothing here knows what a run learns. What a run's folder holds, and how it is written: ``folder.py``.
 """

@@ -1,4 +1,4 @@
-"""What a checkpoint holds, put back into a run, and checked as far as torch itself does not check it.
+"""What a checkpoint holds is put back into a run here, and checked as far as torch itself does not check it.
 
 A checkpoint that was damaged is found by its checksums. One that was written by somebody else can hold anything, and
 torch accepts an optimizer's state of any shape: it would fail only in the first update.
@@ -24,7 +24,7 @@ LARGEST_CURSOR = 2**40
 
 @dataclass
 class Progress:
-    """How far a run has come.
+    """Holds how far a run has come.
 
     Attributes:
         step: updates done.

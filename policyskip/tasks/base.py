@@ -23,7 +23,7 @@ from policyskip.runs.tracking import Tracker
 
 
 class Task(ABC):
-    """What learns, from what, how it is judged, and what it leaves in the run folder.
+    """A task says what learns, from what, how it is judged, and what it leaves in the run folder.
 
     Everything that can be refused is refused when a task is made, before there is a run folder.
 
@@ -48,7 +48,7 @@ class Task(ABC):
 
     @abstractmethod
     def deployable(self) -> dict[str, Tensor]:
-        """Return the tensors of which the best are kept."""
+        """Return the tensors that are to be deployed, of which :func:`~policyskip.training.train` keeps the best."""
 
     @abstractmethod
     def finish(self, run: Run, tracker: Tracker, seconds: float) -> dict[str, Any]:
@@ -80,7 +80,7 @@ class FamilyTask(Task):
 
 @dataclass(frozen=True)
 class Judgement:
-    """What a policy did on a split: the record of its decisions, and the figures of policy and references."""
+    """Holds what a policy did on a split: the record of its decisions, and the figures of policy and references."""
 
     decisions: Decisions
     figures: dict[str, Any]

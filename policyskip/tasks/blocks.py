@@ -35,7 +35,11 @@ from policyskip.tasks.report import completed, head_of, write_finished
 
 
 class BlockTask(FamilyTask):
-    """An agent that decides which blocks run, judged beside the full network and the static front."""
+    """The task of an agent that decides which blocks run; it is judged beside the full network and the static front.
+
+    Raises:
+        UserError: the configuration has no network with blocks, no reward or no front.
+    """
 
     def __init__(self, setup: Setup, settings: Settings) -> None:
         _check(setup)
@@ -113,6 +117,7 @@ def judge_policy(setup: Setup, agent: Agent, front: StaticFront, split: str) -> 
 
 
 def _check(setup: Setup) -> None:
+    """Refuse a setup (UserError) whose network has no blocks to skip, or which has no reward."""
     if not isinstance(setup.backbone, Backbone):
         raise UserError(f"{setup.backbone.name} has exits, not blocks to skip; say backbone=resnet32_digits")
     if setup.reward is None:

@@ -1,4 +1,5 @@
-"""``policyskip calibrate``: other thresholds for a finished run, or the whole curve that they can be chosen from."""
+"""``policyskip calibrate`` chooses other thresholds for a finished run, or shows the curve that they can be chosen
+from."""
 
 from __future__ import annotations
 
@@ -43,7 +44,8 @@ def recalibrate(setup: Setup, run: Run, target: TargetSection) -> dict[str, Any]
 
 
 def finished(setup: Setup, run: Run) -> tuple[ThresholdPredictor, CachedExits, Curve]:
-    """Return what a run deploys, its network's cached outputs for validation images, and the curve over these.
+    """Return the predictor that a run deploys, its network's cached outputs for validation images, and the curve over
+    these.
 
     Raises:
         UserError: it has no early exits.

@@ -1,4 +1,4 @@
-"""The task that a configuration asks for: the family that its agent, or its environment, declares."""
+"""The task that a configuration asks for is made here, by the family that its agent, or its environment, declares."""
 
 from __future__ import annotations
 

@@ -36,7 +36,12 @@ from policyskip.tasks.report import completed, head_of, write_finished
 
 
 class ExitPolicyTask(FamilyTask):
-    """An agent that decides at every exit of a frozen network, judged beside fixed and random exits and the oracle."""
+    """The task of an agent that decides at every exit of a frozen network; it is judged beside fixed and random exits
+    and the oracle.
+
+    Raises:
+        UserError: the network has no early exits, there is no reward, or there is a target.
+    """
 
     def __init__(self, setup: Setup, settings: Settings) -> None:
         network = setup.backbone
@@ -75,7 +80,7 @@ class ExitPolicyTask(FamilyTask):
 
     @property
     def policy(self) -> ExitPolicy:
-        """The agent's policy, which is asked at every exit."""
+        """Return the agent's policy, which is asked at every exit."""
         return self.learner.policy  # type: ignore[return-value]
 
     def deployable(self) -> dict[str, Tensor]:

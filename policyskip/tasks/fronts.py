@@ -1,4 +1,4 @@
-"""The static front of a run's network: searched or remembered, and compared with what a policy does.
+"""The static front of a run's network is searched or remembered here, and compared with what a policy does.
 
 Shapes: N images, S sets, B images side by side, K blocks.
 """

@@ -34,7 +34,11 @@ from policyskip.tasks.report import completed, head_of, write_finished
 
 
 class GateTask(FamilyTask):
-    """Gates that decide block by block; the blocks learn with them unless they are frozen."""
+    """The task of gates that decide block by block; the blocks learn with them unless they are frozen.
+
+    Raises:
+        UserError: the configuration has an environment or a reward, or no front.
+    """
 
     def __init__(self, setup: Setup, settings: Settings) -> None:
         if setup.reward is not None:

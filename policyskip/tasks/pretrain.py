@@ -23,7 +23,7 @@ DEPLOYED = "backbone.safetensors"
 
 
 class PretrainTask(Task):
-    """A network that learns to classify, and is judged with all its blocks and with a random half of them.
+    """The task of a network that learns to classify; it is judged with all its blocks and with a random half of them.
 
     Args:
         content: the run's configuration as plain dictionaries.

@@ -1,4 +1,4 @@
-"""The one writer of a finished run: record, summary, pictures, and the files that deployment loads."""
+"""A finished run has one writer, which writes its record, summary, pictures, and the files that deployment loads."""
 
 from __future__ import annotations
 

@@ -49,7 +49,11 @@ FEW = 500
 
 
 class ThresholdTask(FamilyTask):
-    """A network with exits, the agent that trains it, and the target that its thresholds have to meet."""
+    """The task of a network with exits: an agent trains it, and its thresholds have to meet a target.
+
+    Raises:
+        UserError: the network has no exits, the configuration has no target, or no threshold can meet it.
+    """
 
     choose_by = "mean_accuracy"
 
@@ -174,7 +178,8 @@ def judge_thresholds(
 
 
 def place_exits(node: dict[str, Any], data: Data, device: torch.device, seed: int) -> tuple[dict[str, Any], list[str]]:
-    """A ``backbone`` node whose ``exits`` are "auto N", with N places proposed from probes, and why each of them.
+    """Replace ``exits`` "auto N" in a ``backbone`` node by N places proposed from probes; return the node, and why each
+    place.
 
     Raises:
         UserError: no number, or one that the network has no places for.
