@@ -47,7 +47,7 @@ class GateTask(FamilyTask):
             raise UserError("agent=skipnet learns from labelled images and takes no env")
         if settings.front is None:
             raise UserError("the configuration has no front, and skipping blocks needs one")
-        self.setup, self.front_settings, self.trained_network = setup, settings.front, setup.backbone
+        self.setup, self.front_settings = setup, settings.front
         self.learner = make_agent(setup)
         self.source = Feed(setup.data.train, setup.batch_size, "shuffled", settings.seed)
         check_batch(self.learner.network.backbone, self.source.batch.images)
