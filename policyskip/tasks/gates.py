@@ -40,6 +40,8 @@ class GateTask(FamilyTask):
         UserError: the configuration has an environment or a reward, or no front.
     """
 
+    learner: SkipNet
+
     def __init__(self, setup: Setup, settings: Settings) -> None:
         if setup.reward is not None:
             raise UserError("agent=skipnet learns by its own loss (agent.alpha, agent.cost) and takes no reward")
