@@ -7,6 +7,8 @@ against its signature here, so that a wrong key or value is one clear line.
 from __future__ import annotations
 
 import inspect
+import json
+import math
 from collections.abc import Callable
 from contextlib import nullcontext, suppress
 from dataclasses import dataclass
@@ -28,6 +30,7 @@ from policyskip.config import first_problem, group_of
 from policyskip.data import Data, Images, Order
 from policyskip.errors import UserError
 from policyskip.parallel import processes
+from policyskip.policies.base import Policy
 from policyskip.rewards import Reward
 from policyskip.static_front import Keep, StaticFront
 
@@ -79,9 +82,7 @@ def check_call(group: str, node: dict[str, Any], optional: dict[str, Any] | None
         UserError: the target cannot be imported, or does not take these arguments.
     """
     from_settings = {str(key): value for key, value in node.items() if key != "_target_"}
-    target = node.get("_target_")
-    if not isinstance(target, str):
-        raise UserError(f"{group}._target_ must name a class or function as package.module.Name, got {target!r}")
+    target = _target_of(group, node)
     function = registry.resolve(group, target)
     try:
         signature = inspect.signature(function)
@@ -119,7 +120,15 @@ def class_of(config: dict[str, Any], group: str, trusted: bool = True) -> Any:
         UserError: it cannot be imported, or has to be trusted for it.
     """
     with registry.trusting(trusted, stored=False):
-        return registry.resolve(group, str(group_of(config, group).get("_target_")))
+        return registry.resolve(group, _target_of(group, group_of(config, group)))
+
+
+def _target_of(group: str, node: dict[str, Any]) -> str:
+    """Return the name in a group's ``_target_``, or refuse (UserError) what is none."""
+    target = node.get("_target_")
+    if not isinstance(target, str) or not target:
+        raise UserError(f"{group}._target_ must name a class or function as package.module.Name, got {target!r}")
+    return target
 
 
 def _converted(key: str, value: Any, hint: Any) -> Any:
@@ -195,7 +204,11 @@ class Setup:
         network = "network" if isinstance(self.backbone, ExitNetwork) else "backbone"
         given = {network: self.backbone, "images": images, "reward": self.reward, "order": order, "seed": seed}
         count = min(self.batch_size, len(images))
-        return build("env", group_of(self.config, "env"), self.trusted, num_envs=count, **given)
+        node = group_of(self.config, "env")
+        env = build("env", node, self.trusted, num_envs=count, **given)
+        if not all(hasattr(env, name) for name in ("observation", "costs", "score", "advance")):
+            raise UserError(wrong_kind("env", node, env, "policyskip.envs.base.DecisionEnv"))
+        return env
 
     def agent(self, env: Any, front: StaticFront | None = None, best: Keep | None = None) -> Agent:
         """Make a fresh agent for an environment.
@@ -224,7 +237,8 @@ class Setup:
             **({"start": best} if warm_start else {}),
         )
         if not isinstance(agent, Agent):
-            raise UserError(_wrong_kind("agent", node, agent, "policyskip.agents.base.Agent"))
+            raise UserError(wrong_kind("agent", node, agent, "policyskip.agents.base.Agent"))
+        _check_agent(f"agent: {node['_target_']}", agent)
         return agent
 
 
@@ -255,7 +269,7 @@ def build_data(node: dict[str, Any], device: torch.device, trusted: bool = True)
     processes.per_process_batch_size(batch_size)  # refuses a batch that cannot be divided, before the data is read
     data = build("data", node, trusted, device=device)
     if not isinstance(data, Data):
-        raise UserError(_wrong_kind("data", node, data, "policyskip.data.Data"))
+        raise UserError(wrong_kind("data", node, data, "policyskip.data.Data"))
     return data, batch_size
 
 
@@ -283,13 +297,29 @@ def build_backbone(
             backbone = call.result()
             if not isinstance(backbone, Backbone | ExitNetwork):
                 kinds = "policyskip.backbones.Backbone or ExitNetwork"
-                raise UserError(_wrong_kind("backbone", node, backbone, kinds))
+                raise UserError(wrong_kind("backbone", node, backbone, kinds))
             if not own:
                 path = registry.path_of("backbone", node["_target_"])
                 record_architecture(backbone, path, call.target, call.arguments)
     return backbone.to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
 
 
-def _wrong_kind(group: str, node: dict[str, Any], made: Any, kind: str) -> str:
+def _check_agent(label: str, agent: Agent) -> None:
+    """Refuse (UserError) an agent whose constructor left out what every agent has, or set it to something else."""
+    policy, macs = getattr(agent, "policy", None), getattr(agent, "decision_macs", None)
+    if not isinstance(policy, Policy):
+        raise UserError(f"{label} must set policy to a policyskip.policies.base.Policy, got {type(policy).__name__}")
+    if not isinstance(macs, int | float) or not 0 <= macs < math.inf:
+        raise UserError(f"{label} must set decision_macs to the MACs of one decision, a number, got {macs!r}")
+    try:  # so that a run is not learned to its end before its policy.json cannot be written, or cannot be read
+        arguments = policy.spec()
+        json.dumps(arguments)
+        inspect.signature(type(policy).__init__).bind(policy, **arguments)
+    except (TypeError, ValueError) as error:
+        kind = type(policy).__name__
+        raise UserError(f"spec of the policy {kind} must return the arguments of {kind} for JSON: {error}") from error
+
+
+def wrong_kind(group: str, node: dict[str, Any], made: Any, kind: str) -> str:
     """Return the message for a target that made an object of another class than its group needs."""
     return f"{group}._target_={node['_target_']} gave a {type(made).__name__}; it must be a {kind}"

@@ -30,7 +30,7 @@ from policyskip.config import (
     plain,
     settings_of,
 )
-from policyskip.errors import UserError
+from policyskip.errors import UserError, users_problem
 from policyskip.evaluation import speed
 from policyskip.files import shell_argument
 from policyskip.memory import keep_freed_memory
@@ -51,10 +51,16 @@ EXIT_INTERRUPTED = 130
 
 
 def run_command(name: str, config: DictConfig) -> int:
-    """Run a command by its name, and release the run folders that it has locked."""
+    """Run a command by its name, and release the run folders that it has locked.
+
+    Raises:
+        UserError: the command cannot do what the configuration says; or a class of the user's own called ``sys.exit``.
+    """
     keep_freed_memory()
     try:
         return COMMANDS[name](config)
+    except SystemExit as error:  # no command raises it; to the shell, it would look like success
+        raise UserError(users_problem(error) or f"something called sys.exit({error.code!r})") from error
     finally:
         unlock_all()
 

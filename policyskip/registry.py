@@ -173,7 +173,7 @@ def naming_failures(label: str) -> Iterator[None]:
         yield
     except UserError:
         raise
-    except Exception as error:
+    except (Exception, SystemExit) as error:  # sys.exit would end the command, and look like success
         raise UserError(f"{label} failed with {type(error).__name__}: {error}") from error
 
 
@@ -218,7 +218,7 @@ def _naming_import(group: str, target: str, source: _Source) -> Iterator[None]:
     """Turn whatever a module raises while it is imported into a UserError of one line."""
     try:
         yield
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         what = f"{_key(group)}={target}"
         if source.stored:
             what = f"{target}, this {WORDS.get(group, group)}"

@@ -130,13 +130,13 @@ def train(
 
     with _with_checkpoint_hint(last_good), _stop_requests() as stop_requested, _progress(steps, step) as show:
         while step < steps:
-            window.append(processes.average(learner.update(source)))
+            window.append(processes.average(_updated(learner, source)))
             if adaptive is not None:
                 window[-1] |= adaptive.adapt(window[-1])
             step += 1
             show(step, window[-1])
             if step % log_every == 0 or step == steps:
-                means = {f"train/{key}": sum(m[key] for m in window) / len(window) for key in window[0]}
+                means = {f"train/{key}": sum(m[key] for m in window) / len(window) for key in _common(window)}
                 tracker.log(step, time.monotonic() - started, means)
                 window = []
                 release_freed_memory()
@@ -203,6 +203,25 @@ def evaluate_only(
         state = {"step": 0, "seconds": seconds, "cursor": source.cursor, "learner": learner.state_dict()}
         run.save_checkpoint(state)
     return True
+
+
+def _updated(learner: Any, source: Source) -> dict[str, float]:
+    """Let a learner take an update, and return its figures.
+
+    Raises:
+        UserError: they are not numbers by name.
+    """
+    figures = learner.update(source)
+    if not isinstance(figures, dict) or not all(
+        isinstance(key, str) and isinstance(value, int | float) for key, value in figures.items()
+    ):
+        raise UserError(f"update of {name_of(learner)} must return numbers by name, a dictionary, got {figures!r:.80}")
+    return figures
+
+
+def _common(window: list[dict[str, float]]) -> list[str]:
+    """Return the names of the figures that every update of a window has."""
+    return [key for key in window[0] if all(key in figures for figures in window)]
 
 
 def name_of(learner: Any) -> str:

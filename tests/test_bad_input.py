@@ -606,3 +606,91 @@ def test_a_trusted_run_folder_may_bring_its_own_reward(copied, empty_folder):
     assert run("evaluate", "run=x", "device=cpu", "trust=true") == 0
     assert (empty_folder / "imported").exists()
     assert run("train", "run.resume=x", "run.trust=true", "train.steps=3") == 0
+
+
+ODD_PARTS = """
+import sys
+import numpy
+from policyskip.agents.base import Agent
+from policyskip.envs.block_selection import BlockSelectionVectorEnv
+from policyskip.policies.fixed import FixedPolicy
+
+class Good(Agent):
+    def __init__(self, env): self.policy, self.decision_macs = FixedPolicy(env.backbone.num_blocks), 0.0
+    def update(self, env): return {"reward": 0.0}
+    def state_dict(self): return {"policy": self.policy.state_dict()}
+    def load_state_dict(self, state): pass
+
+class OddFamily(Good): family = "odd"
+class NoEnvironments(Good): environments = None
+class OneString(Good): environments = "block_selection"
+class NoPolicy(Good):
+    def __init__(self, env): self.decision_macs = 0.0
+class MacsText(Good):
+    def __init__(self, env): super().__init__(env); self.decision_macs = "x"
+class Numpy(Good):
+    def state_dict(self): return {"a": [numpy.zeros(3)]}
+class NoState(Good):
+    def state_dict(self): return None
+class Leaving(Good):
+    def __init__(self, env): sys.exit(0)
+class Wrong(FixedPolicy):
+    def spec(self): return {"zzz": 3}
+class WrongSpec(Good):
+    def __init__(self, env): self.policy, self.decision_macs = Wrong(env.backbone.num_blocks), 0.0
+class NoJson(FixedPolicy):
+    def spec(self): return {"num_blocks": lambda: 3}
+class NoJsonSpec(Good):
+    def __init__(self, env): self.policy, self.decision_macs = NoJson(env.backbone.num_blocks), 0.0
+class NoFigures(Good):
+    def update(self, env): env.advance()
+class UpdateLeaves(Good):
+    def update(self, env): sys.exit(0)
+
+class OddEnv(BlockSelectionVectorEnv): family = "odd"
+def no_env(backbone, images): return None
+"""
+
+
+@pytest.mark.parametrize(
+    "argument, message",
+    [
+        ("agent._target_=null", "agent._target_ must name a class or function as package.module.Name, got None"),
+        ("agent._target_=odd.OddFamily", "OddFamily must declare a family of blocks, gates, .*, or None, got 'odd'"),
+        ("agent._target_=odd.NoEnvironments", "must declare environments, a tuple of names, got None"),
+        ("agent._target_=odd.OneString", "must declare environments, a tuple of names, got 'block_selection'"),
+        ("agent._target_=odd.NoPolicy", "must set policy to a policyskip.policies.base.Policy, got NoneType"),
+        ("agent._target_=odd.MacsText", "must set decision_macs to the MACs of one decision, a number, got 'x'"),
+        ("agent._target_=odd.Numpy", r"state_dict of the agent Numpy must .*; got ndarray in state_dict\['a'\]\[0\]"),
+        ("agent._target_=odd.NoState", "state_dict of the agent NoState must .*; got NoneType"),
+        ("agent._target_=odd.Leaving", "agent: odd.Leaving failed with SystemExit: 0"),
+        ("agent._target_=sys.exit", "agent: sys.exit failed with SystemExit"),
+        ("agent._target_=leaving.X", "could not import agent._target_=leaving.X: SystemExit: 0"),
+        ("agent._target_=odd.WrongSpec", "spec of the policy Wrong must return the arguments of Wrong"),
+        ("agent._target_=odd.NoJsonSpec", "spec of the policy NoJson must return the arguments of NoJson"),
+        ("env._target_=odd.OddEnv", "the environment OddEnv must declare a family of .*, got 'odd'"),
+        ("env._target_=odd.no_env", "env._target_=odd.no_env gave a NoneType; it must be a .*DecisionEnv"),
+    ],
+)
+def test_odd_parts_are_refused_before_there_is_a_run_folder(refused, empty_folder, monkeypatch, argument, message):
+    (empty_folder / "odd.py").write_text(ODD_PARTS)
+    (empty_folder / "leaving.py").write_text("import sys\nsys.exit(0)\n")
+    for module in ("odd", "leaving"):
+        monkeypatch.delitem(sys.modules, module, raising=False)
+    typed_settings = [word for word in TRAIN if not word.startswith("agent.") or "env" in argument]
+    assert re.search(message, refused("train", *typed_settings, argument))
+
+
+@pytest.mark.parametrize(
+    "name, message",
+    [
+        ("NoFigures", "update of nofigures must return numbers by name, a dictionary, got None; no checkpoint"),
+        ("UpdateLeaves", "agent: odd.UpdateLeaves failed with SystemExit: 0"),
+    ],
+)
+def test_an_update_that_returns_or_does_something_odd_is_reported(empty_folder, monkeypatch, capsys, name, message):
+    (empty_folder / "odd.py").write_text(ODD_PARTS)
+    monkeypatch.delitem(sys.modules, "odd", raising=False)
+    settings = [word for word in TRAIN if not word.startswith("agent.")]
+    assert run("train", *settings, f"agent._target_=odd.{name}", "run.dir=runs/x") == 2
+    assert message in capsys.readouterr().err

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
+from torch import Tensor
+
 from policyskip.agents.base import Agent
 from policyskip.build import Setup, class_of
 from policyskip.config import Settings
@@ -37,6 +39,7 @@ def start(setup: Setup, settings: Settings) -> FamilyTask:
             processes; or the configuration lacks something that its family needs.
     """
     agent, steps = agent_class(setup.config, setup.trusted), settings.train.steps
+    _check_declarations(agent)
     if agent.learns and not steps:
         raise UserError("train.steps must be at least 1, got 0")
     if steps and not agent.learns:
@@ -44,7 +47,42 @@ def start(setup: Setup, settings: Settings) -> FamilyTask:
     if processes.world() > 1 and not issubclass(agent, Divisible):
         target = class_of(setup.config, "agent", setup.trusted)
         raise UserError(f"the agent {target.__name__} learns in one process; start it without torchrun")
-    return FAMILIES[family_of(setup)](setup, settings)
+    task = FAMILIES[family_of(setup)](setup, settings)
+    state = task.learner.state_dict()
+    problem = _not_plain(state, "state_dict") if isinstance(state, dict) else type(state).__name__
+    if problem:
+        raise UserError(
+            f"state_dict of the agent {agent.__name__} must return a dictionary of tensors, numbers, strings, lists "
+            f"and dictionaries, for checkpoints that can be read again; got {problem}"
+        )
+    return task
+
+
+def _not_plain(value: Any, where: str) -> str | None:
+    """Find something in a learner's state that a checkpoint would not give back, and say where; None if there is
+    none."""
+    if isinstance(value, Tensor) or type(value) in (type(None), bool, int, float, str, bytes):
+        return None
+    if isinstance(value, dict):
+        pairs = list(value.items())
+        odd = next((key for key in value if type(key) not in (str, int, float, bool)), None)
+        if odd is not None:
+            return f"the key {odd!r:.80} in {where}"
+    elif isinstance(value, list | tuple):
+        pairs = list(enumerate(value))
+    else:
+        return f"{type(value).__name__} in {where}"
+    return next((found for key, entry in pairs if (found := _not_plain(entry, f"{where}[{key!r}]"))), None)
+
+
+def _check_declarations(agent: type[Agent]) -> None:
+    """Refuse (UserError) an agent that declares a family that does not exist, or environments that are no names."""
+    name = f"the agent {agent.__name__}"
+    if not isinstance(agent.family, str | None) or agent.family not in (None, *FAMILIES):
+        raise UserError(f"{name} must declare a family of {', '.join(FAMILIES)}, or None, got {agent.family!r}")
+    environments: Any = agent.environments
+    if not isinstance(environments, tuple | list) or not all(isinstance(key, str) for key in environments):
+        raise UserError(f"{name} must declare environments, a tuple of names, got {environments!r}")
 
 
 def judge(setup: Setup, run: Run, split: str) -> Judgement:
@@ -76,7 +114,12 @@ def family_of(setup: Setup) -> str:
         target = class_of(setup.config, "agent", setup.trusted)
         name = name if isinstance(name, str) else target.__name__.lower()
         raise UserError(f"agent={name} cannot act in {env.id}; it can with {allowed}")
-    return agent.family or env.family
+    family = agent.family or env.family
+    if family not in FAMILIES:
+        raise UserError(
+            f"the environment {env.__name__} must declare a family of {', '.join(FAMILIES)}, got {family!r}"
+        )
+    return family
 
 
 def agent_class(config: dict[str, Any], trusted: bool = True) -> type[Agent]:

@@ -15,7 +15,7 @@ from policyskip.agents.base import Agent
 from policyskip.backbones import ExitNetwork, checkpoints
 from policyskip.backbones.exits import in_millions
 from policyskip.build import Setup
-from policyskip.config import Settings
+from policyskip.config import Settings, group_of
 from policyskip.deployment.loading import load_predictor, load_weights
 from policyskip.deployment.policy_files import PolicyFile, describe_exit_policy
 from policyskip.deployment.predictors import ExitPredictor
@@ -56,6 +56,10 @@ class ExitPolicyTask(FamilyTask):
         everyone = torch.ones(len(env.observation), dtype=torch.bool, device=env.device)
         reward_of(self.reward, env.score(everyone))  # a reward that fails is refused before there is a run folder
         self.learner: Agent = setup.agent(env)
+        if not isinstance(self.learner.policy, ExitPolicy):
+            kind, node = "policyskip.policies.perceptrons.ExitPolicy", group_of(setup.config, "agent")
+            got = type(self.learner.policy).__name__
+            raise UserError(f"agent: {node['_target_']} must set policy to a {kind} to leave at exits, got {got}")
         self.validation = cache_exits(network, setup.data.validation.plain())
         name = self.learner.name
         self.names = names_of(setup, name, env.id)

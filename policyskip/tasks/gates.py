@@ -14,7 +14,7 @@ from torch import Tensor
 
 from policyskip.agents.skipnet import SkipNet
 from policyskip.backbones import Backbone, checkpoints
-from policyskip.build import Setup, build
+from policyskip.build import Setup, build, wrong_kind
 from policyskip.config import Settings, group_of
 from policyskip.data import Feed, Images, sequential
 from policyskip.deployment.loading import load_weights
@@ -137,6 +137,10 @@ def make_agent(setup: Setup) -> SkipNet:
         total_steps=setup.config["train"]["steps"],
         seed=setup.config["seed"],
     )
+    if not isinstance(agent, SkipNet):
+        raise UserError(
+            wrong_kind("agent", group_of(setup.config, "agent"), agent, "policyskip.agents.skipnet.SkipNet")
+        )
     return agent
 
 

@@ -18,7 +18,7 @@ from policyskip.backbones import checkpoints
 from policyskip.backbones.checkpoints import RANDOM
 from policyskip.backbones.exits import ExitNetwork, costly_exits, count_exit_costs, in_millions
 from policyskip.backbones.resnet_exits import ResNetExits
-from policyskip.build import Setup, build, build_backbone
+from policyskip.build import Setup, build, build_backbone, wrong_kind
 from policyskip.config import Settings, group_of
 from policyskip.data import Data, Feed
 from policyskip.deployment.loading import load_thresholds, load_weights
@@ -76,6 +76,9 @@ class ThresholdTask(FamilyTask):
             network=network,
             total_steps=settings.train.steps,
         )
+        if not isinstance(self.learner, EarlyExitAgent):
+            node = group_of(setup.config, "agent")
+            raise UserError(wrong_kind("agent", node, self.learner, "policyskip.agents.early_exit.EarlyExitAgent"))
         self.source = Feed(setup.data.train, setup.batch_size, "shuffled", settings.seed)
         check_batch(network, self.source.batch.images)
         self.names = names_of(setup, self.learner.name, EarlyExitVectorEnv.id)
