@@ -20,6 +20,7 @@ from pydantic import (
     TypeAdapter,
     ValidationError,
 )
+from torch import Tensor
 
 from policyskip import registry
 from policyskip.agents.base import Agent
@@ -270,6 +271,15 @@ def build_data(node: dict[str, Any], device: torch.device, trusted: bool = True)
     data = build("data", node, trusted, device=device)
     if not isinstance(data, Data):
         raise UserError(wrong_kind("data", node, data, "policyskip.data.Data"))
+    for images in (data.train, data.validation, data.test):
+        label_N = getattr(images, "label_N", None)
+        if (
+            isinstance(label_N, Tensor)
+            and len(label_N)
+            and not 0 <= int(label_N.min()) <= int(label_N.max()) < len(data.classes)
+        ):
+            found = f"{int(label_N.min())} to {int(label_N.max())}"
+            raise UserError(f"data: {node['_target_']} gave labels {found} for {len(data.classes)} classes")
     return data, batch_size
 
 

@@ -611,6 +611,8 @@ def test_a_trusted_run_folder_may_bring_its_own_reward(copied, empty_folder):
 ODD_PARTS = """
 import sys
 import numpy
+import torch
+from policyskip.data import Data, TensorImages
 from policyskip.agents.base import Agent
 from policyskip.envs.block_selection import BlockSelectionVectorEnv
 from policyskip.policies.fixed import FixedPolicy
@@ -649,6 +651,10 @@ class UpdateLeaves(Good):
 
 class OddEnv(BlockSelectionVectorEnv): family = "odd"
 def no_env(backbone, images): return None
+
+def more_labels(device):
+    split = TensorImages(torch.zeros(60, 3, 20, 20, dtype=torch.uint8), torch.arange(60) % 4)
+    return Data("odd", split, split, split, ("a", "b"), (3, 20, 20))
 """
 
 
@@ -679,6 +685,15 @@ def test_odd_parts_are_refused_before_there_is_a_run_folder(refused, empty_folde
         monkeypatch.delitem(sys.modules, module, raising=False)
     typed_settings = [word for word in TRAIN if not word.startswith("agent.") or "env" in argument]
     assert re.search(message, refused("train", *typed_settings, argument))
+
+
+def test_labels_without_a_class_are_refused(refused, empty_folder, monkeypatch):
+    (empty_folder / "odd.py").write_text(ODD_PARTS)
+    monkeypatch.delitem(sys.modules, "odd", raising=False)
+    settings = [word for word in TRAIN if not word.startswith("data.")]
+    assert "data: odd.more_labels gave labels 0 to 3 for 2 classes" in refused(
+        "train", *settings, "data._target_=odd.more_labels"
+    )
 
 
 @pytest.mark.parametrize(
