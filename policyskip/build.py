@@ -308,6 +308,9 @@ def build_backbone(
             if not isinstance(backbone, Backbone | ExitNetwork):
                 kinds = "policyskip.backbones.Backbone or ExitNetwork"
                 raise UserError(wrong_kind("backbone", node, backbone, kinds))
+            if backbone.num_classes != len(data.classes):
+                made = f"a network of {backbone.num_classes} classes"
+                raise UserError(f"backbone._target_={node['_target_']} gave {made}, the data has {len(data.classes)}")
             if not own:
                 path = registry.path_of("backbone", node["_target_"])
                 record_architecture(backbone, path, call.target, call.arguments)

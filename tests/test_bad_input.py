@@ -612,6 +612,7 @@ ODD_PARTS = """
 import sys
 import numpy
 import torch
+from policyskip.backbones import cifar_resnet
 from policyskip.data import Data, TensorImages
 from policyskip.agents.base import Agent
 from policyskip.envs.block_selection import BlockSelectionVectorEnv
@@ -651,6 +652,7 @@ class UpdateLeaves(Good):
 
 class OddEnv(BlockSelectionVectorEnv): family = "odd"
 def no_env(backbone, images): return None
+def five_classes(): return cifar_resnet(5, 20, "random")
 
 def more_labels(device):
     split = TensorImages(torch.zeros(60, 3, 20, 20, dtype=torch.uint8), torch.arange(60) % 4)
@@ -685,6 +687,14 @@ def test_odd_parts_are_refused_before_there_is_a_run_folder(refused, empty_folde
         monkeypatch.delitem(sys.modules, module, raising=False)
     typed_settings = [word for word in TRAIN if not word.startswith("agent.") or "env" in argument]
     assert re.search(message, refused("train", *typed_settings, argument))
+
+
+def test_a_network_of_other_classes_is_refused(refused, empty_folder, monkeypatch):
+    (empty_folder / "odd.py").write_text(ODD_PARTS)
+    monkeypatch.delitem(sys.modules, "odd", raising=False)
+    settings = [word for word in TRAIN if not word.startswith("backbone")]
+    message = "backbone._target_=odd.five_classes gave a network of 5 classes, the data has 10"
+    assert message in refused("train", *settings, "backbone._target_=odd.five_classes")
 
 
 def test_labels_without_a_class_are_refused(refused, empty_folder, monkeypatch):
