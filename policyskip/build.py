@@ -144,8 +144,7 @@ def _converted(key: str, value: Any, hint: Any) -> Any:
 
 
 def _hints(function: Any) -> dict[str, Any]:
-    """Return the annotations of a function's parameters, or of a class's constructor; none if one of them makes no
-    sense."""
+    """Return the annotations of a function's or a constructor's parameters; none if one of them makes no sense."""
     try:
         return get_type_hints(function.__init__ if inspect.isclass(function) else function)
     except Exception:
