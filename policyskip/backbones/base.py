@@ -122,7 +122,7 @@ class Block(nn.Module):
 
 
 class Backbone(Network):
-    """A network of a stem, K blocks and a head: the package uses these three of a network, and nothing else.
+    """A network that has a stem, K blocks and a head: the package uses these three of a network, and nothing else.
 
     Args:
         stem: module from normalised images (B, 3, H, W) to features.

@@ -34,7 +34,7 @@ BLOCKS, EXITS = "blocks", "exits"
 
 @dataclass(frozen=True)
 class Decisions:
-    """Holds what was decided for each image of a set, and what came of it: a row for each image, on the CPU.
+    """Holds what was decided for each image of a set, in the set's order on the CPU, and what came of it.
 
     Attributes:
         kind: what the policy decides on, "blocks" or "exits".
