@@ -57,7 +57,7 @@ class Call:
 def build(
     group: str, node: dict[str, Any], trusted: bool = True, optional: dict[str, Any] | None = None, **given: Any
 ) -> Any:
-    """Call a group's ``_target_`` with its other keys as arguments. Arguments as for :func:`check_call`.
+    """Call a group's ``_target_`` with its other keys as arguments. For the arguments see :func:`check_call`.
 
     Raises:
         UserError: the target cannot be imported, does not take these arguments, or fails on them.

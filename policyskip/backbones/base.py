@@ -112,7 +112,8 @@ class Block(nn.Module):
         return self.join(self.shortcut(x), x, inplace)
 
     def join(self, shortcut: Tensor, x: Tensor, inplace: bool = False) -> Tensor:
-        """Return ``relu(shortcut + residual(x))`` for a shortcut that has been computed already; without gradients.
+        """Return ``relu(shortcut + residual(x))``, in the shape of the shortcut, which is computed before; without
+        gradients.
 
         Args:
             inplace: whether ``shortcut`` may be overwritten.

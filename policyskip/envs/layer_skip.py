@@ -123,7 +123,8 @@ def observe(features: Tensor, block_K: Tensor, width: int) -> Tensor:
 
 
 def _channels(backbone: Backbone, images: Tensor) -> list[int]:
-    """Count the channels of the features that enter each block; running the shortcuts alone shows that."""
+    """Count the channels of the features that enter each block, by running the shortcuts alone on images (B, 3, H,
+    W)."""
     channels = []
     with torch.no_grad():
         x = backbone.features(images)

@@ -205,7 +205,7 @@ def _kind(value: Any) -> str:
 
 
 def check_thresholds(thresholds: Sequence[float] | Tensor, num_exits: int) -> None:
-    """Raise UserError unless each of ``num_exits`` exits but the last has one threshold, and none is NaN."""
+    """Raise UserError unless each of ``num_exits`` exits but the last has one threshold, (E,), and none is NaN."""
     values = [float(value) for value in thresholds]
     if len(values) != num_exits - 1:
         raise UserError(
@@ -282,7 +282,7 @@ def q_for_budget(macs: float, macs_N: Tensor) -> float:
 
 
 def between(low: Tensor, high: Tensor) -> float:
-    """Return a threshold in (low, high], half-way between the two, so that rounding changes no decision."""
+    """Return a threshold in (low, high], two scalars: half-way between them, so that rounding changes no decision."""
     middle = low + (high - low) / 2
     return float(middle if middle > low else high)
 
