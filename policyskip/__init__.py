@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from policyskip.deployment.predictors import Predictor
     from policyskip.rewards import Outcome
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 __all__ = ["Outcome", "Predictor", "__version__", "load"]
 
 gymnasium.register(

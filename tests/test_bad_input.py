@@ -410,6 +410,10 @@ CONFIG_DAMAGE = {
     "binary": (lambda run: (run / "config.yaml").write_bytes(b"\xff\0\xfe"), r"x/config\.yaml is damaged"),
     "a list": (lambda run: (run / "config.yaml").write_text("- a\n- b\n"), "x/config.yaml is damaged or not ours"),
     "empty": (lambda run: (run / "config.yaml").write_text(""), "the configuration has no data|seed"),
+    "a section that is a list": (
+        lambda run: change_config(run, run=[1]),
+        r"x/config\.yaml is damaged|run: input should be",
+    ),
     "of another command": (lambda run: drop_from_config(run, "reward"), "the configuration has no reward"),
 }
 

@@ -15,7 +15,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from policyskip.backbones import Network, checkpoints
 from policyskip.errors import UserError, in_one_line
-from policyskip.files import shell_argument
+from policyskip.files import damaged, shell_argument
 from policyskip.runs.folder import Run, create, open_run
 
 INITIAL_NETWORK = "start.safetensors"
@@ -51,9 +51,11 @@ def new_or_resumed(config: DictConfig) -> tuple[DictConfig, Run | None, bool]:
     for key in [change.split("=")[0] for change in changes]:
         if key not in ("run.resume", *CHANGEABLE):
             raise UserError(f"{key} cannot change when a run is resumed; only {', '.join(CHANGEABLE)} can")
-    changed = OmegaConf.merge(saved_config(run), OmegaConf.from_dotlist(changes))
+    typed, saved = OmegaConf.from_dotlist(changes), saved_config(run)
+    with damaged(run.folder / "config.yaml"):
+        changed = OmegaConf.merge(saved, typed)
+        OmegaConf.update(changed, "run.trust", config.run.trust, force_add=True)  # a folder cannot trust itself
     assert isinstance(changed, DictConfig)
-    OmegaConf.update(changed, "run.trust", config.run.trust, force_add=True)  # a folder cannot trust itself
     return changed, run, (run.folder / "checkpoint.pt").is_file()
 
 

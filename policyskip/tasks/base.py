@@ -13,6 +13,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
+from policyskip.agents.base import Agent
 from policyskip.backbones import Network
 from policyskip.build import Setup
 from policyskip.config import Settings
@@ -32,7 +33,6 @@ class Task(ABC):
         choose_by: the validation figure by which the best weights are kept.
         names: agent, env, backbone and data, for the summary.
         greeting: the lines that are printed before training starts.
-        trained_network: the network, as it is before training, of a run that trains it; None where it is frozen.
     """
 
     choose_by: ClassVar[str] = "reward"
@@ -40,7 +40,11 @@ class Task(ABC):
     source: Any
     names: dict[str, str]
     greeting: str
-    trained_network: Network | None = None
+
+    @property
+    @abstractmethod
+    def trained_network(self) -> Network | None:
+        """Return the network of the configuration if the run trains it, or a copy of it; None where it is frozen."""
 
     @abstractmethod
     def validate(self) -> dict[str, Any]:
@@ -68,6 +72,12 @@ class FamilyTask(Task):
     """
 
     setup: Setup
+    learner: Agent
+
+    @property
+    def trained_network(self) -> Network | None:
+        network: Network = self.setup.backbone
+        return network if self.learner.trains_network else None
 
     @abstractmethod
     def __init__(self, setup: Setup, settings: Settings) -> None: ...

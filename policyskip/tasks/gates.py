@@ -40,6 +40,8 @@ class GateTask(FamilyTask):
         UserError: the configuration has an environment or a reward, or no front.
     """
 
+    learner: SkipNet
+
     def __init__(self, setup: Setup, settings: Settings) -> None:
         if setup.reward is not None:
             raise UserError("agent=skipnet learns by its own loss (agent.alpha, agent.cost) and takes no reward")
@@ -47,7 +49,7 @@ class GateTask(FamilyTask):
             raise UserError("agent=skipnet learns from labelled images and takes no env")
         if settings.front is None:
             raise UserError("the configuration has no front, and skipping blocks needs one")
-        self.setup, self.front_settings, self.trained_network = setup, settings.front, setup.backbone
+        self.setup, self.front_settings = setup, settings.front
         self.learner = make_agent(setup)
         self.source = Feed(setup.data.train, setup.batch_size, "shuffled", settings.seed)
         check_batch(self.learner.network.backbone, self.source.batch.images)

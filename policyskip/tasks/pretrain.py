@@ -47,7 +47,7 @@ class PretrainTask(Task):
         network: Any = build_backbone(node, self.data, device, trusted, seed=settings.seed)
         if not isinstance(network, CifarResNet):
             raise UserError(f"pretrain trains CIFAR ResNets, not {network.name}")
-        self.trained_network: CifarResNet = network
+        self.network = network
         self.learner: Pretrainer = build(
             "pretrain",
             group_of(content, "pretrain"),
@@ -60,16 +60,20 @@ class PretrainTask(Task):
         self.names = dict(backbone=network.name, data=self.data.name)
         self.greeting = f"{network.name} learns to classify the images of {self.data.name}"
 
+    @property
+    def trained_network(self) -> CifarResNet:
+        return self.network
+
     def validate(self) -> dict[str, Any]:
         """Return the accuracy on validation images with all blocks, and with a random half of them."""
         return self.learner.accuracies(self.data.validation)
 
     def deployable(self) -> dict[str, Tensor]:
-        return self.trained_network.state_dict()
+        return self.network.state_dict()
 
     def finish(self, run: Run, tracker: Tracker, seconds: float) -> dict[str, Any]:
         """Judge the best weights once on test; write the backbone and the summary; close the tracker."""
-        network, settings, weights = self.trained_network, self.settings, run.folder / DEPLOYED
+        network, settings, weights = self.network, self.settings, run.folder / DEPLOYED
         network.load_state_dict(run.load_best())
         checkpoints.save(network, weights)
         summary: dict[str, Any] = dict(

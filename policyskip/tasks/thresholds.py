@@ -68,7 +68,7 @@ class ThresholdTask(FamilyTask):
         self.target = settings.target.chosen or {"accuracy_drop": ACCURACY_DROP}
         check_target(**settings.target.model_copy(update=self.target).model_dump())
         _check_unused(setup)
-        self.setup, self.network, self.trained_network = setup, network, network
+        self.setup, self.network = setup, network
         self.learner: EarlyExitAgent = build(
             "agent",
             group_of(setup.config, "agent"),
