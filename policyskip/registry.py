@@ -121,21 +121,18 @@ def _found(group: str, target: str, source: _Source) -> Any:
 
 
 def name_of(group: str, kind: type) -> str:
-    """Return the name under which files store a class: the plain name if it is the package's own, else its dotted
-    path."""
+    """Return the name under which files store a class: the plain name of the package's own, else the dotted path."""
     return kind.__name__ if is_own(kind.__module__, group) else f"{kind.__module__}.{kind.__qualname__}"
 
 
 def path_of(group: str, target: str) -> str:
-    """Return the dotted path of what ``target`` names: itself, or what an installed entry point of that name stands
-    for."""
+    """Return the dotted path of what ``target`` names: itself, or what the installed entry point stands for."""
     point = installed(group).get(target) if "." not in target else None
     return target if point is None else f"{point.module}.{point.attr}"
 
 
 def declared_class(target: Callable[..., Any]) -> type | None:
-    """Return the class of what ``target`` makes: itself if it is a class, else what its return annotation says; None if
-    it has no annotation that names a class."""
+    """Return the class of what ``target`` makes, as it is or is annotated; None if no annotation names a class."""
     if inspect.isclass(target):
         return target
     try:
@@ -240,8 +237,7 @@ def _locate(path: str, nested: bool) -> Any:
 
 
 def _entry_point_groups(group: str) -> tuple[str, ...]:
-    """Return the entry-point groups in which installed packages declare members of a group, the documented one
-    first."""
+    """Return the entry-point groups in which packages declare members of a group, the documented one first."""
     return ENTRY_POINT_GROUPS.get(group, (f"policyskip.{group}s",))
 
 

@@ -134,7 +134,7 @@ def _network_of(run: Run, file: PolicyFile, trust: bool) -> Network:
     """Build the network that a policy was trained with.
 
     Raises:
-        UserError: its weights are others now.
+        UserError: the weights in the file are not those that the policy was trained with.
     """
     path = str(run.folder / "network.safetensors")
     if file.family == "blocks":
@@ -231,8 +231,7 @@ def _policy_of(run: Run, name: str, entry: dict[str, Any]) -> Policy:
 
 
 def _built(run: Run, name: str, make: Callable[..., Any], arguments: dict[str, Any]) -> Any:
-    """Call what ``policy.json`` names. Errors of the user's own code are reported as such, and not as damage of the
-    file.
+    """Call what ``policy.json`` names. Errors of the user's own code are reported as such, and not as damage.
 
     Raises:
         UserError: the call failed.
@@ -251,7 +250,7 @@ def load_weights(module: nn.Module, run: Run, described: str = "policy.json") ->
     """Put a run's best weights into a module that was built as ``described``.
 
     Raises:
-        UserError: they are damaged, not finite, or of another module.
+        UserError: the weights are damaged, not finite, or of another module.
     """
     load_state(module, run.load_best(), run, described)
 

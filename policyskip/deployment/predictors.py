@@ -94,8 +94,7 @@ class BasePredictor(ABC):
         """Compute logits (B, C) and decisions (B, …) for images uint8 (B, 3, H, W) on the network's device."""
 
     def _answers(self, images: Tensor | np.ndarray, batch_size: int) -> tuple[Tensor, Tensor]:
-        """Compute logits (B, C) and decisions (B, …) for any number of images uint8 (B, 3, H, W), ``batch_size`` at a
-        time."""
+        """Compute logits (B, C) and decisions (B, …) for images uint8 (B, 3, H, W), ``batch_size`` at a time."""
         on_device = checked(images, self.image_shape).to(self.network.mean.device)
         answers = self.splitter(lambda rows: self._answer(on_device[rows]), len(on_device), batch_size)
         logits_BC, decision_B = (torch.cat(column) for column in zip(*answers, strict=True))

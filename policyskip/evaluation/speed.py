@@ -51,8 +51,7 @@ def of_network(
 
 
 def of_run(setup: Setup, run: Run, batch_sizes: Sequence[int], repeats: int, count: int, path: Path) -> int:
-    """Measure the network of a run, and how much time the run's predictions save; write and print as :func:`of_network`
-    does.
+    """Measure the network of a run, and how much time the run's predictions save; otherwise as :func:`of_network`.
 
     The latency also goes into the run's summary, where ``policyskip compare`` finds it.
 

@@ -64,7 +64,7 @@ class Task(ABC):
 
 
 class FamilyTask(Task):
-    """The task of one family of agents; a finished run of the family can be judged again from its folder.
+    """A task that belongs to one family of agents; a finished run of the family can be judged again from its folder.
 
     Args:
         setup: what the run's configuration names.

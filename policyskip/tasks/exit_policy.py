@@ -117,6 +117,11 @@ class ExitPolicyTask(FamilyTask):
 
     @staticmethod
     def judge(setup: Setup, run: Run, split: str) -> Judgement:
+        """Judge a finished run's best weights, from its folder, on a split.
+
+        Raises:
+            UserError: ``policy.json`` is not that of a policy that leaves early.
+        """
         predictor = load_predictor(run, setup.device, trust=setup.trusted)
         if not isinstance(predictor, ExitPredictor):
             raise UserError(f"{run.folder / 'policy.json'} is not that of a policy that leaves early")

@@ -69,7 +69,7 @@ def static_front(setup: Setup, settings: FrontSection, sets_in_use: Sequence[Kee
 
 
 def with_block_selection(setup: Setup) -> Setup:
-    """Return the same setup with ``BlockSelection-v0`` as its environment, in which fixed keep-sets are searched."""
+    """Return a setup with ``BlockSelection-v0`` as its environment, in which fixed keep-sets are searched."""
     env = {"_target_": "policyskip.envs.block_selection.BlockSelectionVectorEnv"}
     return replace(setup, config={**setup.config, "env": env})
 

@@ -141,7 +141,7 @@ def make_agent(setup: Setup) -> SkipNet:
 
 
 def with_network_of(agent: SkipNet, setup: Setup) -> Setup:
-    """Return the same setup over the agent's own network, whose fixed keep-sets are judged in BlockSelection."""
+    """Return a setup over the agent's own network, whose fixed keep-sets are judged in ``BlockSelection-v0``."""
     return replace(with_block_selection(setup), backbone=agent.network.backbone.eval())
 
 

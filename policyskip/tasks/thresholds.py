@@ -49,7 +49,7 @@ FEW = 500
 
 
 class ThresholdTask(FamilyTask):
-    """The task of a network with exits: an agent trains it, and its thresholds have to meet a target.
+    """The task of a network with exits, which an agent trains, and whose thresholds have to meet a target.
 
     Raises:
         UserError: the network has no exits, the configuration has no target, or no threshold can meet it.
