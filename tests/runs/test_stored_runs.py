@@ -28,7 +28,7 @@ from policyskip.data import digits
 from policyskip.errors import UserError
 from tests.conftest import typed
 
-STORED = Path(__file__).parent / "data" / "runs"
+STORED = Path(__file__).parent.parent / "stored" / "runs"
 HALF = sorted(path.name.removesuffix("-half") for path in STORED.glob("*-half"))
 """Runs that are stored twice: whole, and stopped after half of their updates."""
 JUDGED = sorted(path.parent.name for path in STORED.glob("*/policy.json"))
