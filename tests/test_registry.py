@@ -22,6 +22,7 @@ from policyskip.errors import UserError
 from policyskip.exits.calibration import curve_of
 from policyskip.exits.rules import Measured, exit_of, rule_named
 from policyskip.policies.networks import PolicyNetwork, policy_network
+from policyskip.sealed import sealed
 from tests.conftest import small_backbone, small_cache, small_images
 from tests.installing import install
 
@@ -266,6 +267,22 @@ def test_metadata_of_weights_import_nothing(folder):
         assert not imported()
     with pytest.raises(UserError, match=r"my_module\.mine gave a int; it must be a Backbone"):
         checkpoints.load("net.safetensors", trusted=True)
+    assert imported()
+
+
+@pytest.mark.parametrize("function", ["architectures.build_again", "load", "load_exits"])
+def test_a_stranger_s_file_cannot_trust_itself(folder, function):
+    """The package's own readers of networks take ``trusted``, which a configuration that calls them could set."""
+    (folder / "my_module.py").write_text(MODULE)
+    architecture = {"network": "my_module.mine"}
+    (folder / "net.safetensors").write_bytes(sealed({"weight": torch.zeros(1)}, architecture))
+    named = {"architecture": architecture} if "again" in function else {"name": "net.safetensors"}
+    node = {"_target_": f"policyskip.backbones.{function}", "trusted": True, **named}
+    with pytest.raises(UserError, match=r"my_module\.mine"):
+        build("backbone", node, trusted=False)
+    assert not imported()
+    with pytest.raises(UserError, match="gave a int"):
+        build("backbone", node)
     assert imported()
 
 
