@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import json
+import shutil
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -10,6 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 
+import policyskip
 from policyskip import registry
 from policyskip.agents.blockdrop import BlockDrop
 from policyskip.agents.fixed import FixedAgent, best_static
@@ -600,3 +603,21 @@ def test_what_is_no_policy_network_is_refused(folder, name, message):
     (folder / "my_policies.py").write_text(POLICIES)
     with pytest.raises(UserError, match=message):
         learner(policy=name)
+
+
+def test_a_policy_that_looks_at_numbers_while_it_is_made_is_loaded(folder):
+    """It cannot be made without memory, so its size is first seen when it is made."""
+    (folder / "my_policies.py").write_text(
+        "import torch\n\nfrom policyskip.policies.fixed import FixedPolicy\n\n\n"
+        "class Mine(FixedPolicy):\n    def __init__(self, num_blocks):\n        super().__init__(num_blocks)\n"
+        "        self.rates = [rate.item() for rate in torch.linspace(0, 1, 3)]\n"
+    )
+    run = shutil.copytree(Path(__file__).parent / "data/runs/best_static", folder / "run")
+    content = json.loads((run / "policy.json").read_bytes())
+    content["policy"]["name"] = "my_policies.Mine"
+    (run / "policy.json").write_text(json.dumps(content))
+    assert policyskip.load(run, trust=True).policy.rates == [0, 0.5, 1]
+    content["policy"]["arguments"] = {"num_blocks": 3}
+    (run / "policy.json").write_text(json.dumps(content))
+    with pytest.raises(UserError, match=r"best\.safetensors does not fit policy\.json"):
+        policyskip.load(run, trust=True)
