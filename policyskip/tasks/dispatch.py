@@ -55,8 +55,9 @@ def judge(setup: Setup, run: Run, split: str) -> Judgement:
     """
     if isinstance(setup.reward, Adaptive):  # a reward that moves stands where the run left it
         state = run.load_checkpoint()
-        with damaged(run.folder / "checkpoint.pt"):
-            setup.reward.load_state_dict(state["reward"])
+        if "reward" in state:  # where nothing was learned, it has not moved
+            with damaged(run.folder / "checkpoint.pt"):
+                setup.reward.load_state_dict(state["reward"])
     return FAMILIES[family_of(setup)].judge(setup, run, split)
 
 
