@@ -195,6 +195,14 @@ def test_numbers_and_kinds_that_cannot_be_are_damage(name, changes, backbone, tm
         policyskip.load(path.parent, backbone)
 
 
+def test_a_run_is_judged_again_without_its_checkpoint(tmp_path):
+    run = copy_of("budget", tmp_path)
+    (run / "checkpoint.pt").unlink()
+    result = typed("evaluate", f"run=runs/{run.name}", "device=cpu", cwd=tmp_path)
+    assert result.returncode == 0, result.stderr
+    assert "Differs from summary.json in test/reward." in result.stdout
+
+
 def test_a_reward_that_moves_has_not_moved_where_nothing_was_learned(tmp_path):
     run = copy_of("best_static", tmp_path)
     config = (run / "config.yaml").read_text()
