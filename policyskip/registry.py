@@ -78,7 +78,8 @@ def resolve(group: str, target: str, trusted: bool | None = None) -> Callable[..
         group: a key of :data:`GROUPS`.
         target: ``package.module.Name``, or the name of an installed entry point.
         trusted: whether a name that was read from a file may be imported if it is neither the package's own nor
-            installed. None: as the enclosing :func:`trusting` says; without one, the name was typed and is imported.
+            installed; never inside a :func:`trusting` that does not trust. None: as the enclosing :func:`trusting`
+            says; without one, the name was typed and is imported.
 
     Raises:
         UserError: the name is not installed, has to be trusted, cannot be imported, or is no class or function.
@@ -92,7 +93,9 @@ def resolve(group: str, target: str, trusted: bool | None = None) -> Callable[..
 
 def find(group: str, target: str, trusted: bool | None = None) -> Any:
     """Import the object of a group that ``target`` names, of whatever kind; otherwise as :func:`resolve`."""
-    source = _source.get() if trusted is None else _Source(trusted, stored=True)
+    source = _source.get()
+    if trusted is not None:  # a function that a stranger's file calls may get trusted=True from that very file
+        source = _Source(trusted and source.trusted, stored=True)
     found = _found(group, target, source)
     module = getattr(found, "__module__", None)
     if not is_own(module):

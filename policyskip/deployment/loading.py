@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -102,13 +103,13 @@ def load_predictor(
         raise UserError(
             f"the run {run.folder} brings its own network, network.safetensors; backbone={backbone} has no effect"
         )
-    if "config" in file.network and backbone is not None:
-        file.network["config"] = {**file.network["config"], "checkpoint": backbone}
     with registry.trusting(trust):
         try:
+            if backbone is not None:
+                file.network["config"] = {**file.network["config"], "checkpoint": backbone}
             network = _network_of(run, file, trust).to(device)
             return LOADERS[file.family](run, file, network, device)
-        except (KeyError, TypeError, ValueError, RuntimeError) as error:
+        except (KeyError, TypeError, ValueError, OverflowError, RuntimeError) as error:
             if isinstance(error, UserError) or users_problem(error):
                 raise
             raise damaged_policy(run, error) from error
@@ -218,14 +219,16 @@ def _policy_of(run: Run, name: str, entry: dict[str, Any]) -> Policy:
             f"the run {run.folder} is an oracle's, which sees the label: there is nothing to load for other images"
         )
     arguments = dict(entry["arguments"])
-    with torch.device("meta"):  # so that a file that lies about its size takes no memory
-        needed = sum(value.numel() for value in _built(run, name, kind, arguments).state_dict().values())
-    stored = sum(value.numel() for value in run.load_best().values())
-    if needed != stored:
+    needed = stored = sum(value.numel() for value in run.load_best().values())
+    with suppress(Exception), torch.device("meta"):  # so that a file that lies about its size takes no memory
+        needed = sum(value.numel() for value in kind(**arguments).state_dict().values())
+    if needed != stored:  # equal for policies that look at numbers while they are made: they cannot be made like that
         raise UserError(
             f"{run.folder / 'best.safetensors'} does not fit policy.json: it holds {stored} numbers, not {needed}"
         )
-    policy: Policy = _built(run, name, kind, arguments)
+    policy = _built(run, name, kind, arguments)
+    if not isinstance(policy, Policy):
+        raise UserError(f"{name} of {run.folder / 'policy.json'} gives no policy")
     load_weights(policy, run)
     return policy
 

@@ -84,7 +84,7 @@ def read_policy(run: Run) -> PolicyFile:
         network["hash"] = str(network["hash"])
         classes = tuple(str(name) for name in content["classes"])
         return PolicyFile(family, dict(content[KEYS[family]]), network, classes, (channels, height, width))
-    except (KeyError, TypeError, ValueError) as error:
+    except (KeyError, TypeError, ValueError, OverflowError) as error:
         raise damaged_policy(run, error) from error
 
 

@@ -53,10 +53,12 @@ def judge(setup: Setup, run: Run, split: str) -> Judgement:
     Raises:
         UserError: a file of the run is damaged, or the run did not get that far.
     """
-    if isinstance(setup.reward, Adaptive):  # a reward that moves stands where the run left it
+    path = run.folder / "checkpoint.pt"
+    if isinstance(setup.reward, Adaptive) and path.is_file():  # a reward that moves stands where the run left it
         state = run.load_checkpoint()
-        with damaged(run.folder / "checkpoint.pt"):
-            setup.reward.load_state_dict(state["reward"])
+        if "reward" in state:  # where nothing was learned, it has not moved
+            with damaged(path):
+                setup.reward.load_state_dict(state["reward"])
     return FAMILIES[family_of(setup)].judge(setup, run, split)
 
 
