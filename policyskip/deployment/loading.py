@@ -28,6 +28,7 @@ from policyskip.deployment.predictors import (
 from policyskip.deployment.profiling import device_name
 from policyskip.errors import UserError, first_line, in_one_line, users_problem
 from policyskip.exits.rules import check_thresholds
+from policyskip.files import damaged
 from policyskip.finite import find_nonfinite
 from policyskip.memory import keep_freed_memory
 from policyskip.policies.base import Policy
@@ -103,6 +104,10 @@ def load_predictor(
         raise UserError(
             f"the run {run.folder} brings its own network, network.safetensors; backbone={backbone} has no effect"
         )
+    if file.policy.get("name") == OraclePolicy.__name__:
+        raise UserError(
+            f"the run {run.folder} is an oracle's, which sees the label: there is nothing to load for other images"
+        )
     with registry.trusting(trust):
         try:
             if backbone is not None:
@@ -142,16 +147,14 @@ def _network_of(run: Run, file: PolicyFile, trust: bool) -> Network:
         return _external_network(run, file)
     if file.family == "gates":
         backbone = checkpoints.load(path, trust)
-        network: Network = GatedNetwork(backbone, str(file.policy["kind"]), file.image_shape)
+        with damaged(run.folder / "network.safetensors"):
+            network: Network = GatedNetwork(backbone, str(file.policy["kind"]), file.image_shape)
         gates = {name.removeprefix("gates."): t for name, t in run.load_best().items() if name.startswith("gates.")}
         load_state(network.gates, gates, run, "policy.json")  # type: ignore[arg-type]
     else:
         network = load_exits(path, trust)
     if network.content_hash() != file.network["hash"]:
-        what = {"gates": "gates were trained with", "thresholds": "thresholds were chosen for"}
-        what_was = what.get(file.family, "policy was trained with")
-        subject, _, verb = what_was.partition(" ")
-        raise UserError(f"the {subject} of {run.folder} {verb} another network than its network.safetensors")
+        raise UserError(f"{OTHER_NETWORK[file.family].format(run.folder)} another network than its network.safetensors")
     return network
 
 
@@ -163,7 +166,10 @@ def _external_network(run: Run, file: PolicyFile) -> Backbone:
     """
     config = dict(file.network["config"])
     target = str(config.pop("_target_"))
-    make = OWN_BACKBONES.get(target) or registry.resolve("backbone", target)
+    make = OWN_BACKBONES.get(target)
+    if make is None and registry.is_own(target):  # the package has other functions, which are not for a file to call
+        raise ValueError(f"{target} is no network with blocks")
+    make = make or registry.resolve("backbone", target)
     parameters, seed = inspect.signature(make).parameters, int(file.network.get("seed", 0))
     known = {"num_classes": len(file.classes), "image_shape": file.image_shape, "seed": seed}
     with checkpoints.seeded(seed):  # as build_backbone draws the random weights of a user's network
@@ -199,6 +205,12 @@ def _load_exit_policy(run: Run, file: PolicyFile, network: Any, device: str | to
     return ExitPredictor(policy.to(device), network, file.classes, file.image_shape, float(file.policy["macs"]))
 
 
+OTHER_NETWORK: dict[Family, str] = {
+    "gates": "the gates of {} were trained with",
+    "thresholds": "the thresholds of {} were chosen for",
+    "exit_policy": "the policy of {} was trained with",
+}
+"""The beginning of the message that a run's network is not the one that its policy goes with."""
 LOADERS: dict[Family, Callable[..., Predictor | GatedPredictor | ExitPredictor]] = {
     "blocks": _load_blocks,
     "gates": _load_gates,
@@ -214,10 +226,6 @@ def _policy_of(run: Run, name: str, entry: dict[str, Any]) -> Policy:
         UserError: its class is not installed here, it sees the label, or the weights do not fit it.
     """
     kind = OWN_POLICIES.get(str(name)) or registry.resolve("policy", str(name))
-    if kind is OraclePolicy:
-        raise UserError(
-            f"the run {run.folder} is an oracle's, which sees the label: there is nothing to load for other images"
-        )
     arguments = dict(entry["arguments"])
     needed = stored = sum(value.numel() for value in run.load_best().values())
     with suppress(Exception), torch.device("meta"):  # so that a file that lies about its size takes no memory

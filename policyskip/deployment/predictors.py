@@ -8,7 +8,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any
 
 import numpy as np
 import torch
@@ -69,11 +69,9 @@ class BasePredictor(ABC):
 
     Attributes:
         network: the copy that is executed.
-        network_is_external: whether the run folder names its network rather than holding it.
     """
 
     network: Any  # a Backbone, a GatedNetwork or an ExitNetwork
-    network_is_external: ClassVar[bool] = False
 
     def __init__(self, network: Any, classes: Sequence[str], image_shape: tuple[int, int, int]) -> None:
         self.network = folded(network).freeze()
@@ -113,8 +111,6 @@ class Predictor(BasePredictor):
         plan: by batch size, for each block the share of a batch above which the block is computed for all images (see
             ``deployment/profiling.py``). Empty: a block is computed only for the images that keep it.
     """
-
-    network_is_external = True
 
     def __init__(
         self,

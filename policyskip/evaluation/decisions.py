@@ -23,6 +23,7 @@ from policyskip.errors import UserError, first_line
 from policyskip.files import write
 from policyskip.runs.folder import Run
 from policyskip.runs.tracking import Examples
+from policyskip.static_front import keep_text
 
 FILE = "decisions.safetensors"
 TABLES = ("label_N", "prediction_N", "full_correct_N", "ran_NK", "macs_N", "static_F2")
@@ -122,7 +123,7 @@ def collapse_warnings(decisions: Decisions) -> list[str]:
         return [f"the policy has collapsed: all {K} blocks run for every image, which is the full network"]
     if not ran_NK.any():
         return [f"the policy has collapsed: none of the {K} blocks runs for any image"]
-    blocks = "".join("01"[kept] for kept in ran_NK[0].tolist())
+    blocks = keep_text(ran_NK[0].tolist())
     return [f"the policy has collapsed: it decides the same for every image, {blocks}, as a fixed choice would"]
 
 

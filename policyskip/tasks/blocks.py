@@ -19,6 +19,7 @@ from policyskip.build import Setup
 from policyskip.config import Settings
 from policyskip.deployment.loading import load_weights
 from policyskip.deployment.policy_files import PolicyFile, describe_blocks
+from policyskip.envs.base import DecisionEnv
 from policyskip.errors import UserError
 from policyskip.evaluation.evaluate import evaluate
 from policyskip.evaluation.figures import block_figures
@@ -30,7 +31,7 @@ from policyskip.runs.folder import Run
 from policyskip.runs.tracking import Tracker
 from policyskip.static_front import StaticFront
 from policyskip.tasks.base import FamilyTask, Judgement, check_batch, names_of
-from policyskip.tasks.fronts import best_set, load_front, static_figures, static_front
+from policyskip.tasks.fronts import best_set, load_front, remembered_front, static_figures, static_front
 from policyskip.tasks.report import completed, head_of, write_finished
 
 
@@ -49,13 +50,13 @@ class BlockTask(FamilyTask):
         self.source = env = setup.env(setup.data.train, "shuffled", settings.seed)
         everything = torch.ones(len(env.observation), env.backbone.num_blocks, dtype=torch.bool, device=env.device)
         env.rewards(env.score(everything))  # a reward that fails is refused before there is a run folder
-        policy = setup.agent(env).policy  # likewise, and before the front is searched
-        if isinstance(policy, KeepPolicy):
-            check_batch(policy, env.feed.batch.images)
         front_settings = settings.front
+        if remembered_front(setup, front_settings) is None:  # an agent that fails is refused before the long search
+            _check_policy(setup.agent(env), env)
         self.front = processes.first(lambda: static_front(setup, front_settings))
         best = processes.first(lambda: best_set(setup, self.front))
         self.learner: Agent = setup.agent(env, self.front, best)
+        _check_policy(self.learner, env)
         self.validation = setup.env(setup.data.validation)
         self.names = names_of(setup, self.learner.name, env.id)
         self.greeting = (
@@ -114,6 +115,12 @@ def judge_policy(setup: Setup, agent: Agent, front: StaticFront, split: str) -> 
     static, pairs = static_figures(setup, decisions, front, split)
     complete = completed(decisions, setup, split, pairs, setup.backbone.content_hash())
     return Judgement(complete, block_figures(decisions) | static)
+
+
+def _check_policy(agent: Agent, env: DecisionEnv) -> None:
+    """Refuse a batch that is too small for the agent's policy network to learn from."""
+    if isinstance(agent.policy, KeepPolicy):
+        check_batch(agent.policy, env.feed.batch.images)
 
 
 def _check(setup: Setup) -> None:

@@ -7,6 +7,7 @@ from typing import Any
 from policyskip.agents.base import Agent
 from policyskip.build import Setup, class_of
 from policyskip.config import Settings
+from policyskip.envs.base import DecisionEnv
 from policyskip.envs.block_selection import BlockSelectionVectorEnv
 from policyskip.errors import UserError
 from policyskip.files import damaged
@@ -87,7 +88,7 @@ def agent_class(config: dict[str, Any], trusted: bool = True) -> type[Agent]:
     return declared if declared is not None and issubclass(declared, Agent) else Agent
 
 
-def env_class(config: dict[str, Any], trusted: bool = True) -> type[BlockSelectionVectorEnv]:
+def env_class(config: dict[str, Any], trusted: bool = True) -> type[DecisionEnv]:
     """Return the class of a configuration's environment, which declares its key, its id and its family."""
     declared: Any = declared_class(class_of(config, "env", trusted))
     return declared if hasattr(declared, "family") else BlockSelectionVectorEnv
