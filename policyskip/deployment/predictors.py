@@ -99,7 +99,37 @@ class BasePredictor(ABC):
         return logits_BC, decision_B
 
 
-class Predictor(BasePredictor):
+class BlockPredictor(BasePredictor):
+    """A predictor whose policy decides which blocks run.
+
+    Attributes:
+        costs: what the network's blocks cost.
+        policy_macs: what the policy, or all gates together, cost for one image.
+    """
+
+    costs: Costs
+    policy_macs: float
+
+    @torch.no_grad()
+    def predict(self, images: Tensor | np.ndarray, batch_size: int = 256) -> Prediction:
+        """Decide and classify; a block is executed only for the images that keep it, and as a ``plan`` says otherwise.
+
+        Args:
+            images: uint8 (B, 3, H, W), any B, 0 too.
+            batch_size: images that are computed at a time.
+
+        Raises:
+            UserError: the images are of another shape or dtype.
+        """
+        logits_BC, keep_BK = self._answers(images, batch_size)
+        macs_B = self.costs.of(keep_BK) + self.policy_macs
+        return Prediction(logits_BC.argmax(1), logits_BC.float(), keep_BK, macs_B)
+
+    def ran(self, prediction: Any) -> Tensor:
+        return prediction.keep_BK
+
+
+class Predictor(BlockPredictor):
     """A predictor whose policy stands in front of its network: it decides at once which blocks run.
 
     Args:
@@ -123,30 +153,13 @@ class Predictor(BasePredictor):
         super().__init__(backbone, classes, image_shape)
         self.policy = folded(policy)
         self.policy_macs = policy_macs
-        self.costs: Costs = count_costs(self.backbone, image_shape)
+        self.costs = count_costs(self.backbone, image_shape)
         self.plan: dict[int, list[float]] = {}
 
     @property
     def backbone(self) -> Backbone:
         """Return the network, by the name that it has where blocks are skipped."""
         return self.network
-
-    @torch.no_grad()
-    def predict(self, images: Tensor | np.ndarray, batch_size: int = 256) -> Prediction:
-        """Decide and classify; only the kept blocks are executed, and those that ``plan`` adds.
-
-        Args:
-            images: uint8 (B, 3, H, W), any B, 0 too.
-            batch_size: images that are computed at a time.
-
-        Raises:
-            UserError: the images are of another shape or dtype.
-        """
-        logits_BC, keep_BK = self._answers(images, batch_size)
-        return Prediction(logits_BC.argmax(1), logits_BC.float(), keep_BK, self.costs.of(keep_BK) + self.policy_macs)
-
-    def ran(self, prediction: Any) -> Tensor:
-        return prediction.keep_BK
 
     def _answer(self, images: Tensor) -> tuple[Tensor, Tensor]:
         return self.policy.run(self.backbone, images, self.plan_for(len(images)))
@@ -156,37 +169,19 @@ class Predictor(BasePredictor):
         return self.plan[min(self.plan, key=lambda size: abs(size - batch))] if self.plan else None
 
 
-class GatedPredictor(BasePredictor):
+class GatedPredictor(BlockPredictor):
     """A predictor whose network has gates, which decide on the way which blocks run."""
 
     network: GatedNetwork
 
     def __init__(self, network: GatedNetwork, classes: Sequence[str], image_shape: tuple[int, int, int]) -> None:
         super().__init__(network, classes, image_shape)
-        self.costs: Costs = count_costs(self.network.backbone, image_shape)
+        self.costs, self.policy_macs = count_costs(self.network.backbone, image_shape), self.network.gate_macs
 
     @property
     def network_to_measure(self) -> Backbone:
         """Return the network without its gates."""
         return self.network.backbone
-
-    @torch.no_grad()
-    def predict(self, images: Tensor | np.ndarray, batch_size: int = 256) -> Prediction:
-        """Decide and classify; only the blocks that a gate lets run are computed, and ``macs_B`` includes the gates.
-
-        Args:
-            images: uint8 (B, 3, H, W), any B, 0 too.
-            batch_size: images that are computed at a time.
-
-        Raises:
-            UserError: the images are of another shape or dtype.
-        """
-        logits_BC, keep_BK = self._answers(images, batch_size)
-        macs_B = self.costs.of(keep_BK) + self.network.gate_macs
-        return Prediction(logits_BC.argmax(1), logits_BC.float(), keep_BK, macs_B)
-
-    def ran(self, prediction: Any) -> Tensor:
-        return prediction.keep_BK
 
     def _answer(self, images: Tensor) -> tuple[Tensor, Tensor]:
         gated = self.network.greedy(images)

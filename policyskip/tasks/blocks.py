@@ -18,7 +18,7 @@ from policyskip.backbones import Backbone
 from policyskip.build import Setup
 from policyskip.config import Settings
 from policyskip.deployment.loading import load_weights
-from policyskip.deployment.policy_files import PolicyFile, describe_blocks
+from policyskip.deployment.policy_files import describe_blocks
 from policyskip.envs.base import DecisionEnv
 from policyskip.errors import UserError
 from policyskip.evaluation.evaluate import evaluate
@@ -72,26 +72,15 @@ class BlockTask(FamilyTask):
         return self.learner.policy.state_dict()
 
     def finish(self, run: Run, tracker: Tracker, seconds: float) -> dict[str, Any]:
-        setup, data, policy = self.setup, self.setup.data, self.learner.policy
+        setup, policy = self.setup, self.learner.policy
         load_weights(policy, run, "the run's config.yaml")
         judgement = judge_policy(setup, self.learner, self.front, "test")
         self.front.save(run.folder / "front.json")
         macs = judgement.decisions.policy_macs
         described = describe_blocks(policy, macs, setup.backbone, setup.config["backbone"], setup.config["seed"])
+        draw = partial(block_pictures, stages=setup.backbone.stages)
         return write_finished(
-            run,
-            tracker,
-            head_of(setup, self.names, seconds),
-            judgement,
-            PolicyFile("blocks", **described, classes=data.classes, image_shape=data.image_shape),
-            partial(
-                block_pictures,
-                metrics=run.metrics(),
-                decisions=judgement.decisions,
-                images=data.test,
-                stages=setup.backbone.stages,
-            ),
-            data.test,
+            setup, run, tracker, head_of(setup, self.names, seconds), judgement, "blocks", described, draw
         )
 
     def show(self, summary: dict[str, Any]) -> None:

@@ -22,7 +22,7 @@ from policyskip.build import Setup, build, build_backbone
 from policyskip.config import Settings, group_of
 from policyskip.data import Data, Feed
 from policyskip.deployment.loading import load_thresholds, load_weights
-from policyskip.deployment.policy_files import PolicyFile, as_text, describe_thresholds
+from policyskip.deployment.policy_files import as_text, describe_thresholds
 from policyskip.deployment.predictors import ThresholdPredictor
 from policyskip.envs.early_exit import EarlyExitVectorEnv
 from policyskip.errors import UserError
@@ -222,23 +222,8 @@ def deploy_point(
     budgeted = budgeted_pairs(test, policy, curve)
     save_curve(run, curve, budgeted)
     described = describe_thresholds(predictor)
-    return write_finished(
-        run,
-        tracker,
-        head,
-        judgement,
-        PolicyFile("thresholds", **described, classes=data.classes, image_shape=data.image_shape),
-        partial(
-            exit_pictures,
-            metrics=run.metrics(),
-            decisions=judgement.decisions,
-            cache=test,
-            budgeted=budgeted,
-            images=data.test,
-        ),
-        data.test,
-        chosen(target, point),
-    )
+    draw = partial(exit_pictures, cache=test, budgeted=budgeted)
+    return write_finished(setup, run, tracker, head, judgement, "thresholds", described, draw, chosen(target, point))
 
 
 def chosen(target: dict[str, Any], point: Point) -> dict[str, Any]:
