@@ -41,7 +41,7 @@ from policyskip.agents.blockdrop import BlockDrop
 from policyskip.backbones import Backbone, cifar_resnet, count_costs, dense, sparse
 from policyskip.backbones.folding import folded
 from policyskip.build import build_data
-from policyskip.data.base import TensorImages, spread_index
+from policyskip.data.base import TensorImages, batch_at, spread_indices
 from policyskip.deployment.predictors import Predictor
 from policyskip.deployment.profiling import device_name, side_by_side
 from policyskip.envs.block_selection import BlockSelectionVectorEnv
@@ -152,8 +152,7 @@ def predict(run: Path, batch: int, count: int, repeats: int, device: torch.devic
     predictor = policyskip.load(run, device=str(device))
     assert isinstance(predictor, Predictor)
     data, _ = build_data(yaml.safe_load((run / "config.yaml").read_text())["data"], device)
-    index_N = spread_index(len(data.test), count)
-    images = next(iter(data.test.plain().stream([(index_N, 0)]))).images
+    images = batch_at(data.test.plain(), spread_indices(count, len(data.test))).images
     batches = images.split(batch)
     calls: dict[str, Callable[[], object]] = {
         "predict": lambda: [predictor.predict(batch_images) for batch_images in batches],

@@ -27,6 +27,7 @@ import yaml
 import policyskip
 from policyskip.backbones import ExitNetwork
 from policyskip.build import build_data
+from policyskip.data import batch_at
 from policyskip.deployment.predictors import ThresholdPredictor
 from policyskip.exits.cache import cache_exits
 from policyskip.exits.calibration import curve_of
@@ -101,7 +102,7 @@ def main() -> None:
         curve = curve_of(
             cache_exits(predictor.network, data.validation.plain()), predictor.policy.rule.name, predictor.search
         )
-        images = next(iter(data.test.plain().stream([(torch.arange(2048), 0)]))).images
+        images = batch_at(data.test.plain(), torch.arange(2048)).images
         half = choose(curve, macs_fraction=0.5)
         for name, policy in (("deployed", predictor.policy), ("0.5", ThresholdPolicy(half.rule, half.thresholds))):
             predictor.policy = policy

@@ -61,7 +61,7 @@ class Call:
 def build(
     group: str, node: dict[str, Any], trusted: bool = True, optional: dict[str, Any] | None = None, **given: Any
 ) -> Any:
-    """Call a group's ``_target_`` with its other keys as arguments. Arguments as for :func:`check_call`.
+    """Call a group's ``_target_`` with its other keys as arguments. For the arguments see :func:`check_call`.
 
     Raises:
         UserError: the target cannot be imported, does not take these arguments, or fails on them.
@@ -154,8 +154,7 @@ def _converted(key: str, value: Any, hint: Any) -> Any:
 
 
 def _hints(function: Any) -> dict[str, Any]:
-    """Return the annotations of a function's parameters, or of a class's constructor; none if one of them makes no
-    sense."""
+    """Return the annotations of a function's or a constructor's parameters; none if one of them makes no sense."""
     try:
         return get_type_hints(function.__init__ if inspect.isclass(function) else function)
     except Exception:

@@ -89,7 +89,8 @@ def _run_together(command: str) -> int:
     try:
         with _commands().processes.joined():
             if not sweeps.FLAGS.isdisjoint(sys.argv):
-                raise UserError("--multirun makes several runs, of one process each; start it without torchrun")
+                message = "--multirun makes several runs, of one process each; start it without torchrun"
+                return _refuse(command, UserError(message))  # while the processes are joined, so that one prints it
             return _run(command)
     except UserError as error:
         return _refuse(command, error)

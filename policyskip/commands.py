@@ -71,8 +71,7 @@ def train(config: DictConfig) -> int:
 
 
 def pretrain(config: DictConfig) -> int:
-    """Let a CIFAR ResNet learn to classify with stochastic depth, and write the network for
-    ``backbone.checkpoint=``."""
+    """Let a CIFAR ResNet learn with stochastic depth, and write the network for ``backbone.checkpoint=``."""
     return _run_course("pretrain", config, PretrainSettings, _pretrain_task, DEPLOYED, _how_to_use_backbone)
 
 
@@ -155,8 +154,7 @@ def _agent_task(
 
 
 def _with_placed_exits(node: dict[str, Any], data: Any, device: torch.device, seed: int) -> dict[str, Any]:
-    """Put exits where "auto N" stands in a ``backbone`` node, print why each exit is where it is, and return the
-    node."""
+    """Return a ``backbone`` node with exits in place of "auto N", and print why each exit is where it is."""
     node, reasons = place_exits(node, data, device, seed)
     print("proposed exits:", *reasons, sep="\n  ", flush=True)
     return node

@@ -11,8 +11,7 @@ TRACEBACK = "POLICYSKIP_TRACEBACK"
 
 
 class UserError(ValueError):
-    """An error that says which input is bad: what was given and what is allowed. The command line prints the message
-    and exits with 2."""
+    """An error whose message says what was given and what is allowed; the command line prints it and exits with 2."""
 
 
 def check_choice(key: str, value: str, allowed: Iterable[str]) -> None:

@@ -1,5 +1,4 @@
-"""The 95 % intervals of means are computed here: by the normal approximation, Student's t over seeds, or the bootstrap
-over images.
+"""The 95 % intervals of means are computed here: normal, by Student's t over seeds, or by bootstrap over images.
 
 Shapes: N images, V different values, D draws of the bootstrap.
 """

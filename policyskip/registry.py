@@ -78,7 +78,8 @@ def resolve(group: str, target: str, trusted: bool | None = None) -> Callable[..
         group: a key of :data:`GROUPS`.
         target: ``package.module.Name``, or the name of an installed entry point.
         trusted: whether a name that was read from a file may be imported if it is neither the package's own nor
-            installed. None: as the enclosing :func:`trusting` says; without one, the name was typed and is imported.
+            installed; never inside a :func:`trusting` that does not trust. None: as the enclosing :func:`trusting`
+            says; without one, the name was typed and is imported.
 
     Raises:
         UserError: the name is not installed, has to be trusted, cannot be imported, or is no class or function.
@@ -92,7 +93,9 @@ def resolve(group: str, target: str, trusted: bool | None = None) -> Callable[..
 
 def find(group: str, target: str, trusted: bool | None = None) -> Any:
     """Import the object of a group that ``target`` names, of whatever kind; otherwise as :func:`resolve`."""
-    source = _source.get() if trusted is None else _Source(trusted, stored=True)
+    source = _source.get()
+    if trusted is not None:  # a function that a stranger's file calls may get trusted=True from that very file
+        source = _Source(trusted and source.trusted, stored=True)
     found = _found(group, target, source)
     module = getattr(found, "__module__", None)
     if not is_own(module):
@@ -121,21 +124,18 @@ def _found(group: str, target: str, source: _Source) -> Any:
 
 
 def name_of(group: str, kind: type) -> str:
-    """Return the name under which files store a class: the plain name if it is the package's own, else its dotted
-    path."""
+    """Return the name under which files store a class: the plain name of the package's own, else the dotted path."""
     return kind.__name__ if is_own(kind.__module__, group) else f"{kind.__module__}.{kind.__qualname__}"
 
 
 def path_of(group: str, target: str) -> str:
-    """Return the dotted path of what ``target`` names: itself, or what an installed entry point of that name stands
-    for."""
+    """Return the dotted path of what ``target`` names: itself, or what the installed entry point stands for."""
     point = installed(group).get(target) if "." not in target else None
     return target if point is None else f"{point.module}.{point.attr}"
 
 
 def declared_class(target: Callable[..., Any]) -> type | None:
-    """Return the class of what ``target`` makes: itself if it is a class, else what its return annotation says; None if
-    it has no annotation that names a class."""
+    """Return the class of what ``target`` makes, as it is or is annotated; None if no annotation names a class."""
     if inspect.isclass(target):
         return target
     try:
@@ -240,8 +240,7 @@ def _locate(path: str, nested: bool) -> Any:
 
 
 def _entry_point_groups(group: str) -> tuple[str, ...]:
-    """Return the entry-point groups in which installed packages declare members of a group, the documented one
-    first."""
+    """Return the entry-point groups in which packages declare members of a group, the documented one first."""
     return ENTRY_POINT_GROUPS.get(group, (f"policyskip.{group}s",))
 
 

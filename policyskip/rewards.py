@@ -99,8 +99,7 @@ class Utilization:
 
 @dataclass(frozen=True)
 class Macs:
-    """A reward like :class:`Utilization` that takes the share of MACs spent in place of the share of blocks that
-    ran."""
+    """A reward like :class:`Utilization` that takes the share of MACs spent in place of that of blocks that ran."""
 
     penalty: float = 1.0
 
@@ -110,8 +109,7 @@ class Macs:
 
 @dataclass(frozen=True)
 class Linear:
-    """The reward that is SkipNet's trade-off: minus the cross-entropy (nats), minus ``weight`` times the share of MACs
-    spent."""
+    """A reward that is SkipNet's trade-off: minus the cross-entropy (nats), minus ``weight`` times the MACs' share."""
 
     weight: float = 0.5
 
@@ -121,8 +119,7 @@ class Linear:
 
 
 class Latency:
-    """A reward like :class:`Utilization` that takes the share of measured time in place of the share of blocks that
-    ran.
+    """A reward like :class:`Utilization` that takes the share of measured time in place of that of blocks that ran.
 
     The time of a decision is that of stem and head, of the blocks that run, and of the shortcuts of those that do not.
 

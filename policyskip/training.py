@@ -241,8 +241,7 @@ def _with_checkpoint_hint(last_good: Callable[[], str]) -> Iterator[None]:
         yield
     except Exception as error:
         if not isinstance(error, UserError) and "more than 1 value per channel" in str(error):
-            reason = "batch normalisation of 1×1 features needs two images at least"
-            raise UserError(f"{reason}: give a larger data.batch_size or larger images") from error
+            raise UserError(ONE_IMAGE) from error
         problem = _problem(error)
         if problem is None:
             raise
@@ -292,6 +291,9 @@ def _stop_requests() -> Iterator[Callable[[], bool]]:
             signal.signal(number, handler)
 
 
+ONE_IMAGE = (
+    "batch normalisation of 1×1 features needs two images at least: give a larger data.batch_size or larger images"
+)
 SHOWN_FIGURES = ("reward", "sampled_reward", "accuracy", "kept", "loss")
 """The figures of an update that its progress line shows, where the learner has them."""
 

@@ -520,6 +520,13 @@ def test_a_damaged_training_checkpoint_is_refused(refused, copied, content):
         ),
         (
             "policy.json",
+            lambda file: file.write_text(
+                file.read_text().replace("backbones.cifar_resnet", "backbones.checkpoints.save")
+            ),
+            r"x/policy\.json is damaged or of another version: .*checkpoints\.save is no network",
+        ),
+        (
+            "policy.json",
             lambda file: file.write_text(file.read_text().replace('"depth": 20', '"deepness": 20')),
             r"x/policy\.json is damaged or of another version",
         ),
@@ -533,6 +540,7 @@ def test_a_damaged_training_checkpoint_is_refused(refused, copied, content):
         "weights halved",
         "other policy",
         "other function",
+        "function of ours",
         "other key",
     ],
 )

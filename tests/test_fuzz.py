@@ -215,8 +215,8 @@ def try_argument(runs: Path, command: str, sign: str, key: str, value: str) -> N
 
 
 def all_keys(command: str) -> list[str]:
-    first, *rest = COMMANDS[command]
-    keys = keys_of(first, *(word for word in rest if "=" in word))
+    first, *words = COMMANDS[command]
+    keys = keys_of(first, *(word for word in words if "=" in word))
     return [*keys, *(f"{key}z" for key in keys[::4]), "", ".", "agent.", "=", "a=b=c", "hydra", "__class__"]
 
 

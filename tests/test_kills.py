@@ -22,7 +22,7 @@ import pytest
 import policyskip
 from policyskip.errors import UserError
 from policyskip.runs.folder import Run
-from tests.test_resume import same, without_times
+from tests.runs.test_resume import same, without_times
 
 KILLS = int(os.environ.get("KILLS", "30"))
 DATA = ["data.batch_size=32", "data.train=256", "data.validation=64", "data.test=64", "device=cpu", "tracking=none"]

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import json
+import shutil
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -10,6 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 
+import policyskip
 from policyskip import registry
 from policyskip.agents.blockdrop import BlockDrop
 from policyskip.agents.fixed import FixedAgent, best_static
@@ -22,6 +25,7 @@ from policyskip.errors import UserError
 from policyskip.exits.calibration import curve_of
 from policyskip.exits.rules import Measured, exit_of, rule_named
 from policyskip.policies.networks import PolicyNetwork, policy_network
+from policyskip.sealed import sealed
 from tests.conftest import small_backbone, small_cache, small_images
 from tests.installing import install
 
@@ -266,6 +270,22 @@ def test_metadata_of_weights_import_nothing(folder):
         assert not imported()
     with pytest.raises(UserError, match=r"my_module\.mine gave a int; it must be a Backbone"):
         checkpoints.load("net.safetensors", trusted=True)
+    assert imported()
+
+
+@pytest.mark.parametrize("function", ["architectures.build_again", "load", "load_exits"])
+def test_a_stranger_s_file_cannot_trust_itself(folder, function):
+    """The package's own readers of networks take ``trusted``, which a configuration that calls them could set."""
+    (folder / "my_module.py").write_text(MODULE)
+    architecture = {"network": "my_module.mine"}
+    (folder / "net.safetensors").write_bytes(sealed({"weight": torch.zeros(1)}, architecture))
+    named = {"architecture": architecture} if "again" in function else {"name": "net.safetensors"}
+    node = {"_target_": f"policyskip.backbones.{function}", "trusted": True, **named}
+    with pytest.raises(UserError, match=r"my_module\.mine"):
+        build("backbone", node, trusted=False)
+    assert not imported()
+    with pytest.raises(UserError, match="gave a int"):
+        build("backbone", node)
     assert imported()
 
 
@@ -583,3 +603,21 @@ def test_what_is_no_policy_network_is_refused(folder, name, message):
     (folder / "my_policies.py").write_text(POLICIES)
     with pytest.raises(UserError, match=message):
         learner(policy=name)
+
+
+def test_a_policy_that_looks_at_numbers_while_it_is_made_is_loaded(folder):
+    """It cannot be made without memory, so its size is first seen when it is made."""
+    (folder / "my_policies.py").write_text(
+        "import torch\n\nfrom policyskip.policies.fixed import FixedPolicy\n\n\n"
+        "class Mine(FixedPolicy):\n    def __init__(self, num_blocks):\n        super().__init__(num_blocks)\n"
+        "        self.rates = [rate.item() for rate in torch.linspace(0, 1, 3)]\n"
+    )
+    run = shutil.copytree(Path(__file__).parent / "data/runs/best_static", folder / "run")
+    content = json.loads((run / "policy.json").read_bytes())
+    content["policy"]["name"] = "my_policies.Mine"
+    (run / "policy.json").write_text(json.dumps(content))
+    assert policyskip.load(run, trust=True).policy.rates == [0, 0.5, 1]
+    content["policy"]["arguments"] = {"num_blocks": 3}
+    (run / "policy.json").write_text(json.dumps(content))
+    with pytest.raises(UserError, match=r"best\.safetensors does not fit policy\.json"):
+        policyskip.load(run, trust=True)

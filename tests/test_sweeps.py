@@ -31,10 +31,13 @@ def swept(tmp_path_factory) -> tuple[Path, Path, object]:
 def test_a_failing_job_does_not_end_the_others_and_is_named(swept):
     _, sweep, result = swept
     assert result.returncode == 2
-    first, *rest = result.stderr.splitlines()
+    first, *failures = result.stderr.splitlines()
     assert first == f"2 jobs failed; {Path('runs') / sweep.name / 'logs'} has what they said"
-    assert [line.split(":")[0].strip() for line in rest] == ["[1] agent=blockdrop seed=0", "[2] agent=blockdrop seed=1"]
-    assert all("has exits, not blocks to skip" in line for line in rest)
+    assert [line.split(":")[0].strip() for line in failures] == [
+        "[1] agent=blockdrop seed=0",
+        "[2] agent=blockdrop seed=1",
+    ]
+    assert all("has exits, not blocks to skip" in line for line in failures)
 
 
 def test_folders_and_lines_tell_jobs_apart(swept):

@@ -64,7 +64,8 @@ class Agent(ABC):
         return self.policy.eval().decide(observation)
 
     def decide(self, env: Any) -> Tensor:
-        """Decide greedily for what an environment shows: as :meth:`act` does, except that an oracle sees the label."""
+        """Decide greedily for what an environment shows, (B, …): as :meth:`act`, except that an oracle sees the
+        label."""
         return self.act(env.observation)
 
     @abstractmethod

@@ -236,8 +236,7 @@ class BlockDrop(Agent, Divisible):
 
     @property
     def alpha(self) -> float:
-        """Return the bound on the sampling probabilities at this update: it moves linearly from ``alpha`` to
-        ``alpha_end``."""
+        """Return the bound on sampling probabilities at this update, which moves from ``alpha`` to ``alpha_end``."""
         low, high = self.alpha_range
         return low + (high - low) * min(1.0, self.step / self.total_steps)
 

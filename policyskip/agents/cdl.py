@@ -25,7 +25,7 @@ from policyskip.exits.rules import rule_named
 
 
 class CDL(EarlyExitAgent):
-    """The agent of Conditional Deep Learning: heads learn from the frozen network's features, each on its own.
+    """The agent of Conditional Deep Learning, whose heads learn from the frozen network's features, each on its own.
 
     Heads are admitted afterwards, stage by stage.
 

@@ -85,8 +85,7 @@ def first(env: BlockSelectionVectorEnv, blocks: int | None = None, best: Keep | 
 
 
 def distributed(env: BlockSelectionVectorEnv, blocks: int | None = None, best: Keep | None = None) -> FixedAgent:
-    """Make the agent that keeps ``blocks`` blocks at even distances. Arguments and errors are those of
-    :func:`first`."""
+    """Make the agent that keeps ``blocks`` blocks at even distances. Arguments and errors: see :func:`first`."""
     K = env.backbone.num_blocks
     return _keeping("distributed", env, spread_blocks(K, _number_to_keep(K, blocks, best)))
 

@@ -33,8 +33,8 @@ class Oracle(FixedAgent):
         self.sets_FK = torch.tensor([(False,) * K, (True,) * K] if front is None else front.sets)
 
     def decide(self, env: BlockSelectionVectorEnv) -> Tensor:
-        """Find the best of the front's sets for each image shown, then flip single blocks as long as a flip helps: bool
-        (B, K).
+        """Find the best of the front's sets for each image shown, bool (B, K), then flip single blocks as long as a
+        flip helps.
 
         The reward, which sees the label, judges every flip.
 

@@ -1,5 +1,4 @@
-"""Networks are built again from the ``architecture`` in a file: the package's own by name, others by their dotted
-path."""
+"""Networks are built again from a file's ``architecture``: the package's own by name, others by their dotted path."""
 
 from __future__ import annotations
 

@@ -112,7 +112,8 @@ class Block(nn.Module):
         return self.join(self.shortcut(x), x, inplace)
 
     def join(self, shortcut: Tensor, x: Tensor, inplace: bool = False) -> Tensor:
-        """Return ``relu(shortcut + residual(x))`` for a shortcut that has been computed already; without gradients.
+        """Return ``relu(shortcut + residual(x))``, in the shape of the shortcut, which is computed before; without
+        gradients.
 
         Args:
             inplace: whether ``shortcut`` may be overwritten.
@@ -122,7 +123,7 @@ class Block(nn.Module):
 
 
 class Backbone(Network):
-    """A network of a stem, K blocks and a head: the package uses these three of a network, and nothing else.
+    """A network that has a stem, K blocks and a head: the package uses these three of a network, and nothing else.
 
     Args:
         stem: module from normalised images (B, 3, H, W) to features.

@@ -202,7 +202,7 @@ def _wide(x: Tensor) -> Tensor | None:
 
 
 def _format(x: Tensor) -> torch.memory_format:
-    """Return the memory format of x: channels last or contiguous."""
+    """Return the memory format of x (B, C, H, W): channels last or contiguous."""
     last = x.dim() == 4 and x.is_contiguous(memory_format=torch.channels_last) and not x.is_contiguous()
     return torch.channels_last if last else torch.contiguous_format
 
@@ -217,7 +217,7 @@ def some_process_runs(block: Block, rows: Tensor) -> bool:
 
 
 def run_block_together(block: Block, x: Tensor, rows: Tensor) -> Tensor:
-    """Compute the same as :func:`run_block`, for a network that several processes may train together.
+    """Compute the features (B, …) of :func:`run_block`, for a network that several processes may train together.
 
     Without an image that keeps the block here, it runs on a batch of no images where :func:`some_process_runs` says so.
     """

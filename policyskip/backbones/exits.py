@@ -57,8 +57,7 @@ class ExitNetwork(Network):
         raise NotImplementedError
 
     def segment(self, n: int, state: State) -> State:
-        """Compute the state at exit n from the state at exit n-1, or from the state that :meth:`begin` made if n is
-        0."""
+        """Compute the state at exit n from the state at exit n-1, or from that which :meth:`begin` made if n is 0."""
         raise NotImplementedError
 
     def head(self, n: int, state: State) -> Tensor:

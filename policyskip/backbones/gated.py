@@ -83,8 +83,8 @@ class GatedNetwork(Network):
         return self._run(images, uniform_BG)
 
     def straight_through(self, images: Tensor) -> GatedRun:
-        """Decide as :meth:`greedy` does, but compute skipped blocks too, for the gates' gradient (see
-        :func:`~policyskip.backbones.gates.straight_through`)."""
+        """Run images uint8 (B, 3, H, W) as :meth:`greedy` does, but compute skipped blocks too, for the gates' gradient
+        (see :func:`~policyskip.backbones.gates.straight_through`)."""
         return self._run(images, None)
 
     def _run(self, images: Tensor, uniform_BG: Tensor | None) -> GatedRun:

@@ -78,7 +78,7 @@ class RNNGates(Gates):
 
 
 class FFGates(Gates):
-    """Feed-forward gates, each with its own weights and without memory.
+    """Feed-forward gates, each of which has its own weights and no memory.
 
     Args:
         layers: from a number of channels to the layers before the average over the pixels.

@@ -19,8 +19,7 @@ Shortcut = Literal["A", "pool", "B"]
 
 
 class SubsampleShortcut(nn.Module):
-    """A shortcut that takes every second pixel, and adds zero channels, half on each side: option A of He et al.
-    (2016)."""
+    """A shortcut that takes every second pixel and adds zero channels on both sides: option A of He et al. (2016)."""
 
     def __init__(self, channels_in: int, channels_out: int, stride: int) -> None:
         super().__init__()
@@ -32,8 +31,7 @@ class SubsampleShortcut(nn.Module):
 
 
 class PoolShortcut(nn.Module):
-    """A shortcut that averages over pixels, and adds zero channels behind: BlockDrop's parameter-free variant of option
-    A."""
+    """A shortcut that averages over pixels and adds zero channels behind: BlockDrop's variant of option A."""
 
     def __init__(self, channels_in: int, channels_out: int, stride: int) -> None:
         super().__init__()

@@ -53,8 +53,7 @@ class Result:
     decisions: Decisions | None
 
     def figure(self, key: str) -> Any:
-        """Return a figure of the test split, by its key without ``test/``; None if the summary does not have the
-        figure."""
+        """Return a figure of the test split, by its key without ``test/``; None if the summary lacks it."""
         return self.summary.get(f"test/{key}")
 
     @property
@@ -74,8 +73,7 @@ class Result:
 
 @dataclass(frozen=True)
 class Collected:
-    """Holds the finished runs that were found, the folders that were left out with the reason for each, and
-    warnings."""
+    """Holds the finished runs that were found, the folders that were left out and why, and warnings."""
 
     results: list[Result]
     left_out: list[tuple[Path, str]]

@@ -112,8 +112,7 @@ def _trace(
 
 
 def learning_curves(rows: Sequence[Row], styles: dict[str, Style]) -> Figure | None:
-    """Draw validation accuracy and MACs against updates, with bands from the lowest to the highest seed; None if no run
-    has such curves."""
+    """Draw validation accuracy and MACs against updates, with bands from the lowest to the highest seed."""
     panels = curves_of(rows)
     if not panels:
         return None
@@ -191,8 +190,7 @@ def exit_use(rows: Sequence[Row], styles: dict[str, Style]) -> Figure | None:
 
 
 def agreement(rows: Sequence[Row], cells: Cells) -> Figure | None:
-    """Draw how alike two rows decide on the same images, by a measure that the page lets one choose; None for fewer
-    than two rows whose decisions are known."""
+    """Draw how alike two rows decide on the same images, by a measure that the page lets one choose."""
     known = [row for row in rows if row.decided]
     if len(known) < 2:
         return None
@@ -208,8 +206,7 @@ def agreement(rows: Sequence[Row], cells: Cells) -> Figure | None:
 
 
 def differences(rows: Sequence[Row], cells: Cells) -> Figure | None:
-    """Draw the accuracy of each row less that of each other row on the same images, with paired bootstrap intervals;
-    None without ``cells``."""
+    """Draw each row's accuracy less every other row's on the same images, with paired bootstrap intervals."""
     if not cells:
         return None
     labels = [row.label for row in rows if row.decided]

@@ -90,8 +90,7 @@ def pareto_front(rows: Sequence[Row], cells: Cells, styles: dict[str, Style], pa
 
 
 def learning_curves(rows: Sequence[Row], styles: dict[str, Style], path: Path) -> Path | None:
-    """Draw validation accuracy and MACs against updates, with bands from the lowest to the highest seed; None if no run
-    has such curves."""
+    """Draw validation accuracy and MACs against updates, with bands from the lowest to the highest seed."""
     panels = curves_of(rows)
     if not panels:
         return None
@@ -151,8 +150,7 @@ def exit_use(rows: Sequence[Row], styles: dict[str, Style], path: Path) -> Path 
 
 
 def agreement(rows: Sequence[Row], cells: Cells, path: Path) -> Path | None:
-    """Draw the three measures of agreement between rows, as heat maps; None for fewer than two rows whose decisions are
-    known."""
+    """Draw the three measures of agreement between rows, as heat maps."""
     known = [row for row in rows if row.decided]
     if len(known) < 2:
         return None
@@ -183,8 +181,7 @@ def agreement(rows: Sequence[Row], cells: Cells, path: Path) -> Path | None:
 def disagreement(
     rows: Sequence[Row], indices: Sequence[int], images: Images, path: Path, count: int = 12
 ) -> Path | None:
-    """Draw the images on which the rows differ most, and show which rows are right on each; None if ``images`` holds
-    none of them."""
+    """Draw the images on which the rows differ most, and show which rows are right on each."""
     shown = [index for index in indices if index in images][:count]
     known = [row for row in rows if row.decided]
     if not shown:

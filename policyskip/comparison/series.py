@@ -1,5 +1,4 @@
-"""Data that the pictures and the page both show: points, fronts, learning curves, use of blocks and exits, example
-images.
+"""Data that pictures and page both show: points, fronts, learning curves, use of blocks and exits, example images.
 
 Shapes: K blocks or exits, T validations.
 """
@@ -40,8 +39,7 @@ class Style:
 
 
 def styles(rows: Sequence[Row]) -> dict[str, Style]:
-    """Choose the style of each row, by its label. Rows of one agent share a colour; rows of one colour differ in
-    marker."""
+    """Choose each row's style, by its label. Rows of one agent share a colour; rows of one colour differ in marker."""
     agents: dict[str, int] = {}
     members: dict[str, int] = defaultdict(int)
     by_label = {}
@@ -55,8 +53,7 @@ def styles(rows: Sequence[Row]) -> dict[str, Style]:
 
 
 def front_of(cells: Cells) -> list[int]:
-    """Return the indices of the rows on the Pareto front over mean MACs and accuracy, without oracles, which see the
-    label."""
+    """Return the indices of the rows on the Pareto front over mean MACs and accuracy; oracles are left out."""
     honest = [n for n, line in enumerate(cells) if not line["sees_the_label"]]
     return [honest[n] for n in pareto([cells[n]["macs"] for n in honest], [cells[n]["accuracy"] for n in honest])]
 
@@ -88,8 +85,7 @@ def lowest_shown(cells: Cells) -> float:
 
 
 def oracles(rows: Sequence[Row]) -> list[tuple[float, float, str]]:
-    """Return what oracles, which see the label, reach over the rows' networks: MACs, accuracy, and the oracle's
-    name."""
+    """Return what oracles, which see the label, reach over the rows' networks: MACs, accuracy, and a name."""
     points = []
     for row in rows:
         macs, accuracy = row.mean("oracle_macs"), row.mean("oracle_accuracy")
@@ -137,8 +133,7 @@ def curves_of(rows: Sequence[Row]) -> dict[str, list[tuple[Row, Band]]]:
 
 
 def rows_using(rows: Sequence[Row], kind: str) -> list[tuple[Row, list[float]]]:
-    """Return the rows of a kind, "blocks" or "exits", and how often each row uses each block or exit (see
-    :func:`use`)."""
+    """Return the rows of a kind, "blocks" or "exits", and the share of images that use each (see :func:`use`)."""
     known = ((row, use(row)) for row in rows)
     return [(row, used[1]) for row, used in known if used and used[0] == kind]
 
@@ -168,8 +163,7 @@ def _use(result: Result) -> tuple[str, list[float]] | None:
 
 
 def gallery(result: Result, pool: Sequence[int], count: int = 6) -> list[dict[str, Any]]:
-    """Choose example images of a run, of those at the indices ``pool``: the cheapest, the dearest, and some wrong
-    answers.
+    """Choose example images of a run among the indices ``pool``: the cheapest, the dearest, and some wrong answers.
 
     Every example has the index of the image, label, answer, whether that is right, what ran, and MACs as a share of the
     full network's.

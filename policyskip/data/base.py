@@ -70,7 +70,7 @@ class Images(Protocol):
         ...
 
     def plain(self) -> Images:
-        """Return the same set without augmentation."""
+        """Return this set without augmentation."""
         ...
 
     def fingerprint(self) -> str:
@@ -84,7 +84,7 @@ def batch_at(images: Images, index_B: Tensor) -> Batch:
 
 
 def spread_indices(count: int, size: int) -> Tensor:
-    """Choose ``count`` indices spread evenly over a set of ``size`` images, or all of them if the set is smaller.
+    """Choose ``count`` indices, int64, spread evenly over a set of ``size`` images, or all if the set is smaller.
 
     The first ``count`` images would not do: folders are sorted by class.
 

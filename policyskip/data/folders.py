@@ -190,6 +190,11 @@ class FileImages:
         return torch.from_numpy(image).permute(2, 0, 1), int(self.label_N[index]), index
 
     def stream(self, orders: Iterable[tuple[Tensor, int]], rows: slice = WHOLE) -> Iterator[Batch]:
+        """Yield a batch for each pair of indices, int64 (B,), and augmentation seed; worker processes read the files.
+
+        Raises:
+            UserError: a file cannot be read.
+        """
         batches = ([(int(i), seed) for i in index_B[rows]] for index_B, seed in orders)
         loader: torch.utils.data.DataLoader[Any] = torch.utils.data.DataLoader(
             self,  # type: ignore[arg-type]

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +28,7 @@ from policyskip.deployment.predictors import (
 from policyskip.deployment.profiling import device_name
 from policyskip.errors import UserError, first_line, in_one_line, users_problem
 from policyskip.exits.rules import check_thresholds
+from policyskip.files import damaged
 from policyskip.finite import find_nonfinite
 from policyskip.memory import keep_freed_memory
 from policyskip.policies.base import Policy
@@ -102,13 +104,17 @@ def load_predictor(
         raise UserError(
             f"the run {run.folder} brings its own network, network.safetensors; backbone={backbone} has no effect"
         )
-    if "config" in file.network and backbone is not None:
-        file.network["config"] = {**file.network["config"], "checkpoint": backbone}
+    if file.policy.get("name") == OraclePolicy.__name__:
+        raise UserError(
+            f"the run {run.folder} is an oracle's, which sees the label: there is nothing to load for other images"
+        )
     with registry.trusting(trust):
         try:
+            if backbone is not None:
+                file.network["config"] = {**file.network["config"], "checkpoint": backbone}
             network = _network_of(run, file, trust).to(device)
             return LOADERS[file.family](run, file, network, device)
-        except (KeyError, TypeError, ValueError, RuntimeError) as error:
+        except (KeyError, TypeError, ValueError, OverflowError, RuntimeError) as error:
             if isinstance(error, UserError) or users_problem(error):
                 raise
             raise damaged_policy(run, error) from error
@@ -134,23 +140,21 @@ def _network_of(run: Run, file: PolicyFile, trust: bool) -> Network:
     """Build the network that a policy was trained with.
 
     Raises:
-        UserError: its weights are others now.
+        UserError: the weights in the file are not those that the policy was trained with.
     """
     path = str(run.folder / "network.safetensors")
     if file.family == "blocks":
         return _external_network(run, file)
     if file.family == "gates":
         backbone = checkpoints.load(path, trust)
-        network: Network = GatedNetwork(backbone, str(file.policy["kind"]), file.image_shape)
+        with damaged(run.folder / "network.safetensors"):
+            network: Network = GatedNetwork(backbone, str(file.policy["kind"]), file.image_shape)
         gates = {name.removeprefix("gates."): t for name, t in run.load_best().items() if name.startswith("gates.")}
         load_state(network.gates, gates, run, "policy.json")  # type: ignore[arg-type]
     else:
         network = load_exits(path, trust)
     if network.content_hash() != file.network["hash"]:
-        what = {"gates": "gates were trained with", "thresholds": "thresholds were chosen for"}
-        what_was = what.get(file.family, "policy was trained with")
-        subject, _, verb = what_was.partition(" ")
-        raise UserError(f"the {subject} of {run.folder} {verb} another network than its network.safetensors")
+        raise UserError(f"{OTHER_NETWORK[file.family].format(run.folder)} another network than its network.safetensors")
     return network
 
 
@@ -162,7 +166,10 @@ def _external_network(run: Run, file: PolicyFile) -> Backbone:
     """
     config = dict(file.network["config"])
     target = str(config.pop("_target_"))
-    make = OWN_BACKBONES.get(target) or registry.resolve("backbone", target)
+    make = OWN_BACKBONES.get(target)
+    if make is None and registry.is_own(target):  # the package has other functions, which are not for a file to call
+        raise ValueError(f"{target} is no network with blocks")
+    make = make or registry.resolve("backbone", target)
     parameters, seed = inspect.signature(make).parameters, int(file.network.get("seed", 0))
     known = {"num_classes": len(file.classes), "image_shape": file.image_shape, "seed": seed}
     with checkpoints.seeded(seed):  # as build_backbone draws the random weights of a user's network
@@ -198,6 +205,12 @@ def _load_exit_policy(run: Run, file: PolicyFile, network: Any, device: str | to
     return ExitPredictor(policy.to(device), network, file.classes, file.image_shape, float(file.policy["macs"]))
 
 
+OTHER_NETWORK: dict[Family, str] = {
+    "gates": "the gates of {} were trained with",
+    "thresholds": "the thresholds of {} were chosen for",
+    "exit_policy": "the policy of {} was trained with",
+}
+"""The beginning of the message that a run's network is not the one that its policy goes with."""
 LOADERS: dict[Family, Callable[..., Predictor | GatedPredictor | ExitPredictor]] = {
     "blocks": _load_blocks,
     "gates": _load_gates,
@@ -213,26 +226,23 @@ def _policy_of(run: Run, name: str, entry: dict[str, Any]) -> Policy:
         UserError: its class is not installed here, it sees the label, or the weights do not fit it.
     """
     kind = OWN_POLICIES.get(str(name)) or registry.resolve("policy", str(name))
-    if kind is OraclePolicy:
-        raise UserError(
-            f"the run {run.folder} is an oracle's, which sees the label: there is nothing to load for other images"
-        )
     arguments = dict(entry["arguments"])
-    with torch.device("meta"):  # so that a file that lies about its size takes no memory
-        needed = sum(value.numel() for value in _built(run, name, kind, arguments).state_dict().values())
-    stored = sum(value.numel() for value in run.load_best().values())
-    if needed != stored:
+    needed = stored = sum(value.numel() for value in run.load_best().values())
+    with suppress(Exception), torch.device("meta"):  # so that a file that lies about its size takes no memory
+        needed = sum(value.numel() for value in kind(**arguments).state_dict().values())
+    if needed != stored:  # equal for policies that look at numbers while they are made: they cannot be made like that
         raise UserError(
             f"{run.folder / 'best.safetensors'} does not fit policy.json: it holds {stored} numbers, not {needed}"
         )
-    policy: Policy = _built(run, name, kind, arguments)
+    policy = _built(run, name, kind, arguments)
+    if not isinstance(policy, Policy):
+        raise UserError(f"{name} of {run.folder / 'policy.json'} gives no policy")
     load_weights(policy, run)
     return policy
 
 
 def _built(run: Run, name: str, make: Callable[..., Any], arguments: dict[str, Any]) -> Any:
-    """Call what ``policy.json`` names. Errors of the user's own code are reported as such, and not as damage of the
-    file.
+    """Call what ``policy.json`` names. Errors of the user's own code are reported as such, and not as damage.
 
     Raises:
         UserError: the call failed.
@@ -251,7 +261,7 @@ def load_weights(module: nn.Module, run: Run, described: str = "policy.json") ->
     """Put a run's best weights into a module that was built as ``described``.
 
     Raises:
-        UserError: they are damaged, not finite, or of another module.
+        UserError: the weights are damaged, not finite, or of another module.
     """
     load_state(module, run.load_best(), run, described)
 

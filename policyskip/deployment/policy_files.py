@@ -84,7 +84,7 @@ def read_policy(run: Run) -> PolicyFile:
         network["hash"] = str(network["hash"])
         classes = tuple(str(name) for name in content["classes"])
         return PolicyFile(family, dict(content[KEYS[family]]), network, classes, (channels, height, width))
-    except (KeyError, TypeError, ValueError) as error:
+    except (KeyError, TypeError, ValueError, OverflowError) as error:
         raise damaged_policy(run, error) from error
 
 
@@ -109,8 +109,7 @@ def describe_blocks(
 
 
 def describe_gates(network: GatedNetwork) -> dict[str, Any]:
-    """Return the entries ``policy`` and ``network`` of gates; the network is ``network.safetensors``, and the gates are
-    in ``best.safetensors``."""
+    """Return the entries ``policy`` and ``network`` of gates, whose weights are in ``best.safetensors``."""
     return {
         "policy": {"kind": network.gate, "macs": network.gate_macs},
         "network": {"hash": network.content_hash()},
@@ -118,8 +117,7 @@ def describe_gates(network: GatedNetwork) -> dict[str, Any]:
 
 
 def describe_thresholds(predictor: ThresholdPredictor) -> dict[str, Any]:
-    """Return the entries ``policy`` and ``network`` of thresholds; the network is ``network.safetensors``, and nothing
-    else has weights."""
+    """Return the entries ``policy`` and ``network`` of thresholds; only ``network.safetensors`` has weights."""
     policy = predictor.policy
     thresholds = as_text(policy.threshold_E.tolist())
     return {
@@ -129,8 +127,7 @@ def describe_thresholds(predictor: ThresholdPredictor) -> dict[str, Any]:
 
 
 def describe_exit_policy(predictor: ExitPredictor) -> dict[str, Any]:
-    """Return the entries ``policy`` and ``network`` of a learned policy at exits; the network is
-    ``network.safetensors``, and the policy's weights are in ``best.safetensors``."""
+    """Return the entries ``policy`` and ``network`` of a policy at exits; ``best.safetensors`` has its weights."""
     entry = {"arguments": predictor.policy.spec(), "macs": predictor.decision_macs}
     if type(predictor.policy) is not ExitPolicy:
         entry["name"] = registry.name_of("policy", type(predictor.policy))

@@ -8,7 +8,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any
 
 import numpy as np
 import torch
@@ -69,11 +69,9 @@ class BasePredictor(ABC):
 
     Attributes:
         network: the copy that is executed.
-        network_is_external: whether the run folder names its network rather than holding it.
     """
 
     network: Any  # a Backbone, a GatedNetwork or an ExitNetwork
-    network_is_external: ClassVar[bool] = False
 
     def __init__(self, network: Any, classes: Sequence[str], image_shape: tuple[int, int, int]) -> None:
         self.network = folded(network).freeze()
@@ -94,15 +92,44 @@ class BasePredictor(ABC):
         """Compute logits (B, C) and decisions (B, …) for images uint8 (B, 3, H, W) on the network's device."""
 
     def _answers(self, images: Tensor | np.ndarray, batch_size: int) -> tuple[Tensor, Tensor]:
-        """Compute logits (B, C) and decisions (B, …) for any number of images uint8 (B, 3, H, W), ``batch_size`` at a
-        time."""
+        """Compute logits (B, C) and decisions (B, …) for images uint8 (B, 3, H, W), ``batch_size`` at a time."""
         on_device = checked(images, self.image_shape).to(self.network.mean.device)
         answers = self.splitter(lambda rows: self._answer(on_device[rows]), len(on_device), batch_size)
         logits_BC, decision_B = (torch.cat(column) for column in zip(*answers, strict=True))
         return logits_BC, decision_B
 
 
-class Predictor(BasePredictor):
+class BlockPredictor(BasePredictor):
+    """A predictor whose policy decides which blocks run.
+
+    Attributes:
+        costs: what the network's blocks cost.
+        policy_macs: what the policy, or all gates together, cost for one image.
+    """
+
+    costs: Costs
+    policy_macs: float
+
+    @torch.no_grad()
+    def predict(self, images: Tensor | np.ndarray, batch_size: int = 256) -> Prediction:
+        """Decide and classify; a block is executed only for the images that keep it, and as a ``plan`` says otherwise.
+
+        Args:
+            images: uint8 (B, 3, H, W), any B, 0 too.
+            batch_size: images that are computed at a time.
+
+        Raises:
+            UserError: the images are of another shape or dtype.
+        """
+        logits_BC, keep_BK = self._answers(images, batch_size)
+        macs_B = self.costs.of(keep_BK) + self.policy_macs
+        return Prediction(logits_BC.argmax(1), logits_BC.float(), keep_BK, macs_B)
+
+    def ran(self, prediction: Any) -> Tensor:
+        return prediction.keep_BK
+
+
+class Predictor(BlockPredictor):
     """A predictor whose policy stands in front of its network: it decides at once which blocks run.
 
     Args:
@@ -115,8 +142,6 @@ class Predictor(BasePredictor):
             ``deployment/profiling.py``). Empty: a block is computed only for the images that keep it.
     """
 
-    network_is_external = True
-
     def __init__(
         self,
         policy: Policy,
@@ -128,30 +153,13 @@ class Predictor(BasePredictor):
         super().__init__(backbone, classes, image_shape)
         self.policy = folded(policy)
         self.policy_macs = policy_macs
-        self.costs: Costs = count_costs(self.backbone, image_shape)
+        self.costs = count_costs(self.backbone, image_shape)
         self.plan: dict[int, list[float]] = {}
 
     @property
     def backbone(self) -> Backbone:
         """Return the network, by the name that it has where blocks are skipped."""
         return self.network
-
-    @torch.no_grad()
-    def predict(self, images: Tensor | np.ndarray, batch_size: int = 256) -> Prediction:
-        """Decide and classify; only the kept blocks are executed, and those that ``plan`` adds.
-
-        Args:
-            images: uint8 (B, 3, H, W), any B, 0 too.
-            batch_size: images that are computed at a time.
-
-        Raises:
-            UserError: the images are of another shape or dtype.
-        """
-        logits_BC, keep_BK = self._answers(images, batch_size)
-        return Prediction(logits_BC.argmax(1), logits_BC.float(), keep_BK, self.costs.of(keep_BK) + self.policy_macs)
-
-    def ran(self, prediction: Any) -> Tensor:
-        return prediction.keep_BK
 
     def _answer(self, images: Tensor) -> tuple[Tensor, Tensor]:
         return self.policy.run(self.backbone, images, self.plan_for(len(images)))
@@ -161,37 +169,19 @@ class Predictor(BasePredictor):
         return self.plan[min(self.plan, key=lambda size: abs(size - batch))] if self.plan else None
 
 
-class GatedPredictor(BasePredictor):
+class GatedPredictor(BlockPredictor):
     """A predictor whose network has gates, which decide on the way which blocks run."""
 
     network: GatedNetwork
 
     def __init__(self, network: GatedNetwork, classes: Sequence[str], image_shape: tuple[int, int, int]) -> None:
         super().__init__(network, classes, image_shape)
-        self.costs: Costs = count_costs(self.network.backbone, image_shape)
+        self.costs, self.policy_macs = count_costs(self.network.backbone, image_shape), self.network.gate_macs
 
     @property
     def network_to_measure(self) -> Backbone:
         """Return the network without its gates."""
         return self.network.backbone
-
-    @torch.no_grad()
-    def predict(self, images: Tensor | np.ndarray, batch_size: int = 256) -> Prediction:
-        """Decide and classify; only the blocks that a gate lets run are computed, and ``macs_B`` includes the gates.
-
-        Args:
-            images: uint8 (B, 3, H, W), any B, 0 too.
-            batch_size: images that are computed at a time.
-
-        Raises:
-            UserError: the images are of another shape or dtype.
-        """
-        logits_BC, keep_BK = self._answers(images, batch_size)
-        macs_B = self.costs.of(keep_BK) + self.network.gate_macs
-        return Prediction(logits_BC.argmax(1), logits_BC.float(), keep_BK, macs_B)
-
-    def ran(self, prediction: Any) -> Tensor:
-        return prediction.keep_BK
 
     def _answer(self, images: Tensor) -> tuple[Tensor, Tensor]:
         gated = self.network.greedy(images)

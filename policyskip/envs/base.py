@@ -1,5 +1,4 @@
-"""The protocol that all environments follow, and the base class of those over blocks: a frozen network, its costs, and
-the images shown.
+"""The protocol that all environments follow, and the base class of those that decide about blocks.
 
 Shapes: B images side by side (``num_envs``), S decisions for each image, K blocks, H W pixels.
 """

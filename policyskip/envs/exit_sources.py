@@ -21,8 +21,8 @@ from policyskip.exits.rules import entropy, top_two
 
 
 class ExitObservation(NamedTuple):
-    """Holds the columns of an observation: the softmax float32 (B, C), three measures of it float32 (B,), and the exit
-    int64 (B,)."""
+    """Holds the columns of an observation: softmax float32 (B, C), three measures of it float32 (B,), int64 exit
+    (B,)."""
 
     probability_BC: Tensor
     entropy_B: Tensor
@@ -174,8 +174,7 @@ class Replay:
 
 
 class CacheIndices:
-    """A set of images that holds the indices of a cache: in its batches, ``images`` are indices of the cache, int64
-    (B,)."""
+    """A set of images that holds only indices: in its batches, ``images`` are indices of the cache, int64 (B,)."""
 
     difficulty: Tensor | None = None
 

@@ -63,8 +63,7 @@ class LayerSkipVectorEnv(ImageVectorEnv):
 
     @property
     def cursor(self) -> int:
-        """Return the number of the batch to go on from: that of the batch shown or, once a step was made, that of the
-        next."""
+        """Return the number of the batch to go on from: that of the batch shown or, after a step, that of the next."""
         return self.feed.cursor + (1 if self.block else 0)
 
     def reset(self, *, seed: int | None = None, options: dict[str, Any] | None = None) -> tuple[Tensor, dict[str, Any]]:
@@ -124,7 +123,8 @@ def observe(features: Tensor, block_K: Tensor, width: int) -> Tensor:
 
 
 def _channels(backbone: Backbone, images: Tensor) -> list[int]:
-    """Count the channels of the features that enter each block; running the shortcuts alone shows that."""
+    """Count the channels of the features that enter each block, by running the shortcuts alone on images (B, 3, H,
+    W)."""
     channels = []
     with torch.no_grad():
         x = backbone.features(images)

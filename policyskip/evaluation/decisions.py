@@ -23,6 +23,7 @@ from policyskip.errors import UserError, first_line
 from policyskip.files import write
 from policyskip.runs.folder import Run
 from policyskip.runs.tracking import Examples
+from policyskip.static_front import keep_text
 
 FILE = "decisions.safetensors"
 TABLES = ("label_N", "prediction_N", "full_correct_N", "ran_NK", "macs_N", "static_F2")
@@ -34,8 +35,7 @@ BLOCKS, EXITS = "blocks", "exits"
 
 @dataclass(frozen=True)
 class Decisions:
-    """Holds what was decided for each image of a set, and what came of it: a row an image, in the set's order, on the
-    CPU.
+    """Holds what was decided for each image of a set, in the set's order on the CPU, and what came of it.
 
     Attributes:
         kind: what the policy decides on, "blocks" or "exits".
@@ -106,14 +106,12 @@ class Decisions:
         return [kept_N[quarter].mean().item() if len(quarter) else None for quarter in quarters]
 
     def block_use_CK(self, classes: int) -> Tensor:
-        """Compute the fraction of the images of each class that kept each block, float64 (C, K); NaN for a class
-        without images."""
+        """Return the fraction of each class's images that kept each block, float64 (C, K); NaN for an empty class."""
         return torch.stack([self.ran_NK[self.label_N == c].double().mean(0) for c in range(classes)])
 
 
 def collapse_warnings(decisions: Decisions) -> list[str]:
-    """Return one warning if a learned policy decides the same for every image, else none; one image alone is no
-    evidence."""
+    """Return a warning if a learned policy decides the same for every image, else none; one image is no evidence."""
     ran_NK = decisions.ran_NK
     N, K = ran_NK.shape
     if N < 2 or (decisions.kind == EXITS and K < 2) or not (ran_NK == ran_NK[0]).all():
@@ -125,7 +123,7 @@ def collapse_warnings(decisions: Decisions) -> list[str]:
         return [f"the policy has collapsed: all {K} blocks run for every image, which is the full network"]
     if not ran_NK.any():
         return [f"the policy has collapsed: none of the {K} blocks runs for any image"]
-    blocks = "".join("01"[kept] for kept in ran_NK[0].tolist())
+    blocks = keep_text(ran_NK[0].tolist())
     return [f"the policy has collapsed: it decides the same for every image, {blocks}, as a fixed choice would"]
 
 

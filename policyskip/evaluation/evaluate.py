@@ -20,8 +20,7 @@ from policyskip.exits.rules import decisions_at
 
 
 def evaluate(agent: Agent, env: ImageVectorEnv, full: bool = True) -> Decisions:
-    """Let the agent decide greedily for every image of a sequential environment, at once, block by block or exit by
-    exit.
+    """Let the agent decide greedily for every image of a sequential environment, at once or step by step.
 
     Args:
         full: also run the whole network on the same images.

@@ -101,8 +101,7 @@ def exit_use(decisions: Decisions, cache: CachedExits, path: Path) -> Path:
 
 
 def exit_by_difficulty(decisions: Decisions, cache: CachedExits, path: Path) -> Path | None:
-    """Draw the MACs spent on the network against the data set's own measure of difficulty; None if the set has no
-    measure."""
+    """Draw the MACs spent on the network against the data set's measure of difficulty; None if there is no measure."""
     if decisions.difficulty_N is None:
         return None
     figure = figure_of(7, 3.8)

@@ -49,8 +49,7 @@ def block_figures(decisions: Decisions) -> dict[str, Any]:
 
 
 def exit_figures(decisions: Decisions, cache: CachedExits, validation: CachedExits) -> dict[str, Any]:
-    """Compute the figures of a policy that decides where images leave, beside the fixed exits, random exits and the
-    oracles.
+    """Compute the figures of a policy that decides where images leave, beside fixed exits, random exits and oracles.
 
     Args:
         cache: outputs of all exits for the images that were decided on.

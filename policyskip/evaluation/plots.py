@@ -1,5 +1,4 @@
-"""Drawing functions that all pictures share, the pictures of policies that skip blocks, and that of a network's
-profile.
+"""Drawing functions that all pictures share, and the pictures of policies that skip blocks and of a network's profile.
 
 Each function that is given a path writes one PNG whose caption says what is to be seen.
 
@@ -90,8 +89,7 @@ def points_of(records: list[dict[str, Any]], name: str) -> list[tuple[float, flo
 
 
 def groups_by_difficulty(difficulty_N: Tensor, count: int = 20) -> list[Tensor]:
-    """Sort the images into ``count`` groups from easy to hard, and return their indices, int64; few images make fewer
-    groups."""
+    """Return the indices, int64, of the images in ``count`` groups from easy to hard; few images make fewer groups."""
     return [group for group in difficulty_N.argsort().tensor_split(count) if len(group)]
 
 
@@ -101,8 +99,7 @@ def shorten(name: str, length: int = 12) -> str:
 
 
 def title_of(decisions: Decisions, index: int, before_prediction: str) -> tuple[str, str]:
-    """Return the title of an image, and its colour: the label; where the prediction is another class also that, in
-    red."""
+    """Return an image's title and its colour: the label, and in red also the prediction if that is another class."""
     label, prediction = (
         decisions.classes[int(class_N[index])] for class_N in (decisions.label_N, decisions.prediction_N)
     )
@@ -241,8 +238,7 @@ def _mark_stages(axes: Axes, stages: tuple[int, ...]) -> None:
 
 
 def kept_by_difficulty(decisions: Decisions, path: Path) -> Path | None:
-    """Draw kept blocks and accuracy against the data set's own measure of difficulty; None if the set has no
-    measure."""
+    """Draw kept blocks and accuracy against the data set's measure of difficulty; None if there is no measure."""
     if decisions.difficulty_N is None:
         return None
     figure = figure_of(7, 4)

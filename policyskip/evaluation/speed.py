@@ -18,7 +18,7 @@ from torch import Tensor
 
 from policyskip.backbones import Backbone, ExitNetwork, Network
 from policyskip.build import Setup
-from policyskip.data import spread_indices
+from policyskip.data import batch_at, spread_indices
 from policyskip.deployment import profiling
 from policyskip.deployment.loading import load
 from policyskip.deployment.policy_files import read_policy
@@ -51,8 +51,7 @@ def of_network(
 
 
 def of_run(setup: Setup, run: Run, batch_sizes: Sequence[int], repeats: int, count: int, path: Path) -> int:
-    """Measure the network of a run, and how much time the run's predictions save; write and print as :func:`of_network`
-    does.
+    """Measure the network of a run, and how much time the run's predictions save; otherwise as :func:`of_network`.
 
     The latency also goes into the run's summary, where ``policyskip compare`` finds it.
 
@@ -76,7 +75,7 @@ def of_run(setup: Setup, run: Run, batch_sizes: Sequence[int], repeats: int, cou
     predictor = load(run.folder, checkpoint, str(setup.device), planned=False, trust=setup.trusted)
     content = profiling.profile(predictor.network_to_measure, setup.data.image_shape, batch_sizes, repeats)
     content["hash"] = described["hash"]
-    images = next(iter(validation.stream([(index_N, 0)]))).images
+    images = batch_at(validation, index_N).images
     _measure_predictions(predictor, images, content["batches"], repeats)
     largest = max(content["batches"], key=int)
     run.update_summary(

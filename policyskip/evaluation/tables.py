@@ -100,8 +100,7 @@ def _percent(accuracy: float) -> str:
 
 
 def _cost(macs: float, full_macs: float, sd: float | None = None) -> tuple[str, str]:
-    """Return two cells of a table: millions of MACs, with their standard deviation if there is one, and the fraction of
-    full."""
+    """Return two cells: millions of MACs, with their standard deviation if there is one, and the fraction of full."""
     spread = "" if sd is None else f" ± {sd / 1e6:.2f}"
     return f"{macs / 1e6:.2f}{spread}", f"{macs / full_macs:.3f}"
 

@@ -30,8 +30,7 @@ def static_exits(cache: CachedExits) -> tuple[Tensor, Tensor]:
 
 
 def static_pairs(cache: CachedExits) -> list[list[float]]:
-    """Return pairs of MACs and accuracy, one for each exit, if all images leave there: :func:`static_exits` as a
-    curve."""
+    """Return pairs of MACs and accuracy, one for each exit, as :func:`static_exits` computes them."""
     accuracy_N, macs_N = static_exits(cache)
     return [[macs, accuracy] for macs, accuracy in zip(macs_N.tolist(), accuracy_N.tolist(), strict=True)]
 

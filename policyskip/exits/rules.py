@@ -57,13 +57,11 @@ class Rule(Protocol):
     def extremes(self) -> tuple[float, ...]: ...
 
     def leaves(self, probability: Tensor, threshold: Tensor | float) -> Tensor:
-        """Return whether an image with ``probability`` (…, C) leaves: bool (…,). ``threshold`` must broadcast to
-        (…,)."""
+        """Return whether an image with ``probability`` (…, C) leaves, bool (…,); ``threshold`` broadcasts to (…,)."""
         ...
 
     def turning_points(self, probability: Tensor) -> Tensor:
-        """Return the thresholds, float (any number,), at which the decision about one of these images, (…, C),
-        changes."""
+        """Return the thresholds, float (any number,), at which the decision about an image, (…, C), changes."""
         ...
 
 
@@ -207,8 +205,7 @@ def _kind(value: Any) -> str:
 
 
 def check_thresholds(thresholds: Sequence[float] | Tensor, num_exits: int) -> None:
-    """Refuse thresholds (UserError) that are not one for each of ``num_exits`` exits but the last, or of which one is
-    NaN."""
+    """Raise UserError unless each of ``num_exits`` exits but the last has one threshold, (E,), and none is NaN."""
     values = [float(value) for value in thresholds]
     if len(values) != num_exits - 1:
         raise UserError(
@@ -248,8 +245,7 @@ def exit_of(rule: Rule, probability_MNC: Tensor, thresholds: Sequence[float] | T
 
 
 def exit_shares(q: float, num_exits: int) -> Tensor:
-    """Compute the shares of the images that leave at each exit, float64 (N,): ``q_k = z (1-q)^(k-1) q``, k = 1…N,
-    summing to 1.
+    """Compute each exit's share of the images, float64 (N,), summing to 1: ``q_k = z (1-q)^(k-1) q``, k = 1…N.
 
     In the paper, a share ``0 < q < 1`` of the images that reach an exit leave there. The authors' code writes the same
     as ``f_k ∝ p^k`` with ``p = 1 - q``, and allows p above 1, which favours late exits: here ``q < 0``. The limit
@@ -286,8 +282,7 @@ def q_for_budget(macs: float, macs_N: Tensor) -> float:
 
 
 def between(low: Tensor, high: Tensor) -> float:
-    """Return a threshold above ``low`` and not above ``high``: half-way between them, so that rounding changes no
-    decision."""
+    """Return a threshold in (low, high], two scalars: half-way between them, so that rounding changes no decision."""
     middle = low + (high - low) / 2
     return float(middle if middle > low else high)
 
@@ -331,8 +326,7 @@ def quota_thresholds(rule: Measured, value_ME: Tensor, share_N: Tensor) -> Tenso
 
 
 def spread(rule: Rule, probability: Tensor, count: int) -> Tensor:
-    """Choose ``count`` thresholds to try at exits with ``probability`` (…, C), float64 (count,); some repeat if few
-    differ.
+    """Choose ``count`` thresholds to try at exits with ``probability`` (…, C), float64 (count,); some may repeat.
 
     They are the rule's extremes, and values half-way between neighbouring turning points. These are spread evenly over
     the images and not over the scale: where many images lie, thresholds are close.

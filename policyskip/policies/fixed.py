@@ -83,7 +83,7 @@ class OraclePolicy(Policy):
     """The stand-in for the oracle's policy, which does not exist: the oracle cannot decide without the label."""
 
     def decide(self, images: Tensor) -> Tensor:
-        """Refuse to decide.
+        """Refuse to decide about images.
 
         Raises:
             UserError: always.

@@ -21,6 +21,7 @@ from policyskip.errors import UserError
 from policyskip.evaluation.decisions import Decisions
 from policyskip.runs.folder import Run
 from policyskip.runs.tracking import Tracker
+from policyskip.training import ONE_IMAGE
 
 
 class Task(ABC):
@@ -64,7 +65,7 @@ class Task(ABC):
 
 
 class FamilyTask(Task):
-    """The task of one family of agents; a finished run of the family can be judged again from its folder.
+    """A task that belongs to one family of agents; a finished run of the family can be judged again from its folder.
 
     Args:
         setup: what the run's configuration names.
@@ -101,9 +102,6 @@ def names_of(setup: Setup, agent: str, env: str) -> dict[str, str]:
     return {"agent": agent, "env": env, "backbone": setup.backbone.name, "data": setup.data.name}
 
 
-ONE_IMAGE = "batch normalisation of 1×1 features needs two images at least"
-
-
 def check_batch(network: nn.Module, images: Tensor) -> None:
     """Refuse a batch of images, uint8 (B, 3, H, W), that is too small for a network to learn from.
 
@@ -117,4 +115,4 @@ def check_batch(network: nn.Module, images: Tensor) -> None:
         with torch.no_grad():
             trial(images)
     except ValueError as error:
-        raise UserError(f"{ONE_IMAGE}: give a larger data.batch_size or larger images") from error
+        raise UserError(ONE_IMAGE) from error

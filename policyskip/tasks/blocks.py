@@ -18,7 +18,8 @@ from policyskip.backbones import Backbone
 from policyskip.build import Setup
 from policyskip.config import Settings
 from policyskip.deployment.loading import load_weights
-from policyskip.deployment.policy_files import PolicyFile, describe_blocks
+from policyskip.deployment.policy_files import describe_blocks
+from policyskip.envs.base import DecisionEnv
 from policyskip.errors import UserError
 from policyskip.evaluation.evaluate import evaluate
 from policyskip.evaluation.figures import block_figures
@@ -30,7 +31,7 @@ from policyskip.runs.folder import Run
 from policyskip.runs.tracking import Tracker
 from policyskip.static_front import StaticFront
 from policyskip.tasks.base import FamilyTask, Judgement, check_batch, names_of
-from policyskip.tasks.fronts import best_set, load_front, static_figures, static_front
+from policyskip.tasks.fronts import best_set, load_front, remembered_front, static_figures, static_front
 from policyskip.tasks.report import completed, head_of, write_finished
 
 
@@ -49,13 +50,13 @@ class BlockTask(FamilyTask):
         self.source = env = setup.env(setup.data.train, "shuffled", settings.seed)
         everything = torch.ones(len(env.observation), env.backbone.num_blocks, dtype=torch.bool, device=env.device)
         env.rewards(env.score(everything))  # a reward that fails is refused before there is a run folder
-        policy = setup.agent(env).policy  # likewise, and before the front is searched
-        if isinstance(policy, KeepPolicy):
-            check_batch(policy, env.feed.batch.images)
         front_settings = settings.front
+        if remembered_front(setup, front_settings) is None:  # an agent that fails is refused before the long search
+            _check_policy(setup.agent(env), env)
         self.front = processes.first(lambda: static_front(setup, front_settings))
         best = processes.first(lambda: best_set(setup, self.front))
         self.learner: Agent = setup.agent(env, self.front, best)
+        _check_policy(self.learner, env)
         self.validation = setup.env(setup.data.validation)
         self.names = names_of(setup, self.learner.name, env.id)
         self.greeting = (
@@ -71,26 +72,15 @@ class BlockTask(FamilyTask):
         return self.learner.policy.state_dict()
 
     def finish(self, run: Run, tracker: Tracker, seconds: float) -> dict[str, Any]:
-        setup, data, policy = self.setup, self.setup.data, self.learner.policy
+        setup, policy = self.setup, self.learner.policy
         load_weights(policy, run, "the run's config.yaml")
         judgement = judge_policy(setup, self.learner, self.front, "test")
         self.front.save(run.folder / "front.json")
         macs = judgement.decisions.policy_macs
         described = describe_blocks(policy, macs, setup.backbone, setup.config["backbone"], setup.config["seed"])
+        draw = partial(block_pictures, stages=setup.backbone.stages)
         return write_finished(
-            run,
-            tracker,
-            head_of(setup, self.names, seconds),
-            judgement,
-            PolicyFile("blocks", **described, classes=data.classes, image_shape=data.image_shape),
-            partial(
-                block_pictures,
-                metrics=run.metrics(),
-                decisions=judgement.decisions,
-                images=data.test,
-                stages=setup.backbone.stages,
-            ),
-            data.test,
+            setup, run, tracker, head_of(setup, self.names, seconds), judgement, "blocks", described, draw
         )
 
     def show(self, summary: dict[str, Any]) -> None:
@@ -114,6 +104,12 @@ def judge_policy(setup: Setup, agent: Agent, front: StaticFront, split: str) -> 
     static, pairs = static_figures(setup, decisions, front, split)
     complete = completed(decisions, setup, split, pairs, setup.backbone.content_hash())
     return Judgement(complete, block_figures(decisions) | static)
+
+
+def _check_policy(agent: Agent, env: DecisionEnv) -> None:
+    """Refuse a batch that is too small for the agent's policy network to learn from."""
+    if isinstance(agent.policy, KeepPolicy):
+        check_batch(agent.policy, env.feed.batch.images)
 
 
 def _check(setup: Setup) -> None:

@@ -1,5 +1,4 @@
-"""``policyskip calibrate`` chooses other thresholds for a finished run, or shows the curve that they can be chosen
-from."""
+"""``policyskip calibrate`` chooses other thresholds for a finished run, or shows the curve to choose them from."""
 
 from __future__ import annotations
 
@@ -44,8 +43,7 @@ def recalibrate(setup: Setup, run: Run, target: TargetSection) -> dict[str, Any]
 
 
 def finished(setup: Setup, run: Run) -> tuple[ThresholdPredictor, CachedExits, Curve]:
-    """Return the predictor that a run deploys, its network's cached outputs for validation images, and the curve over
-    these.
+    """Return what a run deploys (a predictor), its network's cached outputs for validation images, and their curve.
 
     Raises:
         UserError: it has no early exits.

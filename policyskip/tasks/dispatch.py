@@ -9,6 +9,7 @@ from torch import Tensor
 from policyskip.agents.base import Agent
 from policyskip.build import Setup, class_of
 from policyskip.config import Settings
+from policyskip.envs.base import DecisionEnv
 from policyskip.envs.block_selection import BlockSelectionVectorEnv
 from policyskip.errors import UserError
 from policyskip.files import damaged
@@ -91,10 +92,12 @@ def judge(setup: Setup, run: Run, split: str) -> Judgement:
     Raises:
         UserError: a file of the run is damaged, or the run did not get that far.
     """
-    if isinstance(setup.reward, Adaptive):  # a reward that moves stands where the run left it
+    path = run.folder / "checkpoint.pt"
+    if isinstance(setup.reward, Adaptive) and path.is_file():  # a reward that moves stands where the run left it
         state = run.load_checkpoint()
-        with damaged(run.folder / "checkpoint.pt"):
-            setup.reward.load_state_dict(state["reward"])
+        if "reward" in state:  # where nothing was learned, it has not moved
+            with damaged(path):
+                setup.reward.load_state_dict(state["reward"])
     return FAMILIES[family_of(setup)].judge(setup, run, split)
 
 
@@ -128,7 +131,7 @@ def agent_class(config: dict[str, Any], trusted: bool = True) -> type[Agent]:
     return declared if declared is not None and issubclass(declared, Agent) else Agent
 
 
-def env_class(config: dict[str, Any], trusted: bool = True) -> type[BlockSelectionVectorEnv]:
+def env_class(config: dict[str, Any], trusted: bool = True) -> type[DecisionEnv]:
     """Return the class of a configuration's environment, which declares its key, its id and its family."""
     declared: Any = declared_class(class_of(config, "env", trusted))
     return declared if hasattr(declared, "family") else BlockSelectionVectorEnv

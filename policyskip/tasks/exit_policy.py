@@ -17,7 +17,7 @@ from policyskip.backbones.exits import in_millions
 from policyskip.build import Setup
 from policyskip.config import Settings, group_of
 from policyskip.deployment.loading import load_predictor, load_weights
-from policyskip.deployment.policy_files import PolicyFile, describe_exit_policy
+from policyskip.deployment.policy_files import describe_exit_policy
 from policyskip.deployment.predictors import ExitPredictor
 from policyskip.errors import UserError
 from policyskip.evaluation.evaluate import exit_decisions
@@ -99,21 +99,9 @@ class ExitPolicyTask(FamilyTask):
         judgement = judge_exit_policy(setup, predictor, test, validation, "test")
         checkpoints.save(self.network, run.folder / "network.safetensors")
         described = describe_exit_policy(predictor)
+        draw = partial(exit_pictures, cache=test, budgeted=[])
         return write_finished(
-            run,
-            tracker,
-            head_of(setup, self.names, seconds),
-            judgement,
-            PolicyFile("exit_policy", **described, classes=data.classes, image_shape=data.image_shape),
-            partial(
-                exit_pictures,
-                metrics=run.metrics(),
-                decisions=judgement.decisions,
-                cache=test,
-                budgeted=[],
-                images=data.test,
-            ),
-            data.test,
+            setup, run, tracker, head_of(setup, self.names, seconds), judgement, "exit_policy", described, draw
         )
 
     def show(self, summary: dict[str, Any]) -> None:
@@ -121,6 +109,11 @@ class ExitPolicyTask(FamilyTask):
 
     @staticmethod
     def judge(setup: Setup, run: Run, split: str) -> Judgement:
+        """Judge a finished run's best weights, from its folder, on a split.
+
+        Raises:
+            UserError: ``policy.json`` is not that of a policy that leaves early.
+        """
         predictor = load_predictor(run, setup.device, trust=setup.trusted)
         if not isinstance(predictor, ExitPredictor):
             raise UserError(f"{run.folder / 'policy.json'} is not that of a policy that leaves early")

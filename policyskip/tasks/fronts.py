@@ -9,6 +9,7 @@ import sys
 from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -41,12 +42,10 @@ def static_front(setup: Setup, settings: FrontSection, sets_in_use: Sequence[Kee
         sets_in_use: keep-sets of a policy that trained the network itself, which is at its best with those; they join
             the search.
     """
+    if (known := remembered_front(setup, settings)) is not None:
+        return known
     setup = with_block_selection(setup)
     backbone, images = setup.backbone, setup.data.validation
-    cache = user_cache_path("policyskip") / "fronts"
-    known = known_front(backbone, images, cache)
-    if known is not None and known.finished and known.images >= min(settings.images, len(images)):
-        return known
     print("searching the best fixed keep-sets on validation images", flush=True)
     env = setup.env(images)
     whole = tries_every_set(backbone.num_blocks, min(settings.images, len(images)), settings.budget)
@@ -64,12 +63,24 @@ def static_front(setup: Setup, settings: FrontSection, sets_in_use: Sequence[Kee
             lambda n: bar.update(task, completed=n),
         )
     with suppress(UserError):  # a cache that cannot be written costs time, nothing else
-        front.save(cache / f"{front.backbone}-{front.data}.json")
+        front.save(_cache() / f"{front.backbone}-{front.data}.json")
     return front
 
 
+def remembered_front(setup: Setup, settings: FrontSection) -> StaticFront | None:
+    """Return the static front of a network from an earlier search; None if none was as thorough as ``settings`` ask."""
+    images = setup.data.validation
+    known = known_front(setup.backbone, images, _cache())
+    return known if known and known.finished and known.images >= min(settings.images, len(images)) else None
+
+
+def _cache() -> Path:
+    """Return the folder in which fronts are remembered."""
+    return user_cache_path("policyskip") / "fronts"
+
+
 def with_block_selection(setup: Setup) -> Setup:
-    """Return the same setup with ``BlockSelection-v0`` as its environment, in which fixed keep-sets are searched."""
+    """Return a setup with ``BlockSelection-v0`` as its environment, in which fixed keep-sets are searched."""
     env = {"_target_": "policyskip.envs.block_selection.BlockSelectionVectorEnv"}
     return replace(setup, config={**setup.config, "env": env})
 

@@ -18,7 +18,7 @@ from policyskip.build import Setup, build, wrong_kind
 from policyskip.config import Settings, group_of
 from policyskip.data import Feed, Images, sequential
 from policyskip.deployment.loading import load_weights
-from policyskip.deployment.policy_files import PolicyFile, describe_gates
+from policyskip.deployment.policy_files import describe_gates
 from policyskip.envs.layer_skip import LayerSkipVectorEnv
 from policyskip.errors import UserError
 from policyskip.evaluation.evaluate import evaluate_gates
@@ -69,26 +69,16 @@ class GateTask(FamilyTask):
 
     def finish(self, run: Run, tracker: Tracker, seconds: float) -> dict[str, Any]:
         """Search the static front of the best weights, judge them once on test, and write everything."""
-        agent, data = self.learner, self.setup.data
+        setup, agent = self.setup, self.learner
         load_weights(agent.network, run, "the run's config.yaml")
-        front = static_front(with_network_of(agent, self.setup), self.front_settings, self._sets_in_use())
+        front = static_front(with_network_of(agent, setup), self.front_settings, self._sets_in_use())
         checkpoints.save(agent.network.backbone, run.folder / "network.safetensors")
-        judgement = judge_gates(self.setup, agent, front, "test")
+        judgement = judge_gates(setup, agent, front, "test")
         front.save(run.folder / "front.json")
+        described = describe_gates(agent.network)
+        draw = partial(block_pictures, stages=setup.backbone.stages)
         return write_finished(
-            run,
-            tracker,
-            head_of(self.setup, self.names, seconds),
-            judgement,
-            PolicyFile("gates", **describe_gates(agent.network), classes=data.classes, image_shape=data.image_shape),
-            partial(
-                block_pictures,
-                metrics=run.metrics(),
-                decisions=judgement.decisions,
-                images=data.test,
-                stages=self.setup.backbone.stages,
-            ),
-            data.test,
+            setup, run, tracker, head_of(setup, self.names, seconds), judgement, "gates", described, draw
         )
 
     def show(self, summary: dict[str, Any]) -> None:
@@ -145,7 +135,7 @@ def make_agent(setup: Setup) -> SkipNet:
 
 
 def with_network_of(agent: SkipNet, setup: Setup) -> Setup:
-    """Return the same setup over the agent's own network, whose fixed keep-sets are judged in BlockSelection."""
+    """Return a setup over the agent's own network, whose fixed keep-sets are judged in ``BlockSelection-v0``."""
     return replace(with_block_selection(setup), backbone=agent.network.backbone.eval())
 
 

@@ -10,8 +10,7 @@ from typing import Any
 import torch
 
 from policyskip.build import Setup
-from policyskip.data import Images
-from policyskip.deployment.policy_files import PolicyFile
+from policyskip.deployment.policy_files import Family, PolicyFile
 from policyskip.evaluation.decisions import Decisions, collapse_warnings, examples, save_decisions
 from policyskip.runs.folder import Run
 from policyskip.runs.tracking import Tracker
@@ -43,13 +42,14 @@ def head_of(setup: Setup, names: dict[str, str], seconds: float) -> dict[str, An
 
 
 def write_finished(
+    setup: Setup,
     run: Run,
     tracker: Tracker,
     head: dict[str, Any],
     judgement: Judgement,
-    policy: PolicyFile,
-    draw: Callable[[Path], list[Path]],
-    images: Images,
+    family: Family,
+    described: dict[str, Any],
+    draw: Callable[..., list[Path]],
     chosen: dict[str, Any] | None = None,
 ) -> dict[str, Any]:
     """Write a finished run into its folder, and close the tracker.
@@ -57,23 +57,26 @@ def write_finished(
     ``policy.json`` is written last: a run that has it is finished, and what is deployed has figures.
 
     Args:
+        setup: names the data.
         head: see :func:`head_of`.
         judgement: of the best weights on test.
-        policy: the content of ``policy.json``.
-        draw: draws every picture into a folder and returns their paths.
-        images: the test images.
+        family: of the run's agent.
+        described: the entries ``policy`` and ``network`` of ``policy.json`` (see ``deployment/policy_files.py``).
+        draw: draws every picture, and returns their paths; it takes a folder, and ``metrics``, ``decisions`` and
+            ``images`` by keyword.
         chosen: what was chosen on validation images, for the summary.
 
     Returns: the summary.
     """
-    record = judgement.decisions
+    data, record = setup.data, judgement.decisions
     figures = {f"test/{key}": value for key, value in judgement.figures.items()}
     summary = {**head, **save_decisions(record, run), **(chosen or {}), **figures}
     if head["steps"]:
         summary["warnings"] = collapse_warnings(record)
     run.save_json("summary.json", summary)
-    pictures = draw(run.folder / "plots")
+    pictures = draw(run.folder / "plots", metrics=run.metrics(), decisions=record, images=data.test)
+    policy = PolicyFile(family, **described, classes=data.classes, image_shape=data.image_shape)
     policy.save(run, head["steps"])
     files = [run.folder / name for name in (*policy.files, "policy.json", "summary.json", "config.yaml")]
-    tracker.finish(summary, pictures, files, examples(record, images))
+    tracker.finish(summary, pictures, files, examples(record, data.test))
     return summary

@@ -22,7 +22,7 @@ from policyskip.build import Setup, build, build_backbone, wrong_kind
 from policyskip.config import Settings, group_of
 from policyskip.data import Data, Feed
 from policyskip.deployment.loading import load_thresholds, load_weights
-from policyskip.deployment.policy_files import PolicyFile, as_text, describe_thresholds
+from policyskip.deployment.policy_files import as_text, describe_thresholds
 from policyskip.deployment.predictors import ThresholdPredictor
 from policyskip.envs.early_exit import EarlyExitVectorEnv
 from policyskip.errors import UserError
@@ -49,7 +49,7 @@ FEW = 500
 
 
 class ThresholdTask(FamilyTask):
-    """The task of a network with exits: an agent trains it, and its thresholds have to meet a target.
+    """The task of a network with exits, which an agent trains, and whose thresholds have to meet a target.
 
     Raises:
         UserError: the network has no exits, the configuration has no target, or no threshold can meet it.
@@ -225,23 +225,8 @@ def deploy_point(
     budgeted = budgeted_pairs(test, policy, curve)
     save_curve(run, curve, budgeted)
     described = describe_thresholds(predictor)
-    return write_finished(
-        run,
-        tracker,
-        head,
-        judgement,
-        PolicyFile("thresholds", **described, classes=data.classes, image_shape=data.image_shape),
-        partial(
-            exit_pictures,
-            metrics=run.metrics(),
-            decisions=judgement.decisions,
-            cache=test,
-            budgeted=budgeted,
-            images=data.test,
-        ),
-        data.test,
-        chosen(target, point),
-    )
+    draw = partial(exit_pictures, cache=test, budgeted=budgeted)
+    return write_finished(setup, run, tracker, head, judgement, "thresholds", described, draw, chosen(target, point))
 
 
 def chosen(target: dict[str, Any], point: Point) -> dict[str, Any]:

@@ -13,7 +13,7 @@ from policyskip.errors import UserError
 from policyskip.runs.folder import create
 from tests.conftest import typed
 from tests.learners import learn
-from tests.test_resume import same, without_times
+from tests.runs.test_resume import same, without_times
 
 
 @pytest.fixture

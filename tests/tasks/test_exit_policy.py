@@ -18,8 +18,8 @@ from policyskip.envs.block_selection import BlockSelectionVectorEnv
 from policyskip.envs.early_exit import EarlyExitVectorEnv
 from policyskip.envs.layer_skip import LayerSkipVectorEnv
 from policyskip.errors import UserError
+from tests.backbones.test_checkpoints import Bomb
 from tests.conftest import typed
-from tests.test_checkpoints import Bomb
 
 SMALL = ["data.train=200", "data.validation=60", "data.test=50", "data.batch_size=32", "device=cpu", "tracking=none"]
 STEPS = ["train.steps=3", "train.validate_every=2", "train.log_every=1", "train.choose_after=0"]

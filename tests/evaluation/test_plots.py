@@ -13,8 +13,8 @@ from policyskip.evaluation.decisions import Decisions
 from policyskip.evaluation.evaluate import exit_decisions
 from policyskip.exits.cache import CachedExits
 from policyskip.exits.references import static_pairs
+from tests.exits.test_references import answers
 from tests.made_up import made_up_decisions
-from tests.test_exit_baselines import answers
 
 ALIKE = ("aaaaaaaaaaaaaaa1", "aaaaaaaaaaaaaaa2")
 LABELS, ANSWERS = [0, 0, 1, 1], [0, 1, 1, 0]

@@ -19,7 +19,7 @@ from policyskip.evaluation.evaluate import evaluate, exit_decisions
 from policyskip.evaluation.figures import block_figures, exit_figures
 from policyskip.runs.folder import Run
 from tests.conftest import small_backbone, small_images
-from tests.test_exit_baselines import answers
+from tests.exits.test_references import answers
 
 RESULT = Decisions(
     kind="blocks",

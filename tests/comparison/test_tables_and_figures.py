@@ -13,8 +13,8 @@ from policyskip.comparison.collect import collect
 from policyskip.comparison.series import front_of, gallery, static_front, use
 from policyskip.comparison.tables import Row, agreement, differences, disagreement_table, disagreements, rows_of, table
 from policyskip.fronts import pareto
+from tests.comparison.test_compare import two_agents
 from tests.made_up import made_up_decisions, made_up_run
-from tests.test_comparison import two_agents
 
 
 def rows_in(folder: Path) -> list[Row]:

@@ -237,7 +237,7 @@ def test_files_that_hold_no_fitting_network_are_refused_by_name(tmp_path, conten
 
 @pytest.mark.parametrize("kind", ["ours", "theirs"])
 @pytest.mark.parametrize(
-    ("asked", "message"),
+    ("arguments", "message"),
     [
         (dict(num_classes=5, depth=20), "holds a ResNet of depth 14, not of depth 20"),
         (dict(num_classes=5, depth=14, width=8), "holds a ResNet of width 4, not of width 8"),
@@ -249,7 +249,7 @@ def test_files_that_hold_no_fitting_network_are_refused_by_name(tmp_path, conten
     ],
     ids=["depth", "width", "classes", "shortcut"],
 )
-def test_a_network_other_than_the_one_asked_for_is_refused(tmp_path, kind, asked, message):
+def test_a_network_other_than_the_one_asked_for_is_refused(tmp_path, kind, arguments, message):
     file = tmp_path / ("net.safetensors" if kind == "ours" else "net.th")
     if kind == "ours":
         save(small_backbone(shortcut="A"), file)
@@ -257,12 +257,12 @@ def test_a_network_other_than_the_one_asked_for_is_refused(tmp_path, kind, asked
         torch.save(GOOD, file)
     cifar_resnet(5, 14, str(file), shortcut="A", width=4)
     with pytest.raises(UserError, match=message) as refused:
-        cifar_resnet(checkpoint=str(file), **asked)
+        cifar_resnet(checkpoint=str(file), **arguments)
     assert str(file) in str(refused.value)
 
 
 @pytest.mark.parametrize(
-    ("asked", "message"),
+    ("arguments", "message"),
     [
         (dict(depth=21), "depth must be 6n.2 .* got 21"),
         (dict(depth=2), "depth must be 6n.2 .* got 2"),
@@ -272,9 +272,9 @@ def test_a_network_other_than_the_one_asked_for_is_refused(tmp_path, kind, asked
         (dict(depth=8, std=[1, 0, 1]), r"positive; .* \[1, 0, 1\]"),
     ],
 )
-def test_an_impossible_architecture_is_refused(asked, message):
+def test_an_impossible_architecture_is_refused(arguments, message):
     with pytest.raises(UserError, match=message):
-        cifar_resnet(num_classes=5, checkpoint="random", **asked)
+        cifar_resnet(num_classes=5, checkpoint="random", **arguments)
 
 
 @pytest.mark.parametrize("name", ["net.safetensors", "net.th"])

@@ -36,8 +36,8 @@ def test_the_margin_is_paired_with_the_mix_of_equal_cost(monkeypatch):
         def __init__(self, backbone, images):
             assert images == "test images"
 
-        def correct(self, asked):
-            return [right[keep] for keep in asked]
+        def correct(self, sets):
+            return [right[keep] for keep in sets]
 
     monkeypatch.setattr(report, "SetScorer", Scorer)
     setup = type(

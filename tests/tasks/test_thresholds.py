@@ -215,6 +215,7 @@ def test_everything_is_chosen_on_validation_and_test_is_read_once_at_the_end(tmp
         return cache_exits(network, images)
 
     monkeypatch.setattr(exits, "cache_exits", noted)
+    monkeypatch.setattr("policyskip.tasks.calibrate.cache_exits", noted)
     arguments = ["agent=cdl", *SMALL, *STEPS, "agent.delta=0.3", "target.macs_fraction=0.9", "run.dir=x"]
     assert typed("train", *arguments, cwd=tmp_path).returncode == 0
     assert set(seen[:-1]) == {120} and seen[-1] == 90  # of SMALL: validation, and test

@@ -36,7 +36,7 @@ def start(*module: str, cwd: Path, processes: int = 2) -> subprocess.Popen[str]:
     """``python -m`` with these words in several processes."""
     own = {"OMP_NUM_THREADS": "1", "XDG_CACHE_HOME": str(cwd.parent / "cache"), "COLUMNS": "200"}
     own["MPLCONFIGDIR"] = matplotlib.get_cachedir()  # where fonts have been looked for already
-    environment = {**os.environ, **own, "PYTHONPATH": str(Path(__file__).parents[1])}
+    environment = {**os.environ, **own, "PYTHONPATH": str(Path(__file__).parents[2])}
     pipes = dict(stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     return subprocess.Popen([*TORCHRUN, str(processes), "-m", *module], cwd=cwd, env=environment, **pipes)
 
