@@ -551,6 +551,12 @@ def test_load_refuses_a_damaged_run(copied, file, damage, message):
     assert "\n" not in str(refused.value)
 
 
+def test_load_refuses_arguments_of_another_type(copied):
+    for arguments in ({"backbone": 3}, {"trust": "yes"}, {"planned": None}):
+        with pytest.raises(UserError, match=f"{next(iter(arguments))} must be of type"):
+            policyskip.load("x", **arguments)
+
+
 def test_load_says_what_is_not_there(copied):
     with pytest.raises(UserError, match="the run folder nowhere does not exist"):
         policyskip.load("nowhere")
@@ -653,6 +659,14 @@ class NoJson(FixedPolicy):
     def spec(self): return {"num_blocks": lambda: 3}
 class NoJsonSpec(Good):
     def __init__(self, env): self.policy, self.decision_macs = NoJson(env.backbone.num_blocks), 0.0
+class Narrow(FixedPolicy):
+    def decide(self, images): return super().decide(images)[:, :3]
+class NarrowDecisions(Good):
+    def __init__(self, env): self.policy, self.decision_macs = Narrow(env.backbone.num_blocks), 0.0
+class Failing(FixedPolicy):
+    def decide(self, images): raise IndexError("no such block")
+class FailingDecisions(Good):
+    def __init__(self, env): self.policy, self.decision_macs = Failing(env.backbone.num_blocks), 0.0
 class NoFigures(Good):
     def update(self, env): env.advance()
 class UpdateLeaves(Good):
@@ -684,6 +698,11 @@ def more_labels(device):
         ("agent._target_=leaving.X", "could not import agent._target_=leaving.X: SystemExit: 0"),
         ("agent._target_=odd.WrongSpec", "spec of the policy Wrong must return the arguments of Wrong"),
         ("agent._target_=odd.NoJsonSpec", "spec of the policy NoJson must return the arguments of NoJson"),
+        (
+            "agent._target_=odd.NarrowDecisions",
+            r"narrowdecisions must decide with a tensor of shape \(\d+, 9\) here, got of shape \(\d+, 3\)",
+        ),
+        ("agent._target_=odd.FailingDecisions", "the agent failingdecisions failed with IndexError: no such block"),
         ("env._target_=odd.OddEnv", "the environment OddEnv must declare a family of .*, got 'odd'"),
         ("env._target_=odd.no_env", "env._target_=odd.no_env gave a NoneType; it must be a .*DecisionEnv"),
     ],

@@ -52,7 +52,7 @@ OWN_BACKBONES = {f"policyskip.backbones.{make.__name__}": make for make in (cifa
 
 def load(
     run: str | Path,
-    backbone: str | None = None,
+    backbone: str | Path | None = None,
     device: str = "cpu",
     precision: str = "float32",
     planned: bool = True,
@@ -76,6 +76,13 @@ def load(
         UserError: there is no run folder, a file is damaged, something that the run names is not installed here, the
             precision or device does not exist, or the network's weights are not those the policy was trained with.
     """
+    for name, value, kinds in (
+        ("backbone", backbone, str | Path | None),
+        ("planned", planned, bool),
+        ("trust", trust, bool),
+    ):
+        if not isinstance(value, kinds):
+            raise UserError(f"{name} must be of type {getattr(kinds, '__name__', kinds)}, got {value!r}")
     if precision not in PRECISIONS:
         raise UserError(f"precision must be one of {', '.join(PRECISIONS)}, got {precision!r}")
     try:
@@ -91,8 +98,15 @@ def load(
     return predictor
 
 
+def _check_types(**arguments: tuple[Any, Any]) -> None:
+    """Refuse (UserError) an argument, by its name, whose value is not of its type."""
+    for name, (value, kind) in arguments.items():
+        if not isinstance(value, kind):
+            raise UserError(f"{name} must be of type {getattr(kind, '__name__', kind)}, got {value!r}")
+
+
 def load_predictor(
-    run: Run, device: str | torch.device, backbone: str | None = None, trust: bool = False
+    run: Run, device: str | torch.device, backbone: str | Path | None = None, trust: bool = False
 ) -> Predictor | GatedPredictor | ExitPredictor:
     """Build a run's predictor on a device, in float32 and without a plan. The arguments are those of :func:`load`.
 
@@ -111,7 +125,7 @@ def load_predictor(
     with registry.trusting(trust):
         try:
             if backbone is not None:
-                file.network["config"] = {**file.network["config"], "checkpoint": backbone}
+                file.network["config"] = {**file.network["config"], "checkpoint": str(backbone)}
             network = _network_of(run, file, trust).to(device)
             return LOADERS[file.family](run, file, network, device)
         except (KeyError, TypeError, ValueError, OverflowError, RuntimeError) as error:

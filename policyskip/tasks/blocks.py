@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from policyskip import registry
 from policyskip.agents.base import Agent
 from policyskip.backbones import Backbone
 from policyskip.build import Setup
@@ -107,9 +108,21 @@ def judge_policy(setup: Setup, agent: Agent, front: StaticFront, split: str) -> 
 
 
 def _check_policy(agent: Agent, env: DecisionEnv) -> None:
-    """Refuse a batch that is too small for the agent's policy network to learn from."""
+    """Refuse a batch that is too small for the agent's policy network to learn from, and decisions of a wrong shape.
+
+    Raises:
+        UserError: the batch or the decisions are refused, or the agent fails.
+    """
     if isinstance(agent.policy, KeepPolicy):
         check_batch(agent.policy, env.feed.batch.images)
+    if agent.sees_the_label:
+        return
+    with registry.naming_failures(f"the agent {agent.name}"), torch.random.fork_rng(devices=[]):
+        action = agent.decide(env)
+    expected = (len(env.observation), *(env.single_action_space.shape or ()))
+    if not isinstance(action, Tensor) or tuple(action.shape) != expected:
+        found = f"of shape {tuple(action.shape)}" if isinstance(action, Tensor) else f"a {type(action).__name__}"
+        raise UserError(f"the agent {agent.name} must decide with a tensor of shape {expected} here, got {found}")
 
 
 def _check(setup: Setup) -> None:

@@ -43,10 +43,11 @@ class GateTask(FamilyTask):
     learner: SkipNet
 
     def __init__(self, setup: Setup, settings: Settings) -> None:
+        agent = f"agent={str(group_of(setup.config, 'agent').get('_target_')).rpartition('.')[2].lower()}"
         if setup.reward is not None:
-            raise UserError("agent=skipnet learns by its own loss (agent.alpha, agent.cost) and takes no reward")
+            raise UserError(f"{agent} learns by its own loss (agent.alpha, agent.cost) and takes no reward")
         if setup.config.get("env") is not None:
-            raise UserError("agent=skipnet learns from labelled images and takes no env")
+            raise UserError(f"{agent} learns from labelled images and takes no env")
         if settings.front is None:
             raise UserError("the configuration has no front, and skipping blocks needs one")
         self.setup, self.front_settings = setup, settings.front
