@@ -76,13 +76,7 @@ def load(
         UserError: there is no run folder, a file is damaged, something that the run names is not installed here, the
             precision or device does not exist, or the network's weights are not those the policy was trained with.
     """
-    for name, value, kinds in (
-        ("backbone", backbone, str | Path | None),
-        ("planned", planned, bool),
-        ("trust", trust, bool),
-    ):
-        if not isinstance(value, kinds):
-            raise UserError(f"{name} must be of type {getattr(kinds, '__name__', kinds)}, got {value!r}")
+    _check_types(backbone=(backbone, str | Path | None), planned=(planned, bool), trust=(trust, bool))
     if precision not in PRECISIONS:
         raise UserError(f"precision must be one of {', '.join(PRECISIONS)}, got {precision!r}")
     try:
