@@ -26,9 +26,10 @@ from policyskip import registry
 from policyskip.agents.base import Agent
 from policyskip.backbones import Backbone, ExitNetwork, Network
 from policyskip.backbones.architectures import record_architecture
+from policyskip.backbones.base import evaluation_mode
 from policyskip.backbones.checkpoints import check_data, seeded
 from policyskip.config import first_problem, group_of
-from policyskip.data import Data, Images, Order
+from policyskip.data import Data, Images, Order, batch_at
 from policyskip.errors import UserError
 from policyskip.parallel import processes
 from policyskip.policies.base import Policy
@@ -103,7 +104,8 @@ def check_call(group: str, node: dict[str, Any], optional: dict[str, Any] | None
         if name not in from_settings and name not in given
     ]
     if missing:
-        raise UserError(f"{group}.{missing[0]} is not set; {target} needs it")
+        hint = "; a reward is a class with __call__, or a function that returns one" if group == "reward" else ""
+        raise UserError(f"{group}.{missing[0]} is not set; {target} needs it{hint}")
     hints = _hints(function)
     converted = {
         key: _converted(f"{group}.{key}", value, hints[key]) if key in hints else value
@@ -159,32 +161,6 @@ def _hints(function: Any) -> dict[str, Any]:
         return get_type_hints(function.__init__ if inspect.isclass(function) else function)
     except Exception:
         return {}
-
-
-def find_device(name: str) -> torch.device:
-    """Find the device ``auto`` (a GPU if there is one), ``cpu``, ``cuda`` or ``cuda:N``.
-
-    Raises:
-        UserError: no such device here.
-    """
-    if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "cpu"
-    try:
-        device = torch.device(name)
-    except RuntimeError as error:
-        raise UserError(f"device must be auto, cpu, cuda or cuda:N, got {name!r}") from error
-    if device.type not in ("cpu", "cuda"):
-        raise UserError(f"device must be auto, cpu, cuda or cuda:N, got {name!r}")
-    if processes.world() > 1 and device.type == "cuda":
-        if device.index is not None:
-            raise UserError(f"{name} is one GPU, and each of {processes.world()} processes needs its own: say cuda")
-        device = torch.device("cuda", processes.local_rank())
-    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
-        raise UserError(
-            f"device {device} is not there: this machine has {torch.cuda.device_count()} CUDA devices; say device=cpu"
-        )
-    torch.backends.cudnn.deterministic = True  # one seed, one result
-    return device
 
 
 @dataclass
@@ -270,6 +246,7 @@ def build_data(node: dict[str, Any], device: torch.device, trusted: bool = True)
     data = build("data", node, trusted, device=device)
     if not isinstance(data, Data):
         raise UserError(wrong_kind("data", node, data, "policyskip.data.Data"))
+    own = registry.is_own(registry.path_of("data", str(node["_target_"])).rpartition(".")[0])
     for images in (data.train, data.validation, data.test):
         label_N = getattr(images, "label_N", None)
         if (
@@ -279,6 +256,12 @@ def build_data(node: dict[str, Any], device: torch.device, trusted: bool = True)
         ):
             found = f"{int(label_N.min())} to {int(label_N.max())}"
             raise UserError(f"data: {node['_target_']} gave labels {found} for {len(data.classes)} classes")
+        if own or not len(images):
+            continue
+        first = batch_at(images, torch.zeros(1, dtype=torch.int64)).images
+        if (first.dtype, tuple(first.shape[1:])) != (torch.uint8, tuple(data.image_shape)):
+            found = f"{str(first.dtype).removeprefix('torch.')} {tuple(first.shape[1:])}"
+            raise UserError(f"data: {node['_target_']} gave images {found}, not uint8 {tuple(data.image_shape)}")
     return data, batch_size
 
 
@@ -311,9 +294,20 @@ def build_backbone(
                 made = f"a network of {backbone.num_classes} classes"
                 raise UserError(f"backbone._target_={node['_target_']} gave {made}, the data has {len(data.classes)}")
             if not own:
+                _check_logits(node["_target_"], backbone, data.image_shape)
                 path = registry.path_of("backbone", node["_target_"])
                 record_architecture(backbone, path, call.target, call.arguments)
     return backbone.to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
+
+
+def _check_logits(target: str, network: Backbone | ExitNetwork, image_shape: tuple[int, int, int]) -> None:
+    """Refuse (UserError) a network of the user's own whose logits for two images are not (2, C), or (2, N, C)."""
+    with registry.naming_failures(f"backbone: {target}"), torch.no_grad(), evaluation_mode(network):
+        logits = network(torch.zeros(2, *image_shape, dtype=torch.uint8))
+    exits = (network.num_exits,) if isinstance(network, ExitNetwork) else ()
+    expected = (2, *exits, network.num_classes)
+    if tuple(logits.shape) != expected:
+        raise UserError(f"backbone: {target} gave logits {tuple(logits.shape)} for two images, not {expected}")
 
 
 def _check_agent(label: str, agent: Agent) -> None:

@@ -19,7 +19,13 @@ from omegaconf import DictConfig
 from omegaconf.errors import ConfigAttributeError, ConfigKeyError, OmegaConfBaseException
 
 from policyskip import __version__, sweeps
-from policyskip.errors import UserError, traceback_hint, traceback_wanted, users_problem
+from policyskip.errors import (
+    UserError,
+    problem_beside_users_classes,
+    traceback_hint,
+    traceback_wanted,
+    users_problem,
+)
 
 USAGE = """\
 policyskip: decide for each image how much of a network to run.
@@ -113,7 +119,7 @@ def _run(command: str) -> int:
             else:
                 status = run_command(config)
         except Exception as error:
-            if not isinstance(error, REFUSED) and not users_problem(error):
+            if not isinstance(error, REFUSED) and not (users_problem(error) or problem_beside_users_classes(error)):
                 raise
             status = _refuse(command, error)
         if status:
@@ -169,7 +175,8 @@ def _refuse(command: str, error: Exception) -> int:
         return EXIT_BAD_INPUT
     if traceback_wanted():
         traceback.print_exception(error)
-    line = users_problem(error) or _in_one_line(error)
+    beside = None if isinstance(error, REFUSED) else problem_beside_users_classes(error)
+    line = users_problem(error) or beside or _in_one_line(error)
     print(f"policyskip {command}: {line}{traceback_hint(error)}", file=sys.stderr)
     return EXIT_BAD_INPUT
 

@@ -15,7 +15,7 @@ import torch
 from omegaconf import DictConfig, OmegaConf
 
 from policyskip import training
-from policyskip.build import Setup, build_backbone, build_data, find_device, set_up
+from policyskip.build import Setup, build_backbone, build_data, set_up
 from policyskip.comparison import compare as comparison
 from policyskip.comparison import sources
 from policyskip.config import (
@@ -36,6 +36,7 @@ from policyskip.files import shell_argument
 from policyskip.memory import keep_freed_memory
 from policyskip.parallel import processes
 from policyskip.parallel.data_parallel import divide
+from policyskip.parallel.devices import find_device
 from policyskip.runs import lifecycle
 from policyskip.runs.folder import Run, open_run, unlock_all
 from policyskip.runs.tracking import Tracker, log_comparison

@@ -60,6 +60,20 @@ def users_problem(error: BaseException) -> str | None:
     return f"{description} failed with {type(error).__name__}: {in_one_line(error)}" if description else None
 
 
+def problem_beside_users_classes(error: BaseException) -> str | None:
+    """Describe an exception that the package raised, in a run that uses classes of the user's own.
+
+    What such a class returned may be its reason, so the user is told which classes there are.
+
+    Returns: a line that names them; None if the run has none.
+    """
+    if isinstance(error, UserError) or not _users_classes:
+        return None
+    classes = ", ".join(dict.fromkeys(_users_classes.values()))
+    hint = "" if traceback_wanted() else f"; set {TRACEBACK}=1 to see where"
+    return f"{type(error).__name__}: {in_one_line(error)}; the run has classes of your own ({classes}){hint}"
+
+
 def users_class_failed(error: BaseException) -> bool:
     """Return whether an error, or an exception that led to it, was raised by a user's own class."""
     return any(users_problem(cause) for cause in _chain(error))

@@ -18,6 +18,7 @@ import yaml
 from PIL import Image
 
 import policyskip
+from policyskip.backbones import Backbone, cifar_resnet
 from policyskip.backbones.checkpoints import save
 from policyskip.backbones.resnet import CifarResNet
 from policyskip.errors import UserError
@@ -629,6 +630,7 @@ import torch
 from policyskip.backbones import cifar_resnet
 from policyskip.data import Data, TensorImages
 from policyskip.agents.base import Agent
+from policyskip.agents.skipnet import SkipNet
 from policyskip.envs.block_selection import BlockSelectionVectorEnv
 from policyskip.policies.fixed import FixedPolicy
 
@@ -676,6 +678,23 @@ class OddEnv(BlockSelectionVectorEnv): family = "odd"
 def no_env(backbone, images): return None
 def five_classes(): return cifar_resnet(5, 20, "random")
 
+class OneMore(torch.nn.Module):
+    def __init__(self, head): super().__init__(); self.head = head
+    def forward(self, x): return torch.nn.functional.pad(self.head(x), (0, 1))
+def one_logit_more(num_classes):
+    network = cifar_resnet(num_classes, 20, "random")
+    network.head = OneMore(network.head)
+    return network
+
+def floats(device):
+    split = TensorImages(torch.zeros(60, 3, 20, 20), torch.arange(60) % 2)
+    return Data("odd", split, split, split, ("a", "b"), (3, 20, 20))
+
+def plain_reward(outcome): return outcome.correct_B.float()
+def unannotated(env): return Good(env)
+class ShortReturns(SkipNet):
+    def returns(self, ce_B, run): return super().returns(ce_B, run)[:, 1:]
+
 def more_labels(device):
     split = TensorImages(torch.zeros(60, 3, 20, 20, dtype=torch.uint8), torch.arange(60) % 4)
     return Data("odd", split, split, split, ("a", "b"), (3, 20, 20))
@@ -700,7 +719,7 @@ def more_labels(device):
         ("agent._target_=odd.NoJsonSpec", "spec of the policy NoJson must return the arguments of NoJson"),
         (
             "agent._target_=odd.NarrowDecisions",
-            r"narrowdecisions must decide with a tensor of shape \(\d+, 9\) here, got of shape \(\d+, 3\)",
+            r"narrowdecisions must decide with a tensor torch\.bool \(\d+, 9\) here, got torch\.bool \(\d+, 3\)",
         ),
         ("agent._target_=odd.FailingDecisions", "the agent failingdecisions failed with IndexError: no such block"),
         ("env._target_=odd.OddEnv", "the environment OddEnv must declare a family of .*, got 'odd'"),
@@ -722,6 +741,41 @@ def test_a_network_of_other_classes_is_refused(refused, empty_folder, monkeypatc
     settings = [word for word in TRAIN if not word.startswith("backbone")]
     message = "backbone._target_=odd.five_classes gave a network of 5 classes, the data has 10"
     assert message in refused("train", *settings, "backbone._target_=odd.five_classes")
+
+
+def test_what_a_part_returned_is_named_where_the_package_stumbles_over_it(empty_folder, monkeypatch, capsys):
+    (empty_folder / "odd.py").write_text(ODD_PARTS)
+    monkeypatch.delitem(sys.modules, "odd", raising=False)
+    monkeypatch.delenv("POLICYSKIP_TRACEBACK", raising=False)
+    settings = [word for word in TRAIN if not word.startswith("agent.")]
+    agent = ("agent=skipnet", "agent._target_=odd.ShortReturns", "agent.supervised=0", "run.dir=runs/x")
+    assert run("train", *settings, *agent) == 2
+    said = capsys.readouterr().err
+    assert "ValueError: expected cross-entropy (B,)" in said and said.count("\n") <= 2
+    assert "classes of your own (agent: odd.ShortReturns" in said and "POLICYSKIP_TRACEBACK=1" in said
+
+
+@pytest.mark.parametrize(
+    "argument, message",
+    [
+        ("backbone._target_=odd.one_logit_more", r"gave logits \(2, 11\) for two images, not \(2, 10\)"),
+        ("data._target_=odd.floats", r"data: odd.floats gave images float32 \(3, 20, 20\), not uint8 \(3, 20, 20\)"),
+        ("reward._target_=odd.plain_reward", "reward.outcome is not set; .* a reward is a class with __call__"),
+        ("agent._target_=odd.unannotated", "at least 1, got 0; if the agent has nothing to learn, annotate what una"),
+    ],
+)
+def test_parts_that_are_not_what_their_place_needs_are_refused(refused, empty_folder, monkeypatch, argument, message):
+    (empty_folder / "odd.py").write_text(ODD_PARTS)
+    monkeypatch.delitem(sys.modules, "odd", raising=False)
+    settings = [word for word in TRAIN if not word.startswith(f"{argument.partition('.')[0]}.")]
+    steps = ["train.steps=0"] if "unannotated" in argument else []
+    assert re.search(message, refused("train", *settings, argument, *steps))
+
+
+def test_stages_sum_to_the_blocks():
+    network = cifar_resnet(10, 8, "random")
+    with pytest.raises(UserError, match=r"stages \[1\] must sum to the number of blocks, 3"):
+        Backbone(network.stem, list(network.blocks), network.head, 10, [0.5] * 3, [0.5] * 3, [1])
 
 
 def test_labels_without_a_class_are_refused(refused, empty_folder, monkeypatch):

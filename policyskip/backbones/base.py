@@ -13,6 +13,8 @@ from typing import Any, Self
 import torch
 from torch import Tensor, nn
 
+from policyskip.errors import UserError
+
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
 
@@ -150,6 +152,8 @@ class Backbone(Network):
         self.stem = stem
         self.blocks = nn.ModuleList(blocks)  # type: ignore[assignment]
         self.head = head
+        if sum(stages) != len(blocks):
+            raise UserError(f"stages {list(stages)} must sum to the number of blocks, {len(blocks)}")
         self.stages = tuple(stages)
 
     @property

@@ -120,9 +120,10 @@ def _check_policy(agent: Agent, env: DecisionEnv) -> None:
     with registry.naming_failures(f"the agent {agent.name}"), torch.random.fork_rng(devices=[]):
         action = agent.decide(env)
     expected = (len(env.observation), *(env.single_action_space.shape or ()))
-    if not isinstance(action, Tensor) or tuple(action.shape) != expected:
-        found = f"of shape {tuple(action.shape)}" if isinstance(action, Tensor) else f"a {type(action).__name__}"
-        raise UserError(f"the agent {agent.name} must decide with a tensor of shape {expected} here, got {found}")
+    if not isinstance(action, Tensor) or (action.dtype, tuple(action.shape)) != (torch.bool, expected):
+        kind = type(action).__name__
+        found = f"{action.dtype} {tuple(action.shape)}" if isinstance(action, Tensor) else f"a {kind}"
+        raise UserError(f"the agent {agent.name} must decide with a tensor torch.bool {expected} here, got {found}")
 
 
 def _check(setup: Setup) -> None:

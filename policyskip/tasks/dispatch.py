@@ -42,7 +42,7 @@ def start(setup: Setup, settings: Settings) -> FamilyTask:
     agent, steps = agent_class(setup.config, setup.trusted), settings.train.steps
     _check_declarations(agent)
     if agent.learns and not steps:
-        raise UserError("train.steps must be at least 1, got 0")
+        raise UserError(f"train.steps must be at least 1, got 0{_annotation_hint(setup)}")
     if steps and not agent.learns:
         raise UserError(f"this agent has nothing to learn, so train.steps must be 0, got {steps}")
     if processes.world() > 1 and not issubclass(agent, Divisible):
@@ -57,6 +57,14 @@ def start(setup: Setup, settings: Settings) -> FamilyTask:
             f"and dictionaries, for checkpoints that can be read again; got {problem}"
         )
     return task
+
+
+def _annotation_hint(setup: Setup) -> str:
+    """Return what to add for a function of the user's own that does not say which agent it makes."""
+    target = class_of(setup.config, "agent", setup.trusted)
+    if declared_class(target) is not None:
+        return ""
+    return f"; if the agent has nothing to learn, annotate what {target.__name__} returns, as -> FixedAgent"
 
 
 def _not_plain(value: Any, where: str) -> str | None:
