@@ -19,11 +19,11 @@ class Agent(ABC):
 
     A subclass that learns defines :meth:`update`, :meth:`state_dict` and :meth:`load_state_dict`, and sets ``policy``
     and ``decision_macs`` in its ``__init__``. One without learning is a :class:`~policyskip.agents.fixed.FixedAgent`.
-    Agents declare the class attributes, because a run is checked and set up by them before there is an agent.
+    The first five attributes are set on the class, because a run reads them before it makes the agent.
 
     Attributes:
         family: what is decided, and so how a run is judged and deployed: "blocks", "gates", "thresholds" or
-            "exit_policy"; None takes the family of the environment.
+            "exit_policy". None: the environment's family.
         learns: whether it takes updates; one that does not runs with ``train.steps=0``.
         trains_network: whether its updates change the network that classifies, so that the run's own weights of the
             network are deployed.

@@ -245,7 +245,14 @@ class SkipNet(Agent, Divisible):
         return self.network.eval().greedy(observation).keep_BK
 
     def returns(self, ce_B: Tensor, run: GatedRun) -> Tensor:
-        """Compute :func:`skipnet_returns`, float (B, G), of a pass and its cross-entropy (B,); column 0 is −L."""
+        """Compute the return of each gate's decision, float (B, G): the larger it is, the better the decision was.
+
+        A subclass may define other returns. These are :func:`skipnet_returns`, whose column 0 is −L.
+
+        Args:
+            ce_B: float (B,), cross-entropy of each image in nats.
+            run: the pass; gate g decided ``run.keep_BK[:, g + 1]``, as block 0 always runs.
+        """
         return skipnet_returns(ce_B, run.keep_BK[:, 1:], self.cost_G, self.alpha)
 
     @torch.no_grad()

@@ -226,8 +226,9 @@ class TensorImages:
         label_N: int64 (N,).
         difficulty: float32 (N,) on the CPU, or None.
         augment: applied to each batch; None leaves the images as they are.
-        recipe: what rendered images were made from. The fingerprint is taken of it and not of the pixels, whose last
-            bit may differ between machines.
+        recipe: a text that says from what the images were rendered. The fingerprint is computed from the recipe instead
+            of the pixels, because the last bit of a pixel may differ between machines. If it is
+            None, the fingerprint is computed from the pixels.
     """
 
     def __init__(

@@ -24,9 +24,9 @@ class KeepPolicy(Policy):
     """A network from images to K logits, one for each block, which :class:`~policyskip.agents.blockdrop.BlockDrop`
     trains.
 
-    A subclass defines :meth:`features_and_logits`, or only :meth:`forward` if it has no features that a value head
-    could learn from.
-    ``agent.warm_start=true`` needs a last layer named ``keep_head``, from :func:`keep_layer`.
+    A subclass defines :meth:`features_and_logits`; one without features defines :meth:`forward` instead. From the
+    features BlockDrop can learn to predict the reward. ``agent.warm_start=true`` needs a last layer named
+    ``keep_head``, from :func:`keep_layer`.
 
     Args:
         num_blocks: K.
