@@ -21,6 +21,7 @@ from omegaconf.errors import ConfigAttributeError, ConfigKeyError, OmegaConfBase
 from policyskip import __version__, sweeps
 from policyskip.errors import (
     UserError,
+    forget_users_classes,
     problem_beside_users_classes,
     traceback_hint,
     traceback_wanted,
@@ -111,6 +112,7 @@ def _run(command: str) -> int:
 
     def job(config: DictConfig) -> None:
         nonlocal composed
+        forget_users_classes()
         run_command = partial(_commands().run_command, command)
         composed = True
         try:

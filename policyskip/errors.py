@@ -47,6 +47,11 @@ def remember_users_class(module: str, description: str) -> None:
     _users_classes[module] = description
 
 
+def forget_users_classes() -> None:
+    """Forget the classes of an earlier command in this process."""
+    _users_classes.clear()
+
+
 def users_problem(error: BaseException) -> str | None:
     """Describe an exception that a user's own class raised, or something that this class called.
 

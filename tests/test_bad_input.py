@@ -748,7 +748,13 @@ def test_what_a_part_returned_is_named_where_the_package_stumbles_over_it(empty_
     monkeypatch.delitem(sys.modules, "odd", raising=False)
     monkeypatch.delenv("POLICYSKIP_TRACEBACK", raising=False)
     settings = [word for word in TRAIN if not word.startswith("agent.")]
-    agent = ("agent=skipnet", "agent._target_=odd.ShortReturns", "agent.supervised=0", "run.dir=runs/x")
+    agent = (
+        "agent=skipnet",
+        "agent.gate=rnn",
+        "agent._target_=odd.ShortReturns",
+        "agent.supervised=0",
+        "run.dir=runs/x",
+    )
     assert run("train", *settings, *agent) == 2
     said = capsys.readouterr().err
     assert "ValueError: expected cross-entropy (B,)" in said and said.count("\n") <= 2
@@ -767,7 +773,7 @@ def test_what_a_part_returned_is_named_where_the_package_stumbles_over_it(empty_
 def test_parts_that_are_not_what_their_place_needs_are_refused(refused, empty_folder, monkeypatch, argument, message):
     (empty_folder / "odd.py").write_text(ODD_PARTS)
     monkeypatch.delitem(sys.modules, "odd", raising=False)
-    settings = [word for word in TRAIN if not word.startswith(f"{argument.partition('.')[0]}.")]
+    settings = [word for word in TRAIN if not word.startswith(argument.partition(".")[0])]
     steps = ["train.steps=0"] if "unannotated" in argument else []
     assert re.search(message, refused("train", *settings, argument, *steps))
 

@@ -612,7 +612,7 @@ def test_a_policy_that_looks_at_numbers_while_it_is_made_is_loaded(folder):
         "class Mine(FixedPolicy):\n    def __init__(self, num_blocks):\n        super().__init__(num_blocks)\n"
         "        self.rates = [rate.item() for rate in torch.linspace(0, 1, 3)]\n"
     )
-    run = shutil.copytree(Path(__file__).parent / "data/runs/best_static", folder / "run")
+    run = shutil.copytree(Path(__file__).parent / "stored/runs/best_static", folder / "run")
     content = json.loads((run / "policy.json").read_bytes())
     content["policy"]["name"] = "my_policies.Mine"
     (run / "policy.json").write_text(json.dumps(content))

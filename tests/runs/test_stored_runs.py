@@ -1,6 +1,6 @@
 """Runs that commit 158d277 made, before the package was rebuilt: they load, evaluate, resume and compare as before.
 
-The runs are small and lie in ``data/runs`` (see its README); every test works on a copy. Another processor may round
+The runs are small and lie in ``tests/stored/runs`` (see its README); every test works on a copy. Another processor may round
 differently and so decide differently on an image; hence the recorded figures are met within what one image can move.
 What rounding cannot move (settings, names, keys, counts, costs of a network) is met exactly.
 
