@@ -176,7 +176,11 @@ class Setup:
     trusted: bool = True
 
     def env(self, images: Images, order: Order = "sequential", seed: int = 0) -> Any:
-        """Make an environment over a set of images."""
+        """Make an environment over a set of images.
+
+        Raises:
+            UserError: what the configuration names cannot be made, or is no environment.
+        """
         network = "network" if isinstance(self.backbone, ExitNetwork) else "backbone"
         given = {network: self.backbone, "images": images, "reward": self.reward, "order": order, "seed": seed}
         count = min(self.batch_size, len(images))

@@ -48,7 +48,7 @@ def remember_users_class(module: str, description: str) -> None:
 
 
 def forget_users_classes() -> None:
-    """Forget the classes of an earlier command in this process."""
+    """Clear the memory of users' classes, which an earlier command in this process may have filled."""
     _users_classes.clear()
 
 

@@ -25,6 +25,7 @@ VERBS = frozenset(
         "Append",
         "Begin",
         "Build",
+        "Clear",
         "Call",
         "Carry",
         "Change",

@@ -134,6 +134,9 @@ class Backbone(Network):
         num_classes: C.
         mean, std: as in :class:`Network`.
         stages: number of blocks in each stage; sums to K. Used to label plots and to name blocks.
+
+    Raises:
+        UserError: the stages do not sum to K.
     """
 
     blocks: Sequence[Block]  # an nn.ModuleList

@@ -231,8 +231,6 @@ def create(folder: str, command: str, config: str) -> Run:
             number += 1
             path = requested.with_name(f"{requested.name}-{number}")
         run.save_config(command, config)
-    if path != requested:
-        print(f"{requested} is there already: this run's folder is {path}", flush=True)
     return run
 
 

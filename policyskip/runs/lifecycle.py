@@ -78,7 +78,10 @@ def saved_config(run: Run) -> DictConfig:
 def begin(config: DictConfig, run: Run | None, resume: bool) -> Run:
     """Make the folder of a new run, or return a resumed run, without its metrics if it had no checkpoint yet."""
     if run is None:
-        return create(config.run.dir, typed_command(), OmegaConf.to_yaml(config, resolve=True))
+        run = create(config.run.dir, typed_command(), OmegaConf.to_yaml(config, resolve=True))
+        if run.folder != Path(config.run.dir):
+            print(f"{config.run.dir} is there already: the folder of this run is {run.folder}", flush=True)
+        return run
     if not resume:
         run.rewind_metrics(0)
     return run
