@@ -56,10 +56,10 @@ class ExitPolicyTask(FamilyTask):
         everyone = torch.ones(len(env.observation), dtype=torch.bool, device=env.device)
         reward_of(self.reward, env.score(everyone))  # a reward that fails is refused before there is a run folder
         self.learner: Agent = setup.agent(env)
-        if not isinstance(self.learner.policy, ExitPolicy):
-            kind, node = "policyskip.policies.perceptrons.ExitPolicy", group_of(setup.config, "agent")
+        if not callable(getattr(self.learner.policy, "leave", None)):
+            kind, node = "such as policyskip.policies.perceptrons.ExitPolicy", group_of(setup.config, "agent")
             got = type(self.learner.policy).__name__
-            raise UserError(f"agent: {node['_target_']} must set policy to a {kind} to leave at exits, got {got}")
+            raise UserError(f"agent: {node['_target_']} must set policy to one with leave(), {kind}, got {got}")
         self.validation = cache_exits(network, setup.data.validation.plain())
         name = self.learner.name
         self.names = names_of(setup, name, env.id)
