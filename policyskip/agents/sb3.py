@@ -26,17 +26,13 @@ from torch import Tensor, nn
 
 from policyskip.agents.base import Agent
 from policyskip.agents.randomness import Randomness
+from policyskip.agents.sb3_arguments import checked_hyperparameters
 from policyskip.backbones.costs import count_macs
 from policyskip.envs.base import DecisionEnv
 from policyskip.envs.sb3 import LookUp, SB3VecEnv
 from policyskip.errors import UserError
 from policyskip.finite import NotFiniteError
 from policyskip.policies.perceptrons import ExitPolicy, GreedyPolicy, LookPolicy, convolutions, policy_for
-
-RESERVED = {"self", "policy", "env", "policy_kwargs", "seed", "device", "verbose", "tensorboard_log", "use_sde"}
-RESERVED |= {"stats_window_size", "sde_sample_freq", "rollout_buffer_class", "rollout_buffer_kwargs"}
-RESERVED |= {"replay_buffer_class", "replay_buffer_kwargs", "optimize_memory_usage", "_init_setup_model"}
-"""Arguments of SB3's learners that this module chooses; every other argument is a key of ``agent``."""
 
 FIGURE_NAMES = {
     **{f"train/{name}": name for name in ("loss", "policy_loss", "value_loss", "approx_kl", "clip_fraction")},
@@ -129,10 +125,7 @@ class SB3Agent(Agent):
         **hyperparameters: Any,
     ) -> None:
         name = type(self).__name__
-        allowed = sorted(set(inspect.signature(self.learner.__init__).parameters) - RESERVED)
-        unknown = [key for key in hyperparameters if key not in allowed]
-        if unknown:
-            raise UserError(f"agent has no key {unknown[0]}; {name} takes {', '.join(allowed)}")
+        hyperparameters = checked_hyperparameters(self.learner, name, hyperparameters, (self.steps_key,))
         if not isinstance(env.single_action_space, self.action_spaces):
             raise UserError(f"agent={name.lower()} cannot take actions from {env.single_action_space}")
         if hyperparameters.get(self.steps_key) is None:

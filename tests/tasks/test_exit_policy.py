@@ -174,6 +174,11 @@ def test_nothing_in_a_run_folder_is_executed(runs, tmp_path, run, name):
         (["agent=ppo", "env=layer_skip", "backbone=resnet32_digits_exits"], "has exits, not blocks to skip"),
         (["agent=ppo", "+agent.colour=3"], "agent has no key colour; PPO takes"),
         (["agent=ppo", "agent.batch_size=-1"], "agent: policyskip.agents.sb3.PPO failed with"),
+        (["agent=ppo", "agent.gamma={a: 1}"], "agent.gamma must be a number, got {'a': 1}"),
+        (["agent=ppo", "agent.ent_coef=much"], "agent.ent_coef must be a number, got 'much'"),
+        (["agent=ppo", "agent.n_epochs=1.5"], "agent.n_epochs must be a whole number, got 1.5"),
+        (["agent=ppo", "agent.normalize_advantage=1"], "agent.normalize_advantage must be true or false, got 1"),
+        (["agent=ppo", "agent.clip_range=null"], "agent.clip_range must be a number, got None"),
     ],
 )
 def test_what_cannot_work_is_refused_in_one_line(tmp_path, words, said):
