@@ -75,8 +75,7 @@ def problem_beside_users_classes(error: BaseException) -> str | None:
     if isinstance(error, UserError) or not _users_classes:
         return None
     classes = ", ".join(dict.fromkeys(_users_classes.values()))
-    hint = "" if traceback_wanted() else f"; set {TRACEBACK}=1 to see where"
-    return f"{type(error).__name__}: {in_one_line(error)}; the run has classes of your own ({classes}){hint}"
+    return f"{type(error).__name__}: {in_one_line(error)}; the run has classes of your own ({classes}){_how_to_see()}"
 
 
 def users_class_failed(error: BaseException) -> bool:
@@ -86,7 +85,12 @@ def users_class_failed(error: BaseException) -> bool:
 
 def traceback_hint(error: BaseException) -> str:
     """Return what to append to an error's message if a user's own class failed and no traceback was printed."""
-    return f"; set {TRACEBACK}=1 to see where" if users_class_failed(error) and not traceback_wanted() else ""
+    return _how_to_see() if users_class_failed(error) else ""
+
+
+def _how_to_see() -> str:
+    """Return how to ask for a traceback, to be put behind a message; nothing if it was asked for."""
+    return "" if traceback_wanted() else f"; set {TRACEBACK}=1 to see where"
 
 
 def traceback_wanted() -> bool:
