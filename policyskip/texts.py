@@ -1,0 +1,77 @@
+"""Text of strangers is made safe here, once for each kind of output: a name of a run or a class can be anything.
+
+Every function takes any text, and returns one that its output shows as letters, never as markup, formula or command.
+"""
+
+from __future__ import annotations
+
+import html
+import re
+import unicodedata
+from typing import Any
+
+from rich.markup import escape
+
+LONGEST = 300
+"""Letters of a text that an output shows; the middle of a longer one is left out."""
+_MARKDOWN = re.compile(r"([\\`*_{}\[\]()#+\-!|~$])")
+_HIDDEN = {"Cc", "Cf", "Cs", "Co", "Cn", "Zl", "Zp"}
+"""Unicode's categories of letters that are not seen, or that change how others are seen."""
+
+
+def one_line(text: Any, longest: int = LONGEST) -> str:
+    r"""Return a text as one line that a terminal shows as it is: ``"\x1b[2J"`` as ``\x1b[2J``, a line break as a space.
+
+    Args:
+        text: anything; what is not a text is taken as ``str`` gives it.
+        longest: letters of the result; the middle of a longer text becomes ``…``.
+    """
+    letters = str(text)
+    if len(letters) > longest:
+        half = (longest - 1) // 2
+        letters = f"{letters[:half]}…{letters[len(letters) - (longest - 1 - half) :]}"
+    return "".join(map(_visible, letters))
+
+
+def _visible(letter: str) -> str:
+    """Return a letter, or what stands for one that cannot be seen: a space, or its escape sequence."""
+    if letter in "\t\n\r\v\f\u2028\u2029":
+        return " "
+    if unicodedata.category(letter) in _HIDDEN:
+        return letter.encode("unicode_escape").decode("ascii")
+    return letter
+
+
+def for_html(text: Any) -> str:
+    """Return a text for HTML, as content or as a quoted attribute."""
+    return html.escape(one_line(text), quote=True)
+
+
+def for_markdown(text: Any) -> str:
+    """Return a text for a line or a table cell of Markdown, without headings, links, formulas or HTML in it."""
+    return _MARKDOWN.sub(r"\\\1", html.escape(one_line(text), quote=False))
+
+
+def for_csv(cell: Any) -> Any:
+    """Return a cell of a CSV file; a text that a spreadsheet would take for a formula gets an apostrophe in front."""
+    if not isinstance(cell, str):
+        return cell
+    line = one_line(cell)
+    if re.fullmatch(r"[+-]?(\d+(\.\d*)?|\.\d+)(e[+-]?\d+)?( ± .*)?", line, re.IGNORECASE):
+        return line
+    return f"'{line}" if line.lstrip()[:1] in ("=", "+", "-", "@") and line.strip() != "-" else line
+
+
+def for_rich(text: Any) -> str:
+    """Return a text for rich's console markup, in which ``[`` begins a tag."""
+    return escape(one_line(text))
+
+
+def for_matplotlib(text: Any) -> str:
+    """Return a text for a picture of matplotlib, in which ``$`` begins a formula."""
+    return one_line(text).replace("$", r"\$")
+
+
+def for_plotly(text: Any) -> str:
+    """Return a text for a picture of Plotly, which reads HTML's tags and entities."""
+    return html.escape(one_line(text), quote=True)
