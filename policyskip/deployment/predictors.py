@@ -17,8 +17,9 @@ from torch import Tensor
 from policyskip.backbones import Backbone, Costs, ExitCosts, ExitNetwork, count_costs, count_exit_costs, run_until
 from policyskip.backbones.folding import folded
 from policyskip.backbones.gated import GatedNetwork
-from policyskip.errors import UserError, in_one_line
+from policyskip.errors import UserError
 from policyskip.exits.rules import decisions_at
+from policyskip.finite import described, plain_tensor
 from policyskip.memory import BatchSplitter
 from policyskip.policies.base import Policy
 from policyskip.policies.perceptrons import ExitPolicy
@@ -93,7 +94,7 @@ class BasePredictor(ABC):
 
     def _answers(self, images: Tensor | np.ndarray, batch_size: int) -> tuple[Tensor, Tensor]:
         """Compute logits (B, C) and decisions (B, …) for images uint8 (B, 3, H, W), ``batch_size`` at a time."""
-        on_device = checked(images, self.image_shape).to(self.network.mean.device)
+        on_device = as_images(images, self.image_shape).to(self.network.mean.device)
         answers = self.splitter(lambda rows: self._answer(on_device[rows]), len(on_device), batch_size)
         logits_BC, decision_B = (torch.cat(column) for column in zip(*answers, strict=True))
         return logits_BC, decision_B
@@ -256,19 +257,21 @@ class ThresholdPredictor(ExitPredictor):
         self.search = search
 
 
-def checked(images: Tensor | np.ndarray, image_shape: tuple[int, int, int]) -> Tensor:
-    """Return the images as a tensor, uint8 (B, 3, H, W).
+def as_images(given: Tensor | np.ndarray, image_shape: tuple[int, int, int]) -> Tensor:
+    """Return images that a user gave as a tensor, uint8 (B, 3, H, W).
 
     Raises:
-        UserError: they are not of that dtype and ``image_shape``.
+        UserError: they are something else than an ordinary tensor or array of that dtype and ``image_shape``.
     """
-    try:
-        if isinstance(images, np.ndarray):
-            images = np.ascontiguousarray(images)  # such as mirrored ones, which torch does not take
-        tensor = torch.as_tensor(images)
-    except (TypeError, ValueError, RuntimeError) as error:
-        raise UserError(f"images cannot be read as numbers: {in_one_line(error)}") from error
-    if tensor.dim() != 4 or tuple(tensor.shape[1:]) != image_shape or tensor.dtype != torch.uint8:
-        found = f"{str(tensor.dtype).removeprefix('torch.')} {tuple(tensor.shape)}"
-        raise UserError(f"images must be uint8 of shape (B, {', '.join(map(str, image_shape))}), got {found}")
-    return tensor
+    images = plain_tensor(given, "images")
+    found = tuple(images.shape)
+    if images.dtype == torch.uint8 and len(found) == 4 and found[1:] == image_shape:
+        return images
+    if found == image_shape:
+        hint = "; one image is images[None]"
+    elif len(found) == 4 and found[1:] == (*image_shape[1:], image_shape[0]):
+        hint = "; channels come first, which numpy.moveaxis(images, -1, 1) does"
+    else:
+        hint = ""
+    shape = ", ".join(map(str, image_shape))
+    raise UserError(f"images must be uint8 of shape (B, {shape}), got {described(images)}{hint}")
