@@ -21,6 +21,7 @@ from policyskip.errors import UserError
 from policyskip.exits.rules import decisions_at
 from policyskip.finite import described, plain_tensor
 from policyskip.memory import BatchSplitter
+from policyskip.parallel.devices import usual_defaults
 from policyskip.policies.base import Policy
 from policyskip.policies.perceptrons import ExitPolicy
 from policyskip.policies.thresholds import ThresholdPolicy
@@ -111,6 +112,7 @@ class BlockPredictor(BasePredictor):
     costs: Costs
     policy_macs: float
 
+    @usual_defaults()
     @torch.no_grad()
     def predict(self, images: Tensor | np.ndarray, batch_size: int = 256) -> Prediction:
         """Decide and classify; a block is executed only for the images that keep it, and as a ``plan`` says otherwise.
@@ -120,7 +122,7 @@ class BlockPredictor(BasePredictor):
             batch_size: images that are computed at a time.
 
         Raises:
-            UserError: the images are of another shape or dtype.
+            UserError: the images are of another kind, shape or dtype, or ``batch_size`` is no positive whole number.
         """
         logits_BC, keep_BK = self._answers(images, batch_size)
         macs_B = self.costs.of(keep_BK) + self.policy_macs
@@ -218,6 +220,7 @@ class ExitPredictor(BasePredictor):
         decisions_N = decisions_at(torch.arange(N), N)
         self.macs_N = (self.costs.cumulative_N + decision_macs * decisions_N).to(self.network.mean.device)
 
+    @usual_defaults()
     @torch.no_grad()
     def predict(self, images: Tensor | np.ndarray, batch_size: int = 256) -> ExitPrediction:
         """Classify each image at the exit where the policy lets it leave.
@@ -227,7 +230,7 @@ class ExitPredictor(BasePredictor):
             batch_size: images that are computed at a time.
 
         Raises:
-            UserError: the images are of another shape or dtype.
+            UserError: the images are of another kind, shape or dtype, or ``batch_size`` is no positive whole number.
         """
         logits_BC, exit_B = self._answers(images, batch_size)
         return ExitPrediction(logits_BC.argmax(1), logits_BC.float(), exit_B, self.macs_N[exit_B])

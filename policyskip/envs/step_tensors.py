@@ -1,0 +1,44 @@
+"""Rewards and ends of episodes are tensors that numpy's functions take too, as Gymnasium's wrappers need them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils._pytree import tree_map_only
+
+
+class StepTensor(Tensor):
+    """A tensor from which numpy's functions and operators compute arrays, wherever it is.
+
+    Gymnasium's wrappers of vector environments that count or scale rewards are written in numpy. What torch computes
+    from it is an ordinary tensor.
+    """
+
+    __torch_function__ = torch._C._disabled_torch_function_impl
+
+    def __array_ufunc__(self, ufunc: np.ufunc, method: str, *inputs: Any, **kwargs: Any) -> Any:
+        return getattr(ufunc, method)(*arrays(inputs), **arrays(kwargs))
+
+    def __array_function__(self, function: Callable[..., Any], types: Any, inputs: Any, kwargs: Any) -> Any:
+        return function(*arrays(inputs), **arrays(kwargs))
+
+    def __getitem__(self, index: Any) -> Tensor:
+        return super().__getitem__(index).as_subclass(StepTensor)
+
+    def __rsub__(self, other: Any) -> Any:
+        whole = self.int() if self.dtype == torch.bool else self  # as numpy does with bool
+        return torch.rsub(whole, other).as_subclass(StepTensor)
+
+
+def for_numpy(*tensors: Tensor) -> tuple[StepTensor, ...]:
+    """Return the tensors, which share their memory with those given."""
+    return tuple(tensor.as_subclass(StepTensor) for tensor in tensors)
+
+
+def arrays(values: Any) -> Any:
+    """Replace each tensor in nested lists, tuples and dictionaries by an array."""
+    return tree_map_only(Tensor, lambda tensor: tensor.detach().cpu().as_subclass(Tensor).numpy(), values)
