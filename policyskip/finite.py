@@ -44,7 +44,7 @@ def plain_tensor(given: Any, name: str) -> Tensor:
 
 
 def unusual(tensor: Tensor) -> str | None:
-    """Return in a word what makes a tensor unusual: nested, sparse_coo, meta, quantized, complex, …; None if nothing."""
+    """Return in a word what makes a tensor unusual: nested, sparse_coo, meta, quantized, complex; None if nothing."""
     kinds = {
         "nested": tensor.is_nested,
         str(tensor.layout).removeprefix("torch.").lstrip("_"): tensor.layout != torch.strided,

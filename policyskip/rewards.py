@@ -89,7 +89,9 @@ def check_weight(key: str, value: float) -> None:
         UserError: naming the key and the value.
     """
     if isinstance(value, bool) or not isinstance(value, int | float) or not abs(value) <= LARGEST:
-        raise UserError(f"reward.{key} must be a number from -{LARGEST:.0e} to {LARGEST:.0e}, got {one_line(repr(value), 60)}")
+        raise UserError(
+            f"reward.{key} must be a number from -{LARGEST:.0e} to {LARGEST:.0e}, got {one_line(repr(value), 60)}"
+        )
 
 
 def unless_wrong(used_B: Tensor, outcome: Outcome, penalty: float) -> Tensor:

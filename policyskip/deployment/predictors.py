@@ -8,11 +8,11 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Self
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from policyskip.backbones import Backbone, Costs, ExitCosts, ExitNetwork, count_costs, count_exit_costs, run_until
 from policyskip.backbones.folding import folded
@@ -21,7 +21,7 @@ from policyskip.errors import UserError
 from policyskip.exits.rules import decisions_at
 from policyskip.finite import described, plain_tensor
 from policyskip.memory import BatchSplitter
-from policyskip.parallel.devices import usual_defaults
+from policyskip.parallel.devices import find_device, usual_defaults
 from policyskip.policies.base import Policy
 from policyskip.policies.perceptrons import ExitPolicy
 from policyskip.policies.thresholds import ThresholdPolicy
@@ -88,6 +88,22 @@ class BasePredictor(ABC):
     @abstractmethod
     def ran(self, prediction: Any) -> Tensor:
         """Return which blocks (or segments) ran for a prediction's images, bool (B, K)."""
+
+    def to(self, device: str | torch.device) -> Self:
+        """Move the predictor to ``auto``, ``cpu``, ``cuda`` or ``cuda:N``, and return it.
+
+        Raises:
+            UserError: there is no such device.
+        """
+        where = find_device(str(device))
+        for part in self._parts():
+            part.to(where)
+        self.splitter = BatchSplitter()
+        return self
+
+    def _parts(self) -> list[nn.Module]:
+        """Return the modules that are executed."""
+        return [self.network]
 
     @abstractmethod
     def _answer(self, images: Tensor) -> tuple[Tensor, Tensor]:
@@ -164,6 +180,20 @@ class Predictor(BlockPredictor):
         """Return the network, by the name that it has where blocks are skipped."""
         return self.network
 
+    def to(self, device: str | torch.device) -> Self:
+        """Move the predictor, as :meth:`BasePredictor.to` says; a plan that was measured elsewhere is given up.
+
+        Raises:
+            UserError: there is no such device.
+        """
+        before = self.network.mean.device
+        super().to(device)
+        self.plan = self.plan if self.network.mean.device == before else {}
+        return self
+
+    def _parts(self) -> list[nn.Module]:
+        return [self.network, self.policy]
+
     def _answer(self, images: Tensor) -> tuple[Tensor, Tensor]:
         return self.policy.run(self.backbone, images, self.plan_for(len(images)))
 
@@ -234,6 +264,14 @@ class ExitPredictor(BasePredictor):
         """
         logits_BC, exit_B = self._answers(images, batch_size)
         return ExitPrediction(logits_BC.argmax(1), logits_BC.float(), exit_B, self.macs_N[exit_B])
+
+    def to(self, device: str | torch.device) -> Self:
+        super().to(device)
+        self.macs_N = self.macs_N.to(self.network.mean.device)
+        return self
+
+    def _parts(self) -> list[nn.Module]:
+        return [self.network, self.policy]
 
     def ran(self, prediction: Any) -> Tensor:
         segments_N = torch.arange(self.network.num_exits, device=prediction.exit_B.device)

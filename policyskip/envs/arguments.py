@@ -18,9 +18,9 @@ import torch
 from torch import Tensor
 
 from policyskip.backbones import Backbone, ExitNetwork
-from policyskip.data import Images
+from policyskip.data.base import described
 from policyskip.errors import UserError
-from policyskip.finite import described, plain_tensor, repr_of
+from policyskip.finite import plain_tensor
 from policyskip.texts import one_line
 
 MOST_IMAGES = 2**20
@@ -77,8 +77,7 @@ def check_reward(reward: Any) -> None:
         UserError: saying what a reward is.
     """
     if not callable(reward):
-        found = one_line(repr_of(reward), 80)
-        raise UserError(f"reward must be a function from an outcome to a float tensor (B,), got {found}")
+        raise UserError(f"reward must be a function from an outcome to a float tensor (B,), got {described(reward)}")
 
 
 def check_network(name: str, network: Any, kind: type[Backbone] | type[ExitNetwork]) -> None:
@@ -96,8 +95,7 @@ def check_network(name: str, network: Any, kind: type[Backbone] | type[ExitNetwo
         hint += " (BlockSelection-v0 and LayerSkip-v0 take a network whose blocks are skipped)"
     elif isinstance(network, torch.nn.Module):
         hint += "; docs/extending.md shows how to make one of a network of your own"
-    found = one_line(repr_of(network), 80)
-    raise UserError(f"{name} must be a policyskip.backbones.{kind.__name__}, {hint}; got {found}")
+    raise UserError(f"{name} must be a policyskip.backbones.{kind.__name__}, {hint}; got {described(network)}")
 
 
 def check_fit(network: Backbone | ExitNetwork, image: Tensor, label_N: Tensor) -> None:
@@ -106,8 +104,10 @@ def check_fit(network: Backbone | ExitNetwork, image: Tensor, label_N: Tensor) -
     Raises:
         UserError: it does not.
     """
-    if image.dtype != torch.uint8 or image.dim() != 4:
-        raise UserError(f"images must be uint8 of shape (N, 3, H, W), got {described(image)}")
+    channels = network.mean.shape[1]
+    if image.dtype != torch.uint8 or image.dim() != 4 or image.shape[1] != channels:
+        found = f"{str(image.dtype).removeprefix('torch.')} of shape (N, {', '.join(map(str, image.shape[1:]))})"
+        raise UserError(f"images must be uint8 of shape (N, {channels}, H, W), got {found}")
     if image.device != network.mean.device:
         raise UserError(f"the images are on {image.device} and the network is on {network.mean.device}: move one")
     size = "×".join(map(str, image.shape[1:]))

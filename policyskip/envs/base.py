@@ -307,4 +307,3 @@ class ImageVectorEnv(VectorEnv[Tensor, Tensor, Tensor]):
         }
         reward_B, over_B, truncated_B = for_numpy(self.rewards(outcome), over_B, ~over_B)
         return self.advance(), reward_B, over_B, truncated_B, info
-

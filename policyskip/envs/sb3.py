@@ -24,9 +24,9 @@ from stable_baselines3.common.vec_env import VecEnv
 from torch import Tensor, nn
 
 from policyskip.data import Batch, Feed, TensorImages
+from policyskip.data.base import described
 from policyskip.envs.base import DecisionEnv
 from policyskip.errors import UserError
-from policyskip.finite import repr_of
 from policyskip.parallel.devices import usual_defaults
 from policyskip.texts import one_line
 
@@ -229,7 +229,7 @@ class SB3VecEnv(VecEnv):
 
     def __init__(self, env: DecisionEnv, remember: int | None = None) -> None:
         if not isinstance(getattr(env, "feed", None), Feed):
-            raise UserError(f"SB3VecEnv takes one of policyskip's vector environments, got {one_line(repr_of(env), 80)}")
+            raise UserError(f"SB3VecEnv takes one of policyskip's vector environments, got {described(env)}")
         if env.metadata.get("autoreset_mode") is not AutoresetMode.SAME_STEP:
             raise UserError("SB3 wants the next episode's observation in the step that ends one: autoreset SAME_STEP")
         self._feed = env.feed
@@ -263,7 +263,7 @@ class SB3VecEnv(VecEnv):
     def __setstate__(self, state: dict[str, Any]) -> None:
         """Make a copy; a pickled space has no images, and those of the copy are put back into it."""
         self.__dict__.update(state)
-        if self._image_index is not None:
+        if isinstance(self.observation_space, ImageNumbers) and self._image_index is not None:
             self.observation_space = ImageNumbers(self._image_index, self.observation_space.image_space)
 
     @usual_defaults()

@@ -18,7 +18,7 @@ class StepTensor(Tensor):
     from it is an ordinary tensor.
     """
 
-    __torch_function__ = torch._C._disabled_torch_function_impl
+    __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]
 
     def __array_ufunc__(self, ufunc: np.ufunc, method: str, *inputs: Any, **kwargs: Any) -> Any:
         return getattr(ufunc, method)(*arrays(inputs), **arrays(kwargs))
@@ -34,9 +34,13 @@ class StepTensor(Tensor):
         return torch.rsub(whole, other).as_subclass(StepTensor)
 
 
-def for_numpy(*tensors: Tensor) -> tuple[StepTensor, ...]:
-    """Return the tensors, which share their memory with those given."""
-    return tuple(tensor.as_subclass(StepTensor) for tensor in tensors)
+def for_numpy(reward_B: Tensor, terminated_B: Tensor, truncated_B: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Return what a step gives, each (B,), as tensors that numpy's functions take."""
+    return (
+        reward_B.as_subclass(StepTensor),
+        terminated_B.as_subclass(StepTensor),
+        truncated_B.as_subclass(StepTensor),
+    )
 
 
 def arrays(values: Any) -> Any:
