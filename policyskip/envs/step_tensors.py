@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import numpy as np
@@ -28,6 +28,12 @@ class StepTensor(Tensor):
 
     def __getitem__(self, index: Any) -> Tensor:
         return super().__getitem__(index).as_subclass(StepTensor)
+
+    def __setitem__(self, index: Any, value: Any) -> None:
+        super().__setitem__(index, torch.as_tensor(value) if isinstance(value, np.generic | np.ndarray) else value)
+
+    def __iter__(self) -> Iterator[Tensor]:
+        return (self[row] for row in range(len(self)))
 
     def __rsub__(self, other: Any) -> Any:
         whole = self.int() if self.dtype == torch.bool else self  # as numpy does with bool
