@@ -199,25 +199,27 @@ def show(content: dict[str, Any]) -> None:
         "exits" if exits else "blocks": lambda times: f"{sum(times['kept_ms']):.3f}",
     }
     console().print(_table(f"{title}: milliseconds an image", batches, milliseconds))
-    shares: Columns = {}
     if not exits:
-        shares["gather if fewer keep a block than"] = lambda times: (
-            f"{min(times['break_even']):.2f} to {max(times['break_even']):.2f}"
-        )
-    if any("run" in times for times in batches.values()):
-        shares |= {
-            "MACs of the run": lambda times: f"{times['run']['macs_ratio']:.3f}",
-            "time that its blocks take": lambda times: f"{times['run']['expected_ratio']:.3f}",
-            "time measured": lambda times: f"{times['run']['time_ratio']:.3f}",
+        shares: Columns = {
+            "gather if fewer keep a block than": lambda times: (
+                f"{min(times['break_even']):.2f} to {max(times['break_even']):.2f}"
+            )
         }
-        latencies: Columns = {
-            "median": lambda times: f"{times['run']['batch_ms']['median']:.3f}",
-            "99th percentile": lambda times: f"{times['run']['batch_ms']['percentile_99']:.3f}",
-            "of batches": lambda times: str(times["run"]["batch_ms"]["count"]),
-        }
-        console().print(_table("the run's predictions: milliseconds a batch", batches, latencies))
-    if shares:
-        console().print(_table("shares: of a batch, of the whole network", batches, shares))
+        console().print(_table("shares of a batch", batches, shares))
+    if not all("run" in times for times in batches.values()):
+        return
+    latencies: Columns = {
+        "median": lambda times: f"{times['run']['batch_ms']['median']:.3f}",
+        "99th percentile": lambda times: f"{times['run']['batch_ms']['percentile_99']:.3f}",
+        "of batches": lambda times: str(times["run"]["batch_ms"]["count"]),
+    }
+    console().print(_table("the run's predictions: milliseconds a batch", batches, latencies))
+    saved: Columns = {
+        "MACs": lambda times: f"{times['run']['macs_ratio']:.3f}",
+        "time that its blocks take": lambda times: f"{times['run']['expected_ratio']:.3f}",
+        "time measured": lambda times: f"{times['run']['time_ratio']:.3f}",
+    }
+    console().print(_table("the run's predictions: shares of the whole network", batches, saved))
 
 
 Columns = dict[str, Callable[[dict[str, Any]], str]]

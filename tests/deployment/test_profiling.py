@@ -410,11 +410,15 @@ def test_each_table_of_a_profile_has_one_unit(capsys, monkeypatch):
     content["batches"] = {"8": {**times, "run": run}}
     speed.show(content)
     printed = capsys.readouterr().out
-    places = [printed.index(words) for words in ("milliseconds an image", "milliseconds a batch", "shares: of")]
-    images, batches, shares = printed[: places[1]], printed[places[1] : places[2]], printed[places[2] :]
-    assert "4.000" in images and "3.000" in images
+    titles = ("milliseconds an image", "shares of a batch", "milliseconds a batch", "shares of the whole network")
+    places = [printed.index(title) for title in titles]
+    assert places == sorted(places)
+    images, gathering, batches, saved = (
+        printed[begin:end] for begin, end in zip(places, [*places[1:], None], strict=True)
+    )
+    assert "4.000" in images and "3.000" in images and "0.25 to 0.75" in gathering
     assert "99th percentile" in batches and "1.250" in batches and "3.500" in batches
-    assert "0.25 to 0.75" in shares and "0.600" in shares and "percentile" not in images + shares
+    assert "0.600" in saved and "percentile" not in images + gathering + saved
     assert all(len(line) <= 80 for line in printed.splitlines())
 
 
