@@ -14,7 +14,7 @@ from policyskip.backbones import count_costs, dense, folding, sparse, sparse_man
 from policyskip.backbones.base import Backbone, Block
 from policyskip.backbones.execution import append, leaders, put_, take
 from policyskip.backbones.folding import folded
-from policyskip.backbones.resnet import CifarResNet, TorchvisionResNet
+from policyskip.backbones.resnet import CifarResNet, PoolShortcut, SubsampleShortcut, TorchvisionResNet
 from policyskip.errors import UserError
 from tests.conftest import small_backbone, with_statistics
 
@@ -348,3 +348,14 @@ def test_features_that_are_needed_are_left_alone(monkeypatch, images, large):
             torch.testing.assert_close(written_over, after, rtol=0, atol=0)
             torch.testing.assert_close(after, torch.relu(block.shortcut(x) + block.residual(x)), **TOLERANCE)
         x = after
+
+
+def test_shortcuts_without_weights_by_hand():
+    """Two channels of 3×3 pixels become five of 2×2. "pool" averages windows of 2×2, fewer at the edge, and adds the zero
+    channels behind; "A" takes every second pixel, and adds one zero channel in front and two behind."""
+    x = torch.arange(18.0).view(1, 2, 3, 3)
+    pooled = [[[2.0, 3.5], [6.5, 8.0]], [[11.0, 12.5], [15.5, 17.0]]]
+    taken = [[[0.0, 2.0], [6.0, 8.0]], [[9.0, 11.0], [15.0, 17.0]]]
+    nothing = [[0.0, 0.0], [0.0, 0.0]]
+    assert PoolShortcut(2, 5, 2)(x)[0].tolist() == [*pooled, nothing, nothing, nothing]
+    assert SubsampleShortcut(2, 5, 2)(x)[0].tolist() == [nothing, *taken, nothing, nothing]

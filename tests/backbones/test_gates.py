@@ -180,3 +180,15 @@ def test_unfit_gates_are_refused():
         GatedNetwork(small_backbone(), "rnn", (3, 12, 12), initial_keep=1.0)
     with pytest.raises(UserError, match="at least 2×2"):
         GatedNetwork(CifarResNet(14, 5, width=4), "ff1", (3, 4, 4))
+
+
+def test_a_gate_stays_shut_where_its_probability_is_the_number_drawn():
+    """Gates without weights have p = ½ exactly: that opens them for u below ½, and not for ½, which is greedy's too."""
+    network = gated()
+    for parameter in network.gates.parameters():
+        nn.init.zeros_(parameter)
+    with torch.no_grad():
+        half, below = torch.full((20, 5), 0.5), torch.full((20, 5), 0.4999)
+        assert network.sampled(IMAGES, below).keep_BK.all()
+        for run in (network.sampled(IMAGES, half), network.greedy(IMAGES), network.straight_through(IMAGES)):
+            assert (run.gate_BG == 0).all() and not run.keep_BK[:, 1:].any()

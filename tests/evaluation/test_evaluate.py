@@ -159,3 +159,13 @@ def test_every_image_is_judged_by_its_own_decision(batch_size):
         assert torch.equal(result.full_correct_N, backbone(images.images).argmax(1) == images.label_N)
     assert torch.equal(result.macs_N, env.costs.of(keep_NK) + 7.0)
     assert evaluate(Parity(), env, full=False).full_correct_N is None
+
+
+def test_the_margin_of_exits_is_paired_image_by_image():
+    """On validation images exit 1 alone is right, so it is the fixed choice; here it is right on images 0 and 1. The policy
+    sends image 2 on to the last exit, which is right there: differences 0, 0, 1, 0, whose deviation is ½."""
+    cache = answers(torch.tensor([[0, 1, 0], [0, 1, 0], [0, 0, 1], [0, 0, 0]]))
+    validation = answers(torch.tensor([[0, 1, 0]] * 4))
+    figures = exit_figures(exit_decisions(torch.tensor([1, 1, 2, 1]), cache), cache, validation)
+    assert figures["accuracy"] == 0.75 and figures["static_accuracy"] == 0.5 and figures["static_margin"] == 0.25
+    assert figures["static_margin_ci95"] == pytest.approx(1.96 * 0.5 / 2)
