@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import math
 
@@ -169,3 +170,10 @@ def test_a_target_out_of_reach_does_not_wind_the_multiplier_up():
         for _ in range(1000):
             reward.adapt({"macs_fraction": share})
         assert reward.multiplier == end
+
+
+def test_a_reward_carries_no_gradient():
+    logits = OUTCOME.logits_BC.clone().requires_grad_()
+    reward = Linear()
+    outcome = dataclasses.replace(OUTCOME, logits_BC=logits)
+    assert reward(outcome).requires_grad and not reward_of(reward, outcome).requires_grad
