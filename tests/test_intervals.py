@@ -27,7 +27,7 @@ def test_the_bootstrap_is_that_of_resampled_images():
     value_N = generator.choice([-1.0, 0.0, 1.0], size=300, p=[0.1, 0.7, 0.2])
     means = value_N[generator.integers(0, 300, size=(20_000, 300))].mean(1)
     assert bootstrap(value_N) == pytest.approx(np.quantile(means, [0.025, 0.975]).tolist(), abs=0.004)
-    assert bootstrap(np.full(50, 0.5)) == (0.5, 0.5)
+    assert bootstrap(np.full(50, 0.5)) == (0.5, 0.5) and bootstrap(np.full(4, 0.02)) == (0.02, 0.02)
     assert bootstrap(value_N) == bootstrap(value_N)
 
 
@@ -104,3 +104,9 @@ def test_the_knee_by_hand():
     """Scaled, the costs are 0, 0.1, 0.3, 1 and the accuracies 0, 0.6, 0.78, 1: 0.5 and 0.48 above the line."""
     assert knee([100.0, 110.0, 130.0, 200.0], [0.5, 0.8, 0.89, 1.0]) == 1
     assert knee([5.0], [0.3]) == knee([5.0, 6.0], [0.3, 0.4]) == 0
+
+
+def test_ranks_ignore_by_how_much_costs_differ():
+    """The ranks 1, 2 and 3 have a variance of 2/3."""
+    made_up = dataclasses.replace(made_up_decisions(keep=[[1]] * 3), macs_N=torch.tensor([1.0, 2.0, 100.0]).double())
+    assert cost_ranks(made_up).tolist() == pytest.approx([-(1.5**0.5), 0, 1.5**0.5])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import io
 import itertools
 import math
@@ -319,3 +320,11 @@ def test_the_policy_sees_normalised_pixels():
     policy(torch.tensor([255, 0], dtype=torch.uint8).view(2, 1, 1, 1).expand(-1, 3, 8, 8))
     assert seen[0][0, 0, 0, 0].item() == pytest.approx(0.515 / 0.229, rel=1e-5)
     assert seen[0][1, 2, 0, 0].item() == pytest.approx(-0.406 / 0.225, rel=1e-5)
+
+
+def test_the_accuracy_of_an_update_is_the_greedy_decision_s(monkeypatch):
+    """Two samples for each of 16 images are scored as wrong, and the 16 greedy decisions behind them as right."""
+    env = make_env()
+    score = env.score
+    monkeypatch.setattr(env, "score", lambda keep: dataclasses.replace(score(keep), correct_B=torch.arange(48) >= 32))
+    assert make_agent(env, samples=2).update(env)["accuracy"] == 1.0
