@@ -25,6 +25,13 @@ def weights_of(module: torch.nn.Module) -> dict[str, torch.Tensor]:
     return {name: value.clone() for name, value in module.state_dict().items()}
 
 
+def scatter_gates(agent: SkipNet) -> None:
+    """Let gates decide differently from image to image."""
+    generator = torch.Generator().manual_seed(0)
+    for layer in (*agent.network.gates.reads, agent.network.gates.answer):
+        torch.nn.init.normal_(layer.weight, 0, 5, generator=generator)
+
+
 def changed(module: torch.nn.Module, before: dict[str, torch.Tensor]) -> set[str]:
     return {name for name, value in module.state_dict().items() if not torch.equal(value, before[name])}
 
@@ -177,9 +184,10 @@ def test_a_restored_state_goes_on_where_it_stopped():
 
 def test_evaluation_is_the_gates_own_pass():
     agent, images = make_agent(alpha=0.5), small_images()
-    torch.nn.init.normal_(agent.network.gates.answer.weight, 0, 5, generator=torch.Generator().manual_seed(0))
+    scatter_gates(agent)
     result = evaluate_gates(agent, images, 16)
     keep_NK = agent.act(images.images)
+    assert len(keep_NK.unique(dim=0)) > 1
     assert torch.equal(result.ran_NK, keep_NK) and torch.equal(result.label_N, images.label_N)
     assert torch.equal(result.macs_N, agent.costs.of(keep_NK) + agent.decision_macs)
     with torch.no_grad():
@@ -238,9 +246,7 @@ def test_the_baseline_is_the_return_of_the_greedy_decisions():
     """In evaluation mode, as batch normalisation of a batch would mix the images."""
     images, label_B = small_images(16).images, small_images(16).label_N
     agent = make_agent(baseline="greedy", alpha=0.6)
-    generator = torch.Generator().manual_seed(0)
-    for layer in (*agent.network.gates.reads, agent.network.gates.answer):
-        torch.nn.init.normal_(layer.weight, 0, 5, generator=generator)
+    scatter_gates(agent)
     agent.network.train()
     baseline_BG = agent._baseline(images, label_B)
     with torch.no_grad():
