@@ -131,3 +131,11 @@ def test_the_mean_exit_by_hand(tmp_path):
     made_up_run(tmp_path / "a", exits, "a")
     (line,) = table(rows_in(tmp_path), "g")
     assert (line["kept"], line["of"], line["choice"]) == (1.25, 3, "exits")
+
+
+def test_an_oracle_has_no_say_in_what_agents_disagree_about(tmp_path):
+    for name, prediction, sees in (("a", [0, 0], False), ("oracle", [0, 1], True)):
+        summary = {"test/sees_the_label": sees}
+        made_up_run(tmp_path / name, made_up_decisions([[1, 0]] * 2, prediction), name, summary=summary)
+    rows = rows_in(tmp_path)
+    assert [row.oracle for row in rows] == [False, True] and disagreements(rows) == []
