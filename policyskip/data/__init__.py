@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 from policyskip.data.base import (
-    Augment,
     Batch,
     Data,
     Feed,
     Images,
     Order,
-    TensorImages,
     batch_at,
-    crop_and_flip,
+    check_images,
     hold_out,
     sequential,
     spread_indices,
@@ -19,6 +17,7 @@ from policyskip.data.base import (
 from policyskip.data.by_name import load_data
 from policyskip.data.cluttered import digits
 from policyskip.data.folders import FileImages, imagefolder, read_image
+from policyskip.data.tensors import Augment, TensorImages, crop_and_flip
 from policyskip.data.torchvision_sets import torchvision_data
 
 __all__ = [
@@ -31,6 +30,7 @@ __all__ = [
     "Order",
     "TensorImages",
     "batch_at",
+    "check_images",
     "crop_and_flip",
     "digits",
     "hold_out",

@@ -18,7 +18,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from policyskip.data.base import Data, TensorImages
+from policyskip.data.base import Data
+from policyskip.data.tensors import TensorImages
 from policyskip.errors import UserError
 
 VERSION = 2

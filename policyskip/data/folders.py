@@ -17,7 +17,8 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from policyskip.data.base import IN_MEMORY_BYTES, WHOLE, Batch, Data, crop_and_flip, hold_out, in_memory, mix
+from policyskip.data.base import IN_MEMORY_BYTES, WHOLE, Batch, Data, hold_out, mix
+from policyskip.data.tensors import crop_and_flip, in_memory
 from policyskip.errors import UserError
 
 
