@@ -16,7 +16,8 @@ from policyskip.data.base import (
 )
 from policyskip.data.by_name import load_data
 from policyskip.data.cluttered import digits
-from policyskip.data.folders import FileImages, imagefolder, read_image
+from policyskip.data.files import FileImages, read_image
+from policyskip.data.folders import imagefolder
 from policyskip.data.tensors import Augment, TensorImages, crop_and_flip
 from policyskip.data.torchvision_sets import torchvision_data
 

@@ -366,7 +366,7 @@ DAMAGE = {
     "one class": (one_class, "has one class, cat; at least two are needed"),
     "other classes in test": (
         lambda root: (root / "test" / "dog").rename(root / "test" / "wolf"),
-        "must have the same classes; they differ in dog, wolf",
+        r"must have the same classes; only in one of them: \S*/train/dog, \S*/test/wolf$",
     ),
     "an unreadable image": (unreadable, "cannot read the image .*2.png"),
     "an image cut short": (cut_short, "cannot read the image .*1.png"),
