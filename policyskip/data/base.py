@@ -285,10 +285,10 @@ def hold_out(count: int, fraction: float) -> tuple[Tensor, Tensor]:
     Returns: the indices of the validation and of the training images, int64, ascending, the same on every call.
 
     Raises:
-        UserError: ``fraction`` is not between 0 and 1, or there are fewer than two images.
+        UserError: ``fraction`` is not above 0 and below 1, or there are fewer than two images.
     """
     if not 0 < fraction < 1:
-        raise UserError(f"data.validation must be a share between 0 and 1, got {fraction}")
+        raise UserError(f"data.validation must be a share above 0 and below 1, got {fraction}")
     if count < 2:
         raise UserError(f"the training split needs at least 2 images, one of them for validation; it has {count}")
     order = torch.randperm(count, generator=torch.Generator().manual_seed(SPLIT_SEED))

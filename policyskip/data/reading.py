@@ -97,9 +97,7 @@ def _begun(begin: Callable[[int], Iterator[Any]], workers: int) -> Iterator[Any]
     try:
         return begin(workers)
     except OSError as error:  # no room in /dev/shm, no more processes or open files
-        print(
-            f"warning: no processes to decode images ({in_one_line(error)}); one decodes", file=sys.stderr, flush=True
-        )
+        print(f"warning: no processes to decode images ({in_one_line(error)}); the main one does", flush=True)
         return begin(0)
     finally:
         if handler is not None:  # torch's own raises wherever the program is; a killed worker is found by waiting, too

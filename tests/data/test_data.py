@@ -238,7 +238,7 @@ def test_hold_out_takes_from_everywhere():
 
 def test_hold_out_refuses_shares_that_leave_nothing():
     for share in (0, 1, -0.1, 2):
-        with pytest.raises(UserError, match=r"data\.validation must be a share between 0 and 1"):
+        with pytest.raises(UserError, match=r"data\.validation must be a share above 0 and below 1"):
             hold_out(10, share)
     with pytest.raises(UserError, match="at least 2 images"):
         hold_out(1, 0.5)
