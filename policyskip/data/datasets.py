@@ -16,8 +16,9 @@ from torch import Tensor
 from policyskip.data.arrays import Channels, class_names, divided, from_arrays, separate
 from policyskip.data.base import IN_MEMORY_BYTES, Data, mix, spread_indices
 from policyskip.data.items import SAMPLE, Items
-from policyskip.data.reading import ReadImages, check_size, check_workers
+from policyskip.data.reading import ReadImages, check_size
 from policyskip.data.tensors import crop_and_flip
+from policyskip.data.workers import check_workers
 
 
 def from_dataset(

@@ -21,8 +21,9 @@ from torch import Tensor
 
 from policyskip.data.base import IN_MEMORY_BYTES, Data, hold_out
 from policyskip.data.files import IMAGE_SUFFIXES, FileImages, read_image
-from policyskip.data.reading import check_size, check_workers
+from policyskip.data.reading import check_size
 from policyskip.data.tensors import crop_and_flip, in_memory
+from policyskip.data.workers import check_workers
 from policyskip.errors import UserError, check_choice
 from policyskip.parallel import processes
 from policyskip.texts import one_line

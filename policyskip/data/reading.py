@@ -5,11 +5,8 @@ Shapes: N images in a set, B images in a batch, H W pixels.
 
 from __future__ import annotations
 
-import os
-import signal
-import threading
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import numpy as np
@@ -18,12 +15,11 @@ from PIL import Image
 from torch import Tensor
 
 from policyskip.data.base import SMALLEST_SIDE, WHOLE, Batch
-from policyskip.errors import UserError, in_one_line
+from policyskip.data.workers import answers
+from policyskip.errors import UserError
 
 LARGEST_SIDE = 2**13
 """The largest height and width that images may be scaled to, in pixels."""
-MOST_WORKERS = 512
-"""The most processes that ``data.workers`` may ask for; of these, four a CPU are used at most."""
 
 
 class ReadImages(ABC):
@@ -51,79 +47,22 @@ class ReadImages(ABC):
     def __len__(self) -> int:
         return len(self.label_N)
 
-    def __getitem__(self, item: tuple[int, int]) -> tuple[np.ndarray, int]:
-        return self.read(*item), item[0]
-
     def stream(self, orders: Iterable[tuple[Tensor, int]], rows: slice = WHOLE) -> Iterator[Batch]:
         """Yield a batch for each pair of indices, int64 (B,), and augmentation seed; worker processes read the images.
 
         Raises:
             UserError: an image cannot be read, or a worker process was killed.
         """
-        batches = ([(int(i), seed) for i in index_B[rows]] for index_B, seed in orders)
-        try:
-            for images, index_B in _begun(lambda workers: _loader(self, batches, workers), self.workers):
-                pixels = torch.from_numpy(images).permute(0, 3, 1, 2).to(self.device)
-                yield Batch(pixels.contiguous(), self.label_N[index_B].to(self.device), index_B)
-        except UserError as error:  # raised in a worker, whose traceback is put in front of the message
-            raise UserError(str(error).strip().splitlines()[-1].removeprefix("policyskip.errors.UserError: ")) from None
-        except RuntimeError as error:
-            if "DataLoader worker" not in str(error):
-                raise
-            raise UserError(
-                "a process that decodes images was killed, perhaps for want of memory; data.workers=0 decodes in the "
-                f"main process ({in_one_line(error)})"
-            ) from None
+        requests = ((index_B[rows].tolist(), seed) for index_B, seed in orders)
+        for index_B, images in answers(self._read_batch, requests, self.workers):
+            pixels = torch.from_numpy(images).permute(0, 3, 1, 2).contiguous()
+            index = torch.tensor(index_B)
+            yield Batch(pixels.to(self.device), self.label_N[index].to(self.device), index)
 
-
-def _loader(images: ReadImages, batches: Iterable[list[tuple[int, int]]], workers: int) -> Iterator[Any]:
-    """Begin to read batches."""
-    loader: torch.utils.data.DataLoader[Any] = torch.utils.data.DataLoader(
-        images,  # type: ignore[arg-type]
-        batch_sampler=batches,
-        num_workers=workers,
-        collate_fn=_stacked,
-        generator=torch.Generator(),  # by default it would draw from the global one
-    )
-    return iter(loader)
-
-
-def _begun(begin: Callable[[int], Iterator[Any]], workers: int) -> Iterator[Any]:
-    """Begin to read with worker processes, or without them where the system gives none."""
-    if not workers:
-        return begin(0)
-    in_main_thread = threading.current_thread() is threading.main_thread()
-    handler = signal.getsignal(signal.SIGCHLD) if in_main_thread and hasattr(signal, "SIGCHLD") else None
-    try:
-        return begin(workers)
-    except OSError as error:  # no room in /dev/shm, no more processes or open files
-        print(f"warning: no processes to decode images ({in_one_line(error)}); the main one does", flush=True)
-        return begin(0)
-    finally:
-        if handler is not None:  # torch's own raises wherever the program is; a killed worker is found by waiting, too
-            signal.signal(signal.SIGCHLD, handler)
-
-
-def _stacked(items: list[tuple[np.ndarray, int]]) -> tuple[np.ndarray, Tensor]:
-    """Stack images and indices; the images as an array, because tensors would need room in /dev/shm."""
-    images, indices = zip(*items, strict=True)
-    return np.stack(images), torch.tensor(indices)
-
-
-def check_workers(workers: Any) -> int:
-    """Return the number of processes to use: what is asked for, but four a CPU at most, with a warning.
-
-    Raises:
-        UserError: it is no whole number from 0 to ``MOST_WORKERS``.
-    """
-    if type(workers) is not int or not 0 <= workers <= MOST_WORKERS:
-        raise UserError(f"data.workers must be a whole number from 0 to {MOST_WORKERS}, got {workers!r:.80}")
-    cpus = os.cpu_count() or 1
-    if workers > 4 * cpus:
-        print(
-            f"warning: data.workers={workers} is more than four a CPU; {4 * cpus} processes decode images", flush=True
-        )
-    return min(workers, 4 * cpus)
+    def _read_batch(self, request: tuple[list[int], int]) -> tuple[list[int], np.ndarray]:
+        """Read the images of these indices to uint8 (B, H, W, 3), and return them behind the indices."""
+        index_B, seed = request
+        return index_B, np.stack([self.read(index, seed) for index in index_B])
 
 
 def check_size(size: Any) -> int | None:
