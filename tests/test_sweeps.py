@@ -98,7 +98,7 @@ def test_every_agent_writes_the_metrics_that_are_compared(tmp_path):
 def test_what_hydra_is_given(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     arguments, folder = sweeps.prepare("train", ["-m", "agent=a,b", "seed=range(0,3)", "reward.penalty=2", "env=x,y"])
-    name = "${hydra:runtime.choices.agent}-${hydra:runtime.choices.data}-seed=${seed}-${hydra:runtime.choices.env}"
+    name = "${chosen:agent}-${chosen:data}-seed=${seed}-${hydra:runtime.choices.env}"
     assert arguments[5:] == [
         f"hydra.sweep.dir={folder}",
         "+hydra.job.env_set.POLICYSKIP_SWEEP='12 agent seed env'",

@@ -66,7 +66,7 @@ def answers(answer: Callable[[Any], Any], requests: Iterable[Any], workers: int)
                 busy.append(idle.popleft())
                 busy[-1].requests.send(request)
             yield result
-    except (EOFError, ConnectionError) as error:
+    except (EOFError, OSError) as error:
         raise UserError(
             "a process that decodes images was killed, perhaps for want of memory; data.workers=0 decodes in the main "
             "process"
