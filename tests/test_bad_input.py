@@ -765,7 +765,7 @@ def test_what_a_part_returned_is_named_where_the_package_stumbles_over_it(empty_
     "argument, message",
     [
         ("backbone._target_=odd.one_logit_more", r"gave logits \(2, 11\) for two images, not \(2, 10\)"),
-        ("data._target_=odd.floats", r"data: odd.floats gave images float32 \(3, 20, 20\), not uint8 \(3, 20, 20\)"),
+        ("data._target_=odd.floats", r"images must be uint8, 0 to 255, got a Tensor of float32 \(60, 3, 20, 20\)"),
         ("reward._target_=odd.plain_reward", "reward.outcome is not set; .* a reward is a class with __call__"),
         ("agent._target_=odd.unannotated", "at least 1, got 0; if the agent has nothing to learn, annotate what una"),
     ],

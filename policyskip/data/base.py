@@ -165,10 +165,13 @@ class Data:
             check_images(getattr(self, name), name)
         if isinstance(self.classes, str) or not all(isinstance(name, str) for name in self.classes):
             raise UserError(f"classes must be names, such as ('cat', 'dog'), got {one_line(repr(self.classes), 80)}")
-        shape = tuple(self.image_shape)
-        if len(shape) != 3 or shape[0] != 3 or min(shape[1:]) < SMALLEST_SIDE:
-            least = f"(3, H, W), H and W at least {SMALLEST_SIDE}"
-            raise UserError(f"the shape of {one_line(self.name, 80)}'s images must be {least}, got {shape}")
+        shape, least = tuple(self.image_shape), SMALLEST_SIDE
+        if len(shape) != 3 or shape[0] != 3 or min(shape[1:]) < least:
+            found = f"{shape[2]}×{shape[1]} pixels" if len(shape) == 3 and shape[0] == 3 else f"the shape {shape}"
+            raise UserError(
+                f"the images of {one_line(self.name, 80)} have {found}; they must be (3, H, W), of at least "
+                f"{least}×{least} pixels"
+            )
 
     def check_batch(self, batch_size: int) -> None:
         """Refuse a batch that takes more memory than any machine has for it.

@@ -98,7 +98,10 @@ WRONG_ARRAYS: dict[str, tuple[dict[str, Any], str]] = {
     "one image": ({"images": COLOUR[0]}, r"must be of shape .*, got a ndarray of uint8 \(8, 9, 3\)"),
     "no image": ({"images": GREY[:0], "labels": []}, r"must be of shape .*\(0, 8, 9\)"),
     "one pixel": ({"images": np.zeros((40, 1, 1), np.uint8)}, "must be of shape"),
-    "three pixels": ({"images": np.zeros((40, 3, 2), np.uint8)}, r"H and W at least 4, got \(3, 3, 2\)"),
+    "three pixels": (
+        {"images": np.zeros((40, 3, 2), np.uint8)},
+        r"images of arrays have 2×3 pixels; .* at least 4×4 pixels",
+    ),
     "None": ({"images": None}, "train images must be an array, got None"),
     "text": ({"images": "mnist"}, "train images must be an array, got 'mnist'"),
     "ragged": ({"images": [[1], [1, 2]]}, "must be an array of numbers, got a list of length 2"),
@@ -318,7 +321,10 @@ def test_data_hold_images_that_networks_can_take():
     for wrong, message in (
         ({"train": GREY}, "train must be a policyskip.data.Images"),
         ({"classes": "ab"}, "classes must be names"),
-        ({"image_shape": (3, 1, 1)}, r"pets's images must be \(3, H, W\), H and W at least 4, got \(3, 1, 1\)"),
+        (
+            {"image_shape": (3, 1, 1)},
+            r"the images of pets have 1×1 pixels; they must be \(3, H, W\), of at least 4×4 pixels",
+        ),
     ):
         arguments = dict(name="pets", train=images, validation=images, test=images, classes=("a", "b"))
         with pytest.raises(UserError, match=message):

@@ -94,8 +94,11 @@ def test_the_digits_data_set_is_the_same_in_every_run():
     assert data.image_shape == (3, SIZE, SIZE) and data.classes == tuple("0123456789")
     same = load_data("digits", CPU, train=12, validation=8, test=4)
     assert data.train.fingerprint() == same.train.fingerprint() != data.validation.fingerprint()
-    with pytest.raises(UserError, match=r"data\.test must be at least 1 image, got 0"):
-        digits(CPU, train=1, validation=1, test=0)
+    for count in (0, 10**9):
+        with pytest.raises(
+            UserError, match=rf"data\.test must be at least 1 image, and at most 2,000,000, got {count}"
+        ):
+            digits(CPU, train=1, validation=1, test=count)
     with pytest.raises(UserError, match="split must be train, validation or test, got 'val'"):
         data.split("val")
 
