@@ -79,7 +79,7 @@ def from_arrays(
 
 
 def separate(validation: Any, test: Any) -> tuple[dict[str, Any], dict[str, float]]:
-    """Separate the splits that are given from the shares of those that are to be held out.
+    """Divide ``validation`` and ``test`` into splits that are given and shares that are to be held out.
 
     Raises:
         UserError: a share is not above 0 and below 1.
@@ -106,11 +106,11 @@ def divided(count: int, shares: dict[str, float]) -> dict[str, Tensor]:
     """
     if count <= len(shares):
         raise UserError(f"{count} images are too few for training and {' and '.join(shares)}")
-    rest, rows = torch.arange(count), {}
+    left_N, rows = torch.arange(count), {}
     for split, share in shares.items():
-        held_out, kept = hold_out(len(rest), share)
-        rows[split], rest = rest[held_out], rest[kept]
-    return {**rows, "train": rest}
+        held_out, kept = hold_out(len(left_N), share)
+        rows[split], left_N = left_N[held_out], left_N[kept]
+    return {**rows, "train": left_N}
 
 
 def class_names(classes: Sequence[str] | int | None, labels: Iterable[Tensor]) -> tuple[str, ...]:
@@ -184,7 +184,7 @@ def as_images(images: Any, channels: Channels | None = None, what: str = "images
 
 
 def _channels_first(array: Tensor, channels: Channels | None, what: str) -> Tensor:
-    """Bring images (N, 3, H, W), (N, H, W, 3), or of one channel, into the first order; others stay as they are.
+    """Return images (N, 3, H, W), (N, H, W, 3), or of one channel, in the first order, and others as they are.
 
     Raises:
         UserError: the shape can be read in two ways, and ``channels`` does not say in which.

@@ -78,7 +78,7 @@ def check_size(size: Any) -> int | None:
 
 
 def scaled(image: Image.Image, size: int, augment_seed: int | None = None) -> np.ndarray:
-    """Scale an image in RGB to uint8 (size, size, 3).
+    """Return an image in RGB, scaled, as uint8 (size, size, 3).
 
     Args:
         augment_seed: None scales the short side to 256/224 of ``size`` and cuts out the centre (evaluation). Otherwise

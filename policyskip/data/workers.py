@@ -114,7 +114,7 @@ def _started(answer: Callable[[Any], Any], count: int) -> list[_Worker]:
 
 
 def _work(answer: Callable[[Any], Any], requests: Connection, answers_: Connection, *others: Connection) -> None:
-    """Answer requests until the pipe ends: what a process does. ``others`` are the main process's ends."""
+    """Run in a process: answer requests until the pipe ends. ``others`` are the main process's ends."""
     for end in others:
         end.close()
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the main process ends its workers
