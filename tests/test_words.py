@@ -270,7 +270,7 @@ def test_public_functions_say_that_they_raise():
 
 
 def test_messages_about_a_range_say_whether_its_ends_belong_to_it():
-    """ "must be between 0 and 1, got 1.0" tells nobody what is wrong."""
+    """Of "must be between 0 and 1, got 1.0" nobody knows what is wrong."""
     found = [
         f"{path.relative_to(ROOT).as_posix()}:{number}: {line.strip()}"
         for path in sorted((ROOT / "policyskip").rglob("*.py"))
