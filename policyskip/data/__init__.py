@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from policyskip.data.arrays import from_arrays
 from policyskip.data.base import (
     Batch,
     Data,
@@ -16,7 +17,9 @@ from policyskip.data.base import (
 )
 from policyskip.data.by_name import load_data
 from policyskip.data.cluttered import digits
-from policyskip.data.folders import FileImages, imagefolder, read_image
+from policyskip.data.datasets import from_dataset
+from policyskip.data.files import FileImages, read_image
+from policyskip.data.folders import imagefolder
 from policyskip.data.tensors import Augment, TensorImages, crop_and_flip
 from policyskip.data.torchvision_sets import torchvision_data
 
@@ -33,6 +36,8 @@ __all__ = [
     "check_images",
     "crop_and_flip",
     "digits",
+    "from_arrays",
+    "from_dataset",
     "hold_out",
     "imagefolder",
     "load_data",

@@ -165,10 +165,13 @@ class Data:
             check_images(getattr(self, name), name)
         if isinstance(self.classes, str) or not all(isinstance(name, str) for name in self.classes):
             raise UserError(f"classes must be names, such as ('cat', 'dog'), got {one_line(repr(self.classes), 80)}")
-        shape = tuple(self.image_shape)
-        if len(shape) != 3 or shape[0] != 3 or min(shape[1:]) < SMALLEST_SIDE:
-            least = f"(3, H, W), H and W at least {SMALLEST_SIDE}"
-            raise UserError(f"the shape of {one_line(self.name, 80)}'s images must be {least}, got {shape}")
+        shape, least = tuple(self.image_shape), SMALLEST_SIDE
+        if len(shape) != 3 or shape[0] != 3 or min(shape[1:]) < least:
+            found = f"{shape[2]}×{shape[1]} pixels" if len(shape) == 3 and shape[0] == 3 else f"the shape {shape}"
+            raise UserError(
+                f"the images of {one_line(self.name, 80)} have {found}; they must be (3, H, W), of at least "
+                f"{least}×{least} pixels"
+            )
 
     def check_batch(self, batch_size: int) -> None:
         """Refuse a batch that takes more memory than any machine has for it.
@@ -297,10 +300,10 @@ def hold_out(count: int, fraction: float) -> tuple[Tensor, Tensor]:
     Returns: the indices of the validation and of the training images, int64, ascending, the same on every call.
 
     Raises:
-        UserError: ``fraction`` is not between 0 and 1, or there are fewer than two images.
+        UserError: ``fraction`` is not above 0 and below 1, or there are fewer than two images.
     """
     if not 0 < fraction < 1:
-        raise UserError(f"data.validation must be a share between 0 and 1, got {fraction}")
+        raise UserError(f"data.validation must be a share above 0 and below 1, got {fraction}")
     if count < 2:
         raise UserError(f"the training split needs at least 2 images, one of them for validation; it has {count}")
     order = torch.randperm(count, generator=torch.Generator().manual_seed(SPLIT_SEED))

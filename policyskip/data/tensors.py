@@ -104,7 +104,7 @@ def _check(images: Tensor, label_N: Tensor, difficulty: Tensor | None) -> None:
         raise UserError(f"difficulty must be a tensor of float32 {shape}, or None, got {described(difficulty)}")
 
 
-FROM_FLOATS = "of values from 0 to 1, (255 * images).round() of type uint8 makes such images"
+FROM_FLOATS = "for values from 0 to 1, give (255 * images).round() as uint8, and leave torchvision's ToTensor out"
 
 
 def is_dense(value: Any) -> TypeGuard[Tensor]:
