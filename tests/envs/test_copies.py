@@ -12,9 +12,11 @@ import cloudpickle
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from torch import Tensor, nn
 
 from policyskip.data import Feed, crop_and_flip
+from policyskip.data.folders import FileImages
 from policyskip.deployment.predictors import ExitPredictor, Predictor
 from policyskip.envs.block_selection import BlockSelectionVectorEnv
 from policyskip.envs.layer_skip import LayerSkipVectorEnv
@@ -111,6 +113,17 @@ def test_a_feed_s_state_is_its_cursor():
     other = pickle.loads(pickle.dumps(feed))
     assert other.cursor == 7 and torch.equal(other.batch.images, feed.batch.images)
     for _ in range(5):
+        assert torch.equal(feed.advance().images, other.advance().images)
+
+
+def test_a_feed_that_reads_files_is_copied(tmp_path):
+    for number in range(8):
+        Image.new("RGB", (12, 12), (30 * number, 0, 0)).save(tmp_path / f"{number}.png")
+    files = sorted(tmp_path.iterdir())
+    feed = Feed(FileImages(files, torch.arange(8) % 2, 12, torch.device("cpu"), augment=True, workers=1), 3, seed=1)
+    feed.advance()
+    other = pickle.loads(pickle.dumps(feed))
+    for _ in range(3):
         assert torch.equal(feed.advance().images, other.advance().images)
 
 
