@@ -30,12 +30,21 @@ Constructor = Callable[..., None]
 
 
 def naming_arguments(constructor: Constructor) -> Constructor:
-    """Decorate a constructor so that an argument that it does not take is refused with the names of those it takes."""
+    """Return a constructor that refuses an argument that it does not take, and names those that it takes.
+
+    Raises:
+        UserError: when the constructor is called with such an argument.
+    """
     signature = inspect.signature(constructor)
     names = ", ".join(list(signature.parameters)[1:])
 
     @functools.wraps(constructor)
     def checked(self: Any, *args: Any, **kwargs: Any) -> None:
+        """Make an environment.
+
+        Raises:
+            UserError: the constructor does not take these arguments, or refuses them.
+        """
         try:
             signature.bind(self, *args, **kwargs)
         except TypeError as error:
