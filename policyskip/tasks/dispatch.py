@@ -101,7 +101,9 @@ def judge(setup: Setup, run: Run, split: str) -> Judgement:
         UserError: a file of the run is damaged, or the run did not get that far.
     """
     path = run.folder / "checkpoint.pt"
-    if isinstance(setup.reward, Adaptive) and path.is_file():  # a reward that moves stands where the run left it
+    if isinstance(setup.reward, Adaptive) and run.has(
+        "checkpoint.pt"
+    ):  # a reward that moves stands where the run left it
         state = run.load_checkpoint()
         if "reward" in state:  # where nothing was learned, it has not moved
             with damaged(path):
