@@ -71,7 +71,7 @@ def hidden_name() -> str:
 
 
 def is_hidden_name(name: str) -> bool:
-    """Return whether a name is one of :func:`hidden_name`: what is left of a process that was killed has such a name."""
+    """Return whether a name is one of :func:`hidden_name`, which what is left of a killed process has."""
     return re.fullmatch(rf"{re.escape(_HIDDEN)}[0-9a-f]{{16}}", name) is not None
 
 

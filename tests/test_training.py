@@ -64,7 +64,8 @@ def test_two_runs_with_one_seed_are_equal(tmp_path):
         assert learn(run, seed=seed)
     a, b, c = (without_times(run) for run in runs)
     assert a == b != c
-    assert (runs[0].folder / "best.safetensors").read_bytes() == (runs[1].folder / "best.safetensors").read_bytes()
+    first, second = (run.folder / "best-so-far.safetensors" for run in runs[:2])
+    assert first.read_bytes() == second.read_bytes()
 
 
 @pytest.mark.parametrize("stop_at", [1, 4, 6])
@@ -99,7 +100,7 @@ def test_the_best_weights_are_those_of_the_best_validation_reward(tmp_path):
     rewards = [record["val/reward"] for record in run.metrics() if "val/reward" in record]
     assert run.load_checkpoint()["best"] == max(rewards)
     agent, validation = judges()
-    agent.policy.load_state_dict(run.load_best())
+    agent.policy.load_state_dict(run.load_best_so_far())
     assert block_figures(evaluate(agent, validation, full=False))["reward"] == max(rewards)
 
 

@@ -1,7 +1,7 @@
 """The run folder: which files it holds, and how they are written so that nothing is lost.
 
-``config.yaml`` (resolved), ``metrics.jsonl`` (one line a record), ``checkpoint.pt`` and ``best-so-far.safetensors`` (all
-that a resumed run needs); and of a finished run ``best.safetensors`` and ``policy.json`` (what deployment loads),
+``config.yaml`` (resolved), ``metrics.jsonl`` (one line a record), ``checkpoint.pt`` and ``best-so-far.safetensors``
+(all that a resumed run needs); and of a finished run ``best.safetensors`` and ``policy.json`` (what deployment loads),
 ``summary.json``, ``plots/*.png`` and more, which are switched together (:meth:`Run.generation`); ``wandb/``.
 Every file is written under a hidden name and then renamed, so a reader never sees half a file.
 A process that writes into a run folder locks it first (:meth:`Run.lock`), so that no other process writes there.

@@ -101,9 +101,7 @@ def judge(setup: Setup, run: Run, split: str) -> Judgement:
         UserError: a file of the run is damaged, or the run did not get that far.
     """
     path = run.folder / "checkpoint.pt"
-    if isinstance(setup.reward, Adaptive) and run.has(
-        "checkpoint.pt"
-    ):  # a reward that moves stands where the run left it
+    if isinstance(setup.reward, Adaptive) and run.has("checkpoint.pt"):  # a reward that moves goes on
         state = run.load_checkpoint()
         if "reward" in state:  # where nothing was learned, it has not moved
             with damaged(path):

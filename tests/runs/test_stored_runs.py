@@ -65,7 +65,7 @@ def test_images() -> tuple[Tensor, Tensor]:
 def no_pictures(monkeypatch: pytest.MonkeyPatch) -> None:
     """Pictures are neither laid out nor encoded, which takes most of the time."""
     monkeypatch.setattr(ConstrainedLayoutEngine, "execute", lambda engine, figure: None)
-    monkeypatch.setattr(Figure, "savefig", lambda figure, path, **options: Path(path).touch())
+    monkeypatch.setattr(Figure, "savefig", lambda figure, file, **options: None)
 
 
 def copy_of(name: str, folder: Path) -> Path:
