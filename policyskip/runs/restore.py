@@ -131,5 +131,5 @@ def _check_schedule(schedule: LRScheduler) -> None:
     rates = getattr(schedule, "base_lrs", [group["lr"] for group in schedule.optimizer.param_groups])
     if not isinstance(rates, list) or len(rates) != len(schedule.optimizer.param_groups):
         raise ValueError("the schedule of the learning rate has other groups than the optimizer")
-    if type(schedule.last_epoch) is not int or not all(isinstance(rate, int | float) for rate in rates):
+    if type(schedule.last_epoch) is not int or schedule.last_epoch < 0 or not all(map(is_finite, rates)):
         raise ValueError("the schedule of the learning rate holds something that is not a number")
