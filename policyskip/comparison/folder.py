@@ -11,8 +11,8 @@ import os
 import re
 import shutil
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from collections.abc import Iterable, Iterator
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 
 from policyskip.files import flush_folder, hidden_name, is_hidden_name, reporting_write_errors
@@ -33,27 +33,30 @@ def replaced(output: Path) -> Iterator[Path]:
     Raises:
         UserError: the folder cannot be written.
     """
-    output = output.resolve()
-    missing = [folder for folder in output.parents if not folder.exists()]
-    with reporting_write_errors(output):
-        output.parent.mkdir(parents=True, exist_ok=True)
-        new = output.with_name(f"{hidden_name()}-{output.name}")
-        os.mkdir(new)
-        lock = lock_folder(new)
-    try:
+    place = output.resolve()
+    missing = [folder for folder in place.parents if not folder.exists()]
+    new = place.with_name(f"{hidden_name()}-{place.name}")
+    with ExitStack() as finally_:
+        finally_.callback(_remove_empty, missing)
+        finally_.callback(shutil.rmtree, new, ignore_errors=True)
+        with reporting_write_errors(output):
+            place.parent.mkdir(parents=True, exist_ok=True)
+            os.mkdir(new)
+            if (lock := lock_folder(new)) is not None:
+                finally_.callback(os.close, lock)
         yield new
         with reporting_write_errors(output):
             for folder in [new, *(path for path in new.rglob("*") if path.is_dir())]:
                 flush_folder(folder)
-            _switch(new, output)
-            flush_folder(output.parent)
-    finally:
-        shutil.rmtree(new, ignore_errors=True)
-        if lock is not None:
-            os.close(lock)
-        for folder in missing:
-            with suppress(OSError):  # it holds the new folder
-                folder.rmdir()
+            _switch(new, place)
+            flush_folder(place.parent)
+
+
+def _remove_empty(folders: Iterable[Path]) -> None:
+    """Remove those of the folders that are empty, the innermost first."""
+    for folder in folders:
+        with suppress(OSError):
+            folder.rmdir()
 
 
 def _switch(new: Path, output: Path) -> None:
@@ -91,10 +94,10 @@ def clear_leftovers(output: Path) -> None:
     Raises:
         UserError: it cannot be moved back.
     """
-    output = output.resolve()
+    place = output.resolve()
     with reporting_write_errors(output):
-        for path in list(output.parent.iterdir()) if output.parent.is_dir() else []:
-            _clear(path, output)
+        for path in list(place.parent.iterdir()) if place.parent.is_dir() else []:
+            _clear(path, place)
 
 
 def _clear(path: Path, output: Path) -> None:

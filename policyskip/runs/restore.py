@@ -96,9 +96,13 @@ def _check_optimizer(optimizer: Optimizer) -> None:
     """Let a copy of an optimizer take a step on copies of its parameters, with gradients of zero.
 
     Raises:
+        ValueError: its state has a number that is not finite.
         Exception: of any type, as the optimizer stumbles over its state; an optimizer that takes no such step without
             a state and with its default settings either is let pass.
     """
+    numbers = [value for entry in optimizer.state.values() for value in entry.values() if type(value) in (int, float)]
+    if not all(map(is_finite, numbers)):
+        raise ValueError("the optimizer's state has a number that is not finite")
     trial = copy.deepcopy(optimizer)
     for group in trial.param_groups:
         for parameter in group["params"]:
