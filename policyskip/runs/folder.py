@@ -31,6 +31,8 @@ from policyskip.runs.locks import lock_folder
 from policyskip.sealed import sealed, unsealed
 
 T = TypeVar("T")
+REWARD = "reward.json"
+"""The file of a finished run that holds where a reward that moves stood when the run was judged."""
 LARGEST_METRICS = 2**30
 """Bytes of the largest ``metrics.jsonl`` that is read."""
 

@@ -12,7 +12,8 @@ import torch
 from policyskip.build import Setup
 from policyskip.deployment.policy_files import Family, PolicyFile
 from policyskip.evaluation.decisions import Decisions, collapse_warnings, examples, save_decisions
-from policyskip.runs.folder import Run
+from policyskip.rewards import Adaptive
+from policyskip.runs.folder import REWARD, Run
 from policyskip.runs.tracking import Tracker
 from policyskip.tasks.base import Judgement
 
@@ -76,6 +77,8 @@ def write_finished(
     policy = PolicyFile(family, **described, classes=data.classes, image_shape=data.image_shape)
     with run.generation() as new:
         write_more(new)
+        if isinstance(setup.reward, Adaptive):
+            new.save_json(REWARD, dict(setup.reward.state_dict()))
         summary = {**head, **save_decisions(record, new), **(chosen or {}), **figures}
         if head["steps"]:
             summary["warnings"] = collapse_warnings(record)

@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 
+import policyskip
 from policyskip.errors import UserError
 from policyskip.files import hidden_name
 from policyskip.runs.folder import Run
@@ -166,3 +167,55 @@ def test_calibrate_that_is_killed_leaves_the_old_target_or_the_new_one(tmp_path,
         assert found in (old, new)
         switched.append(found == new)
     assert switched == sorted(switched) and set(switched) == {False, True} and len(states) > 20
+
+
+def figures(run: Path) -> dict[str, Any]:
+    """Everything in the JSON files of a run but the time that it took."""
+    found = {path.name: json.loads(path.read_bytes()) for path in run.glob("*.json")}
+    found["summary.json"].pop("seconds")
+    return found
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["skipnet", "budget", "branchynet", "a2c-exit"])
+def test_an_extension_that_is_killed_leaves_what_is_deployed_and_goes_on_to_the_same_figures(
+    name,
+    tmp_path,
+    no_pictures,
+    monkeypatch,  # noqa: F811
+):
+    folder = Path(shutil.copytree(STORED / name, tmp_path / "x"))
+    assert typed("train", "run.resume=x", "train.steps=5", cwd=tmp_path).returncode == 0  # written by this version
+    before = state_of(folder)
+
+    def extend(where: str = "x") -> None:
+        result = typed("train", f"run.resume={where}", "train.steps=7", cwd=tmp_path)
+        assert result.returncode == 0, result.stderr
+
+    states = states_between_calls(folder, extend)
+    names = deployed(states[-1]) - {"config.yaml"} | {"reward.json"}  # which says from the start what is typed
+    old, new = ({name: state[name] for name in names & set(state)} for state in (before, states[-1]))
+    assert old.keys() == new.keys() and old["summary.json"] != new["summary.json"]
+    switched = []
+    for state in states:
+        found = seen(put_back(state, tmp_path / "then"), names)
+        assert found in (old, new)
+        switched.append(found == new)
+    assert switched == sorted(switched) and len(states) > 40
+    first = switched.index(True)
+    for number in sorted({0, len(states) // 3, first - 9, first - 1, first, first + 3, len(states) - 1}):
+        then = put_back(states[number], tmp_path / "then")
+        result = typed("evaluate", "run=then", "device=cpu", cwd=tmp_path)
+        assert "Every figure is that of summary.json." in result.stdout, (number, result.stdout + result.stderr)
+        assert policyskip.load(then)
+        extend("then")
+        assert figures(then) == figures(folder) and not list(then.glob(".*"))
+        assert (then / BEST).read_bytes() == (folder / BEST).read_bytes()
+        assert not (then / BEST_SO_FAR).exists()
+
+
+def test_a_stopped_run_of_an_older_version_goes_on_from_its_best_weights(tmp_path):
+    run = Run(Path(shutil.copytree(STORED / "branchynet-half", tmp_path / "x")))
+    assert run.load_best_so_far().keys() == run.load_best().keys()
+    run.save_best({})
+    assert run.load_best_so_far() == {} != run.load_best()
