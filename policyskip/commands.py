@@ -125,7 +125,8 @@ def _run_course(
         if not finished:
             lifecycle.print_stopped(command, run)
             return EXIT_INTERRUPTED
-        summary = processes.first(lambda: task.finish(run, tracker, run.load_checkpoint()["seconds"]))
+        with lifecycle.naming_how_to_go_on(command, run):
+            summary = processes.first(lambda: task.finish(run, tracker, run.load_checkpoint()["seconds"]))
     except KeyboardInterrupt:
         lifecycle.print_interrupted(command, run)
         return EXIT_INTERRUPTED

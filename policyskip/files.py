@@ -101,7 +101,7 @@ def write(path: Path, content: bytes) -> None:
 
 
 def open_log(path: Path, append: bool = False) -> TextIO:
-    """Open a text file that is written line by line, never through a link: a new one, or the end of one that is there.
+    """Return a text file to be written line by line, never through a link: a new one, or the end of one that is there.
 
     Raises:
         OSError: the file cannot be made, or there is a link, a pipe or a folder in its place.
@@ -135,7 +135,7 @@ def check_regular(path: Path, most: float = float("inf")) -> None:
 
 
 def open_regular(path: Path, most: float = float("inf")) -> BinaryIO:
-    """Open a file to be read, if :func:`check_regular` does not refuse it.
+    """Return a file opened to be read, if :func:`check_regular` does not refuse it.
 
     Raises:
         UserError, OSError: as for :func:`check_regular`.

@@ -47,7 +47,7 @@ def sealed(tensors: dict[str, Tensor], content: dict[str, Any] | None = None) ->
 
 @contextmanager
 def opened(path: Path) -> Iterator[Any]:
-    """Open a safetensors file, which may be anything; the reader compares what it says of sizes with its own size.
+    """Yield an open safetensors file, which may be anything; the reader compares what it says of sizes with its own.
 
     Raises:
         ValueError: what is there is no file, or its header is too large.

@@ -115,11 +115,11 @@ def test_a_full_disk_stops_the_run_with_what_it_saved(tmp_path, monkeypatch):
     assert not learn(run, stop_at=4)
     before = (run.folder / "checkpoint.pt").read_bytes()
 
-    def full_disk(self, *arguments, **keywords):
+    def full_disk(*arguments, **keywords):
         raise OSError(28, "No space left on device")
 
     with monkeypatch.context() as patch, pytest.raises(UserError, match=r"cannot write .*metrics.jsonl: No space left"):
-        patch.setattr(type(tmp_path), "open", full_disk)
+        patch.setattr("policyskip.runs.folder.open_log", full_disk)
         run.append_metrics({"step": 5})
     assert (run.folder / "checkpoint.pt").read_bytes() == before
 

@@ -102,7 +102,7 @@ class Run:
                 self._close_lock = weakref.finalize(self, os.close, descriptor)
                 _LOCKED_RUNS.add(self)
                 generations.clear_leftovers(self.folder)
-            generations.settle(self.folder)
+            generations.move_into_place(self.folder)
 
     def unlock(self) -> None:
         """Let other processes write into the folder."""
@@ -204,7 +204,7 @@ class Run:
 
     @contextmanager
     def _appending_metrics(self) -> Iterator[TextIO]:
-        """Open ``metrics.jsonl`` for more lines.
+        """Yield ``metrics.jsonl``, to which lines can be added.
 
         Raises:
             UserError: it cannot be written.

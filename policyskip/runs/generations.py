@@ -63,7 +63,7 @@ def generation(folder: Path) -> Iterator[Path]:
     Raises:
         UserError: the files cannot be written, or cannot take their places.
     """
-    settle(folder)
+    move_into_place(folder)
     new = folder / hidden_name()
     with reporting_write_errors(folder):
         try:
@@ -77,10 +77,10 @@ def generation(folder: Path) -> Iterator[Path]:
             shutil.rmtree(new, ignore_errors=True)
             raise
     flush_folder(folder)
-    settle(folder)
+    move_into_place(folder)
 
 
-def settle(folder: Path) -> None:
+def move_into_place(folder: Path) -> None:
     """Move the files of the generation that a folder was switched to to their places, if that has not been done.
 
     Raises:

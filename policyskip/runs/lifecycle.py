@@ -6,7 +6,8 @@ Nothing here knows what a run learns. What a run's folder holds, and how it is w
 from __future__ import annotations
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -132,6 +133,19 @@ def print_interrupted(command: str, run: Run) -> None:
         print(f"Stopped at once; what came after update {step} is not kept. Go on with:  {_resuming(command, run)}")
     else:
         print(f"Stopped at once, before anything was saved. Begin anew with:  {_resuming(command, run)}")
+
+
+@contextmanager
+def naming_how_to_go_on(command: str, run: Run) -> Iterator[None]:
+    """Add to an error of the body, which judges and writes what a run has learned, how to try that once more.
+
+    Raises:
+        UserError: the body raised one.
+    """
+    try:
+        yield
+    except UserError as error:
+        raise UserError(f"{error}; what was learned is safe. Go on with:  {_resuming(command, run)}") from error
 
 
 def _resuming(command: str, run: Run) -> str:

@@ -169,6 +169,23 @@ def test_calibrate_that_is_killed_leaves_the_old_target_or_the_new_one(tmp_path,
     assert switched == sorted(switched) and set(switched) == {False, True} and len(states) > 20
 
 
+@pytest.mark.parametrize("number", [0, 20])
+def test_a_disk_that_is_full_at_the_end_of_a_run_keeps_what_was_learned(number, tmp_path, no_pictures):  # noqa: F811
+    folder = Path(shutil.copytree(STORED / "branchynet", tmp_path / "x"))
+    for name in ("policy.json", "summary.json", "network.safetensors"):  # as if it had been killed before its end
+        (folder / name).unlink()
+    with before_each_call(failing_at(number, True)):
+        result = typed("train", "run.resume=x", cwd=tmp_path)
+    assert result.returncode == 2 and len(result.stderr.splitlines()) == 1
+    assert "cannot write" in result.stderr and "No space left on device" in result.stderr
+    if number:
+        assert result.stderr.endswith("what was learned is safe. Go on with:  policyskip train run.resume=x\n")
+    with pytest.raises(UserError, match="the run did not get that far"):
+        policyskip.load(folder)
+    assert typed("train", "run.resume=x", cwd=tmp_path).returncode == 0
+    assert policyskip.load(folder) and not list(folder.glob(".*"))
+
+
 def figures(run: Path) -> dict[str, Any]:
     """Everything in the JSON files of a run but the time that it took."""
     found = {path.name: json.loads(path.read_bytes()) for path in run.glob("*.json")}
@@ -181,8 +198,7 @@ def figures(run: Path) -> dict[str, Any]:
 def test_an_extension_that_is_killed_leaves_what_is_deployed_and_goes_on_to_the_same_figures(
     name,
     tmp_path,
-    no_pictures,
-    monkeypatch,  # noqa: F811
+    no_pictures,  # noqa: F811
 ):
     folder = Path(shutil.copytree(STORED / name, tmp_path / "x"))
     assert typed("train", "run.resume=x", "train.steps=5", cwd=tmp_path).returncode == 0  # written by this version
