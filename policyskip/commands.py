@@ -104,6 +104,8 @@ def _run_course(
         return 0
     config, task = make_task(config, settings, device, run)
     divide(task.learner, task.source)
+    if run is not None and resume and steps:  # before anything in its folder changes
+        training.restored(task.learner, task.source, task.deployable, run, steps)
     print(task.greeting, flush=True)
     run = processes.first(partial(lifecycle.begin, config, run, resume))
     content = plain(config)
@@ -123,7 +125,8 @@ def _run_course(
         if not finished:
             lifecycle.print_stopped(command, run)
             return EXIT_INTERRUPTED
-        summary = processes.first(lambda: task.finish(run, tracker, run.load_checkpoint()["seconds"]))
+        with lifecycle.naming_how_to_go_on(command, run):
+            summary = processes.first(lambda: task.finish(run, tracker, run.load_checkpoint()["seconds"]))
     except KeyboardInterrupt:
         lifecycle.print_interrupted(command, run)
         return EXIT_INTERRUPTED
@@ -190,7 +193,7 @@ def evaluate(config: DictConfig) -> int:
     summary = {f"{settings.split}/{key}": value for key, value in figures.items()}
     for key, value in summary.items():
         print(f"{key}: {value}")
-    if settings.split == "test" and (run.folder / "summary.json").is_file():
+    if settings.split == "test" and run.has("summary.json"):
         before = run.load_json("summary.json")
         changed = [key for key, value in summary.items() if before.get(key) != value]
         same = "Every figure is that of summary.json."
@@ -210,8 +213,6 @@ def calibrate(config: DictConfig) -> int:
         print(f"Every point is in {run.folder / 'curve.json'}; a target, such as target.macs_fraction=0.5, deploys one")
         return 0
     show_table(calibration.recalibrate(setup, run, settings.target))
-    changed = OmegaConf.merge(lifecycle.saved_config(run), {"target": settings.target.model_dump()})
-    lifecycle.save_changed_config(run, run.command, changed)  # a resumed run keeps to the target
     print(f"Written to {run.folder / 'policy.json'}; curve and pictures are in {run.folder}")
     return 0
 

@@ -8,6 +8,9 @@ from __future__ import annotations
 
 import hashlib
 import json
+import struct
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +19,10 @@ from safetensors import safe_open
 from safetensors.torch import save
 from torch import Tensor
 
+from policyskip.files import open_regular
+
+LARGEST_HEADER = 2**24
+"""Bytes of the largest description of its tensors that a file may have."""
 METADATA_KEY, DIGEST_KEY = "policyskip", "sha256"
 """The metadata entry that is a JSON object, ``content``, and the digest's key in it. In a file without ``content`` the
 digest is a metadata entry of its own."""
@@ -38,14 +45,30 @@ def sealed(tensors: dict[str, Tensor], content: dict[str, Any] | None = None) ->
     return save(on_cpu, metadata={METADATA_KEY: json.dumps({**content, DIGEST_KEY: digest_of(on_cpu, content)})})
 
 
+@contextmanager
+def opened(path: Path) -> Iterator[Any]:
+    """Yield an open safetensors file, which may be anything; the reader compares what it says of sizes with its own.
+
+    Raises:
+        ValueError: what is there is no file, or its header is too large.
+        OSError, safetensors.SafetensorError: the file cannot be read.
+    """
+    with open_regular(path) as file:
+        start = file.read(8)
+    if len(start) == 8 and struct.unpack("<Q", start)[0] > LARGEST_HEADER:
+        raise ValueError("it is no safetensors file, or its header is too large")
+    with safe_open(path, "pt") as tensors:
+        yield tensors
+
+
 def read_metadata(path: Path) -> dict[str, Any] | None:
     """Return the ``content`` that a file was sealed with; None if the file has none.
 
     Raises:
-        ValueError, TypeError, RecursionError: the metadata is no JSON object.
+        ValueError, TypeError, RecursionError: the metadata is no JSON object, or the file is refused by :func:`opened`.
         OSError, safetensors.SafetensorError: the file cannot be read.
     """
-    with safe_open(path, "pt") as file:
+    with opened(path) as file:
         text = (file.metadata() or {}).get(METADATA_KEY)
     if text is None:
         return None
@@ -58,10 +81,10 @@ def unsealed(path: Path) -> dict[str, Tensor]:
     """Return the tensors of a safetensors file, after a comparison with its digest if it has one.
 
     Raises:
-        ValueError: tensors or metadata are not those that were sealed.
+        ValueError: tensors or metadata are not those that were sealed, or the file is refused by :func:`opened`.
         OSError, safetensors.SafetensorError: the file cannot be read.
     """
-    with safe_open(path, "pt") as file:
+    with opened(path) as file:
         entries = file.metadata() or {}
         tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - the file is no dictionary
     metadata = json.loads(entries.get(METADATA_KEY, "null"))

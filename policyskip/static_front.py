@@ -13,9 +13,10 @@ import json
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated
 
 import torch
+from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor
 
 from policyskip.backbones import Backbone, Costs
@@ -24,7 +25,7 @@ from policyskip.backbones.folding import folded
 from policyskip.data import Batch, Images, batch_at, spread_indices
 from policyskip.data.base import IN_MEMORY_BYTES
 from policyskip.errors import UserError
-from policyskip.files import reporting_write_errors, write
+from policyskip.files import read, reporting_write_errors, write
 from policyskip.fronts import concave_hull
 from policyskip.memory import release_freed_memory
 
@@ -166,19 +167,28 @@ class StaticFront:
         """Read the front in a file.
 
         Raises:
-            OSError, ValueError, TypeError, KeyError: the file is not there, or holds no front.
+            OSError, ValueError: the file is not there, or holds no front.
         """
-        content: dict[str, Any] = json.loads(path.read_bytes())
-        content["sets"] = [tuple(mark == "1" for mark in keep) for keep in content["sets"]]
-        for name in ("accuracy", "macs"):
-            content[name] = [float(value) for value in content[name]]
-        front = StaticFront(**content)
-        F = len(front.sets)
-        if not F or {len(front.accuracy), len(front.macs)} != {F} or len({len(keep) for keep in front.sets}) != 1:
+        stored = _StoredFront.model_validate_json(read(path))
+        content = stored.model_dump() | {"sets": [tuple(mark == "1" for mark in keep) for keep in stored.sets]}
+        front, F = StaticFront(**content), len(stored.sets)
+        if {len(front.accuracy), len(front.macs)} != {F} or len({len(keep) for keep in front.sets}) != 1:
             raise ValueError("its sets, accuracies and costs do not belong together")
-        if not (isinstance(front.images, int) and isinstance(front.backbone, str) and isinstance(front.data, str)):
-            raise TypeError("it does not say what it was searched on")
         return front
+
+
+class _StoredFront(BaseModel):
+    """A front as a file holds it; the keys are those of :class:`StaticFront`."""
+
+    model_config = ConfigDict(strict=True, extra="forbid")
+
+    sets: list[Annotated[str, Field(pattern="^[01]+$")]] = Field(min_length=1)
+    accuracy: list[Annotated[float, Field(ge=0, le=1)]]
+    macs: list[Annotated[float, Field(ge=0, le=1e30)]]
+    images: int = Field(ge=1)
+    finished: bool
+    backbone: str
+    data: str
 
 
 def search(
@@ -293,7 +303,7 @@ def known_front(backbone: Backbone, images: Images, cache: Path) -> StaticFront 
     for path in [*sorted(WEIGHTS.glob("*.front.json")), cache / f"{searched_on[0]}-{searched_on[1]}.json"]:
         try:
             front = StaticFront.load(path)
-        except (OSError, ValueError, TypeError, KeyError):
+        except (OSError, ValueError):
             continue  # absent, or damaged: it is searched anew
         if (front.backbone, front.data) == searched_on:
             return front

@@ -25,7 +25,7 @@ from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
 
 from policyskip.errors import in_one_line, traceback_wanted, users_class_failed, users_problem
-from policyskip.files import reporting_write_errors, shell_argument
+from policyskip.files import open_log, reporting_write_errors, shell_argument
 
 FAILED = "failed.jsonl"
 """The file of a sweep's folder that names the jobs that failed, one a line."""
@@ -127,7 +127,9 @@ def run_job(command: Callable[[DictConfig], int], config: DictConfig, is_refusal
     print(f"{label}: started, {log}", flush=True)
     started = time.monotonic()
     problem, status = "", 0
-    with log.open("w", encoding="utf-8") as file, contextlib.redirect_stdout(file):
+    with reporting_write_errors(log):
+        file = open_log(log)
+    with file, contextlib.redirect_stdout(file):
         try:
             status = command(config)
         except Exception as error:
@@ -138,7 +140,7 @@ def run_job(command: Callable[[DictConfig], int], config: DictConfig, is_refusal
             if not refusal or users_class_failed(error) or traceback_wanted():
                 traceback.print_exc(file=file)
     if problem:
-        with (folder / FAILED).open("a") as file:
+        with open_log(folder / FAILED, append=True) as file:
             file.write(json.dumps({"job": number, "name": name, "problem": problem}) + "\n")
         print(f"{label}: failed: {problem}", flush=True)
     elif status == 0:

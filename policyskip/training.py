@@ -93,7 +93,10 @@ def train(
         )
     reward = getattr(source, "reward", None)
     adaptive = reward if isinstance(reward, Adaptive) else None
-    progress = _resumed(learner, source, adaptive, deployable, run, steps) if resume else Progress()
+    progress = Progress()
+    if resume:
+        progress = restored(learner, source, deployable, run, steps)
+        run.rewind_metrics(progress.step)
     step, best, window = progress.step, progress.best, progress.window
     if begun is not None:
         begun()
@@ -154,28 +157,28 @@ def train(
     return True
 
 
-def _resumed(
-    learner: Learner[S],
-    source: S,
-    reward: Adaptive | None,
-    deployable: Callable[[], dict[str, Tensor]],
-    run: Run,
-    steps: int,
+def restored(
+    learner: Learner[S], source: S, deployable: Callable[[], dict[str, Tensor]], run: Run, steps: int
 ) -> Progress:
-    """Restore a run from its checkpoint, and drop the records of ``metrics.jsonl`` that came after it.
+    """Restore a learner and what it learns from from a run's checkpoint; in the run's folder nothing changes.
+
+    Returns: how far the run has come.
 
     Raises:
         UserError: the checkpoint or the best weights are damaged or do not fit; more than ``steps`` updates are done.
     """
-    state = processes.first(run.load_checkpoint)
-    progress = restore(state, run.folder / "checkpoint.pt", learner, source, reward)
+    state, reward = processes.first(run.load_checkpoint), getattr(source, "reward", None)
+    adaptive = reward if isinstance(reward, Adaptive) else None
+    progress = restore(state, run.folder / "checkpoint.pt", learner, source, adaptive)
     if progress.step > steps:
         raise UserError(f"{run.folder} has done {progress.step} updates already; train.steps={steps} is below that")
     if progress.best > float("-inf"):  # best weights that are damaged would be noticed only at the end
-        best, own = processes.first(run.load_best), deployable()
-        if {name: t.shape for name, t in best.items()} != {name: t.shape for name, t in own.items()}:
-            raise UserError(f"{run.folder / 'best.safetensors'} is not of what this run learns")
-    run.rewind_metrics(progress.step)
+        best, own = processes.first(run.load_best_so_far), deployable()
+        path = run.folder / run.best_so_far
+        if {name: (t.shape, t.dtype) for name, t in best.items()} != {n: (t.shape, t.dtype) for n, t in own.items()}:
+            raise UserError(f"{path} is not of what this run learns")
+        if (name := find_nonfinite(best)) is not None:
+            raise UserError(f"{path} cannot be used: {name} holds numbers that are not finite")
     return progress
 
 

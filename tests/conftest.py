@@ -8,7 +8,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 os.environ.setdefault("WANDB_MODE", "offline")
 os.environ.setdefault("WANDB_SILENT", "true")
@@ -95,9 +95,9 @@ def images() -> Tensor:
     return small_images(7).images
 
 
-def blank_picture(figure: Figure, path: Path, **options: Any) -> None:
+def blank_picture(figure: Figure, path: BinaryIO, **options: Any) -> None:
     """Write a picture of one pixel in the figure's place."""
-    Image.new("RGB", (1, 1)).save(path)
+    Image.new("RGB", (1, 1)).save(path, "PNG")
 
 
 def typed(*arguments: str, cwd: Path, drawn: bool = False) -> subprocess.CompletedProcess[str]:

@@ -21,6 +21,7 @@ import pytest
 
 import policyskip
 from policyskip.errors import UserError
+from policyskip.files import is_hidden_name
 from policyskip.runs.folder import Run
 from tests.runs.test_resume import same, without_times
 
@@ -74,7 +75,7 @@ def wait_for(moment: str, run_folder: Path, seconds: float, chance: random.Rando
         if moment == "anywhere":
             seen = count if time.monotonic() - started > end else 0
         elif moment == "while writing":
-            there = run_folder.is_dir() and any(name.endswith(".tmp") for name in os.listdir(run_folder))
+            there = run_folder.is_dir() and any(map(is_hidden_name, os.listdir(run_folder)))
             seen, last = seen + (there and not last), there
         else:
             path = run_folder / "checkpoint.pt"
@@ -98,8 +99,8 @@ def check_loads(folder: Path, name: str) -> str:
             policyskip.load(folder)
         except UserError as error:
             assert "the run did not get that far" in str(error), error
-    if (folder / "best.safetensors").exists():
-        run.load_best()
+    if run.has(run.best_so_far):
+        run.load_best_so_far()
     return f"update {run.load_checkpoint()['step']}" if (folder / "checkpoint.pt").exists() else "its configuration"
 
 
@@ -139,10 +140,10 @@ def test_a_killed_run_ends_at_the_same_figures(number, whole, processes, tmp_pat
         if now or not process.is_alive():
             process.kill()
     process.join()
-    left = [path.name for path in tmp_path.glob("x/*.tmp")]
+    left = [path.name for path in tmp_path.glob("x/.*")]
     came = check_loads(tmp_path / "x", name)
-    print(f"{name} killed {moment}: it had {came}{', and was writing ' + left[0] if left else ''}")
+    print(f"{name} killed {moment}: it had {came}{', and was writing' if left else ''}")
     begun = (tmp_path / "x/config.yaml").exists()
     run(processes, tmp_path, [COMMANDS[name][0], "run.resume=x"] if begun else COMMANDS[name])
     assert same(outcome(tmp_path / "x"), expected)
-    assert not list(tmp_path.glob("x-2"))
+    assert not list(tmp_path.glob("x-2")) and not list(tmp_path.glob("x/.*"))

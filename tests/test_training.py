@@ -65,7 +65,8 @@ def test_two_runs_with_one_seed_are_equal(tmp_path):
         assert learn(run, seed=seed)
     a, b, c = (without_times(run) for run in runs)
     assert a == b != c
-    assert (runs[0].folder / "best.safetensors").read_bytes() == (runs[1].folder / "best.safetensors").read_bytes()
+    first, second = (run.folder / "best-so-far.safetensors" for run in runs[:2])
+    assert first.read_bytes() == second.read_bytes()
 
 
 @pytest.mark.parametrize("stop_at", [1, 4, 6])
@@ -100,7 +101,7 @@ def test_the_best_weights_are_those_of_the_best_validation_reward(tmp_path):
     rewards = [record["val/reward"] for record in run.metrics() if "val/reward" in record]
     assert run.load_checkpoint()["best"] == max(rewards)
     agent, validation = judges()
-    agent.policy.load_state_dict(run.load_best())
+    agent.policy.load_state_dict(run.load_best_so_far())
     assert block_figures(evaluate(agent, validation, full=False))["reward"] == max(rewards)
 
 
@@ -115,11 +116,11 @@ def test_a_full_disk_stops_the_run_with_what_it_saved(tmp_path, monkeypatch):
     assert not learn(run, stop_at=4)
     before = (run.folder / "checkpoint.pt").read_bytes()
 
-    def full_disk(self, *arguments, **keywords):
+    def full_disk(*arguments, **keywords):
         raise OSError(28, "No space left on device")
 
     with monkeypatch.context() as patch, pytest.raises(UserError, match=r"cannot write .*metrics.jsonl: No space left"):
-        patch.setattr(type(tmp_path), "open", full_disk)
+        patch.setattr("policyskip.runs.folder.open_log", full_disk)
         run.append_metrics({"step": 5})
     assert (run.folder / "checkpoint.pt").read_bytes() == before
 

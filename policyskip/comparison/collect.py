@@ -130,7 +130,7 @@ def _folders(patterns: list[str]) -> list[Path]:
         for path in paths:
             if not path.is_dir():
                 raise UserError(f"no run folder matches {pattern}")
-            inside = [path] if (path / "config.yaml").is_file() else sorted(p.parent for p in path.rglob("config.yaml"))
+            inside = [path] if Run(path).has("config.yaml") else sorted(p.parent for p in path.rglob("config.yaml"))
             runs: set[Path] = set()
             for folder in inside:  # outer folders come first: W&B keeps a config.yaml of its own inside a run folder
                 if runs.isdisjoint(folder.parents):
@@ -141,7 +141,7 @@ def _folders(patterns: list[str]) -> list[Path]:
 
 def _unfinished(folder: Path) -> str | None:
     """Return the reason why a run cannot be compared; None if it can."""
-    if not (folder / "summary.json").is_file():
+    if not Run(folder).has("summary.json"):
         return "is not finished: it has no summary.json"
     summary = Run(folder).load_json("summary.json")
     pretrained = "agent" not in summary and "command" in summary
@@ -165,7 +165,7 @@ def _read(run: Run, name: str, decide_again: Callable[[Run], Decisions] | None) 
         if not is_number(summary[key]):
             raise UserError(f"{run.folder / 'summary.json'} is damaged: {key} is {summary[key]!r:.80}, not a number")
     try:
-        config: Any = OmegaConf.to_container(OmegaConf.load(run.folder / "config.yaml"), resolve=True)
+        config: Any = OmegaConf.to_container(OmegaConf.load(run.path("config.yaml")), resolve=True)
         if not isinstance(config, dict):
             raise ValueError("it must hold keys and values")
     except Exception as error:  # readers raise exceptions of every type for damaged files

@@ -7,9 +7,7 @@ with intervals; the best fixed choices stand beside the rows.
 from __future__ import annotations
 
 import json
-import shutil
 import sys
-import tempfile
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,11 +20,12 @@ from rich.markup import escape
 from policyskip import __version__
 from policyskip.comparison import formats, plots, tables
 from policyskip.comparison.collect import Collected, Group, Result, collect, groups_of
+from policyskip.comparison.folder import clear_leftovers, replaced
 from policyskip.comparison.page import Section, page
 from policyskip.comparison.series import styles
 from policyskip.errors import UserError
 from policyskip.evaluation.decisions import Decisions
-from policyskip.files import reporting_write_errors
+from policyskip.files import write
 from policyskip.runs.folder import Run
 
 MARKER_FILE = "comparison.json"
@@ -84,35 +83,13 @@ def compare(
     patterns = list(patterns)
     if not all(patterns):
         raise UserError("runs= names no folder; say runs=. for all runs below this one")
+    clear_leftovers(output)
     check_output(output, overwrite)
-    with reporting_write_errors(output):
-        output.parent.mkdir(parents=True, exist_ok=True)
-        temporary = Path(tempfile.mkdtemp(prefix=f".{output.name}-", dir=output.parent))
-    try:
+    with replaced(output) as new:
         collected = collect(patterns, decide_again)
         sections = [_section(group, load_images) for group in groups_of(collected.results)]
-        with reporting_write_errors(output):
-            pictures = _write(temporary, sections, collected, command)
-            temporary.chmod(0o755)
-            _replace(output, temporary)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
+        pictures = _write(new, sections, collected, command)
     return Comparison(output, collected, sections, [output / path for path in pictures])
-
-
-def _replace(output: Path, new: Path) -> None:
-    """Rename the folder ``new`` to ``output``; an older ``output`` is deleted only after that has worked."""
-    output = output.resolve()  # a link stays a link
-    old = new.with_name(f"{new.name}-before")
-    try:
-        if output.exists():
-            output.rename(old)
-        new.rename(output)
-    except BaseException:
-        if old.exists():
-            old.rename(output)
-        raise
-    shutil.rmtree(old, ignore_errors=True)
 
 
 def check_output(output: Path, overwrite: bool) -> None:
@@ -164,16 +141,16 @@ def _write(folder: Path, sections: list[Section], collected: Collected, command:
     Returns: the paths of its pictures, relative to the folder.
     """
     for name, cells in _tables(sections).items():
-        (folder / f"{name}.csv").write_text(formats.as_csv(cells), encoding="utf-8")
+        write(folder / f"{name}.csv", formats.as_csv(cells).encode())
     pictures = []
     for number, s in enumerate(sections):
         plot_folder = folder / "plots" if number == 0 else folder / "plots" / f"group{number + 1}"
         pictures += plots.all_plots(plot_folder, s.rows, s.cells, s.agreed, s.styles, s.disputed, s.images)
-    (folder / "comparison.md").write_text(markdown(sections, collected), encoding="utf-8")
-    (folder / "index.html").write_text(page(sections, collected, command, __version__), encoding="utf-8")
+    write(folder / "comparison.md", markdown(sections, collected).encode())
+    write(folder / "index.html", page(sections, collected, command, __version__).encode())
     about: dict[str, Any] = {"version": __version__, "command": command, "runs": [r.name for r in collected.results]}
     about |= {"left_out": [[str(path), reason] for path, reason in collected.left_out], "warnings": collected.warnings}
-    (folder / MARKER_FILE).write_text(json.dumps(about, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    write(folder / MARKER_FILE, (json.dumps(about, indent=2, ensure_ascii=False) + "\n").encode())
     return [path.relative_to(folder) for path in pictures]
 
 

@@ -154,7 +154,7 @@ def _network_of(run: Run, file: PolicyFile, trust: bool) -> Network:
     Raises:
         UserError: the weights in the file are not those that the policy was trained with.
     """
-    path = str(run.folder / "network.safetensors")
+    path = str(run.path("network.safetensors"))
     if file.family == "blocks":
         return _external_network(run, file)
     if file.family == "gates":
@@ -278,13 +278,24 @@ def load_weights(module: nn.Module, run: Run, described: str = "policy.json") ->
     load_state(module, run.load_best(), run, described)
 
 
-def load_state(module: nn.Module, tensors: dict[str, torch.Tensor], run: Run, described: str) -> None:
-    """Put some of a run's best weights into a module that was built as ``described``.
+def load_best_so_far(module: nn.Module, run: Run) -> None:
+    """Put the best weights of a run that has learned, and is not finished yet, into what its ``config.yaml`` names.
+
+    Raises:
+        UserError: the weights are damaged, not finite, or of another module.
+    """
+    load_state(module, run.load_best_so_far(), run, "the run's config.yaml", run.best_so_far)
+
+
+def load_state(
+    module: nn.Module, tensors: dict[str, torch.Tensor], run: Run, described: str, file: str = "best.safetensors"
+) -> None:
+    """Put some of a run's best weights, which come from a file of it, into a module that was built as ``described``.
 
     Raises:
         UserError: the weights are not finite, or belong to another module.
     """
-    path = run.folder / "best.safetensors"
+    path = run.folder / file
     if (name := find_nonfinite(tensors)) is not None:
         raise UserError(f"{path} cannot be used: {name} holds numbers that are not finite")
     try:
@@ -299,7 +310,7 @@ def _plan(run: Run, predictor: Predictor) -> dict[int, list[float]]:
     Raises:
         UserError: the file is damaged.
     """
-    if not (run.folder / "profile.json").is_file():
+    if not run.has("profile.json"):
         return {}
     content = run.load_json("profile.json")
     network = predictor.backbone

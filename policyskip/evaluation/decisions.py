@@ -13,7 +13,6 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from safetensors import safe_open
 from safetensors.torch import save
 from torch import Tensor
 
@@ -23,6 +22,7 @@ from policyskip.errors import UserError, first_line
 from policyskip.files import write
 from policyskip.runs.folder import Run
 from policyskip.runs.tracking import Examples
+from policyskip.sealed import opened
 from policyskip.static_front import keep_text
 
 FILE = "decisions.safetensors"
@@ -164,11 +164,11 @@ def load_decisions(run: Run) -> Decisions | None:
     Raises:
         UserError: the file is damaged.
     """
-    path = run.folder / FILE
-    if not path.is_file():
+    if not run.has(FILE):
         return None
+    path = run.path(FILE)
     try:
-        with safe_open(path, framework="pt") as file:
+        with opened(path) as file:
             metadata = {name: json.loads(value) for name, value in file.metadata().items()}
             tables = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a mapping
         if set(tables) != set(TABLES) or set(metadata) != set(METADATA):

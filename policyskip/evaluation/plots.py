@@ -7,6 +7,7 @@ Shapes: N images of a set, B images shown, K blocks, C classes.
 
 from __future__ import annotations
 
+import io
 import textwrap
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
@@ -23,6 +24,7 @@ from torch import Tensor
 
 from policyskip.data import Images
 from policyskip.evaluation.decisions import Decisions, pixels
+from policyskip.files import write
 
 KEPT, DROPPED, FULL, STATIC, WRONG = "#1b6ca8", "#e4e4e4", "#444444", "#c8701a", "#b3261e"
 
@@ -51,7 +53,9 @@ def save(figure: Figure, caption: str, path: Path) -> Path:
     assert engine is not None
     engine.execute(figure)
     figure.set_layout_engine(None)  # savefig would lay everything out again, twice, and draw it for that
-    figure.savefig(path)
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png")
+    write(path, buffer.getvalue())
     return path
 
 
@@ -64,7 +68,7 @@ def write_pictures(folder: Path, pictures: Mapping[str, Callable[[Path], Path | 
     Returns: the paths of the pictures that there are.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    paths = [write(folder / f"{name}.png") for name, write in pictures.items()]
+    paths = [draw(folder / f"{name}.png") for name, draw in pictures.items()]
     return [path for path in paths if path is not None]
 
 

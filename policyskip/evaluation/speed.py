@@ -52,7 +52,9 @@ def of_network(
     if not isinstance(network, Backbone | ExitNetwork):
         raise UserError(f"{network.name} has neither blocks nor exits to measure")
     _check_output(path)
-    return _finish(profiling.profile(network, image_shape, batch_sizes, repeats), path)
+    content = profiling.profile(network, image_shape, batch_sizes, repeats)
+    _write(content, path)
+    return _say(content, path)
 
 
 def of_run(setup: Setup, run: Run, batch_sizes: Sequence[int], repeats: int, count: int, path: Path) -> int:
@@ -83,15 +85,16 @@ def of_run(setup: Setup, run: Run, batch_sizes: Sequence[int], repeats: int, cou
     images = batch_at(validation, index_N).images
     _measure_predictions(predictor, images, content["batches"], repeats)
     largest = max(content["batches"], key=int)
-    run.update_summary(
-        {
-            "latency_ms": content["batches"][largest]["run"]["predict_ms"],
-            "latency_batch": int(largest),
-            "latency_device": content["device"],
-            "latency_threads": content["threads"],
-        }
-    )
-    return _finish(content, path)
+    latency = {
+        "latency_ms": content["batches"][largest]["run"]["predict_ms"],
+        "latency_batch": int(largest),
+        "latency_device": content["device"],
+        "latency_threads": content["threads"],
+    }
+    with run.generation() as new:
+        new.save_json("summary.json", run.load_json("summary.json") | latency)
+        _write(content, new.folder / path.name if path.parent.resolve() == run.folder.resolve() else path)
+    return _say(content, path)
 
 
 @torch.no_grad()
@@ -178,13 +181,17 @@ def _check_output(path: Path) -> None:
             pass
 
 
-def _finish(content: dict[str, Any], path: Path) -> int:
-    """Write a table and its picture, print the table, and return 0, the exit code."""
+def _write(content: dict[str, Any], path: Path) -> None:
+    """Write a table and, beside it, its picture."""
     write(path, (json.dumps(content, indent=1) + "\n").encode())
-    picture = plots.profile(content, path.with_suffix(".png"))
+    plots.profile(content, path.with_suffix(".png"))
+
+
+def _say(content: dict[str, Any], path: Path) -> int:
+    """Print a table that has been written, and return 0, the exit code."""
     show(content)
-    file = one_line(path)
-    print(f"Written to {file} (reward=latency reward.table={file}); picture: {one_line(picture)}")
+    file, picture = one_line(path), one_line(path.with_suffix(".png"))
+    print(f"Written to {file} (reward=latency reward.table={file}); picture: {picture}")
     return 0
 
 

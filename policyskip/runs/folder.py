@@ -1,8 +1,9 @@
 """The run folder: which files it holds, and how they are written so that nothing is lost.
 
-``config.yaml`` (resolved), ``metrics.jsonl`` (one line a record), ``checkpoint.pt`` (all that a resumed run needs),
-``best.safetensors`` and ``policy.json`` (what deployment loads), ``summary.json``, ``plots/*.png``, ``wandb/``.
-Files that a run is loaded from are written under a temporary name and then renamed, so a reader never sees half a file.
+``config.yaml`` (resolved), ``metrics.jsonl`` (one line a record), ``checkpoint.pt`` and ``best-so-far.safetensors``
+(all that a resumed run needs); and of a finished run ``best.safetensors`` and ``policy.json`` (what deployment loads),
+``summary.json``, ``plots/*.png`` and more, which are switched together (:meth:`Run.generation`); ``wandb/``.
+Every file is written under a hidden name and then renamed, so a reader never sees half a file.
 A process that writes into a run folder locks it first (:meth:`Run.lock`), so that no other process writes there.
 """
 
@@ -13,24 +14,27 @@ import json
 import math
 import os
 import weakref
-import zipfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, TextIO, TypeVar
 
 import torch
 from torch import Tensor
 
 from policyskip.errors import UserError
-from policyskip.files import damaged, reporting_write_errors, write
+from policyskip.files import check_regular, damaged, open_log, read, reporting_write_errors, write
+from policyskip.runs import generations
+from policyskip.runs.archives import checked_checkpoint
+from policyskip.runs.generations import BEST, BEST_SO_FAR
+from policyskip.runs.locks import lock_folder
 from policyskip.sealed import sealed, unsealed
 
-try:
-    import fcntl
-except ImportError:  # Windows
-    fcntl = None  # type: ignore[assignment]
-
 T = TypeVar("T")
+REWARD = "reward.json"
+"""The file of a finished run that holds where a reward that moves stood when the run was judged."""
+LARGEST_METRICS = 2**30
+"""Bytes of the largest ``metrics.jsonl`` that is read."""
 
 
 class Run:
@@ -46,14 +50,48 @@ class Run:
     def __reduce__(self) -> tuple[type[Run], tuple[Path]]:
         return ReadOnlyRun, (self.folder,)
 
+    def path(self, name: str) -> Path:
+        """Return where a file or folder of the run is, or would be; every reader asks here.
+
+        Raises:
+            UserError: it is behind a link that leads out of the run folder.
+        """
+        return generations.find(self.folder, name)
+
+    def has(self, name: str) -> bool:
+        """Return whether the run has a file of that name.
+
+        Raises:
+            UserError: there is something that is no file in its place; and as for :meth:`path`.
+        """
+        try:
+            check_regular(self.path(name))
+        except OSError:
+            return False
+        return True
+
+    @contextmanager
+    def generation(self) -> Iterator[Run]:
+        """Let the body write files that belong together into a run that has no other files; when it ends, they become
+        this run's, all at once.
+
+        What the body raises leaves this run as it was.
+
+        Raises:
+            UserError: the files cannot be written.
+        """
+        with generations.generation(self.folder) as folder:
+            yield Run(folder)
+
     def lock(self) -> None:
         """Keep other processes from writing into the folder, until it is unlocked or this process ends.
 
         The lock is one of the operating system, on the folder itself, so a process that is killed leaves no lock
-        behind. Where the operating system or the file system has no such locks, nothing is locked.
+        behind. Where the operating system or the file system has no such locks, nothing is locked. What a process that
+        was killed has left is put in order.
 
         Raises:
-            UserError: another process has locked the folder.
+            UserError: another process has locked the folder, or it cannot be put in order.
         """
         if self._close_lock is None:
             try:
@@ -63,6 +101,8 @@ class Run:
             if descriptor is not None:
                 self._close_lock = weakref.finalize(self, os.close, descriptor)
                 _LOCKED_RUNS.add(self)
+                generations.clear_leftovers(self.folder)
+            generations.move_into_place(self.folder)
 
     def unlock(self) -> None:
         """Let other processes write into the folder."""
@@ -77,8 +117,12 @@ class Run:
 
     @property
     def command(self) -> str:
-        """Return the command that made the run."""
-        return (self.folder / "config.yaml").read_text("utf-8").partition("\n")[0].removeprefix("# ")
+        """Return the command that made the run.
+
+        Raises:
+            UserError: ``config.yaml`` is missing or damaged.
+        """
+        return self._read("config.yaml", lambda path: read(path).decode().partition("\n")[0].removeprefix("# "))
 
     def save_config(self, command: str, config: str) -> None:
         """Write ``config.yaml``: the command as a comment, then the configuration, which is YAML."""
@@ -96,26 +140,17 @@ class Run:
         Raises:
             UserError: there is no such file, or it is damaged.
         """
-        content: object = _read(self.folder / name, lambda path: json.loads(path.read_bytes()))
+        content: object = self._read(name, lambda path: json.loads(read(path)))
         if not isinstance(content, dict):
             raise UserError(f"{self.folder / name} is damaged: it holds no JSON object")
         return content
-
-    def update_summary(self, figures: dict[str, Any]) -> None:
-        """Add figures to ``summary.json``, or replace those that it has under the same keys.
-
-        Raises:
-            UserError: there is no ``summary.json``, it is damaged, or it cannot be written.
-        """
-        self.save_json("summary.json", self.load_json("summary.json") | figures)
 
     def save_checkpoint(self, state: dict[str, Any]) -> None:
         """Write ``checkpoint.pt``, after the records in ``metrics.jsonl`` have reached the disk."""
         buffer = io.BytesIO()
         torch.save(state, buffer)
-        metrics = self.folder / "metrics.jsonl"
-        if metrics.exists():  # a checkpoint must not survive a power failure that its records do not
-            with reporting_write_errors(metrics), metrics.open("ab") as file:
+        if self.has("metrics.jsonl"):  # a checkpoint must not survive a power failure that its records do not
+            with self._appending_metrics() as file:
                 os.fsync(file.fileno())
         write(self.folder / "checkpoint.pt", buffer.getvalue())
 
@@ -127,36 +162,61 @@ class Run:
         Raises:
             UserError: there is no checkpoint, it is damaged, or the file is none of ours.
         """
-        path = self.folder / "checkpoint.pt"
-        state = _read(path, _load_archive)
-        kinds: dict[str, Any] = {"step": int, "seconds": int | float, "cursor": int, "learner": dict}
-        for key, kind in kinds.items():
-            if not isinstance(state, dict) or not isinstance(state.get(key), kind) or isinstance(state[key], bool):
-                raise UserError(f"{path} is damaged or not ours: it holds no {key} of a run")
-        return state
+        return self._read("checkpoint.pt", checked_checkpoint)
 
     def save_best(self, tensors: dict[str, Tensor]) -> None:
-        """Write the best weights so far to ``best.safetensors``."""
-        write(self.folder / "best.safetensors", sealed(tensors))
+        """Write the best weights so far; :meth:`deploy_best` makes them those of the finished run."""
+        write(self.folder / BEST_SO_FAR, sealed(tensors))
+
+    def load_best_so_far(self) -> dict[str, Tensor]:
+        """Return the best weights of a run that learns; of a finished run, those that it deploys.
+
+        Raises:
+            UserError: there are none, or the file is damaged.
+        """
+        return self._read(self.best_so_far, unsealed)
+
+    @property
+    def best_so_far(self) -> str:
+        """Return the name of the file that :meth:`load_best_so_far` reads."""
+        return BEST_SO_FAR if self.has(BEST_SO_FAR) else BEST
+
+    def deploy_best(self, generation: Run) -> None:
+        """Write the best weights so far into a generation, as those that the finished run deploys.
+
+        Raises:
+            UserError: there are none, or they cannot be read or written.
+        """
+        write(generation.folder / BEST, self._read(self.best_so_far, lambda path: read(path, math.inf)))
 
     def load_best(self) -> dict[str, Tensor]:
-        """Return the tensors of ``best.safetensors``.
+        """Return the weights that a finished run deploys, ``best.safetensors``.
 
         Raises:
             UserError: there is no such file, or it is damaged.
         """
-        return _read(self.folder / "best.safetensors", unsealed)
+        return self._read(BEST, unsealed)
 
     def append_metrics(self, record: dict[str, Any]) -> None:
         """Write one more line to ``metrics.jsonl``."""
-        with reporting_write_errors(self.folder / "metrics.jsonl"), (self.folder / "metrics.jsonl").open("a") as file:
+        with self._appending_metrics() as file:
             file.write(json.dumps(_without_nonfinite(record), allow_nan=False) + "\n")
+
+    @contextmanager
+    def _appending_metrics(self) -> Iterator[TextIO]:
+        """Yield ``metrics.jsonl``, to which lines can be added.
+
+        Raises:
+            UserError: it cannot be written.
+        """
+        path = self.folder / "metrics.jsonl"
+        with reporting_write_errors(path), open_log(path, append=True) as file:
+            yield file
 
     def metrics(self) -> list[dict[str, Any]]:
         """Return the records of ``metrics.jsonl``, without lines that are damaged or that a kill cut short."""
-        path = self.folder / "metrics.jsonl"
         records = []
-        for line in path.read_bytes().splitlines() if path.exists() else []:
+        for line in self._read("metrics.jsonl", _lines) if self.has("metrics.jsonl") else []:
             try:
                 record = json.loads(line)
             except (ValueError, RecursionError):
@@ -172,9 +232,20 @@ class Run:
         kept = [record for record in self.metrics() if record["step"] <= step]
         write(self.folder / "metrics.jsonl", "".join(json.dumps(record) + "\n" for record in kept).encode())
 
+    def _read(self, name: str, reader: Callable[[Path], T]) -> T:
+        """Return what ``reader`` makes of a file.
+
+        Raises:
+            UserError: there is no such file, or ``reader`` fails.
+        """
+        if not self.has(name):
+            raise UserError(f"there is no {self.folder / name}; the run did not get that far")
+        with damaged(self.folder / name):
+            return reader(self.path(name))
+
 
 class ReadOnlyRun(Run):
-    """A run's folder that is only read: all methods that lock or write do nothing.
+    """A run's folder that is only read: all methods that lock it or write a file do nothing.
 
     Of several processes that make one run, all but the first have their folder in this form.
     """
@@ -184,8 +255,6 @@ class ReadOnlyRun(Run):
     def save_config(self, command: str, config: str) -> None: ...
 
     def save_json(self, name: str, content: dict[str, Any]) -> None: ...
-
-    def update_summary(self, figures: dict[str, Any]) -> None: ...
 
     def save_checkpoint(self, state: dict[str, Any]) -> None: ...
 
@@ -221,9 +290,9 @@ def create(folder: str, command: str, config: str) -> Run:
         while True:
             run = Run(path)
             try:
-                path.mkdir(parents=True, exist_ok=path.is_dir() and _is_unused(path))
+                path.mkdir(parents=True, exist_ok=path.is_dir() and generations.holds_nothing(path))
                 run.lock()
-                if _is_unused(path):  # another process may have made a run in it meanwhile
+                if generations.holds_nothing(path):  # another process may have made a run in it meanwhile
                     break
             except (FileExistsError, UserError):
                 pass
@@ -234,55 +303,17 @@ def create(folder: str, command: str, config: str) -> Run:
     return run
 
 
-def _is_unused(folder: Path) -> bool:
-    """Return whether a folder is empty, or holds only what is left of a run that was killed before its first file."""
-    return all(entry.name == "config.yaml.tmp" for entry in folder.iterdir())
-
-
 def open_run(folder: str) -> Run:
     """Return an existing run folder.
 
     Raises:
-        UserError: there is no folder of that name, or it is no run folder.
+        UserError: there is no folder of that name, or it is no run folder, or its ``config.yaml`` is a link out of it.
     """
-    path = Path(folder)
-    if not (path / "config.yaml").is_file():
-        what = "is not a run folder: it has no config.yaml" if path.is_dir() else "does not exist"
+    run = Run(Path(folder))
+    if not run.has("config.yaml"):
+        what = "is not a run folder: it has no config.yaml" if run.folder.is_dir() else "does not exist"
         raise UserError(f"the run folder {folder} {what}")
-    return Run(path)
-
-
-def lock_folder(folder: Path) -> int | None:
-    """Lock a folder for as long as the returned file descriptor is open; None where there are no such locks.
-
-    Raises:
-        BlockingIOError: the folder is locked already.
-    """
-    if fcntl is None:
-        return None
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        os.close(descriptor)
-        raise
-    except OSError:  # a file system without locks
-        os.close(descriptor)
-        return None
-    return descriptor
-
-
-def _load_archive(path: Path) -> Any:
-    """Return what ``torch.save`` wrote, after a test of the file's checksums, which ``torch.load`` ignores.
-
-    Raises:
-        ValueError: a checksum is wrong.
-        Exception: of any other kind, where the file is no such archive.
-    """
-    with zipfile.ZipFile(path) as archive:
-        if (part := archive.testzip()) is not None:
-            raise ValueError(f"its part {part} has been changed since it was written")
-    return torch.load(path, map_location="cpu", weights_only=True)
+    return run
 
 
 def _without_nonfinite(content: Any) -> Any:
@@ -294,13 +325,5 @@ def _without_nonfinite(content: Any) -> Any:
     return None if isinstance(content, float) and not math.isfinite(content) else content
 
 
-def _read(path: Path, reader: Callable[[Path], T]) -> T:
-    """Return what ``reader`` makes of a file.
-
-    Raises:
-        UserError: there is no such file, or ``reader`` fails.
-    """
-    if not path.is_file():
-        raise UserError(f"there is no {path}; the run did not get that far")
-    with damaged(path):
-        return reader(path)
+def _lines(path: Path) -> list[bytes]:
+    return read(path, LARGEST_METRICS).splitlines()

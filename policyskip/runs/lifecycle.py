@@ -6,7 +6,8 @@ Nothing here knows what a run learns. What a run's folder holds, and how it is w
 from __future__ import annotations
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -56,7 +57,7 @@ def new_or_resumed(config: DictConfig) -> tuple[DictConfig, Run | None, bool]:
         changed = OmegaConf.merge(saved, typed)
         OmegaConf.update(changed, "run.trust", config.run.trust, force_add=True)  # a folder cannot trust itself
     assert isinstance(changed, DictConfig)
-    return changed, run, (run.folder / "checkpoint.pt").is_file()
+    return changed, run, run.has("checkpoint.pt")
 
 
 def saved_config(run: Run) -> DictConfig:
@@ -67,7 +68,7 @@ def saved_config(run: Run) -> DictConfig:
     """
     path = run.folder / "config.yaml"
     try:
-        saved = OmegaConf.load(path)
+        saved = OmegaConf.load(run.path("config.yaml"))
     except Exception as error:  # readers raise exceptions of every type for damaged files
         raise UserError(f"{path} is damaged: {in_one_line(error)}") from error
     if not isinstance(saved, DictConfig):
@@ -104,12 +105,12 @@ def is_finished(run: Run, steps: int, deployed: str) -> bool:
     Raises:
         UserError: it has done more updates than that, or a file of its folder is damaged.
     """
-    if not (run.folder / "checkpoint.pt").is_file():
+    if not run.has("checkpoint.pt"):
         return False
     done = run.load_checkpoint()["step"]
     if done > steps:
         raise UserError(f"{run.folder} has done {done} updates already; train.steps={steps} is below that")
-    if done < steps or not all((run.folder / name).is_file() for name in ("summary.json", deployed)):
+    if done < steps or not all(map(run.has, ("summary.json", deployed))):
         return False
     return all(run.load_json(name).get("steps") == steps for name in {"summary.json", deployed} if ".json" in name)
 
@@ -127,11 +128,24 @@ def print_stopped(command: str, run: Run) -> None:
 
 def print_interrupted(command: str, run: Run) -> None:
     """Say how to go on with a run that was interrupted at once, from its last checkpoint if it has one."""
-    if (run.folder / "checkpoint.pt").is_file():
+    if run.has("checkpoint.pt"):
         step = run.load_checkpoint()["step"]
         print(f"Stopped at once; what came after update {step} is not kept. Go on with:  {_resuming(command, run)}")
     else:
         print(f"Stopped at once, before anything was saved. Begin anew with:  {_resuming(command, run)}")
+
+
+@contextmanager
+def naming_how_to_go_on(command: str, run: Run) -> Iterator[None]:
+    """Add to an error of the body, which judges and writes what a run has learned, how to try that once more.
+
+    Raises:
+        UserError: the body raised one.
+    """
+    try:
+        yield
+    except UserError as error:
+        raise UserError(f"{error}; what was learned is safe. Go on with:  {_resuming(command, run)}") from error
 
 
 def _resuming(command: str, run: Run) -> str:
@@ -159,7 +173,6 @@ def with_initial_network(content: dict[str, Any], run: Run, own_files: Sequence[
     named = node.get("checkpoint") if isinstance(node, dict) else None
     if not isinstance(named, str) or named in (checkpoints.RANDOM, *checkpoints.shipped()) or Path(named).is_file():
         return content
-    for path in [run.folder / name for name in (INITIAL_NETWORK, *own_files)]:
-        if path.is_file():
-            return {**content, "backbone": {**node, "checkpoint": str(path)}}  # type: ignore[dict-item]
+    for name in filter(run.has, (INITIAL_NETWORK, *own_files)):
+        return {**content, "backbone": {**node, "checkpoint": str(run.path(name))}}  # type: ignore[dict-item]
     return content

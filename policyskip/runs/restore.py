@@ -17,9 +17,7 @@ from torch.optim.lr_scheduler import LRScheduler
 
 from policyskip.files import damaged
 from policyskip.finite import find_nonfinite
-
-LARGEST_CURSOR = 2**40
-"""Above any batch number that a run comes to."""
+from policyskip.runs.archives import check_state, is_finite
 
 
 @dataclass
@@ -50,15 +48,13 @@ def restore(state: dict[str, Any], path: Path, learner: Any, source: Any, reward
         UserError: a part of the state is missing, or does not fit what this run learns.
     """
     with damaged(path):
-        window = [{str(key): float(value) for key, value in figures.items()} for figures in state["window"]]
-        progress = Progress(int(state["step"]), float(state["best"]), float(state["seconds"]), window)
-        cursor = int(state["cursor"])
-        if not 0 <= cursor < LARGEST_CURSOR:
-            raise ValueError(f"its cursor is {cursor}")
+        check_state(state)
+        window = [{key: float(value) for key, value in figures.items()} for figures in state["window"]]
+        progress = Progress(state["step"], float(state["best"]), float(state["seconds"]), window)
         _restore_learner(learner, state["learner"])
         if reward is not None:
             reward.load_state_dict(state["reward"])
-    source.seek(cursor)
+    source.seek(state["cursor"])
     return progress
 
 
@@ -70,9 +66,7 @@ def _restore_learner(learner: Any, state: dict[str, Any]) -> None:
     """
     if (name := find_nonfinite(state)) is not None:
         raise ValueError(f"{name} holds numbers that are not finite")
-    for key, value in learner.state_dict().items():
-        if type(value) in (int, float) and isinstance(state.get(key), str | bool | dict | list | tuple | None):
-            raise ValueError(f"{key} is {state.get(key)!r:.80}, not a number")
+    _check_numbers(learner.state_dict(), state, "")
     learner.load_state_dict(state)
     for attribute in vars(learner).values():
         if isinstance(attribute, Optimizer):
@@ -81,13 +75,34 @@ def _restore_learner(learner: Any, state: dict[str, Any]) -> None:
             _check_schedule(attribute)
 
 
+def _check_numbers(own: Any, saved: Any, path: str) -> None:
+    """Check that wherever a learner's own state has a finite number, a saved state has one too.
+
+    Raises:
+        ValueError: it has something else there, or nothing.
+    """
+    if type(own) in (int, float) and is_finite(own):
+        if not is_finite(saved):
+            raise ValueError(f"{path} is {saved!r:.80}, not a number")
+    elif isinstance(own, dict) and isinstance(saved, dict):
+        for key, value in own.items():
+            _check_numbers(value, saved.get(key), f"{path}.{key}".removeprefix("."))
+    elif isinstance(own, list | tuple) and isinstance(saved, list | tuple):
+        for number, (value, stored) in enumerate(zip(own, saved)):
+            _check_numbers(value, stored, f"{path}.{number}")
+
+
 def _check_optimizer(optimizer: Optimizer) -> None:
     """Let a copy of an optimizer take a step on copies of its parameters, with gradients of zero.
 
     Raises:
+        ValueError: its state has a number that is not finite.
         Exception: of any type, as the optimizer stumbles over its state; an optimizer that takes no such step without
             a state and with its default settings either is let pass.
     """
+    numbers = [value for entry in optimizer.state.values() for value in entry.values() if type(value) in (int, float)]
+    if not all(map(is_finite, numbers)):
+        raise ValueError("the optimizer's state has a number that is not finite")
     trial = copy.deepcopy(optimizer)
     for group in trial.param_groups:
         for parameter in group["params"]:
@@ -120,5 +135,5 @@ def _check_schedule(schedule: LRScheduler) -> None:
     rates = getattr(schedule, "base_lrs", [group["lr"] for group in schedule.optimizer.param_groups])
     if not isinstance(rates, list) or len(rates) != len(schedule.optimizer.param_groups):
         raise ValueError("the schedule of the learning rate has other groups than the optimizer")
-    if type(schedule.last_epoch) is not int or not all(isinstance(rate, int | float) for rate in rates):
+    if type(schedule.last_epoch) is not int or schedule.last_epoch < 0 or not all(map(is_finite, rates)):
         raise ValueError("the schedule of the learning rate holds something that is not a number")

@@ -133,7 +133,11 @@ class Tracker:
         )
         # An absolute path, because W&B writes from a process of its own, whose current folder is that of the first run.
         options = dict(
-            name=self.run.name, dir=str(self.run.folder.resolve()), config=config, settings=settings, **names
+            name=self.run.name,
+            dir=str(self.run.path("wandb").parent.resolve()),
+            config=config,
+            settings=settings,
+            **names,
         )
         try:
             self.wandb_run = wandb.init(mode=mode, **options)  # type: ignore[arg-type]

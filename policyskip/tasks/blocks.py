@@ -18,7 +18,7 @@ from policyskip.agents.base import Agent
 from policyskip.backbones import Backbone
 from policyskip.build import Setup
 from policyskip.config import Settings
-from policyskip.deployment.loading import load_weights
+from policyskip.deployment.loading import load_best_so_far, load_weights
 from policyskip.deployment.policy_files import describe_blocks
 from policyskip.envs.base import DecisionEnv
 from policyskip.errors import UserError
@@ -74,15 +74,18 @@ class BlockTask(FamilyTask):
 
     def finish(self, run: Run, tracker: Tracker, seconds: float) -> dict[str, Any]:
         setup, policy = self.setup, self.learner.policy
-        load_weights(policy, run, "the run's config.yaml")
+        load_best_so_far(policy, run)
         judgement = judge_policy(setup, self.learner, self.front, "test")
-        self.front.save(run.folder / "front.json")
         macs = judgement.decisions.policy_macs
         described = describe_blocks(policy, macs, setup.backbone, setup.config["backbone"], setup.config["seed"])
         draw = partial(block_pictures, stages=setup.backbone.stages)
-        return write_finished(
-            setup, run, tracker, head_of(setup, self.names, seconds), judgement, "blocks", described, draw
-        )
+        head = head_of(setup, self.names, seconds)
+
+        def write_more(new: Run) -> None:
+            run.deploy_best(new)
+            self.front.save(new.folder / "front.json")
+
+        return write_finished(setup, run, tracker, head, judgement, "blocks", described, draw, write_more)
 
     def show(self, summary: dict[str, Any]) -> None:
         show_blocks(summary)

@@ -6,6 +6,7 @@ import math
 from typing import Any
 
 import torch
+from omegaconf import OmegaConf
 from rich.table import Table
 
 from policyskip.build import Setup
@@ -18,6 +19,7 @@ from policyskip.exits.cache import CachedExits, cache_exits
 from policyskip.exits.calibration import Curve, curve_of
 from policyskip.exits.targets import check_target, choose
 from policyskip.files import damaged
+from policyskip.runs import lifecycle
 from policyskip.runs.folder import Run
 from policyskip.runs.tracking import Tracker
 from policyskip.tasks.thresholds import deploy_point
@@ -38,8 +40,13 @@ def recalibrate(setup: Setup, run: Run, target: TargetSection) -> dict[str, Any]
     names = ("agent", "env", "backbone", "data", "seed", "steps", "seconds")
     with damaged(run.folder / "summary.json"):
         head: dict[str, Any] = {name: before[name] for name in names}
+    changed = OmegaConf.merge(lifecycle.saved_config(run), {"target": target.model_dump()})  # for a resumed run, too
+
+    def write_more(new: Run) -> None:
+        lifecycle.save_changed_config(new, run.command, changed)
+
     tracker = Tracker(run, "none", {})
-    return deploy_point(setup, predictor, validation, curve, point, target.chosen, run, tracker, head)
+    return deploy_point(setup, predictor, validation, curve, point, target.chosen, run, tracker, head, write_more)
 
 
 def finished(setup: Setup, run: Run) -> tuple[ThresholdPredictor, CachedExits, Curve]:

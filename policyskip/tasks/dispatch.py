@@ -17,7 +17,7 @@ from policyskip.parallel import processes
 from policyskip.parallel.data_parallel import Divisible
 from policyskip.registry import declared_class
 from policyskip.rewards import Adaptive
-from policyskip.runs.folder import Run
+from policyskip.runs.folder import REWARD, Run
 from policyskip.tasks.base import FamilyTask, Judgement
 from policyskip.tasks.blocks import BlockTask
 from policyskip.tasks.exit_policy import ExitPolicyTask
@@ -100,13 +100,26 @@ def judge(setup: Setup, run: Run, split: str) -> Judgement:
     Raises:
         UserError: a file of the run is damaged, or the run did not get that far.
     """
-    path = run.folder / "checkpoint.pt"
-    if isinstance(setup.reward, Adaptive) and path.is_file():  # a reward that moves stands where the run left it
-        state = run.load_checkpoint()
-        if "reward" in state:  # where nothing was learned, it has not moved
-            with damaged(path):
-                setup.reward.load_state_dict(state["reward"])
+    if isinstance(setup.reward, Adaptive):  # it moves, and goes on from where it stood
+        _restore_reward(setup.reward, run)
     return FAMILIES[family_of(setup)].judge(setup, run, split)
+
+
+def _restore_reward(reward: Adaptive, run: Run) -> None:
+    """Let a reward that moves stand where it stood when a run was finished; older versions kept that in the checkpoint.
+
+    Raises:
+        UserError: the file is damaged.
+    """
+    if run.has(REWARD):
+        path, state = run.folder / REWARD, {"reward": run.load_json(REWARD)}
+    elif run.has("checkpoint.pt"):
+        path, state = run.folder / "checkpoint.pt", run.load_checkpoint()
+    else:
+        return
+    if "reward" in state:  # where nothing was learned, it has not moved
+        with damaged(path):
+            reward.load_state_dict(state["reward"])
 
 
 def family_of(setup: Setup) -> str:

@@ -16,7 +16,7 @@ from policyskip.backbones import ExitNetwork, checkpoints
 from policyskip.backbones.exits import in_millions
 from policyskip.build import Setup
 from policyskip.config import Settings, group_of
-from policyskip.deployment.loading import load_predictor, load_weights
+from policyskip.deployment.loading import load_best_so_far, load_predictor
 from policyskip.deployment.policy_files import describe_exit_policy
 from policyskip.deployment.predictors import ExitPredictor
 from policyskip.errors import UserError
@@ -92,17 +92,20 @@ class ExitPolicyTask(FamilyTask):
 
     def finish(self, run: Run, tracker: Tracker, seconds: float) -> dict[str, Any]:
         setup, data, agent, policy = self.setup, self.setup.data, self.learner, self.policy
-        load_weights(policy, run, "the run's config.yaml")
+        load_best_so_far(policy, run)
         predictor = ExitPredictor(policy, self.network, data.classes, data.image_shape, agent.decision_macs)
         test = cache_exits(predictor.network, data.test.plain())
         validation = cache_exits(predictor.network, data.validation.plain())
         judgement = judge_exit_policy(setup, predictor, test, validation, "test")
-        checkpoints.save(self.network, run.folder / "network.safetensors")
         described = describe_exit_policy(predictor)
         draw = partial(exit_pictures, cache=test, budgeted=[])
-        return write_finished(
-            setup, run, tracker, head_of(setup, self.names, seconds), judgement, "exit_policy", described, draw
-        )
+        head = head_of(setup, self.names, seconds)
+
+        def write_more(new: Run) -> None:
+            run.deploy_best(new)
+            checkpoints.save(self.network, new.folder / "network.safetensors")
+
+        return write_finished(setup, run, tracker, head, judgement, "exit_policy", described, draw, write_more)
 
     def show(self, summary: dict[str, Any]) -> None:
         show_exits(summary)

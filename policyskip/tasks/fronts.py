@@ -149,10 +149,10 @@ def load_front(run: Run, num_blocks: int) -> StaticFront:
         UserError: there is none, or it is damaged or of another network.
     """
     path = run.folder / "front.json"
-    if not path.is_file():
+    if not run.has("front.json"):
         raise UserError(f"there is no {path}; the run did not get that far")
     with damaged(path):
-        front = StaticFront.load(path)
+        front = StaticFront.load(run.path("front.json"))
         if len(front.sets[0]) != num_blocks:
             raise ValueError(f"its sets are of {len(front.sets[0])} blocks, the network has {num_blocks}")
     return front

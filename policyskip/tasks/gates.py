@@ -17,7 +17,7 @@ from policyskip.backbones import Backbone, checkpoints
 from policyskip.build import Setup, build, wrong_kind
 from policyskip.config import Settings, group_of
 from policyskip.data import Feed, Images, sequential
-from policyskip.deployment.loading import load_weights
+from policyskip.deployment.loading import load_best_so_far, load_weights
 from policyskip.deployment.policy_files import describe_gates
 from policyskip.envs.layer_skip import LayerSkipVectorEnv
 from policyskip.errors import UserError
@@ -71,16 +71,19 @@ class GateTask(FamilyTask):
     def finish(self, run: Run, tracker: Tracker, seconds: float) -> dict[str, Any]:
         """Search the static front of the best weights, judge them once on test, and write everything."""
         setup, agent = self.setup, self.learner
-        load_weights(agent.network, run, "the run's config.yaml")
+        load_best_so_far(agent.network, run)
         front = static_front(with_network_of(agent, setup), self.front_settings, self._sets_in_use())
-        checkpoints.save(agent.network.backbone, run.folder / "network.safetensors")
         judgement = judge_gates(setup, agent, front, "test")
-        front.save(run.folder / "front.json")
         described = describe_gates(agent.network)
         draw = partial(block_pictures, stages=setup.backbone.stages)
-        return write_finished(
-            setup, run, tracker, head_of(setup, self.names, seconds), judgement, "gates", described, draw
-        )
+        head = head_of(setup, self.names, seconds)
+
+        def write_more(new: Run) -> None:
+            run.deploy_best(new)
+            checkpoints.save(agent.network.backbone, new.folder / "network.safetensors")
+            front.save(new.folder / "front.json")
+
+        return write_finished(setup, run, tracker, head, judgement, "gates", described, draw, write_more)
 
     def show(self, summary: dict[str, Any]) -> None:
         show_blocks(summary)

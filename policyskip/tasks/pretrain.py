@@ -73,16 +73,18 @@ class PretrainTask(Task):
 
     def finish(self, run: Run, tracker: Tracker, seconds: float) -> dict[str, Any]:
         """Judge the best weights once on test; write the backbone and the summary; close the tracker."""
-        network, settings, weights = self.network, self.settings, run.folder / DEPLOYED
-        network.load_state_dict(run.load_best())
-        checkpoints.save(network, weights)
+        network, settings = self.network, self.settings
+        network.load_state_dict(run.load_best_so_far())
         summary: dict[str, Any] = dict(
             command=run.command, **self.names, seed=settings.seed, steps=settings.train.steps
         )
         summary |= {"seconds": round(seconds, 1), "hash": network.content_hash()}
         summary |= {f"test/{key}": value for key, value in self.learner.accuracies(self.data.test).items()}
-        run.save_json("summary.json", summary)
-        tracker.finish(summary, [], [weights, run.folder / "summary.json"], None)
+        with run.generation() as new:
+            run.deploy_best(new)
+            checkpoints.save(network, new.folder / DEPLOYED)
+            new.save_json("summary.json", summary)
+        tracker.finish(summary, [], [run.folder / DEPLOYED, run.folder / "summary.json"], None)
         return summary
 
     def show(self, summary: dict[str, Any]) -> None:

@@ -12,7 +12,8 @@ import torch
 from policyskip.build import Setup
 from policyskip.deployment.policy_files import Family, PolicyFile
 from policyskip.evaluation.decisions import Decisions, collapse_warnings, examples, save_decisions
-from policyskip.runs.folder import Run
+from policyskip.rewards import Adaptive
+from policyskip.runs.folder import REWARD, Run
 from policyskip.runs.tracking import Tracker
 from policyskip.tasks.base import Judgement
 
@@ -50,11 +51,12 @@ def write_finished(
     family: Family,
     described: dict[str, Any],
     draw: Callable[..., list[Path]],
+    write_more: Callable[[Run], None],
     chosen: dict[str, Any] | None = None,
 ) -> dict[str, Any]:
-    """Write a finished run into its folder, and close the tracker.
+    """Write a finished run into its folder, all at once, and close the tracker.
 
-    ``policy.json`` is written last: a run that has it is finished, and what is deployed has figures.
+    A run that has ``policy.json`` is finished, and what is deployed has these figures.
 
     Args:
         setup: names the data.
@@ -64,19 +66,26 @@ def write_finished(
         described: the entries ``policy`` and ``network`` of ``policy.json`` (see ``deployment/policy_files.py``).
         draw: draws every picture, and returns their paths; it takes a folder, and ``metrics``, ``decisions`` and
             ``images`` by keyword.
+        write_more: writes the files that only some families have, such as the network; it takes a run whose files
+            become those of the finished one, together with all others.
         chosen: what was chosen on validation images, for the summary.
 
     Returns: the summary.
     """
     data, record = setup.data, judgement.decisions
     figures = {f"test/{key}": value for key, value in judgement.figures.items()}
-    summary = {**head, **save_decisions(record, run), **(chosen or {}), **figures}
-    if head["steps"]:
-        summary["warnings"] = collapse_warnings(record)
-    run.save_json("summary.json", summary)
-    pictures = draw(run.folder / "plots", metrics=run.metrics(), decisions=record, images=data.test)
     policy = PolicyFile(family, **described, classes=data.classes, image_shape=data.image_shape)
-    policy.save(run, head["steps"])
+    with run.generation() as new:
+        write_more(new)
+        if isinstance(setup.reward, Adaptive):
+            new.save_json(REWARD, dict(setup.reward.state_dict()))
+        summary = {**head, **save_decisions(record, new), **(chosen or {}), **figures}
+        if head["steps"]:
+            summary["warnings"] = collapse_warnings(record)
+        new.save_json("summary.json", summary)
+        policy.save(new, head["steps"])
+        drawn = draw(new.folder / "plots", metrics=run.metrics(), decisions=record, images=data.test)
+        names = [path.relative_to(new.folder) for path in drawn]
     files = [run.folder / name for name in (*policy.files, "policy.json", "summary.json", "config.yaml")]
-    tracker.finish(summary, pictures, files, examples(record, data.test))
+    tracker.finish(summary, [run.folder / name for name in names], files, examples(record, data.test))
     return summary

@@ -6,6 +6,7 @@ Shapes: M images of a set, N exits, E early exits (N - 1), P points on a curve.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import asdict
 from functools import partial
 from typing import Any
@@ -21,7 +22,7 @@ from policyskip.backbones.resnet_exits import ResNetExits
 from policyskip.build import Setup, build, build_backbone, wrong_kind
 from policyskip.config import Settings, group_of
 from policyskip.data import Data, Feed
-from policyskip.deployment.loading import load_thresholds, load_weights
+from policyskip.deployment.loading import load_best_so_far, load_thresholds
 from policyskip.deployment.policy_files import as_text, describe_thresholds
 from policyskip.deployment.predictors import ThresholdPredictor
 from policyskip.envs.early_exit import EarlyExitVectorEnv
@@ -122,11 +123,10 @@ class ThresholdTask(FamilyTask):
 
     def finish(self, run: Run, tracker: Tracker, seconds: float) -> dict[str, Any]:
         """Choose thresholds for the best weights on validation images, judge them once on test, write everything."""
-        load_weights(self.network, run, "the run's config.yaml")
+        load_best_so_far(self.network, run)
         data, learner = self.setup.data, self.learner
         network, lines = learner.network_to_deploy(self._cached_validation)
         print(*lines, sep="\n", end="\n" if lines else "")
-        checkpoints.save(network, run.folder / "network.safetensors")
         nobody_leaves = ThresholdPolicy(learner.rule, [rule_named(learner.rule).extremes[0]] * (network.num_exits - 1))
         predictor = ThresholdPredictor(nobody_leaves, learner.search, network, data.classes, data.image_shape)
         validation = cache_exits(predictor.network, data.validation.plain())
@@ -137,7 +137,14 @@ class ThresholdTask(FamilyTask):
             print(f"warning: {unmet}, and is what this run deploys")
             point = unmet.nearest
         head = head_of(self.setup, self.names, seconds)
-        return deploy_point(self.setup, predictor, validation, curve, point, self.target, run, tracker, head)
+
+        def write_more(new: Run) -> None:
+            run.deploy_best(new)
+            checkpoints.save(network, new.folder / "network.safetensors")
+
+        return deploy_point(
+            self.setup, predictor, validation, curve, point, self.target, run, tracker, head, write_more
+        )
 
     def show(self, summary: dict[str, Any]) -> None:
         show_table(summary)
@@ -208,6 +215,7 @@ def deploy_point(
     run: Run,
     tracker: Tracker,
     head: dict[str, Any],
+    write_more: Callable[[Run], None],
 ) -> dict[str, Any]:
     """Deploy a point of the validation curve: judge it once on test, and write everything.
 
@@ -215,6 +223,7 @@ def deploy_point(
         validation: the network's cached outputs for validation images.
         target: what the point was chosen for.
         head: the keys that the summary begins with.
+        write_more: writes what else changes (see ``report.write_finished``).
 
     Returns: the summary.
     """
@@ -223,10 +232,15 @@ def deploy_point(
     test = cache_exits(predictor.network, data.test.plain())
     judgement = judge_thresholds(setup, policy, test, validation, "test")
     budgeted = budgeted_pairs(test, policy, curve)
-    save_curve(run, curve, budgeted)
     described = describe_thresholds(predictor)
     draw = partial(exit_pictures, cache=test, budgeted=budgeted)
-    return write_finished(setup, run, tracker, head, judgement, "thresholds", described, draw, chosen(target, point))
+
+    def write_curve_too(new: Run) -> None:
+        save_curve(new, curve, budgeted)
+        write_more(new)
+
+    choice = chosen(target, point)
+    return write_finished(setup, run, tracker, head, judgement, "thresholds", described, draw, write_curve_too, choice)
 
 
 def chosen(target: dict[str, Any], point: Point) -> dict[str, Any]:

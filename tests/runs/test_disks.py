@@ -59,12 +59,12 @@ def test_a_disk_that_fails_during_a_run_loses_nothing(name, what, disk, tmp_path
     reason = "No space left on device" if what == "full" else "Read-only file system"
     assert reason in str(refused.value) and "\n" not in str(refused.value)
     assert str(refused.value).endswith(f"the last good checkpoint is {run.folder / 'checkpoint.pt'}, of update 3")
-    assert run.load_checkpoint()["step"] == 3 and run.load_best()
+    assert run.load_checkpoint()["step"] == 3 and run.load_best_so_far()
     if what == "full":
         (disk / "filler").unlink()
     else:
         remount(disk, "rw")
-    assert not list(run.folder.glob("*.tmp"))
+    assert not list(run.folder.glob(".*"))
     assert learn(name, run, resume=True) and learn(name, whole)
     assert without_times(run) == without_times(whole)
     assert same(run.load_checkpoint()["learner"], whole.load_checkpoint()["learner"])

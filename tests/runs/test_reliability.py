@@ -259,11 +259,11 @@ def test_metadata_of_wrong_types_is_refused_in_one_line(moved, tmp_path, name, c
 def test_weights_that_were_changed_are_noticed(tmp_path):
     run = create(str(tmp_path / "run"), "policyskip train", "")
     assert learn("blockdrop", run, steps=2)
-    content = bytearray((run.folder / "best.safetensors").read_bytes())
+    content = bytearray((run.folder / "best-so-far.safetensors").read_bytes())
     content[-3] ^= 4
-    (run.folder / "best.safetensors").write_bytes(content)
-    with pytest.raises(UserError, match="best.safetensors is damaged or not ours: its content has been changed"):
-        run.load_best()
+    (run.folder / "best-so-far.safetensors").write_bytes(content)
+    with pytest.raises(UserError, match="best-so-far.safetensors is damaged or not ours: its content has been changed"):
+        run.load_best_so_far()
     content = bytearray((run.folder / "checkpoint.pt").read_bytes())
     content[len(content) // 2] ^= 4  # torch.load would take it
     (run.folder / "checkpoint.pt").write_bytes(content)

@@ -49,7 +49,9 @@ def test_every_learner_goes_on_to_the_bit(name, stop_at, whole, tmp_path):
     assert without_times(run) == without_times(whole[name])
     ours, theirs = run.load_checkpoint(), whole[name].load_checkpoint()
     assert all(same(ours[key], theirs[key]) for key in theirs if key != "seconds")
-    assert (run.folder / "best.safetensors").read_bytes() == (whole[name].folder / "best.safetensors").read_bytes()
+    assert (run.folder / "best-so-far.safetensors").read_bytes() == (
+        whole[name].folder / "best-so-far.safetensors"
+    ).read_bytes()
 
 
 @pytest.mark.parametrize("name", ["blockdrop", "msdnet"])
