@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from policyskip.backbones.base import IMAGENET_MEAN, IMAGENET_STD, he_init
 from policyskip.backbones.exits import ExitNetwork, State
-from policyskip.backbones.resnet import basic_block
+from policyskip.backbones.resnet import MOST_DEPTH, basic_block
 from policyskip.errors import UserError
 
 Layers = Sequence[nn.Module]

@@ -33,7 +33,7 @@ from policyskip.backbones.checkpoints import (
 )
 from policyskip.backbones.exits import ExitNetwork
 from policyskip.backbones.msdnet import MSDNet, Prune, Stem, StepMode
-from policyskip.backbones.msdnet_port import from_msdnet_port, is_msdnet_port
+from policyskip.backbones.msdnet_port import NORMALISATIONS, from_msdnet_port, is_msdnet_port
 from policyskip.backbones.resnet import Shortcut
 from policyskip.backbones.resnet_exits import ResNetExits, find_blocks
 from policyskip.backbones.translation import but_a
@@ -238,10 +238,11 @@ def _ported(weights: Weights, arguments: dict[str, Any], checkpoint: str) -> MSD
         UserError: the weights are those of another MSDNet than the arguments say.
     """
     chosen = {key: value for key, value in arguments.items() if value is not None}
-    check_classes(checkpoint, (*weights.tensors["classifier.0.linear.weight"].shape, "no")[0], chosen["num_classes"])
+    num_classes = chosen["num_classes"]
+    check_classes(checkpoint, (*weights.tensors["classifier.0.linear.weight"].shape, "no")[0], num_classes)
     check_size(lambda: MSDNet(**chosen), weights.tensors, checkpoint)
-    found = from_msdnet_port(weights.tensors, MSDNet(**chosen), checkpoint)
-    network = MSDNet(**{**found.arguments, **chosen})
+    network = MSDNet(**{**NORMALISATIONS.get(num_classes, {}), **chosen})
+    found = from_msdnet_port(weights.tensors, network, checkpoint)
     load_into(network, found.tensors, checkpoint)
     network.remark, network.stated_accuracy = found.remark(checkpoint, chosen), weights.accuracy
     return network

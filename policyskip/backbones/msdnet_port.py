@@ -11,7 +11,6 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator
 
-from policyskip.backbones.base import IMAGENET_MEAN, IMAGENET_STD
 from policyskip.backbones.msdnet import MSDNet, name_of
 from policyskip.backbones.translation import CIFAR_MEAN, CIFAR_STD, Imported, renamed
 from policyskip.backbones.weight_files import State
@@ -22,10 +21,10 @@ CONVOLUTIONS = (("0", "0.0"), ("1", "0.1"), ("3", "1.0"), ("4", "1.1"))
 """The names of the layers of a 1×1 and a 3×3 convolution, each with batch normalisation, in the port and here."""
 
 NORMALISATIONS = {
-    10: ("CIFAR-10", CIFAR_MEAN, CIFAR_STD),
-    100: ("CIFAR-100", (0.5071, 0.4867, 0.4408), (0.2675, 0.2565, 0.2761)),
+    10: {"mean": CIFAR_MEAN, "std": CIFAR_STD},
+    100: {"mean": (0.5071, 0.4867, 0.4408), "std": (0.2675, 0.2565, 0.2761)},
 }
-"""What the port normalises its images by, by C; others are normalised by ImageNet's mean and deviation."""
+"""What the port normalises images of CIFAR-10 and CIFAR-100 by, by C; other images by ImageNet's mean and deviation."""
 
 
 def is_msdnet_port(tensors: State) -> bool:
@@ -70,9 +69,8 @@ def from_msdnet_port(tensors: State, network: MSDNet, source: str) -> Imported:
         state["nodes.layer0_scale0.0.1.running_mean"] = (average.double() - bias.double()).to(average.dtype)
     unused = tuple(f"nodes.{name}." for name in _live_names(network) - set(network.nodes))
     state = {name: value for name, value in state.items() if not name.startswith(unused)} if unused else state
-    data, mean, std = NORMALISATIONS.get(network.num_classes, ("ImageNet", IMAGENET_MEAN, IMAGENET_STD))
-    guesses = {"mean": f"the port's for {data}; backbone.mean=[…]", "std": "backbone.std=[…]"}
-    arguments = {"mean": mean, "std": std}
+    guesses = {"mean": "the port's for these classes; backbone.mean=[…]", "std": "backbone.std=[…]"}
+    arguments = {"mean": network.architecture["mean"], "std": network.architecture["std"]}
     return Imported(state, arguments, f"the PyTorch port's MSDNet of {exits} exits", guesses)
 
 

@@ -53,6 +53,8 @@ SIGNATURES = (
     (b"\xff\xd8\xff", "it is a picture"),
 )
 """The first bytes of files that hold no weights for the package, and what to say of them."""
+OLD_TORCH = b"\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19."
+"""The pickled number with which files begin that ``torch.save`` wrote before it made archives."""
 CUT_OFF = "it is cut off or damaged; copy or download it again"
 
 
@@ -130,7 +132,8 @@ def _read_torch(path: Path, head: bytes) -> Any:
     if (reason := _other_kind(path, head)) is not None:
         raise UserError(reason)
     try:
-        return torch.load(path, map_location="cpu", weights_only=True)
+        with path.open("rb") as file:  # by its path, torch.load would go by the file's name
+            return torch.load(file, map_location="cpu", weights_only=True)
     except Exception as error:  # damaged files raise whatever the reader stumbles over
         named = re.search(r"GLOBAL ([\w.]+)|class ([\w.]+)|function ([\w.]+)", str(error))
         if named is None or "weights_only" not in str(error).lower().replace(" ", "_"):
@@ -155,6 +158,8 @@ def _other_kind(path: Path, head: bytes) -> str | None:
         return f"it is a tar archive; {UNPACK}"
     if re.match(rb"\x08[\x01-\x1f]\x12.?[a-z]", head, re.DOTALL) or path.suffix == ".onnx":
         return f"it is an ONNX model; load the network where it was made, and {STATE_DICT}"
+    if head[:1] == b"\x80" and OLD_TORCH not in head[:32]:
+        return f"it is a pickle, and reading it would execute code, which is never done; {STATE_DICT}"
     if b"\0" in head or not _is_text(head):
         return None
     start = head.lstrip(b"\xef\xbb\xbf \t\r\n").lower()
@@ -162,7 +167,7 @@ def _other_kind(path: Path, head: bytes) -> str | None:
         return "it is a web page and not the file behind it; download the file itself"
     if start.startswith(b"{"):
         return _other_json(path)
-    return None if head[:1] in b"\x80(" else "it is text"
+    return "it is text"
 
 
 def _is_text(head: bytes) -> bool:
