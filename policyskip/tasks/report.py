@@ -71,8 +71,8 @@ def write_finished(
     data, record = setup.data, judgement.decisions
     figures = {f"test/{key}": value for key, value in judgement.figures.items()}
     summary = {**head, **save_decisions(record, run), **(chosen or {}), **figures}
-    if head["steps"]:
-        summary["warnings"] = collapse_warnings(record)
+    if head["steps"] or setup.warnings:
+        summary["warnings"] = [*setup.warnings, *(collapse_warnings(record) if head["steps"] else [])]
     run.save_json("summary.json", summary)
     pictures = draw(run.folder / "plots", metrics=run.metrics(), decisions=record, images=data.test)
     policy = PolicyFile(family, **described, classes=data.classes, image_shape=data.image_shape)
