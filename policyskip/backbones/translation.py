@@ -188,7 +188,9 @@ def from_cifar_names(tensors: State, source: str) -> Imported:
         "mean": IMAGENET_MEAN if layer_named else (0.0, 0.0, 0.0),
         "std": IMAGENET_STD if layer_named else (1.0, 1.0, 1.0),
     }
-    return Imported(state, arguments, f"a CIFAR ResNet-{depth}{' with shortcut B' if projections else ''} in {names}", guesses)
+    return Imported(
+        state, arguments, f"a CIFAR ResNet-{depth}{' with shortcut B' if projections else ''} in {names}", guesses
+    )
 
 
 def from_torchvision_names(tensors: State, backbone: Backbone, source: str) -> Imported:

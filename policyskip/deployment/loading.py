@@ -20,13 +20,10 @@ from torch import nn
 from policyskip import registry
 from policyskip.backbones import Backbone, Network, checkpoints, cifar_resnet, load_exits, torchvision_resnet
 from policyskip.backbones.gated import GatedNetwork
+from policyskip.deployment.defaults import usual_defaults
 from policyskip.deployment.policy_files import Family, PolicyFile, damaged_policy, read_policy
-from policyskip.deployment.predictors import (
-    ExitPredictor,
-    GatedPredictor,
-    Predictor,
-    ThresholdPredictor,
-)
+from policyskip.deployment.policy_schema import check_agreement, check_arguments
+from policyskip.deployment.predictors import ExitPredictor, GatedPredictor, Predictor, ThresholdPredictor
 from policyskip.deployment.profiling import device_name
 from policyskip.errors import UserError, first_line, in_one_line, users_problem
 from policyskip.exits.rules import check_thresholds
@@ -39,6 +36,7 @@ from policyskip.policies.networks import ConstantPolicy, PolicyNetwork
 from policyskip.policies.perceptrons import BlockPolicy, ExitPolicy, LookPolicy
 from policyskip.policies.thresholds import ThresholdPolicy
 from policyskip.runs.folder import Run, open_run
+from policyskip.texts import one_line
 
 PRECISIONS = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 OWN_POLICIES = {
@@ -81,17 +79,25 @@ def load(
     _check_types(backbone=(backbone, str | Path | None), planned=(planned, bool), trust=(trust, bool))
     if precision not in PRECISIONS:
         raise UserError(f"precision must be one of {', '.join(PRECISIONS)}, got {precision!r}")
-    try:
-        torch.empty(0, device=device)
-    except (RuntimeError, AssertionError, TypeError) as error:
-        raise UserError(f"there is no device {device} here: {first_line(error)}") from error
+    _check_device(device)
     keep_freed_memory()
     opened = open_run(str(run))
-    predictor = load_predictor(opened, device, backbone, trust)
-    predictor.network.to(PRECISIONS[precision])
-    if isinstance(predictor, Predictor) and planned and precision == "float32":  # times were measured in float32
-        predictor.plan = _plan(opened, predictor)
+    with usual_defaults():
+        predictor = load_predictor(opened, device, backbone, trust)
+        predictor.network.to(PRECISIONS[precision])
+        if isinstance(predictor, Predictor) and planned and precision == "float32":  # times were measured in float32
+            predictor.plan = _plan(opened, predictor)
     return predictor
+
+
+def _check_device(device: str | torch.device) -> None:
+    """Refuse (UserError) a device that is not here, or that holds no numbers."""
+    try:
+        kind = torch.empty(0, device=device).device.type
+    except (RuntimeError, AssertionError, TypeError, ValueError, ImportError) as error:
+        raise UserError(f"there is no device {one_line(device, 60)} here: {one_line(first_line(error))}") from error
+    if kind == "meta":
+        raise UserError("the device meta holds no numbers, so nothing can be predicted there; say cpu or cuda")
 
 
 def _check_types(**arguments: tuple[Any, Any]) -> None:
@@ -124,12 +130,40 @@ def load_predictor(
         try:
             if backbone is not None:
                 file.network["config"] = {**file.network["config"], "checkpoint": str(backbone)}
-            network = _network_of(run, file, trust).to(device)
-            return LOADERS[file.family](run, file, network, device)
+            network = _network_of(run, file, trust)
+            check_agreement(file.policy.get("arguments", {}), network, len(file.classes))
+            predictor = LOADERS[file.family](run, file, network.to(device), device)
+            _try_once(run, file, predictor)
+            return predictor
         except (KeyError, TypeError, ValueError, OverflowError, RuntimeError) as error:
             if isinstance(error, UserError) or users_problem(error):
                 raise
             raise damaged_policy(run, error) from error
+
+
+@torch.no_grad()
+def _try_once(run: Run, file: PolicyFile, predictor: Predictor | GatedPredictor | ExitPredictor) -> None:
+    """Let a predictor answer one black image, so that what cannot work is refused now and not at the first image.
+
+    Raises:
+        UserError: the policy decides with something else than bool (1, K), or a class of the user's own fails.
+        ValueError: what the file says makes no policy.
+    """
+    name = str(file.policy.get("name", ""))
+    image = torch.zeros(1, *file.image_shape, dtype=torch.uint8)
+    try:
+        decisions = predictor.ran(predictor.predict(image))
+    except Exception as error:  # a policy from a file may fail in any way
+        if isinstance(error, UserError) or users_problem(error):
+            raise
+        raise ValueError(f"the policy cannot decide for an image: {in_one_line(error)}") from error
+    if isinstance(predictor, Predictor):
+        expected = (1, predictor.backbone.num_blocks)
+        if decisions.dtype != torch.bool or tuple(decisions.shape) != expected:
+            found = f"{str(decisions.dtype).removeprefix('torch.')} {tuple(decisions.shape)}"
+            raise UserError(
+                f"the policy {one_line(name, 80)} must decide with bool {expected} for an image, got {found}"
+            )
 
 
 def load_thresholds(run: Run, device: str | torch.device, trust: bool = False) -> ThresholdPredictor:
@@ -181,11 +215,19 @@ def _external_network(run: Run, file: PolicyFile) -> Backbone:
     make = OWN_BACKBONES.get(target)
     if make is None and registry.is_own(target):  # the package has other functions, which are not for a file to call
         raise ValueError(f"{target} is no network with blocks")
+    if make is not None:
+        check_arguments(make, config)
     make = make or registry.resolve("backbone", target)
     parameters, seed = inspect.signature(make).parameters, int(file.network.get("seed", 0))
     known = {"num_classes": len(file.classes), "image_shape": file.image_shape, "seed": seed}
-    with checkpoints.seeded(seed):  # as build_backbone draws the random weights of a user's network
-        network = _built(run, target, make, {k: v for k, v in known.items() if k in parameters} | config)
+    try:
+        with checkpoints.seeded(seed):  # as build_backbone draws the random weights of a user's network
+            network = _built(run, target, make, {k: v for k, v in known.items() if k in parameters} | config)
+    except UserError as error:
+        if not _is_gone(config.get("checkpoint")):
+            raise
+        hint = f"policyskip.load({str(run.folder)!r}, backbone=FILE)"
+        raise UserError(f"{error}; if the network's weights have moved, say where they are: {hint}") from error
     if not isinstance(network, Backbone):
         raise UserError(f"{target} of {run.folder / 'policy.json'} gives no network with blocks")
     if network.content_hash() != file.network["hash"]:
@@ -194,6 +236,17 @@ def _external_network(run: Run, file: PolicyFile) -> Backbone:
             f"but {config.get('checkpoint', target)} is {network.content_hash()}"
         )
     return network
+
+
+def _is_gone(checkpoint: Any) -> bool:
+    """Return whether a network's weights are named, and there is neither a file nor a shipped network of that name."""
+    if not isinstance(checkpoint, str) or checkpoint == checkpoints.RANDOM:
+        return False
+    try:
+        checkpoints.find(checkpoint)
+    except UserError:
+        return True
+    return False
 
 
 def _load_blocks(run: Run, file: PolicyFile, network: Any, device: str | torch.device) -> Predictor:
@@ -239,6 +292,8 @@ def _policy_of(run: Run, name: str, entry: dict[str, Any]) -> Policy:
     """
     kind = OWN_POLICIES.get(str(name)) or registry.resolve("policy", str(name))
     arguments = dict(entry["arguments"])
+    if str(name) in OWN_POLICIES:
+        check_arguments(kind, arguments)
     needed = stored = sum(value.numel() for value in run.load_best().values())
     with suppress(Exception), torch.device("meta"):  # so that a file that lies about its size takes no memory
         needed = sum(value.numel() for value in kind(**arguments).state_dict().values())

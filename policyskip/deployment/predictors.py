@@ -17,6 +17,7 @@ from torch import Tensor
 from policyskip.backbones import Backbone, Costs, ExitCosts, ExitNetwork, count_costs, count_exit_costs, run_until
 from policyskip.backbones.folding import folded
 from policyskip.backbones.gated import GatedNetwork
+from policyskip.deployment.defaults import on_cpu_by_default
 from policyskip.errors import UserError, in_one_line
 from policyskip.exits.rules import decisions_at
 from policyskip.memory import BatchSplitter
@@ -93,6 +94,10 @@ class BasePredictor(ABC):
 
     def _answers(self, images: Tensor | np.ndarray, batch_size: int) -> tuple[Tensor, Tensor]:
         """Compute logits (B, C) and decisions (B, …) for images uint8 (B, 3, H, W), ``batch_size`` at a time."""
+        with on_cpu_by_default():
+            return self._computed(images, batch_size)
+
+    def _computed(self, images: Tensor | np.ndarray, batch_size: int) -> tuple[Tensor, Tensor]:
         on_device = checked(images, self.image_shape).to(self.network.mean.device)
         answers = self.splitter(lambda rows: self._answer(on_device[rows]), len(on_device), batch_size)
         logits_BC, decision_B = (torch.cat(column) for column in zip(*answers, strict=True))

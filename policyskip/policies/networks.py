@@ -204,7 +204,8 @@ class PolicyNetwork(KeepPolicy):
         return self.arguments
 
     def features_and_logits(self, images: Tensor) -> tuple[Tensor, Tensor]:
-        features_BD: Tensor = self.features((images / 255 - self.mean) / self.std)
+        # images / 255 alone would be of torch's default dtype, which a program may have set
+        features_BD: Tensor = self.features((images.to(self.mean.dtype) / 255 - self.mean) / self.std)
         return features_BD, self.keep_head(features_BD)
 
 
