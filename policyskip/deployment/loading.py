@@ -6,7 +6,6 @@ installed entry point, or the user says ``trust=True``.
 
 from __future__ import annotations
 
-import inspect
 import os
 import sys
 from collections.abc import Callable
@@ -18,17 +17,14 @@ import torch
 from torch import nn
 
 from policyskip import registry
-from policyskip.backbones import Backbone, Network, checkpoints, cifar_resnet, load_exits, torchvision_resnet
-from policyskip.backbones.gated import GatedNetwork
 from policyskip.deployment.defaults import usual_defaults
+from policyskip.deployment.networks import built, load_state, network_of
 from policyskip.deployment.policy_files import Family, PolicyFile, damaged_policy, read_policy
 from policyskip.deployment.policy_schema import check_agreement, check_arguments
 from policyskip.deployment.predictors import ExitPredictor, GatedPredictor, Predictor, ThresholdPredictor
 from policyskip.deployment.profiling import device_name
 from policyskip.errors import UserError, first_line, in_one_line, users_problem
 from policyskip.exits.rules import check_thresholds
-from policyskip.files import damaged
-from policyskip.finite import find_nonfinite
 from policyskip.memory import keep_freed_memory
 from policyskip.policies.base import Policy
 from policyskip.policies.fixed import FixedPolicy, OraclePolicy, RandomPolicy
@@ -46,8 +42,7 @@ OWN_POLICIES = {
         *(LookPolicy, BlockPolicy, ExitPolicy),
     )
 }
-OWN_BACKBONES = {f"policyskip.backbones.{make.__name__}": make for make in (cifar_resnet, torchvision_resnet)}
-"""The package's own policies and networks, by the names that ``policy.json`` has for them."""
+"""The package's own policies, by the names that ``policy.json`` has for them."""
 
 
 def load(
@@ -130,7 +125,7 @@ def load_predictor(
         try:
             if backbone is not None:
                 file.network["config"] = {**file.network["config"], "checkpoint": str(backbone)}
-            network = _network_of(run, file, trust)
+            network = network_of(run, file, trust)
             check_agreement(file.policy.get("arguments", {}), network, len(file.classes))
             predictor = LOADERS[file.family](run, file, network.to(device), device)
             _try_once(run, file, predictor)
@@ -182,73 +177,6 @@ def load_thresholds(run: Run, device: str | torch.device, trust: bool = False) -
     return predictor
 
 
-def _network_of(run: Run, file: PolicyFile, trust: bool) -> Network:
-    """Build the network that a policy was trained with.
-
-    Raises:
-        UserError: the weights in the file are not those that the policy was trained with.
-    """
-    path = str(run.folder / "network.safetensors")
-    if file.family == "blocks":
-        return _external_network(run, file)
-    if file.family == "gates":
-        backbone = checkpoints.load(path, trust)
-        with damaged(run.folder / "network.safetensors"):
-            network: Network = GatedNetwork(backbone, str(file.policy["kind"]), file.image_shape)
-        gates = {name.removeprefix("gates."): t for name, t in run.load_best().items() if name.startswith("gates.")}
-        load_state(network.gates, gates, run, "policy.json")  # type: ignore[arg-type]
-    else:
-        network = load_exits(path, trust)
-    if network.content_hash() != file.network["hash"]:
-        raise UserError(f"{OTHER_NETWORK[file.family].format(run.folder)} another network than its network.safetensors")
-    return network
-
-
-def _external_network(run: Run, file: PolicyFile) -> Backbone:
-    """Build a network that the run folder names but does not hold.
-
-    Raises:
-        UserError: the name is none of a network with blocks, or the network is another than the run's.
-    """
-    config = dict(file.network["config"])
-    target = str(config.pop("_target_"))
-    make = OWN_BACKBONES.get(target)
-    if make is None and registry.is_own(target):  # the package has other functions, which are not for a file to call
-        raise ValueError(f"{target} is no network with blocks")
-    if make is not None:
-        check_arguments(make, config)
-    make = make or registry.resolve("backbone", target)
-    parameters, seed = inspect.signature(make).parameters, int(file.network.get("seed", 0))
-    known = {"num_classes": len(file.classes), "image_shape": file.image_shape, "seed": seed}
-    try:
-        with checkpoints.seeded(seed):  # as build_backbone draws the random weights of a user's network
-            network = _built(run, target, make, {k: v for k, v in known.items() if k in parameters} | config)
-    except UserError as error:
-        if not _is_gone(config.get("checkpoint")):
-            raise
-        hint = f"policyskip.load({str(run.folder)!r}, backbone=FILE)"
-        raise UserError(f"{error}; if the network's weights have moved, say where they are: {hint}") from error
-    if not isinstance(network, Backbone):
-        raise UserError(f"{target} of {run.folder / 'policy.json'} gives no network with blocks")
-    if network.content_hash() != file.network["hash"]:
-        raise UserError(
-            f"the policy of {run.folder} was trained with the network {file.network['hash']}, "
-            f"but {config.get('checkpoint', target)} is {network.content_hash()}"
-        )
-    return network
-
-
-def _is_gone(checkpoint: Any) -> bool:
-    """Return whether a network's weights are named, and there is neither a file nor a shipped network of that name."""
-    if not isinstance(checkpoint, str) or checkpoint == checkpoints.RANDOM:
-        return False
-    try:
-        checkpoints.find(checkpoint)
-    except UserError:
-        return True
-    return False
-
-
 def _load_blocks(run: Run, file: PolicyFile, network: Any, device: str | torch.device) -> Predictor:
     policy = _policy_of(run, file.policy["name"], file.policy)
     return Predictor(policy.to(device), network, file.classes, file.image_shape, float(file.policy["macs"]))
@@ -270,12 +198,6 @@ def _load_exit_policy(run: Run, file: PolicyFile, network: Any, device: str | to
     return ExitPredictor(policy.to(device), network, file.classes, file.image_shape, float(file.policy["macs"]))
 
 
-OTHER_NETWORK: dict[Family, str] = {
-    "gates": "the gates of {} were trained with",
-    "thresholds": "the thresholds of {} were chosen for",
-    "exit_policy": "the policy of {} was trained with",
-}
-"""The beginning of the message that a run's network is not the one that its policy goes with."""
 LOADERS: dict[Family, Callable[..., Predictor | GatedPredictor | ExitPredictor]] = {
     "blocks": _load_blocks,
     "gates": _load_gates,
@@ -301,27 +223,11 @@ def _policy_of(run: Run, name: str, entry: dict[str, Any]) -> Policy:
         raise UserError(
             f"{run.folder / 'best.safetensors'} does not fit policy.json: it holds {stored} numbers, not {needed}"
         )
-    policy = _built(run, name, kind, arguments)
+    policy = built(run, name, kind, arguments)
     if not isinstance(policy, Policy):
         raise UserError(f"{name} of {run.folder / 'policy.json'} gives no policy")
     load_weights(policy, run)
     return policy
-
-
-def _built(run: Run, name: str, make: Callable[..., Any], arguments: dict[str, Any]) -> Any:
-    """Call what ``policy.json`` names. Errors of the user's own code are reported as such, and not as damage.
-
-    Raises:
-        UserError: the call failed.
-    """
-    try:
-        return make(**arguments)
-    except UserError:
-        raise
-    except Exception as error:
-        if registry.is_own(make.__module__):
-            raise damaged_policy(run, error) from error
-        raise UserError(f"{name} failed with {type(error).__name__}: {error}") from error
 
 
 def load_weights(module: nn.Module, run: Run, described: str = "policy.json") -> None:
@@ -331,21 +237,6 @@ def load_weights(module: nn.Module, run: Run, described: str = "policy.json") ->
         UserError: the weights are damaged, not finite, or of another module.
     """
     load_state(module, run.load_best(), run, described)
-
-
-def load_state(module: nn.Module, tensors: dict[str, torch.Tensor], run: Run, described: str) -> None:
-    """Put some of a run's best weights into a module that was built as ``described``.
-
-    Raises:
-        UserError: the weights are not finite, or belong to another module.
-    """
-    path = run.folder / "best.safetensors"
-    if (name := find_nonfinite(tensors)) is not None:
-        raise UserError(f"{path} cannot be used: {name} holds numbers that are not finite")
-    try:
-        module.load_state_dict(tensors)
-    except RuntimeError as error:
-        raise UserError(f"{path} does not fit {described}: {in_one_line(error)}") from error
 
 
 def _plan(run: Run, predictor: Predictor) -> dict[int, list[float]]:
