@@ -69,11 +69,11 @@ def _judged(setup: Setup, network: Network, images: Tensor, label_B: Tensor, ans
     accuracy, count, classes = _share(answer_B, label_B), len(label_B), setup.data.classes
     stated = inner.stated_accuracy
     found = f"{network.name} answers {accuracy:.1%} of {count} validation images rightly"
-    better = _better_choice(inner, images, label_B, accuracy, setup)
+    best, better = _better_choice(inner, images, label_B, accuracy, setup)
     hint = f"; {better}" if better else ""
     if _by_chance(answer_B, label_B) > CHANCE and _could_be_told(answer_B, label_B):
         reordered = _reordered(answer_B, label_B, len(classes))
-        if not better and reordered > 0.5 and count >= 10 * len(classes):
+        if reordered > max(best, 0.5) and count >= 10 * len(classes):
             names = one_line(", ".join(classes[:4]), 80)
             hint = f"; with the classes in another order it would be {reordered:.1%}: look at their names ({names}, …)"
         return [f"{found}, which is chance: {CAUSES} are probably others than it was trained with{hint}"]
@@ -145,16 +145,21 @@ def _reordered(answer_B: Tensor, label_B: Tensor, classes: int) -> float:
     return float(count_CC.max(1).values.sum()) / max(1, len(label_B))
 
 
-def _better_choice(network: Network, images: Tensor, label_B: Tensor, accuracy: float, setup: Setup) -> str:
-    """Say which other shortcut or normalisation answers more of the images rightly, by far; empty if none does."""
-    best, choice = accuracy + 0.1, ""
+def _better_choice(
+    network: Network, images: Tensor, label_B: Tensor, accuracy: float, setup: Setup
+) -> tuple[float, str]:
+    """Return how many images another shortcut or normalisation answers rightly, and which one it is.
+
+    Returns: a share and a line; 0 and no line if no other answers far more of them.
+    """
+    best, choice = 0.0, ""
     images, label_B = images[:: max(1, len(images) // 100)], label_B[:: max(1, len(images) // 100)]
     for changes, other in _alternatives(network):
         share = _share(_answers(other.to(setup.device), images, setup), label_B)
-        if share > best:
+        if share > max(best, accuracy + 0.1):
             typed = " ".join(f"backbone.{key}={_typed(value)}" for key, value in changes.items())
             best, choice = share, f"with {typed} it would be {share:.1%}"
-    return choice
+    return best, choice
 
 
 def _alternatives(network: Network) -> Iterator[tuple[dict[str, Any], Network]]:

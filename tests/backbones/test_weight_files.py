@@ -331,7 +331,9 @@ def test_what_a_file_of_others_does_not_say_is_guessed_aloud(tmp_path):
     assert "guessed" not in remark_of(tmp_path, GOOD, **typed)
     assert "std [" in remark_of(tmp_path, GOOD, shortcut="A", mean=[0.0] * 3)
     with_projections = remark_of(tmp_path, torchvision_like(small_backbone(shortcut="B")))
-    assert "with shortcut B" in with_projections and "shortcut A" not in with_projections and "mean [" in with_projections
+    assert (
+        "with shortcut B" in with_projections and "shortcut A" not in with_projections and "mean [" in with_projections
+    )
     drop = remark_of(tmp_path, {"resnet": blockdrop(small_backbone())})
     assert "shortcut pool (backbone.shortcut=A is the other)" in drop and "mean [0.0, 0.0, 0.0]" in drop
 

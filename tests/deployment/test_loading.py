@@ -127,7 +127,7 @@ def test_a_policy_file_that_says_what_cannot_be_is_refused_in_one_line(tmp_path,
 
 
 def test_a_random_network_of_a_file_is_bounded(tmp_path):
-    huge = dict(_target_="policyskip.backbones.cifar_resnet", depth=1994, width=9999, checkpoint="random")
+    huge = dict(_target_="policyskip.backbones.cifar_resnet", depth=602, width=9999, checkpoint="random")
     run = changed_run(tmp_path, "blockdrop", put("backbone/config", huge))
     with pytest.raises(UserError, match="would hold .* numbers; 500,000,000 are allowed"):
         policyskip.load(run)
@@ -156,7 +156,10 @@ def defaults(dtype: torch.dtype, device: str) -> Any:
         torch.set_default_device(None)
 
 
-@pytest.mark.parametrize("name", ["blockdrop", "skipnet", "msdnet", "a2c-exit", "ppo-layer", "ppo", "random", "budget"])
+SLOW = [pytest.param(name, marks=pytest.mark.slow) for name in ("ppo", "random", "budget", "a2c-exit", "calibrated")]
+
+
+@pytest.mark.parametrize("name", ["blockdrop", "skipnet", "msdnet", "ppo-layer", *SLOW])
 def test_loading_and_predicting_do_not_depend_on_torch_s_defaults(name):
     usual = policyskip.load(STORED / name)
     expected = usual.predict(IMAGES)
