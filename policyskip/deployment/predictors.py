@@ -98,6 +98,7 @@ class BasePredictor(ABC):
             return self._computed(images, batch_size)
 
     def _computed(self, images: Tensor | np.ndarray, batch_size: int) -> tuple[Tensor, Tensor]:
+        """Compute what :meth:`_answers` returns, where new tensors are made on the CPU by default."""
         on_device = checked(images, self.image_shape).to(self.network.mean.device)
         answers = self.splitter(lambda rows: self._answer(on_device[rows]), len(on_device), batch_size)
         logits_BC, decision_B = (torch.cat(column) for column in zip(*answers, strict=True))
