@@ -29,7 +29,7 @@ class Network(nn.Module):
     Attributes:
         frozen: whether :meth:`freeze` was called.
         remark: as what a file that others made was read, and what of that is guessed; empty otherwise.
-        stated_accuracy: what the file says that the network reaches, between 0 and 1; None if it says nothing.
+        stated_accuracy: what the file says that the network reaches, as a share; None if it says nothing.
     """
 
     mean: Tensor

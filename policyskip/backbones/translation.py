@@ -28,7 +28,7 @@ class Imported:
         arguments: of the network's class.
         layout: what the file was recognised as, if others made it; empty for the package's own files.
         guesses: for each argument that the file does not decide, what else it could be.
-        accuracy: what the file says that the network reaches, between 0 and 1; None if it says nothing.
+        accuracy: what the file says that the network reaches, as a share; None if it says nothing.
     """
 
     tensors: State

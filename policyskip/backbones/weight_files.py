@@ -274,7 +274,7 @@ def _not_plain(value: Tensor) -> str | None:
 
 
 def _stated_accuracy(notes: dict[Any, Any]) -> float | None:
-    """Return the accuracy, between 0 and 1, that a file notes beside its weights; None if it notes none."""
+    """Return the accuracy, a share of 1, that a file notes beside its weights; None if it notes none."""
     for key in ACCURACIES:
         try:
             value = float(notes[key])
