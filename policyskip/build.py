@@ -11,7 +11,7 @@ import json
 import math
 from collections.abc import Callable
 from contextlib import nullcontext, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, get_type_hints
 
 import torch
@@ -174,6 +174,7 @@ class Setup:
     reward: Reward | None
     batch_size: int
     trusted: bool = True
+    warnings: list[str] = field(default_factory=list)  # about the network, for the screen and the summary
 
     def env(self, images: Images, order: Order = "sequential", seed: int = 0) -> Any:
         """Make an environment over a set of images.

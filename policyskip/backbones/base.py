@@ -28,10 +28,13 @@ class Network(nn.Module):
 
     Attributes:
         frozen: whether :meth:`freeze` was called.
+        remark: as what a file that others made was read, and what of that is guessed; empty otherwise.
+        stated_accuracy: what the file says that the network reaches, as a share; None if it says nothing.
     """
 
     mean: Tensor
     std: Tensor
+    stated_accuracy: float | None
     architecture: dict[str, Any]
     """The arguments from which the network can be built again; empty if they are not known."""
 
@@ -40,6 +43,7 @@ class Network(nn.Module):
         self.num_classes = num_classes
         self.name = type(self).__name__
         self.frozen = False
+        self.remark, self.stated_accuracy = "", None
         self.architecture = {}
         self.register_buffer("mean", torch.tensor(mean, dtype=torch.float32).view(1, -1, 1, 1))
         self.register_buffer("std", torch.tensor(std, dtype=torch.float32).view(1, -1, 1, 1))

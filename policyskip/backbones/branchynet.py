@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from policyskip.backbones.base import IMAGENET_MEAN, IMAGENET_STD, he_init
 from policyskip.backbones.exits import ExitNetwork, State
-from policyskip.backbones.resnet import basic_block
+from policyskip.backbones.resnet import MOST_DEPTH, basic_block
 from policyskip.errors import UserError
 
 Layers = Sequence[nn.Module]
@@ -176,8 +176,10 @@ class BranchyResNet(BranchyNet):
         mean: Sequence[float] = IMAGENET_MEAN,
         std: Sequence[float] = IMAGENET_STD,
     ) -> None:
-        if depth < 8 or (depth - 2) % 6:
-            raise UserError(f"a B-ResNet's depth must be 6n+2 (8, 14, 20, 32, 56, 110, …), got {depth}")
+        if not 8 <= depth <= MOST_DEPTH or (depth - 2) % 6:
+            raise UserError(
+                f"a B-ResNet's depth must be 6n+2 (8, 14, 20, 32, 56, 110, …, at most {MOST_DEPTH}), got {depth}"
+            )
 
         def stage(channels_in: int, channels: int) -> Layers:
             first = basic_block(channels_in, channels, 1 if channels_in == channels else 2, "A")

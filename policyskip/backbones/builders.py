@@ -19,10 +19,13 @@ from policyskip.backbones.base import Backbone
 from policyskip.backbones.branchynet import BranchyAlexNet, BranchyLeNet, BranchyResNet
 from policyskip.backbones.checkpoints import (
     RANDOM,
+    check_classes,
+    check_memory,
+    check_size,
     cifar_resnet,
     find,
+    load_into,
     read_architecture,
-    read_tensors,
     rebuilt,
     seeded,
     shipped,
@@ -30,9 +33,13 @@ from policyskip.backbones.checkpoints import (
 )
 from policyskip.backbones.exits import ExitNetwork
 from policyskip.backbones.msdnet import MSDNet, Prune, Stem, StepMode
+from policyskip.backbones.msdnet_port import NORMALISATIONS, from_msdnet_port, is_msdnet_port
 from policyskip.backbones.resnet import Shortcut
 from policyskip.backbones.resnet_exits import ResNetExits, find_blocks
+from policyskip.backbones.translation import but_a
+from policyskip.backbones.weight_files import Weights, read_weights
 from policyskip.errors import UserError
+from policyskip.texts import one_line
 
 Shape = tuple[int, int, int]
 Built = TypeVar("Built", bound=ExitNetwork)
@@ -59,7 +66,10 @@ def multi_scale_densenet(
     image_size: int | None = None,
     seed: int = 0,
 ) -> MSDNet:
-    """Build an :class:`MSDNet`. Image folders are scaled to ``image_size``; the network itself takes any size."""
+    """Build an :class:`MSDNet`, also with a checkpoint of its common PyTorch port (see ``msdnet_port.py``).
+
+    Image folders are scaled to ``image_size``; the network itself takes any size.
+    """
     arguments = dict(
         num_classes=num_classes,
         num_exits=num_exits,
@@ -77,7 +87,11 @@ def multi_scale_densenet(
         mean=mean,
         std=std,
     )
-    network = _with_weights(MSDNet, "msdnet", arguments, checkpoint, seed)
+    weights = _weights_of_others(checkpoint)
+    if weights is not None and is_msdnet_port(weights.tensors):
+        network = _ported(weights, arguments, str(checkpoint))
+    else:
+        network = _with_weights(MSDNet, "msdnet", arguments, checkpoint, seed)
     network.lazy = lazy
     return network
 
@@ -173,13 +187,13 @@ def load_exits(name: str, trusted: bool = False) -> ExitNetwork:
     Raises:
         UserError: there is no such file, it holds another kind of network, or one that is not installed here.
     """
-    architecture = read_architecture(name) or {}
-    kind = architecture.get("network")
-    if not (is_users_own(architecture) or (isinstance(kind, str) and kind in EXIT_NETWORKS)):
-        raise UserError(f"{name} holds no multi-exit network{_but_a(architecture)}")
-    network = rebuilt(architecture, read_tensors(find(name)), name, trusted)
+    architecture = read_architecture(name)
+    kind = (architecture or {}).get("network")
+    if architecture is None or not (is_users_own(architecture) or (isinstance(kind, str) and kind in EXIT_NETWORKS)):
+        raise UserError(f"{name} holds no multi-exit network{_but_a(architecture, name)}")
+    network = rebuilt(architecture, read_weights(find(name)).tensors, name, trusted)
     if not isinstance(network, ExitNetwork):
-        raise UserError(f"{name} holds no multi-exit network{_but_a(architecture)}")
+        raise UserError(f"{name} holds no multi-exit network{_but_a(architecture, name)}")
     return network.freeze()
 
 
@@ -198,13 +212,39 @@ def _with_weights(
             "backbone.checkpoint=random and train it"
         )
     if checkpoint == RANDOM:
+        check_memory(lambda: kind(**chosen))
         with seeded(seed):
             return kind(**chosen)
-    stored = read_architecture(checkpoint) or {}
-    if stored.get("network") != name:
-        raise UserError(f"{checkpoint} holds no {name}{_but_a(stored)}")
+    stored = read_architecture(checkpoint)
+    if stored is None or stored.get("network") != name:
+        raise UserError(f"{checkpoint} holds no {name}{_but_a(stored, checkpoint)}")
     _check_same(checkpoint, name, chosen, stored)
-    network: Built = rebuilt({**stored, **chosen}, read_tensors(find(checkpoint)), checkpoint)  # type: ignore[assignment]
+    tensors = read_weights(find(checkpoint)).tensors
+    network: Built = rebuilt({**stored, **chosen}, tensors, checkpoint)  # type: ignore[assignment]
+    return network
+
+
+def _weights_of_others(checkpoint: str | None) -> Weights | None:
+    """Read the weights in a file that others made; None for another checkpoint."""
+    if checkpoint in (None, RANDOM) or read_architecture(checkpoint) is not None:
+        return None
+    return read_weights(find(checkpoint))
+
+
+def _ported(weights: Weights, arguments: dict[str, Any], checkpoint: str) -> MSDNet:
+    """Build an MSDNet with the weights of its PyTorch port.
+
+    Raises:
+        UserError: the weights are those of another MSDNet than the arguments say.
+    """
+    chosen = {key: value for key, value in arguments.items() if value is not None}
+    num_classes = chosen["num_classes"]
+    check_classes(checkpoint, (*weights.tensors["classifier.0.linear.weight"].shape, "no")[0], num_classes)
+    check_size(lambda: MSDNet(**chosen), weights.tensors, checkpoint)
+    network = MSDNet(**{**NORMALISATIONS.get(num_classes, {}), **chosen})
+    found = from_msdnet_port(weights.tensors, network, checkpoint)
+    load_into(network, found.tensors, checkpoint)
+    network.remark, network.stated_accuracy = found.remark(checkpoint, chosen), weights.accuracy
     return network
 
 
@@ -240,7 +280,7 @@ def _exits_over(
         )
     _check_same(checkpoint, "ResNet", chosen, stored["backbone"])
     architecture = {**stored, "backbone": {**stored["backbone"], **chosen}}
-    network: ResNetExits = rebuilt(architecture, read_tensors(find(checkpoint)), checkpoint)  # type: ignore[assignment]
+    network: ResNetExits = rebuilt(architecture, read_weights(find(checkpoint)).tensors, checkpoint)  # type: ignore[assignment]
     blocks = find_blocks(network.backbone, exits)
     kinds = [heads] * len(blocks) if isinstance(heads, str) else list(heads)
     _check_same(checkpoint, network.name, dict(exits=blocks, heads=kinds, image_shape=image_shape), stored)
@@ -265,11 +305,13 @@ def _check_same(checkpoint: str, name: str, chosen: dict[str, Any], stored: dict
     for key, value in chosen.items():
         value, stored_value = json.loads(json.dumps(value)), stored.get(key)
         if key == "num_classes" and stored_value != value:
-            raise UserError(f"{checkpoint} has {stored_value} classes, the data has {value}")
+            raise UserError(f"{checkpoint} has {one_line(stored_value, 40)} classes, the data has {value}")
         if key not in ("mean", "std") and stored_value != value:
-            raise UserError(f"{checkpoint} holds a {name} of {key} {stored_value}, not of {key} {value}")
+            raise UserError(f"{checkpoint} holds a {name} of {key} {one_line(stored_value)}, not of {key} {value}")
 
 
-def _but_a(architecture: dict[str, Any]) -> str:
-    """Return the end of a message, which says what network a file holds, if the file itself says so."""
-    return f" but a {architecture.get('network', 'CIFAR ResNet')}" if architecture else ""
+def _but_a(architecture: dict[str, Any] | None, checkpoint: str) -> str:
+    """Return the end of a message, which says what network a file holds, as it says itself or as its tensors show."""
+    if architecture is not None:
+        return f" but a {one_line(architecture.get('network', 'CIFAR ResNet'), 80)}"
+    return f" {but_a(read_weights(find(checkpoint)).tensors)}"

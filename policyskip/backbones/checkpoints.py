@@ -8,27 +8,30 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
-from torch import Tensor
 
 from policyskip import registry
 from policyskip.backbones.architectures import RANDOM as RANDOM
 from policyskip.backbones.architectures import build_again, is_users_own
 from policyskip.backbones.base import Backbone, Network
 from policyskip.backbones.resnet import CifarResNet, Shortcut, TorchvisionResNet
-from policyskip.backbones.translation import State, from_cifar_names, from_torchvision_names
-from policyskip.errors import UserError, first_line
+from policyskip.backbones.translation import Imported, from_cifar_names, from_torchvision_names
+from policyskip.backbones.weight_files import State, read_content, read_weights
+from policyskip.errors import UserError
 from policyskip.files import damaged, write
-from policyskip.sealed import largest_number, read_metadata, sealed, unsealed
+from policyskip.sealed import largest_number, sealed
+from policyskip.texts import one_line
 
 WEIGHTS = Path(__file__).parent.parent / "weights"
 """Weights that ship with the package, each with the command and figures that made it beside it."""
 LARGEST_NUMBER = 10_000
 """The largest number that a file may say of one of the package's own networks: of blocks, channels, classes, …"""
+MOST_NUMBERS = 500_000_000
+"""The numbers that a network of random weights may hold, which no file bounds: 2 GB."""
 
 
 def cifar_resnet(
@@ -58,18 +61,18 @@ def cifar_resnet(
             f"{', '.join(shipped())}, make one with `policyskip pretrain`, or say backbone.checkpoint=random"
         )
     if checkpoint == RANDOM:
+        check_memory(lambda: CifarResNet(**{"num_classes": num_classes, **chosen}))
         with seeded(seed):
             return CifarResNet(**{"num_classes": num_classes, **chosen})
-    state, stored = read_checkpoint(checkpoint)
-    own = read_architecture(checkpoint) is not None
-    for name in ("depth", "width", "shortcut") if own else ("depth", "width"):
+    found = read_checkpoint(checkpoint)
+    stored = found.arguments
+    for name in ("depth", "width", "shortcut") if found.own else ("depth", "width"):
         if name in chosen and name in stored and chosen[name] != stored[name]:
             raise UserError(f"{checkpoint} holds a ResNet of {name} {stored[name]}, not of {name} {chosen[name]}")
-    if stored["num_classes"] != num_classes:
-        raise UserError(f"{checkpoint} has {stored['num_classes']} classes, the data has {num_classes}")
-    check_size(lambda: CifarResNet(**{**stored, **chosen}), state, checkpoint)
-    backbone = CifarResNet(**{**stored, **chosen})
-    load_into(backbone, state, checkpoint)
+    check_classes(checkpoint, stored.get("num_classes"), num_classes)
+    backbone: CifarResNet = rebuilt({**stored, **chosen}, found.tensors, checkpoint)  # type: ignore[assignment]
+    if not found.own:
+        backbone.remark, backbone.stated_accuracy = found.remark(checkpoint, chosen), found.accuracy
     return backbone
 
 
@@ -94,9 +97,13 @@ def torchvision_resnet(
     if checkpoint == RANDOM:
         with seeded(seed):
             return TorchvisionResNet(depth, num_classes)
-    if Path(checkpoint).is_file():
+    if (path := Path(checkpoint).expanduser()).is_file():
+        weights = read_weights(path)
         backbone = TorchvisionResNet(depth, num_classes)
-        load_into(backbone, from_torchvision_names(read_tensors(Path(checkpoint)), backbone), checkpoint)
+        found = from_torchvision_names(weights.tensors, backbone, checkpoint)
+        load_into(backbone, found.tensors, checkpoint)
+        if read_architecture(checkpoint) is None:
+            backbone.remark, backbone.stated_accuracy = found.remark(checkpoint, ()), weights.accuracy
         return backbone
     try:
         return TorchvisionResNet(depth, num_classes, checkpoint)
@@ -128,9 +135,10 @@ def load(name: str, trusted: bool = False) -> Backbone:
     """
     architecture = read_architecture(name) or {}
     if architecture.get("network") == "torchvision_resnet" or is_users_own(architecture):
-        state = read_tensors(find(name))
+        state = read_weights(find(name)).tensors
     else:
-        state, architecture = read_checkpoint(name)
+        found = read_checkpoint(name)
+        state, architecture = found.tensors, found.arguments
     network = rebuilt(architecture, state, name, trusted)
     if not isinstance(network, Backbone):
         raise UserError(f"{name} holds a {architecture['network']}, which has exits and no blocks to skip")
@@ -200,7 +208,7 @@ def check_data(checkpoint: str | None, data: str) -> None:
         )
 
 
-def read_checkpoint(checkpoint: str) -> tuple[State, dict[str, Any]]:
+def read_checkpoint(checkpoint: str) -> Imported:
     """Read a CIFAR ResNet: tensors under the package's names, and the arguments of :class:`CifarResNet` that fit them.
 
     Files that others made are recognised by the names of their tensors: ``layerL.B.…`` (torchvision, and the many CIFAR
@@ -212,10 +220,11 @@ def read_checkpoint(checkpoint: str) -> tuple[State, dict[str, Any]]:
     """
     architecture = read_architecture(checkpoint)
     if architecture is None:
-        return from_cifar_names(read_tensors(find(checkpoint)), checkpoint)
+        weights = read_weights(find(checkpoint))
+        return replace(from_cifar_names(weights.tensors, checkpoint), accuracy=weights.accuracy)
     if "network" in architecture:
-        raise UserError(f"{checkpoint} holds a {architecture['network']}, not a CIFAR ResNet")
-    return read_tensors(find(checkpoint)), architecture
+        raise UserError(f"{checkpoint} holds a {one_line(architecture['network'], 80)}, not a CIFAR ResNet")
+    return Imported(read_weights(find(checkpoint)).tensors, architecture)
 
 
 def read_architecture(checkpoint: str) -> dict[str, Any] | None:
@@ -227,17 +236,18 @@ def read_architecture(checkpoint: str) -> dict[str, Any] | None:
         UserError: there is no such file, or it cannot be read.
     """
     path = find(checkpoint)
-    if path.suffix != ".safetensors":
-        return None
-    try:
-        architecture = read_metadata(path)
-    except (SafetensorError, OSError, ValueError, TypeError, RecursionError) as error:
-        raise UserError(f"cannot read {path} as weights: {error}") from error
+    architecture = read_content(path)
     if architecture is None or is_users_own(architecture):
         return architecture
     if (number := largest_number(architecture)) > LARGEST_NUMBER:
-        raise UserError(f"cannot read {path} as weights: no network has a {number} in its architecture")
+        raise UserError(f"cannot read {one_line(path)} as weights: no network has a {number:.3g} in its architecture")
     return architecture
+
+
+def check_classes(checkpoint: str, stored: Any, wanted: int) -> None:
+    """Refuse (UserError) a file whose network has another number of classes than the data."""
+    if stored != wanted:
+        raise UserError(f"{checkpoint} has {one_line(stored, 40)} classes, the data has {wanted}")
 
 
 def check_size(make: Callable[[], Network], state: State, source: str) -> None:
@@ -251,38 +261,34 @@ def check_size(make: Callable[[], Network], state: State, source: str) -> None:
     Raises:
         UserError: the network's tensors would hold more numbers than the file does.
     """
-    try:
-        with torch.device("meta"):
-            needed = sum(value.numel() for value in make().state_dict().values())
-    except UserError:
-        raise
-    except Exception:  # networks that look at numbers while they are made cannot be made without memory
-        return
-    stored = sum(value.numel() for value in state.values())
+    needed, stored = numbers_of(make), sum(value.numel() for value in state.values())
     if needed > 2 * stored + 10_000:
         raise UserError(f"{source} is damaged: it holds {stored} numbers, its network needs {needed}")
 
 
-def read_tensors(path: Path) -> State:
-    """Read the tensors of a checkpoint file, ``module.`` prefixes removed; nothing in the file is executed.
+def check_memory(make: Callable[[], Network]) -> None:
+    """Refuse a network of random weights that would not fit into memory, before it is made.
 
     Raises:
-        UserError: the file cannot be read, or holds no tensors.
+        UserError: it would hold more than ``MOST_NUMBERS``.
+    """
+    if (needed := numbers_of(make)) > MOST_NUMBERS:
+        raise UserError(f"this network would hold {needed:,} numbers; {MOST_NUMBERS:,} are allowed: make it smaller")
+
+
+def numbers_of(make: Callable[[], Network]) -> int:
+    """Count the numbers that a network's tensors would hold, without making them; 0 if that cannot be known.
+
+    Raises:
+        UserError: ``make`` refuses its arguments.
     """
     try:
-        if path.suffix == ".safetensors":
-            content: Any = unsealed(path)
-        else:
-            content = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # damaged files raise whatever the reader stumbles over
-        raise UserError(f"cannot read {path} as weights (files are never executed): {first_line(error)}") from error
-    for key in ("state_dict", "resnet", "net", "model"):
-        if isinstance(content, dict) and isinstance(content.get(key), dict):
-            content = content[key]
-    if not isinstance(content, dict) or not any(isinstance(value, Tensor) for value in content.values()):
-        raise UserError(f"{path} holds no weights: it must be a state dict, or a dictionary with one")
-    tensors = {str(key).removeprefix("module."): value for key, value in content.items() if isinstance(value, Tensor)}
-    return tensors
+        with torch.device("meta"):
+            return sum(value.numel() for value in make().state_dict().values())
+    except UserError:
+        raise
+    except Exception:  # networks that look at numbers while they are made cannot be made without memory
+        return 0
 
 
 def load_checkpoint(network: Network, checkpoint: str) -> None:
@@ -292,7 +298,7 @@ def load_checkpoint(network: Network, checkpoint: str) -> None:
         UserError: there is no such file, or its tensors are not the network's.
     """
     if checkpoint != RANDOM:
-        load_into(network, read_tensors(find(checkpoint)), checkpoint)
+        load_into(network, read_weights(find(checkpoint)).tensors, checkpoint)
 
 
 def load_into(network: Network, state: State, source: str) -> None:
@@ -307,7 +313,7 @@ def load_into(network: Network, state: State, source: str) -> None:
     missing = sorted(set(own) - set(state) - optional)
     unexpected = sorted(set(state) - set(own))
     if missing or unexpected:
-        what = f"misses {missing[0]}" if missing else f"has {unexpected[0]} too many"
+        what = f"misses {missing[0]}" if missing else f"has {one_line(unexpected[0], 80)} too many"
         count = len(missing) + len(unexpected)
         raise UserError(
             f"{source} does not fit {network.name}: it {what}" + (f" ({count} differences)" if count > 1 else "")
@@ -315,10 +321,10 @@ def load_into(network: Network, state: State, source: str) -> None:
     for name, value in state.items():
         if value.shape != own[name].shape:
             shapes = f"{tuple(value.shape)}, not {tuple(own[name].shape)}"
-            raise UserError(f"{source} does not fit {network.name}: {name} has shape {shapes}")
-        if value.is_floating_point() != own[name].is_floating_point() or value.is_complex():
+            raise UserError(f"{source} does not fit {network.name}: {name} has shape {one_line(shapes, 120)}")
+        if value.is_floating_point() != own[name].is_floating_point():
             kinds = f"{value.dtype}, not {own[name].dtype}".replace("torch.", "")
             raise UserError(f"{source} does not fit {network.name}: {name} is of {kinds}")
-        if not torch.isfinite(value).all():
+        if not torch.isfinite(value.to(own[name].dtype)).all():
             raise UserError(f"{source} cannot be used: {name} holds numbers that are not finite")
     network.load_state_dict({**own, **{k: v for k, v in state.items() if k not in normalisation}})

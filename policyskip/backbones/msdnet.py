@@ -26,6 +26,8 @@ Node = tuple[int, int]
 StepMode = Literal["even", "lin_grow"]
 Prune = Literal["max", "min"]
 Stem = Literal["cifar", "imagenet"]
+MOST_LAYERS, MOST_SCALES = 500, 8
+"""Far more than any published network has; what is larger would be planned for hours."""
 
 
 @dataclass(frozen=True)
@@ -196,6 +198,12 @@ class MSDNet(ExitNetwork):
                 f"got {growth_rate} and {list(growth_factors)}"
             )
         super().__init__(num_classes, num_exits, mean, std)
+        longest = num_exits * (step if step_mode == "even" else step * num_exits)
+        if base + longest > 2 * MOST_LAYERS or S > MOST_SCALES:
+            raise UserError(
+                f"an MSDNet of {num_exits} exits, base {base}, step {step} and {S} scales is too large; it may have "
+                f"{MOST_LAYERS} layers and {MOST_SCALES} scales"
+            )
         layers = [base, *(step if step_mode == "even" else step * n + 1 for n in range(1, num_exits))]
         self.grid = Grid(tuple(sum(layers[: n + 1]) for n in range(num_exits)), S, prune)
         self.lazy = lazy

@@ -16,6 +16,8 @@ from policyskip.backbones.base import IMAGENET_MEAN, IMAGENET_STD, Backbone, Blo
 from policyskip.errors import UserError
 
 Shortcut = Literal["A", "pool", "B"]
+MOST_DEPTH = 2000
+"""Layers that a CIFAR ResNet may have; the deepest that was published has 1,202."""
 
 
 class SubsampleShortcut(nn.Module):
@@ -97,8 +99,10 @@ class CifarResNet(Backbone):
         mean: Sequence[float] = IMAGENET_MEAN,
         std: Sequence[float] = IMAGENET_STD,
     ) -> None:
-        if depth < 8 or (depth - 2) % 6:
-            raise UserError(f"a CIFAR ResNet's depth must be 6n+2 (8, 14, 20, 32, 56, 110, …), got {depth}")
+        if not 8 <= depth <= MOST_DEPTH or (depth - 2) % 6:
+            raise UserError(
+                f"a CIFAR ResNet's depth must be 6n+2 (8, 14, 20, 32, 56, 110, …, at most {MOST_DEPTH}), got {depth}"
+            )
         if shortcut not in SHORTCUTS:
             raise UserError(f"shortcut must be one of {', '.join(SHORTCUTS)}, got {shortcut!r}")
         if width < 1 or len(mean) != 3 or len(std) != 3 or min(std) <= 0:

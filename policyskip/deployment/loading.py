@@ -6,7 +6,6 @@ installed entry point, or the user says ``trust=True``.
 
 from __future__ import annotations
 
-import inspect
 import os
 import sys
 from collections.abc import Callable
@@ -18,27 +17,22 @@ import torch
 from torch import nn
 
 from policyskip import registry
-from policyskip.backbones import Backbone, Network, checkpoints, cifar_resnet, load_exits, torchvision_resnet
-from policyskip.backbones.gated import GatedNetwork
+from policyskip.deployment.networks import built, load_state, network_of
 from policyskip.deployment.policy_files import Family, PolicyFile, damaged_policy, read_policy
-from policyskip.deployment.predictors import (
-    ExitPredictor,
-    GatedPredictor,
-    Predictor,
-    ThresholdPredictor,
-)
+from policyskip.deployment.policy_schema import check_agreement, check_arguments
+from policyskip.deployment.predictors import ExitPredictor, GatedPredictor, Predictor, ThresholdPredictor
 from policyskip.deployment.profiling import device_name
 from policyskip.errors import UserError, first_line, in_one_line, users_problem
 from policyskip.exits.rules import check_thresholds
-from policyskip.files import damaged
-from policyskip.finite import find_nonfinite
 from policyskip.memory import keep_freed_memory
+from policyskip.parallel.devices import usual_defaults
 from policyskip.policies.base import Policy
 from policyskip.policies.fixed import FixedPolicy, OraclePolicy, RandomPolicy
 from policyskip.policies.networks import ConstantPolicy, PolicyNetwork
 from policyskip.policies.perceptrons import BlockPolicy, ExitPolicy, LookPolicy
 from policyskip.policies.thresholds import ThresholdPolicy
 from policyskip.runs.folder import Run, open_run
+from policyskip.texts import one_line
 
 PRECISIONS = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 OWN_POLICIES = {
@@ -48,8 +42,7 @@ OWN_POLICIES = {
         *(LookPolicy, BlockPolicy, ExitPolicy),
     )
 }
-OWN_BACKBONES = {f"policyskip.backbones.{make.__name__}": make for make in (cifar_resnet, torchvision_resnet)}
-"""The package's own policies and networks, by the names that ``policy.json`` has for them."""
+"""The package's own policies, by the names that ``policy.json`` has for them."""
 
 
 def load(
@@ -81,17 +74,25 @@ def load(
     _check_types(backbone=(backbone, str | Path | None), planned=(planned, bool), trust=(trust, bool))
     if precision not in PRECISIONS:
         raise UserError(f"precision must be one of {', '.join(PRECISIONS)}, got {precision!r}")
-    try:
-        torch.empty(0, device=device)
-    except (RuntimeError, AssertionError, TypeError) as error:
-        raise UserError(f"there is no device {device} here: {first_line(error)}") from error
+    _check_device(device)
     keep_freed_memory()
     opened = open_run(str(run))
-    predictor = load_predictor(opened, device, backbone, trust)
-    predictor.network.to(PRECISIONS[precision])
-    if isinstance(predictor, Predictor) and planned and precision == "float32":  # times were measured in float32
-        predictor.plan = _plan(opened, predictor)
+    with usual_defaults():
+        predictor = load_predictor(opened, device, backbone, trust)
+        predictor.network.to(PRECISIONS[precision])
+        if isinstance(predictor, Predictor) and planned and precision == "float32":  # times were measured in float32
+            predictor.plan = _plan(opened, predictor)
     return predictor
+
+
+def _check_device(device: str | torch.device) -> None:
+    """Refuse (UserError) a device that is not here, or that holds no numbers."""
+    try:
+        kind = torch.empty(0, device=device).device.type
+    except (RuntimeError, AssertionError, TypeError, ValueError, ImportError) as error:
+        raise UserError(f"there is no device {one_line(device, 60)} here: {one_line(first_line(error))}") from error
+    if kind == "meta":
+        raise UserError("the device meta holds no numbers, so nothing can be predicted there; say cpu or cuda")
 
 
 def _check_types(**arguments: tuple[Any, Any]) -> None:
@@ -124,12 +125,40 @@ def load_predictor(
         try:
             if backbone is not None:
                 file.network["config"] = {**file.network["config"], "checkpoint": str(backbone)}
-            network = _network_of(run, file, trust).to(device)
-            return LOADERS[file.family](run, file, network, device)
+            network = network_of(run, file, trust)
+            check_agreement(file.policy.get("arguments", {}), network, len(file.classes))
+            predictor = LOADERS[file.family](run, file, network.to(device), device)
+            _try_once(run, file, predictor)
+            return predictor
         except (KeyError, TypeError, ValueError, OverflowError, RuntimeError) as error:
             if isinstance(error, UserError) or users_problem(error):
                 raise
             raise damaged_policy(run, error) from error
+
+
+@torch.no_grad()
+def _try_once(run: Run, file: PolicyFile, predictor: Predictor | GatedPredictor | ExitPredictor) -> None:
+    """Let a predictor answer one black image, so that what cannot work is refused now and not at the first image.
+
+    Raises:
+        UserError: the policy decides with something else than bool (1, K), or a class of the user's own fails.
+        ValueError: what the file says makes no policy.
+    """
+    name = str(file.policy.get("name", ""))
+    image = torch.zeros(1, *file.image_shape, dtype=torch.uint8)
+    try:
+        decisions = predictor.ran(predictor.predict(image))
+    except Exception as error:  # a policy from a file may fail in any way
+        if isinstance(error, UserError) or users_problem(error):
+            raise
+        raise ValueError(f"the policy cannot decide for an image: {in_one_line(error)}") from error
+    if isinstance(predictor, Predictor):
+        expected = (1, predictor.backbone.num_blocks)
+        if decisions.dtype != torch.bool or tuple(decisions.shape) != expected:
+            found = f"{str(decisions.dtype).removeprefix('torch.')} {tuple(decisions.shape)}"
+            raise UserError(
+                f"the policy {one_line(name, 80)} must decide with bool {expected} for an image, got {found}"
+            )
 
 
 def load_thresholds(run: Run, device: str | torch.device, trust: bool = False) -> ThresholdPredictor:
@@ -146,54 +175,6 @@ def load_thresholds(run: Run, device: str | torch.device, trust: bool = False) -
     predictor = load_predictor(run, device, trust=trust)
     assert isinstance(predictor, ThresholdPredictor)
     return predictor
-
-
-def _network_of(run: Run, file: PolicyFile, trust: bool) -> Network:
-    """Build the network that a policy was trained with.
-
-    Raises:
-        UserError: the weights in the file are not those that the policy was trained with.
-    """
-    path = str(run.path("network.safetensors"))
-    if file.family == "blocks":
-        return _external_network(run, file)
-    if file.family == "gates":
-        backbone = checkpoints.load(path, trust)
-        with damaged(run.folder / "network.safetensors"):
-            network: Network = GatedNetwork(backbone, str(file.policy["kind"]), file.image_shape)
-        gates = {name.removeprefix("gates."): t for name, t in run.load_best().items() if name.startswith("gates.")}
-        load_state(network.gates, gates, run, "policy.json")  # type: ignore[arg-type]
-    else:
-        network = load_exits(path, trust)
-    if network.content_hash() != file.network["hash"]:
-        raise UserError(f"{OTHER_NETWORK[file.family].format(run.folder)} another network than its network.safetensors")
-    return network
-
-
-def _external_network(run: Run, file: PolicyFile) -> Backbone:
-    """Build a network that the run folder names but does not hold.
-
-    Raises:
-        UserError: the name is none of a network with blocks, or the network is another than the run's.
-    """
-    config = dict(file.network["config"])
-    target = str(config.pop("_target_"))
-    make = OWN_BACKBONES.get(target)
-    if make is None and registry.is_own(target):  # the package has other functions, which are not for a file to call
-        raise ValueError(f"{target} is no network with blocks")
-    make = make or registry.resolve("backbone", target)
-    parameters, seed = inspect.signature(make).parameters, int(file.network.get("seed", 0))
-    known = {"num_classes": len(file.classes), "image_shape": file.image_shape, "seed": seed}
-    with checkpoints.seeded(seed):  # as build_backbone draws the random weights of a user's network
-        network = _built(run, target, make, {k: v for k, v in known.items() if k in parameters} | config)
-    if not isinstance(network, Backbone):
-        raise UserError(f"{target} of {run.folder / 'policy.json'} gives no network with blocks")
-    if network.content_hash() != file.network["hash"]:
-        raise UserError(
-            f"the policy of {run.folder} was trained with the network {file.network['hash']}, "
-            f"but {config.get('checkpoint', target)} is {network.content_hash()}"
-        )
-    return network
 
 
 def _load_blocks(run: Run, file: PolicyFile, network: Any, device: str | torch.device) -> Predictor:
@@ -217,12 +198,6 @@ def _load_exit_policy(run: Run, file: PolicyFile, network: Any, device: str | to
     return ExitPredictor(policy.to(device), network, file.classes, file.image_shape, float(file.policy["macs"]))
 
 
-OTHER_NETWORK: dict[Family, str] = {
-    "gates": "the gates of {} were trained with",
-    "thresholds": "the thresholds of {} were chosen for",
-    "exit_policy": "the policy of {} was trained with",
-}
-"""The beginning of the message that a run's network is not the one that its policy goes with."""
 LOADERS: dict[Family, Callable[..., Predictor | GatedPredictor | ExitPredictor]] = {
     "blocks": _load_blocks,
     "gates": _load_gates,
@@ -239,6 +214,8 @@ def _policy_of(run: Run, name: str, entry: dict[str, Any]) -> Policy:
     """
     kind = OWN_POLICIES.get(str(name)) or registry.resolve("policy", str(name))
     arguments = dict(entry["arguments"])
+    if str(name) in OWN_POLICIES:
+        check_arguments(kind, arguments)
     needed = stored = sum(value.numel() for value in run.load_best().values())
     with suppress(Exception), torch.device("meta"):  # so that a file that lies about its size takes no memory
         needed = sum(value.numel() for value in kind(**arguments).state_dict().values())
@@ -246,27 +223,11 @@ def _policy_of(run: Run, name: str, entry: dict[str, Any]) -> Policy:
         raise UserError(
             f"{run.folder / 'best.safetensors'} does not fit policy.json: it holds {stored} numbers, not {needed}"
         )
-    policy = _built(run, name, kind, arguments)
+    policy = built(run, name, kind, arguments)
     if not isinstance(policy, Policy):
         raise UserError(f"{name} of {run.folder / 'policy.json'} gives no policy")
     load_weights(policy, run)
     return policy
-
-
-def _built(run: Run, name: str, make: Callable[..., Any], arguments: dict[str, Any]) -> Any:
-    """Call what ``policy.json`` names. Errors of the user's own code are reported as such, and not as damage.
-
-    Raises:
-        UserError: the call failed.
-    """
-    try:
-        return make(**arguments)
-    except UserError:
-        raise
-    except Exception as error:
-        if registry.is_own(make.__module__):
-            raise damaged_policy(run, error) from error
-        raise UserError(f"{name} failed with {type(error).__name__}: {error}") from error
 
 
 def load_weights(module: nn.Module, run: Run, described: str = "policy.json") -> None:
@@ -285,23 +246,6 @@ def load_best_so_far(module: nn.Module, run: Run) -> None:
         UserError: the weights are damaged, not finite, or of another module.
     """
     load_state(module, run.load_best_so_far(), run, "the run's config.yaml", run.best_so_far)
-
-
-def load_state(
-    module: nn.Module, tensors: dict[str, torch.Tensor], run: Run, described: str, file: str = "best.safetensors"
-) -> None:
-    """Put some of a run's best weights, which come from a file of it, into a module that was built as ``described``.
-
-    Raises:
-        UserError: the weights are not finite, or belong to another module.
-    """
-    path = run.folder / file
-    if (name := find_nonfinite(tensors)) is not None:
-        raise UserError(f"{path} cannot be used: {name} holds numbers that are not finite")
-    try:
-        module.load_state_dict(tensors)
-    except RuntimeError as error:
-        raise UserError(f"{path} does not fit {described}: {in_one_line(error)}") from error
 
 
 def _plan(run: Run, predictor: Predictor) -> dict[int, list[float]]:

@@ -9,6 +9,7 @@ from typing import Any, Literal
 from policyskip import registry
 from policyskip.backbones import Backbone
 from policyskip.backbones.gated import GatedNetwork
+from policyskip.deployment.policy_schema import check_content
 from policyskip.deployment.predictors import (
     ExitPredictor,
     ThresholdPredictor,
@@ -17,13 +18,12 @@ from policyskip.errors import UserError, in_one_line
 from policyskip.policies.base import Policy
 from policyskip.policies.perceptrons import ExitPolicy
 from policyskip.runs.folder import Run
+from policyskip.texts import one_line
 
 VERSION = 1
 Family = Literal["blocks", "gates", "thresholds", "exit_policy"]
 KEYS: dict[Family, str] = {"blocks": "policy", "gates": "gates", "thresholds": "exits", "exit_policy": "leaves"}
 """The key of ``policy.json`` under which each family describes its policy."""
-LONGEST_SIDE = 10_000
-"""Pixels of an image's longest side that a file may name."""
 
 
 @dataclass(frozen=True)
@@ -75,14 +75,11 @@ def read_policy(run: Run) -> PolicyFile:
         family = next((name for name, key in KEYS.items() if key in content), None)
         if family is None:
             raise ValueError("it describes no policy")
-        if content["version"] != VERSION:
-            raise ValueError(f"version {content['version']}")
-        channels, height, width = map(int, content["image_shape"])
-        if channels != 3 or not (0 < height <= LONGEST_SIDE and 0 < width <= LONGEST_SIDE):
-            raise ValueError(f"image shape {content['image_shape']}")
-        network = dict(content["backbone" if family == "blocks" else "network"])
-        network["hash"] = str(network["hash"])
-        classes = tuple(str(name) for name in content["classes"])
+        if content.get("version") != VERSION:
+            raise ValueError(f"version {one_line(content.get('version'), 40)}")
+        check_content(content, KEYS[family])
+        channels, height, width = content["image_shape"]
+        network, classes = dict(content["backbone" if family == "blocks" else "network"]), tuple(content["classes"])
         return PolicyFile(family, dict(content[KEYS[family]]), network, classes, (channels, height, width))
     except (KeyError, TypeError, ValueError, OverflowError) as error:
         raise damaged_policy(run, error) from error
@@ -141,4 +138,4 @@ def as_text(thresholds: list[float]) -> list[str]:
 
 def damaged_policy(run: Run, error: Exception) -> UserError:
     """Return the error that says why ``policy.json`` of a run cannot be read."""
-    return UserError(f"{run.folder / 'policy.json'} is damaged or of another version: {in_one_line(error)}")
+    return UserError(f"{run.folder / 'policy.json'} is damaged or of another version: {one_line(in_one_line(error))}")

@@ -138,7 +138,14 @@ def check_policy(policy: KeepPolicy, images: Tensor, num_blocks: int) -> int:
     """
     kind = type(policy).__name__
     with torch.no_grad(), registry.naming_failures(f"agent: the policy network {kind}"):
-        features_BD, logits_BK = policy.eval().features_and_logits(images)
+        returned: Any = policy.eval().features_and_logits(images)
+    if not isinstance(returned, tuple | list) or len(returned) != 2 or not all(isinstance(x, Tensor) for x in returned):
+        what = f"{len(returned)} values" if isinstance(returned, tuple | list) else f"a {type(returned).__name__}"
+        raise UserError(
+            f"features_and_logits of the policy network {kind} must return features (B, D) and logits (B, K), got "
+            f"{what}; a network without features may define forward, which returns the logits"
+        )
+    features_BD, logits_BK = returned
     if logits_BK.shape != (len(images), num_blocks) or features_BD.shape[:-1] != (len(images),):
         raise UserError(
             f"the policy network {kind} must give features (B, D) and logits (B, K), here ({len(images)}, D) and "
@@ -204,7 +211,8 @@ class PolicyNetwork(KeepPolicy):
         return self.arguments
 
     def features_and_logits(self, images: Tensor) -> tuple[Tensor, Tensor]:
-        features_BD: Tensor = self.features((images / 255 - self.mean) / self.std)
+        # images / 255 alone would be of torch's default dtype, which a program may have set
+        features_BD: Tensor = self.features((images.to(self.mean.dtype) / 255 - self.mean) / self.std)
         return features_BD, self.keep_head(features_BD)
 
 

@@ -22,6 +22,7 @@ from policyskip.tasks.base import FamilyTask, Judgement
 from policyskip.tasks.blocks import BlockTask
 from policyskip.tasks.exit_policy import ExitPolicyTask
 from policyskip.tasks.gates import GateTask
+from policyskip.tasks.network_check import network_warnings, remark
 from policyskip.tasks.thresholds import ThresholdTask
 
 FAMILIES: dict[str, type[FamilyTask]] = {
@@ -56,6 +57,10 @@ def start(setup: Setup, settings: Settings) -> FamilyTask:
             f"state_dict of the agent {agent.__name__} must return a dictionary of tensors, numbers, strings, lists "
             f"and dictionaries, for checkpoints that can be read again; got {problem}"
         )
+    if task.trained_network is None:
+        setup.warnings = network_warnings(setup)
+    lines = [task.greeting, remark(setup.backbone), *(f"warning: {text}" for text in setup.warnings)]
+    task.greeting = "\n".join(filter(None, lines))
     return task
 
 

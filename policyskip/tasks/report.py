@@ -80,8 +80,8 @@ def write_finished(
         if isinstance(setup.reward, Adaptive):
             new.save_json(REWARD, dict(setup.reward.state_dict()))
         summary = {**head, **save_decisions(record, new), **(chosen or {}), **figures}
-        if head["steps"]:
-            summary["warnings"] = collapse_warnings(record)
+        if head["steps"] or setup.warnings:
+            summary["warnings"] = [*setup.warnings, *(collapse_warnings(record) if head["steps"] else [])]
         new.save_json("summary.json", summary)
         policy.save(new, head["steps"])
         drawn = draw(new.folder / "plots", metrics=run.metrics(), decisions=record, images=data.test)

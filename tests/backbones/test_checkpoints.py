@@ -210,7 +210,7 @@ def without(state: State, *names: str) -> State:
 GOOD = akamaster(small_backbone(shortcut="A"))  # depth 14, width 4, 5 classes
 CONTENTS = {
     "no tensors": ({"epoch": 3}, "holds no weights"),
-    "a list": ([torch.zeros(3)], "holds no weights"),
+    "a list": ([torch.zeros(3)], "holds no state dict but a list"),
     "other tensors": ({"w": torch.zeros(3)}, "is not a CIFAR ResNet that is known here; its tensors are named w"),
     "four stages": (torchvision.models.resnet18(num_classes=5).state_dict(), r"stages have \[2, 2, 2, 2\] blocks"),
     "unequal stages": (
