@@ -34,6 +34,7 @@ from policyskip.errors import UserError
 from policyskip.parallel import processes
 from policyskip.policies.base import Policy
 from policyskip.rewards import Reward
+from policyskip.runs.stored_config import check_bounds, check_paths
 from policyskip.static_front import Keep, StaticFront
 
 
@@ -84,6 +85,9 @@ def check_call(group: str, node: dict[str, Any], optional: dict[str, Any] | None
         UserError: the target cannot be imported, or does not take these arguments.
     """
     from_settings = {str(key): value for key, value in node.items() if key != "_target_"}
+    check_paths({group: node})
+    for key, value in from_settings.items():
+        check_bounds(f"{group}.{key}", value)
     target = _target_of(group, node)
     function = registry.resolve(group, target)
     try:

@@ -82,9 +82,14 @@ class PretrainSettings(Settings):
     required_group = "pretrain"
 
 
+MOVABLE = ("data", "backbone")
+"""The groups of a run of which keys can be typed beside ``run=``, such as ``data.root``."""
+
+
 class CalibrateSettings(_Section):
     """The settings that ``calibrate`` takes."""
 
+    groups = MOVABLE
     run: str
     device: str
     trust: bool
@@ -103,6 +108,7 @@ class FrontSettings(_Section):
 class CompareSettings(_Section):
     """The settings that ``compare`` takes."""
 
+    groups = MOVABLE
     runs: str | list[str]
     output: str
     overwrite: bool
@@ -116,6 +122,7 @@ class CompareSettings(_Section):
 class EvaluateSettings(_Section):
     """The settings that ``evaluate`` takes."""
 
+    groups = MOVABLE
     run: str
     split: Literal["train", "validation", "test"]
     device: str
@@ -138,13 +145,13 @@ class ProfileSettings(_Section):
 Checked = TypeVar("Checked", bound=_Section)
 
 
-def settings_of(config: DictConfig, section: type[Checked]) -> Checked:
+def settings_of(config: DictConfig | dict[str, Any], section: type[Checked]) -> Checked:
     """Check the settings of a configuration; its groups are left to those who build them.
 
     Raises:
         UserError: naming the first key that is unknown or has a wrong value, or the group that is missing.
     """
-    content = plain(config)
+    content = plain(config) if isinstance(config, DictConfig) else config
     if section.required_group is not None:
         group_of(content, section.required_group)
     content = {key: value for key, value in content.items() if key not in section.groups}

@@ -7,8 +7,6 @@ installed entry point, or the user says ``trust=True``.
 from __future__ import annotations
 
 import inspect
-import os
-import sys
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
@@ -118,8 +116,6 @@ def load_predictor(
         raise UserError(
             f"the run {run.folder} is an oracle's, which sees the label: there is nothing to load for other images"
         )
-    if trust and os.getcwd() not in sys.path:  # as on the command line, and behind everything that is installed
-        sys.path.append(os.getcwd())
     with registry.trusting(trust):
         try:
             if backbone is not None:
