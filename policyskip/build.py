@@ -34,8 +34,11 @@ from policyskip.errors import UserError
 from policyskip.parallel import processes
 from policyskip.policies.base import Policy
 from policyskip.rewards import Reward
-from policyskip.runs.stored_config import check_bounds, check_paths
+from policyskip.runs.stored_config import check_paths
 from policyskip.static_front import Keep, StaticFront
+
+LOWEST = {"data.workers": 0, "data.image_size": 1}
+"""The lowest number of keys that several data sets have."""
 
 
 @dataclass(frozen=True)
@@ -86,8 +89,10 @@ def check_call(group: str, node: dict[str, Any], optional: dict[str, Any] | None
     """
     from_settings = {str(key): value for key, value in node.items() if key != "_target_"}
     check_paths({group: node})
-    for key, value in from_settings.items():
-        check_bounds(f"{group}.{key}", value)
+    for key, lowest in LOWEST.items():
+        value = from_settings.get(key.rpartition(".")[2]) if key.startswith(f"{group}.") else None
+        if isinstance(value, int) and value < lowest:
+            raise UserError(f"{key} must be at least {lowest}, got {value}")
     target = _target_of(group, node)
     function = registry.resolve(group, target)
     try:

@@ -293,9 +293,7 @@ def _setup_of(run: Run, settings: Any, typed: dict[str, Any]) -> Setup:
     return _set_up_saved(saved, run, find_device(settings.device), settings.trust, _groups(typed))
 
 
-def _set_up_saved(
-    content: dict[str, Any], run: Run, device: torch.device, trust: bool, typed: dict[str, Any]
-) -> Setup:
+def _set_up_saved(content: dict[str, Any], run: Run, device: torch.device, trust: bool, typed: dict[str, Any]) -> Setup:
     """Build what a run's configuration names; its initial network comes from its folder if the checkpoint is gone.
 
     ``network.safetensors`` is the initial network too, or is replaced by the weights of a checkpoint, unless gates were

@@ -10,7 +10,6 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-
 from policyskip.errors import UserError
 from policyskip.evaluation import decisions
 from policyskip.evaluation.decisions import Decisions

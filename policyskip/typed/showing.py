@@ -64,8 +64,8 @@ def completions(commands: tuple[str, ...]) -> list[str]:
     from hydra._internal.hydra import Hydra
     from hydra._internal.utils import create_config_search_path
 
-    _, _, rest = os.environ.get("COMP_LINE", "").lstrip().partition(" ")
-    command, space, line = rest.lstrip().partition(" ")
+    _, _, typed = os.environ.get("COMP_LINE", "").lstrip().partition(" ")
+    command, space, line = typed.lstrip().partition(" ")
     if not space:
         return [f"{name} " for name in commands if name.startswith(command)]
     if command not in commands:

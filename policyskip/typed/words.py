@@ -63,7 +63,9 @@ def checked(command: str, typed: list[str]) -> list[str]:
     flags, words, following = [], [], 0
     for word in typed:
         if any("\ud800" <= letter <= "\udfff" for letter in word):
-            raise UserError(f"{one_line(word)} is not UTF-8; rename what it names: all names are read and written as UTF-8")
+            raise UserError(
+                f"{one_line(word)} is not UTF-8; rename what it names: all names are read and written as UTF-8"
+            )
         if following or word in FLAGS or word.startswith("--cfg="):
             following = following - 1 if following else FLAGS.get(word, 0)
             flags.append(word)
@@ -125,7 +127,9 @@ def _check(override: Override) -> None:
         values = [override.value()]
     for value in values:
         if key in groups() and value not in groups()[key]:
-            raise UserError(f"there is no {key}/{one_line(value)}; {key} is one of {', '.join(groups()[key])}")
+            raise UserError(
+                f"there is no {key}/{one_line('null' if value is None else value)}; {key} is one of {', '.join(groups()[key])}"
+            )
         if key in ("hydra/launcher", "hydra/sweeper") and not re.fullmatch(r"\w+", str(value)):
             raise UserError(f"{word} names no launcher")
         if key in RUN_KEYS and isinstance(value, bool | int | float | dict):
