@@ -6,6 +6,7 @@ known to be good.
 
 from __future__ import annotations
 
+import importlib
 import os
 import signal
 import sys
@@ -108,6 +109,12 @@ def _say(line: str) -> int:
 
 def _commands() -> ModuleType:
     """Import the commands, which takes seconds; from then on a Ctrl-C is an exception again (see ``__init__.py``)."""
+    here = os.getcwd()
+    os.chdir(os.path.dirname(os.__file__))  # for matplotlib would read a matplotlibrc of the current folder
+    try:
+        importlib.import_module("matplotlib")
+    finally:
+        os.chdir(here)
     from policyskip import commands
 
     if signal.getsignal(signal.SIGINT) is signal.SIG_DFL:

@@ -6,13 +6,15 @@ known to be good. Every command takes the configuration that Hydra composed, and
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-from omegaconf import DictConfig
+from omegaconf import DictConfig, ListConfig, OmegaConf
 
 from policyskip import training
 from policyskip.build import Setup, build_backbone, build_data, set_up
@@ -59,12 +61,27 @@ def run_command(name: str, config: DictConfig) -> int:
         UserError: the command cannot do what the configuration says; or a class of the user's own called ``sys.exit``.
     """
     keep_freed_memory()
+    _expand_home(config)
     try:
         return COMMANDS[name](config)
     except SystemExit as error:  # no command raises it; to the shell, it would look like success
         raise UserError(users_problem(error) or f"something called sys.exit({error.code!r})") from error
     finally:
         unlock_all()
+
+
+PATHS = ("run", "runs", "output", "run.dir", "run.resume", "data.root", "backbone.checkpoint", "reward.table")
+"""The keys of configurations that name files and folders."""
+
+
+def _expand_home(config: DictConfig) -> None:
+    """Replace a ``~`` at the beginning of a path by the user's folder, which no shell does behind a ``=``."""
+    for key in PATHS:
+        value = OmegaConf.select(config, key, throw_on_missing=False)
+        if isinstance(value, str) and value.startswith("~"):
+            OmegaConf.update(config, key, os.path.expanduser(value))
+        elif isinstance(value, ListConfig):
+            OmegaConf.update(config, key, [os.path.expanduser(str(path)) for path in value])
 
 
 def train(config: DictConfig) -> int:
@@ -261,20 +278,34 @@ def compare(config: DictConfig) -> int:
     def decide_again(run: Run) -> Any:
         return sources.decide_again(_setup_of(run, settings, typed), run)
 
-    made = comparison.compare(
-        [settings.runs] if isinstance(settings.runs, str) else settings.runs,
-        Path(settings.output),
-        settings.overwrite,
-        decide_again=decide_again if settings.recompute else None,
-        load_images=sources.ExampleImages(settings.trust, _groups(typed)) if settings.images else None,
-        command=lifecycle.typed_command(),
-    )
+    with _leaving_no_folders(Path(settings.output)):
+        made = comparison.compare(
+            [settings.runs] if isinstance(settings.runs, str) else settings.runs,
+            Path(settings.output),
+            settings.overwrite,
+            decide_again=decide_again if settings.recompute else None,
+            load_images=sources.ExampleImages(settings.trust, _groups(typed)) if settings.images else None,
+            command=lifecycle.typed_command(),
+        )
     comparison.show(made)
     tracking = settings.tracking
     logged = (made.folder, made.tables, made.pictures, tracking.mode, plain(config), tracking.project, tracking.group)
     where = log_comparison(*logged)
     print(f"Page:   {made.folder / 'index.html'}\nTables: {made.folder / 'comparison.csv'}\nW&B:    {where}")
     return 0
+
+
+@contextmanager
+def _leaving_no_folders(path: Path) -> Iterator[None]:
+    """Delete the folders around ``path`` that the block has made and left empty, if it fails."""
+    missing = [folder for folder in path.parents if not folder.exists()]
+    try:
+        yield
+    except BaseException:
+        for folder in missing:
+            with suppress(OSError):  # it was not made, or is not empty
+                folder.rmdir()
+        raise
 
 
 def _groups(content: dict[str, Any]) -> dict[str, Any]:

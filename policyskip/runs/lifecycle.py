@@ -91,9 +91,7 @@ def check_new_folder(key: str, folder: Any) -> None:
         raise UserError(f"{key} must be a folder to make, got {folder!r}")
     path = Path(folder).expanduser()
     if path.resolve() in (here := Path.cwd().resolve(), *here.parents):
-        raise UserError(
-            f"{key}={folder} is the current folder or one around it; say a folder inside it, such as runs/x"
-        )
+        raise UserError(f"{key}={folder} is no folder of its own; name one that is to be made")
     _check_parents(key, path)
 
 

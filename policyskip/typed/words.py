@@ -32,6 +32,8 @@ MOVED = ("data.root", "data.download", "backbone.checkpoint")
 """The keys that can be typed beside ``run.resume=`` for data and weights that are no longer where they were."""
 FOLDERS = {"evaluate": "run", "calibrate": "run", "profile": "run", "compare": "runs"}
 """The key that a folder typed without a key was meant for."""
+NEEDED = ("agent", "data", "backbone")
+"""The groups that cannot be left out with ``~``."""
 RUN_KEYS = ("run", "runs", "run.resume", "run.dir", "output")
 """The keys whose values are names of files and folders, so that a number or ``true`` is probably a mistake."""
 
@@ -95,7 +97,7 @@ def _without_hyphens(word: str) -> str:
 
 
 def _read(command: str, word: str) -> Override:
-    """Parse ``key=value``, or say what to type in its place (UserError)."""
+    """Return what ``key=value`` says, or say what to type in its place (UserError)."""
     key, equals, value = word.partition("=")
     if not equals and not key.startswith("~"):
         meant = FOLDERS.get(command)
@@ -119,6 +121,8 @@ def _check(override: Override) -> None:
         key == allowed or key.startswith(f"{allowed}.") for allowed in HYDRA_KEYS
     ):
         raise UserError(f"{word} is a setting of Hydra, not of policyskip; of those, only hydra/launcher can be typed")
+    if override.is_delete() and key in NEEDED:
+        raise UserError(f"{word} cannot be left out: every run has one")
     if override.is_delete() or override.value_type == ValueType.GLOB_CHOICE_SWEEP:
         return
     if override.is_sweep_override():
@@ -127,9 +131,8 @@ def _check(override: Override) -> None:
         values = [override.value()]
     for value in values:
         if key in groups() and value not in groups()[key]:
-            raise UserError(
-                f"there is no {key}/{one_line('null' if value is None else value)}; {key} is one of {', '.join(groups()[key])}"
-            )
+            name = "null" if value is None else one_line(value)
+            raise UserError(f"there is no {key}/{name}; {key} is one of {', '.join(groups()[key])}")
         if key in ("hydra/launcher", "hydra/sweeper") and not re.fullmatch(r"\w+", str(value)):
             raise UserError(f"{word} names no launcher")
         if key in RUN_KEYS and isinstance(value, bool | int | float | dict):
