@@ -105,6 +105,9 @@ def _read(command: str, word: str) -> Override:
         raise UserError(f"{one_line(word)} cannot be read: arguments are key=value{hint}")
     if not re.fullmatch(r"(\+\+?|~)?[A-Za-z_][\w-]*([./][\w-]+)*", key):
         raise UserError(f"{one_line(word)} cannot be read: {one_line(key) or 'what stands before ='} is no key")
+    if value.startswith("~"):  # Hydra has other plans with it
+        escaped = value.replace("'", r"\'")
+        word = f"{key}='{escaped}'"
     try:
         return OverridesParser.create().parse_override(word)
     except HydraException as error:
