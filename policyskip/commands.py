@@ -6,15 +6,14 @@ known to be good. Every command takes the configuration that Hydra composed, and
 
 from __future__ import annotations
 
-import os
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from collections.abc import Callable
+from contextlib import closing
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-from omegaconf import DictConfig, ListConfig, OmegaConf
+from omegaconf import DictConfig
 
 from policyskip import training
 from policyskip.build import Setup, build_backbone, build_data, set_up
@@ -29,6 +28,7 @@ from policyskip.config import (
     PretrainSettings,
     ProfileSettings,
     Settings,
+    expand_home,
     group_of,
     plain,
     settings_of,
@@ -61,27 +61,13 @@ def run_command(name: str, config: DictConfig) -> int:
         UserError: the command cannot do what the configuration says; or a class of the user's own called ``sys.exit``.
     """
     keep_freed_memory()
-    _expand_home(config)
+    expand_home(config)
     try:
         return COMMANDS[name](config)
     except SystemExit as error:  # no command raises it; to the shell, it would look like success
         raise UserError(users_problem(error) or f"something called sys.exit({error.code!r})") from error
     finally:
         unlock_all()
-
-
-PATHS = ("run", "runs", "output", "run.dir", "run.resume", "data.root", "backbone.checkpoint", "reward.table")
-"""The keys of configurations that name files and folders."""
-
-
-def _expand_home(config: DictConfig) -> None:
-    """Replace a ``~`` at the beginning of a path by the user's folder, which no shell does behind a ``=``."""
-    for key in PATHS:
-        value = OmegaConf.select(config, key, throw_on_missing=False)
-        if isinstance(value, str) and value.startswith("~"):
-            OmegaConf.update(config, key, os.path.expanduser(value))
-        elif isinstance(value, ListConfig):
-            OmegaConf.update(config, key, [os.path.expanduser(str(path)) for path in value])
 
 
 def train(config: DictConfig) -> int:
@@ -130,22 +116,21 @@ def _run_course(
     tags = [*task.names.values(), f"seed {settings.seed}"]
     tracker = Tracker(run, settings.tracking.mode, content, settings.tracking.project, group, command, tags)
     try:
-        chain = (task.learner, task.source, task.validate, task.deployable, run, tracker)
-        if steps:
-            begun = partial(lifecycle.record_changes, content, run, resume)
-            schedule = settings.train.model_dump()
-            finished = training.train(*chain, choose_by=task.choose_by, resume=resume, begun=begun, **schedule)
-        else:
-            finished = training.evaluate_only(*chain, resume=resume)
-        if not finished:
-            lifecycle.print_stopped(command, run)
-            return EXIT_INTERRUPTED
-        summary = processes.first(lambda: task.finish(run, tracker, run.load_checkpoint()["seconds"]))
+        with closing(tracker):
+            chain = (task.learner, task.source, task.validate, task.deployable, run, tracker)
+            if steps:
+                begun = partial(lifecycle.record_changes, content, run, resume)
+                schedule = settings.train.model_dump()
+                finished = training.train(*chain, choose_by=task.choose_by, resume=resume, begun=begun, **schedule)
+            else:
+                finished = training.evaluate_only(*chain, resume=resume)
+            if not finished:
+                lifecycle.print_stopped(command, run)
+                return EXIT_INTERRUPTED
+            summary = processes.first(lambda: task.finish(run, tracker, run.load_checkpoint()["seconds"]))
     except KeyboardInterrupt:
-        lifecycle.print_interrupted(command, run)
+        lifecycle.print_interrupted(command, run, steps)
         return EXIT_INTERRUPTED
-    finally:
-        tracker.close()
     task.show(summary)
     print(closing_lines(task, run, tracker))
     return 0
@@ -278,7 +263,7 @@ def compare(config: DictConfig) -> int:
     def decide_again(run: Run) -> Any:
         return sources.decide_again(_setup_of(run, settings, typed), run)
 
-    with _leaving_no_folders(Path(settings.output)):
+    with lifecycle.leaving_no_folders(Path(settings.output)):
         made = comparison.compare(
             [settings.runs] if isinstance(settings.runs, str) else settings.runs,
             Path(settings.output),
@@ -295,19 +280,6 @@ def compare(config: DictConfig) -> int:
     return 0
 
 
-@contextmanager
-def _leaving_no_folders(path: Path) -> Iterator[None]:
-    """Delete the folders around ``path`` that the block has made and left empty, if it fails."""
-    missing = [folder for folder in path.parents if not folder.exists()]
-    try:
-        yield
-    except BaseException:
-        for folder in missing:
-            with suppress(OSError):  # it was not made, or is not empty
-                folder.rmdir()
-        raise
-
-
 def _groups(content: dict[str, Any]) -> dict[str, Any]:
     """Return what a configuration has of the groups that can be typed beside ``run=``."""
     return {group: content[group] for group in MOVABLE if isinstance(content.get(group), dict)}
@@ -318,10 +290,19 @@ def _setup_of(run: Run, settings: Any, typed: dict[str, Any]) -> Setup:
 
     Args:
         settings: of a command that has ``device`` and ``trust``.
+
+    Raises:
+        UserError: the weights that were typed are of another network.
     """
     saved = lifecycle.saved_config(run)
     settings_of(saved, Settings)
-    return _set_up_saved(saved, run, find_device(settings.device), settings.trust, _groups(typed))
+    setup = _set_up_saved(saved, run, find_device(settings.device), settings.trust, groups := _groups(typed))
+    if "checkpoint" in groups.get("backbone", {}) and (run.folder / "policy.json").is_file():
+        network = run.load_json("policy.json").get("network")
+        if isinstance(network, dict) and "config" in network and network.get("hash") != setup.backbone.content_hash():
+            named = groups["backbone"]["checkpoint"]
+            raise UserError(f"backbone.checkpoint={named} holds another network than the one that {run.folder} is over")
+    return setup
 
 
 def _set_up_saved(content: dict[str, Any], run: Run, device: torch.device, trust: bool, typed: dict[str, Any]) -> Setup:

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import os
 from typing import Annotated, Any, ClassVar, Literal, TypeVar
 
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig, ListConfig, OmegaConf
 from pydantic import (
     BaseModel,
     ConfigDict,
@@ -16,6 +17,7 @@ from pydantic import (
 )
 
 from policyskip.errors import UserError
+from policyskip.texts import one_line
 
 
 class _Section(BaseModel):
@@ -175,6 +177,20 @@ def plain(config: DictConfig) -> dict[str, Any]:
     return {str(key): value for key, value in content.items()}
 
 
+PATHS = ("run", "runs", "output", "run.dir", "run.resume", "data.root", "backbone.checkpoint", "reward.table")
+"""The keys of configurations that name files and folders."""
+
+
+def expand_home(config: DictConfig) -> None:
+    """Replace a ``~`` at the beginning of a path by the user's folder, which no shell does behind a ``=``."""
+    for key in PATHS:
+        value = OmegaConf.select(config, key, throw_on_missing=False)
+        if isinstance(value, str) and value.startswith("~"):
+            OmegaConf.update(config, key, os.path.expanduser(value))
+        elif isinstance(value, ListConfig):
+            OmegaConf.update(config, key, [os.path.expanduser(str(path)) for path in value])
+
+
 def group_of(content: dict[str, Any], group: str) -> dict[str, Any]:
     """Return a group's part of a configuration.
 
@@ -196,4 +212,4 @@ def first_problem(prefix: str, error: ValidationError) -> str:
         return f"there is no key {key}"
     if problem["type"] == "missing":
         return f"there must be a key {key}"
-    return f"{key}: {problem['msg'][0].lower()}{problem['msg'][1:]}, got {problem['input']!r}"
+    return f"{key}: {problem['msg'][0].lower()}{problem['msg'][1:]}, got {one_line(repr(problem['input']))}"

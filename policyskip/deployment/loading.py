@@ -7,6 +7,7 @@ installed entry point, or the user says ``trust=True``.
 from __future__ import annotations
 
 import inspect
+import os
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
@@ -84,8 +85,8 @@ def load(
     except (RuntimeError, AssertionError, TypeError) as error:
         raise UserError(f"there is no device {device} here: {first_line(error)}") from error
     keep_freed_memory()
-    opened = open_run(str(run))
-    predictor = load_predictor(opened, device, backbone, trust)
+    opened = open_run(os.path.expanduser(run))
+    predictor = load_predictor(opened, device, backbone and os.path.expanduser(backbone), trust)
     predictor.network.to(PRECISIONS[precision])
     if isinstance(predictor, Predictor) and planned and precision == "float32":  # times were measured in float32
         predictor.plan = _plan(opened, predictor)
@@ -180,6 +181,7 @@ def _external_network(run: Run, file: PolicyFile) -> Backbone:
     make = make or registry.resolve("backbone", target)
     parameters, seed = inspect.signature(make).parameters, int(file.network.get("seed", 0))
     known = {"num_classes": len(file.classes), "image_shape": file.image_shape, "seed": seed}
+    _check_checkpoint(run, config.get("checkpoint"))
     with checkpoints.seeded(seed):  # as build_backbone draws the random weights of a user's network
         network = _built(run, target, make, {k: v for k, v in known.items() if k in parameters} | config)
     if not isinstance(network, Backbone):
@@ -190,6 +192,15 @@ def _external_network(run: Run, file: PolicyFile) -> Backbone:
             f"but {config.get('checkpoint', target)} is {network.content_hash()}"
         )
     return network
+
+
+def _check_checkpoint(run: Run, checkpoint: Any) -> None:
+    """Refuse (UserError) a file of weights that is not where a run has found it."""
+    if isinstance(checkpoint, str) and Path(checkpoint).suffix and not Path(checkpoint).expanduser().is_file():
+        raise UserError(
+            f"the weights of the network of {run.folder} are not in {checkpoint}; say where they are with "
+            "backbone=FILE (on the command line: backbone.checkpoint=FILE)"
+        )
 
 
 def _load_blocks(run: Run, file: PolicyFile, network: Any, device: str | torch.device) -> Predictor:

@@ -6,7 +6,8 @@ Nothing here knows what a run learns. What a run's folder holds, and how it is w
 from __future__ import annotations
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -114,6 +115,19 @@ def _check_parents(key: str, folder: Path) -> None:
         raise UserError(f"{key} cannot be below {there}, which is no folder")
 
 
+@contextmanager
+def leaving_no_folders(path: Path) -> Iterator[None]:
+    """Delete the folders around ``path`` that the block has made and left empty, if it fails."""
+    missing = [folder for folder in path.parents if not folder.exists()]
+    try:
+        yield
+    except BaseException:
+        for folder in missing:
+            with suppress(OSError):  # it was not made, or is not empty
+                folder.rmdir()
+        raise
+
+
 def saved_config(run: Run) -> dict[str, Any]:
     """Read the configuration in a run's folder.
 
@@ -174,11 +188,12 @@ def print_stopped(command: str, run: Run) -> None:
     print(f"Stopped and saved. Go on with:  {_resuming(command, run)}")
 
 
-def print_interrupted(command: str, run: Run) -> None:
-    """Say how to go on with a run that was interrupted at once, from its last checkpoint if it has one."""
+def print_interrupted(command: str, run: Run, steps: int) -> None:
+    """Say how to go on, from its last checkpoint, with a run of ``steps`` updates that was interrupted at once."""
     if (run.folder / "checkpoint.pt").is_file():
         step = run.load_checkpoint()["step"]
-        print(f"Stopped at once; what came after update {step} is not kept. Go on with:  {_resuming(command, run)}")
+        kept = f"what came after update {step} is not kept" if step < steps else f"all {steps} updates are saved"
+        print(f"Stopped at once; {kept}. Go on with:  {_resuming(command, run)}")
     else:
         print(f"Stopped at once, before anything was saved. Begin anew with:  {_resuming(command, run)}")
 
@@ -203,12 +218,23 @@ def with_initial_network(content: dict[str, Any], run: Run, own_files: Sequence[
     Args:
         own_files: other files of the folder that hold a network to start from, to be used if there is no
             ``start.safetensors``.
+
+    Raises:
+        UserError: the checkpoint is a file that is gone, and the folder has no initial network.
     """
     node = content.get("backbone")
     named = node.get("checkpoint") if isinstance(node, dict) else None
-    if not isinstance(named, str) or named in (checkpoints.RANDOM, *checkpoints.shipped()) or Path(named).is_file():
+    if (
+        not isinstance(named, str)
+        or named in (checkpoints.RANDOM, *checkpoints.shipped())
+        or Path(named).expanduser().is_file()
+    ):
         return content
     for path in [run.folder / name for name in (INITIAL_NETWORK, *own_files)]:
         if path.is_file():
             return {**content, "backbone": {**node, "checkpoint": str(path)}}  # type: ignore[dict-item]
+    if Path(named).suffix:  # else it may be the name of torchvision's weights
+        raise UserError(
+            f"the run's network {named} is not there any more; say backbone.checkpoint=FILE if it has moved"
+        )
     return content
