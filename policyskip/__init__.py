@@ -1,7 +1,5 @@
 """policyskip: decide for each image how much of a network to run."""
 
-from __future__ import annotations
-
 from policyskip.typed import current_folder
 
 if current_folder.is_command():

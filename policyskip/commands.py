@@ -33,6 +33,7 @@ from policyskip.config import (
     plain,
     settings_of,
 )
+from policyskip.deployment.policy_files import read_policy
 from policyskip.errors import UserError, users_problem
 from policyskip.evaluation import speed
 from policyskip.files import shell_argument
@@ -298,8 +299,8 @@ def _setup_of(run: Run, settings: Any, typed: dict[str, Any]) -> Setup:
     settings_of(saved, Settings)
     setup = _set_up_saved(saved, run, find_device(settings.device), settings.trust, groups := _groups(typed))
     if "checkpoint" in groups.get("backbone", {}) and (run.folder / "policy.json").is_file():
-        network = run.load_json("policy.json").get("network")
-        if isinstance(network, dict) and "config" in network and network.get("hash") != setup.backbone.content_hash():
+        network = read_policy(run).network
+        if "config" in network and network["hash"] != setup.backbone.content_hash():
             named = groups["backbone"]["checkpoint"]
             raise UserError(f"backbone.checkpoint={named} holds another network than the one that {run.folder} is over")
     return setup

@@ -2,10 +2,8 @@
 
 Python puts it in front of everything else for ``python -m policyskip``, and an empty entry of ``PYTHONPATH`` does so
 too. A folder that somebody else made may hold a ``yaml.py``. This module is imported before any other, and imports
-nothing that Python has not imported already.
+nothing that Python has not imported already, not even ``__future__``.
 """
-
-from __future__ import annotations
 
 import os
 import sys

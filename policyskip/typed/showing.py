@@ -60,9 +60,9 @@ def _group_line(group: str, first: str) -> str:
 
 def completions(commands: tuple[str, ...]) -> list[str]:
     """Return what the last word in the variable ``COMP_LINE``, which a shell sets, can be completed to."""
+    from hydra import initialize_config_module
     from hydra._internal.core_plugins.bash_completion import BashCompletion
-    from hydra._internal.hydra import Hydra
-    from hydra._internal.utils import create_config_search_path
+    from hydra.core.global_hydra import GlobalHydra
 
     _, _, typed = os.environ.get("COMP_LINE", "").lstrip().partition(" ")
     command, space, line = typed.lstrip().partition(" ")
@@ -70,9 +70,9 @@ def completions(commands: tuple[str, ...]) -> list[str]:
         return [f"{name} " for name in commands if name.startswith(command)]
     if command not in commands:
         return []
-    hydra = Hydra.create_main_hydra2(command, create_config_search_path("pkg://policyskip.configs"))
     try:
-        found = BashCompletion(hydra.config_loader)._query(command, line)
+        with initialize_config_module("policyskip.configs", version_base="1.3"):
+            found = BashCompletion(GlobalHydra.instance().config_loader())._query(command, line)
     except Exception:  # whatever is wrong with the words before: nothing can be proposed
         return []
     own = {*words.defaults_of(command), *(["experiment"] if command == "train" else [])}
