@@ -36,7 +36,9 @@ def help_of(command: str) -> str:
     text = resources.files("policyskip.configs").joinpath(f"{command}.yaml").read_text("utf-8")
     head, _, body = text.partition("defaults:\n")
     keys = re.sub(r"\A(?: +- .*\n)*\n*", "", body).rstrip()
-    keys = re.sub(r"\$\{hydra:runtime\.choices\.(\w+)\}|\$\{(now):[^}]*\}", lambda m: f"<{m[1] or 'time'}>", keys)
+    keys = re.sub(
+        r"\$\{(?:hydra:runtime\.choices\.|chosen:)(\w+)\}|\$\{(now):[^}]*\}", lambda m: f"<{m[1] or 'time'}>", keys
+    )
     about = "\n".join(line.removeprefix("# ") for line in head.splitlines())
     chosen = words.defaults_of(command)
     lines = [about, "", f"  policyskip {command} key=value …", ""]
