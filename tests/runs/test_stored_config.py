@@ -95,8 +95,8 @@ def test_a_file_may_ask_for_so_much_and_trust_or_a_typed_value_for_more(key, val
     with pytest.raises(UserError, match=rf"the run's {key} is .* at most; .*trust=true"):
         stored_config.buildable({group: {name: value}}, trust=False, typed={})
     for trust, typed_keys in ((True, {}), (False, {group: {name: value}})):
-        asked = stored_config.buildable({group: {name: value}}, trust, typed_keys)
-        assert asked[group][name] is value
+        built = stored_config.buildable({group: {name: value}}, trust, typed_keys)
+        assert built[group][name] is value
 
 
 def test_depth_and_width_are_bounded_together():
