@@ -1,14 +1,15 @@
 """policyskip: decide for each image how much of a network to run."""
 
-from __future__ import annotations
+from policyskip.typed import current_folder
+
+if current_folder.is_command():
+    current_folder.leave_out()  # before anything else is imported
 
 import signal
-import sys
 from contextlib import suppress
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-if sys.argv[:1] == ["-m"] or Path(*sys.argv[:1]).stem == "policyskip":
+if current_folder.is_command():
     with suppress(ValueError):  # outside the main thread
         # Libraries take seconds to import, and are not written for an exception meanwhile: until they are imported,
         # a Ctrl-C ends the process at once. Then ``cli.py`` puts Python's own handler back.

@@ -6,6 +6,7 @@ known to be good.
 
 from __future__ import annotations
 
+import importlib
 import os
 import signal
 import sys
@@ -27,6 +28,8 @@ from policyskip.errors import (
     traceback_wanted,
     users_problem,
 )
+from policyskip.texts import one_line
+from policyskip.typed import showing, streams, words
 
 USAGE = """\
 policyskip: decide for each image how much of a network to run.
@@ -40,8 +43,9 @@ policyskip: decide for each image how much of a network to run.
   policyskip compare runs=runs        many runs side by side: tables with intervals, pictures, one HTML page
   policyskip front                    search the best fixed keep-sets of a network
 
-Arguments are key=value, as in `policyskip train reward.penalty=2 seed=1`. `policyskip train --help` shows the
-groups, `policyskip train --cfg job` every key with its value, `--multirun seed=0,1,2` runs several."""
+Arguments are key=value, as in `policyskip train reward.penalty=2 seed=1`. `policyskip train --help` shows its
+groups and keys, `policyskip train --cfg job` every key with its value, `--multirun seed=0,1,2` runs several.
+`eval "$(policyskip --shell-completion bash)"` lets bash complete these words (or zsh, or fish)."""
 COMMANDS = ("train", "pretrain", "evaluate", "calibrate", "profile", "compare", "front")
 TOGETHER = ("train", "pretrain")
 """The commands that several processes, started by torchrun, can run together."""
@@ -56,25 +60,61 @@ def main() -> None:
     """Run the command that was typed, and end the process with its exit code."""
     if sys.getfilesystemencoding() == "ascii":  # LC_ALL=C PYTHONUTF8=0: paths with other letters could not be named
         os.execv(sys.executable, [sys.executable, "-X", "utf8", *sys.orig_argv[1:]])
-    arguments = sys.argv[1:]
-    if not arguments or arguments[0] in ("-h", "--help", "help"):
+    streams.make_patient()
+    status = _main(sys.argv[1:])
+    if (problem := streams.lost_output()) is not None:
+        if not isinstance(problem, BrokenPipeError):  # whoever reads has closed it, as `| head` does
+            kept = "what the command writes to files is not concerned"
+            print(f"policyskip: not all output could be printed ({problem.strerror}); {kept}", file=sys.stderr)
+        status = status or streams.EXIT_OUTPUT_LOST
+    sys.exit(status)
+
+
+def _main(arguments: list[str]) -> int:
+    """Show what was asked for, or run a command; return the exit code."""
+    command = arguments[0] if arguments else "help"
+    if command in ("-h", "--help", "help"):
         print(USAGE)
-        return
-    if arguments[0] == "--version":
+    elif command == "--version":
         print(f"policyskip {__version__}")
-        return
-    if arguments[0] not in COMMANDS:
-        print(f"policyskip: there is no command {arguments[0]!r}; it is one of {', '.join(COMMANDS)}", file=sys.stderr)
-        sys.exit(EXIT_BAD_INPUT)
-    command = sys.argv.pop(1)
-    sys.argv[0] = f"policyskip {command}"
-    sys.path.insert(0, os.getcwd())  # so that reward._target_=my_rewards.Mine finds my_rewards.py here
-    os.environ["HYDRA_FULL_ERROR"] = "1"  # so that Hydra raises its errors, for us to print in one line
-    sys.exit(_run_together(command) if command in TOGETHER and _is_one_of_several() else _run(command))
+    elif command == "--shell-completion":
+        shell = "".join(arguments[1:2])
+        if shell not in showing.SCRIPTS:
+            return _say(f"policyskip: --shell-completion is followed by one of {', '.join(showing.SCRIPTS)}")
+        print(showing.SCRIPTS[shell])
+    elif command == "--complete":
+        print(*showing.completions(COMMANDS), sep="\n")
+    elif command not in COMMANDS:
+        known = ", ".join(COMMANDS)
+        return _say(f"policyskip: there is no command {one_line(repr(command))}; it is one of {known}")
+    elif not {"-h", "--help"}.isdisjoint(arguments):
+        print(showing.help_of(command))
+    else:
+        try:
+            os.getcwd()
+        except OSError:
+            return _say(f"policyskip {command}: the current folder has been deleted; cd to one that is there")
+        sys.argv[:2] = [f"policyskip {command}"]
+        os.environ["HYDRA_FULL_ERROR"] = "1"  # so that Hydra raises its errors, for us to print in one line
+        os.environ["MPLBACKEND"] = "agg"  # a notebook's does not exist here, and pictures go to files
+        return _run_together(command) if command in TOGETHER and _is_one_of_several() else _run(command)
+    return 0
+
+
+def _say(line: str) -> int:
+    """Print a refusal; return its exit code."""
+    print(line, file=sys.stderr)
+    return EXIT_BAD_INPUT
 
 
 def _commands() -> ModuleType:
     """Import the commands, which takes seconds; from then on a Ctrl-C is an exception again (see ``__init__.py``)."""
+    here = os.getcwd()
+    os.chdir(os.path.dirname(os.__file__))  # for matplotlib would read a matplotlibrc of the current folder
+    try:
+        importlib.import_module("matplotlib")
+    finally:
+        os.chdir(here)
     from policyskip import commands
 
     if signal.getsignal(signal.SIGINT) is signal.SIG_DFL:
@@ -127,8 +167,11 @@ def _run(command: str) -> int:
         if status:
             sys.exit(status)  # rather than return it: a sweep ends with the run that was stopped
 
-    arguments = sorted(sys.argv[1:], key=lambda word: word not in sweeps.FLAGS)  # Hydra wants its flags in front
-    sys.argv[1:], sweep = sweeps.prepare(command, with_own_classes(arguments))
+    try:
+        arguments = words.checked(command, sys.argv[1:])
+        sys.argv[1:], sweep = sweeps.prepare(command, with_own_classes(arguments))
+    except UserError as error:
+        return _refuse(command, error)
     app = hydra.main(config_path="pkg://policyskip.configs", config_name=command, version_base="1.3")(job)
     try:
         app()
@@ -179,8 +222,8 @@ def _refuse(command: str, error: Exception) -> int:
         traceback.print_exception(error)
     beside = None if isinstance(error, REFUSED) else problem_beside_users_classes(error)
     line = users_problem(error) or beside or _in_one_line(error)
-    print(f"policyskip {command}: {line}{traceback_hint(error)}", file=sys.stderr)
-    return EXIT_BAD_INPUT
+    lines = [one_line(part, 1000) for part in f"{line}{traceback_hint(error)}".splitlines()]
+    return _say("\n".join([f"policyskip {command}: {lines[0]}", *lines[1:]]))
 
 
 def _in_one_line(error: Exception) -> str:
@@ -195,8 +238,5 @@ def _in_one_line(error: Exception) -> str:
         if keys:
             return f"there is no key {cause.full_key}; {f'{parent} has' if parent else 'there are'} {', '.join(keys)}"
     text = str(error).partition("Config search path:")[0]
-    if text.startswith("LexerNoViableAltException"):
-        argument = " ".join(text.partition(":")[2].partition("^")[0].split())
-        return f"{argument} cannot be read; unusual letters go in quotes of their own: \"key='value'\""
     lines = [line.strip() for line in text.splitlines() if line.strip()]
     return " ".join(lines[:2]) or f"these arguments cannot be read ({type(error).__name__}); they are key=value"

@@ -7,18 +7,20 @@ known to be good. Every command takes the configuration that Hydra composed, and
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import closing
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig
 
 from policyskip import training
 from policyskip.build import Setup, build_backbone, build_data, set_up
 from policyskip.comparison import compare as comparison
 from policyskip.comparison import sources
 from policyskip.config import (
+    MOVABLE,
     CalibrateSettings,
     CompareSettings,
     EvaluateSettings,
@@ -26,10 +28,12 @@ from policyskip.config import (
     PretrainSettings,
     ProfileSettings,
     Settings,
+    expand_home,
     group_of,
     plain,
     settings_of,
 )
+from policyskip.deployment.policy_files import read_policy
 from policyskip.errors import UserError, users_problem
 from policyskip.evaluation import speed
 from policyskip.files import shell_argument
@@ -37,7 +41,7 @@ from policyskip.memory import keep_freed_memory
 from policyskip.parallel import processes
 from policyskip.parallel.data_parallel import divide
 from policyskip.parallel.devices import find_device
-from policyskip.runs import lifecycle
+from policyskip.runs import lifecycle, stored_config
 from policyskip.runs.folder import Run, open_run, unlock_all
 from policyskip.runs.tracking import Tracker, log_comparison
 from policyskip.static_front import keep_text
@@ -58,6 +62,7 @@ def run_command(name: str, config: DictConfig) -> int:
         UserError: the command cannot do what the configuration says; or a class of the user's own called ``sys.exit``.
     """
     keep_freed_memory()
+    expand_home(config)
     try:
         return COMMANDS[name](config)
     except SystemExit as error:  # no command raises it; to the shell, it would look like success
@@ -80,7 +85,7 @@ def _run_course(
     command: str,
     config: DictConfig,
     section: type[Settings],
-    make_task: Callable[[DictConfig, Any, torch.device, Run | None], tuple[DictConfig, Task]],
+    make_task: Callable[[dict[str, Any], Any, torch.device, Run | None], tuple[dict[str, Any], Task]],
     deployed: str,
     closing_lines: Callable[[Task, Run, Tracker], str],
 ) -> int:
@@ -96,65 +101,63 @@ def _run_course(
     Raises:
         UserError: everything that can be refused is refused before a run folder is made.
     """
-    config, run, resume = processes.first(lambda: lifecycle.new_or_resumed(config))
-    settings = settings_of(config, section)
+    content, run, resume = processes.first(lambda: lifecycle.new_or_resumed(config))
+    settings = settings_of(content, section)
     device, steps = find_device(settings.device), settings.train.steps
     if run is not None and processes.first(partial(lifecycle.is_finished, run, steps, deployed)):
         lifecycle.print_finished(run, steps)
         return 0
-    config, task = make_task(config, settings, device, run)
+    content, task = make_task(content, settings, device, run)
     divide(task.learner, task.source)
     if run is not None and resume and steps:  # before anything in its folder changes
         training.restored(task.learner, task.source, task.deployable, run, steps)
     print(task.greeting, flush=True)
-    run = processes.first(partial(lifecycle.begin, config, run, resume))
-    content = plain(config)
+    run = processes.first(partial(lifecycle.begin, content, run, resume))
     if task.trained_network is not None and not resume and processes.is_first():
         lifecycle.keep_initial_network(run, task.trained_network, group_of(content, "backbone"))
     group = settings.tracking.group or f"{task.names.get('agent', command)}-{task.names['data']}"
     tags = [*task.names.values(), f"seed {settings.seed}"]
     tracker = Tracker(run, settings.tracking.mode, content, settings.tracking.project, group, command, tags)
     try:
-        chain = (task.learner, task.source, task.validate, task.deployable, run, tracker)
-        if steps:
-            begun = partial(lifecycle.record_changes, config, run, resume)
-            schedule = settings.train.model_dump()
-            finished = training.train(*chain, choose_by=task.choose_by, resume=resume, begun=begun, **schedule)
-        else:
-            finished = training.evaluate_only(*chain, resume=resume)
-        if not finished:
-            lifecycle.print_stopped(command, run)
-            return EXIT_INTERRUPTED
-        with lifecycle.naming_how_to_go_on(command, run):
-            summary = processes.first(lambda: task.finish(run, tracker, run.load_checkpoint()["seconds"]))
+        with closing(tracker):
+            chain = (task.learner, task.source, task.validate, task.deployable, run, tracker)
+            if steps:
+                begun = partial(lifecycle.record_changes, content, run, resume)
+                schedule = settings.train.model_dump()
+                finished = training.train(*chain, choose_by=task.choose_by, resume=resume, begun=begun, **schedule)
+            else:
+                finished = training.evaluate_only(*chain, resume=resume)
+            if not finished:
+                lifecycle.print_stopped(command, run)
+                return EXIT_INTERRUPTED
+            with lifecycle.naming_how_to_go_on(command, run):
+                summary = processes.first(lambda: task.finish(run, tracker, run.load_checkpoint()["seconds"]))
     except KeyboardInterrupt:
-        lifecycle.print_interrupted(command, run)
+        lifecycle.print_interrupted(command, run, steps)
         return EXIT_INTERRUPTED
-    finally:
-        tracker.close()
     task.show(summary)
     print(closing_lines(task, run, tracker))
     return 0
 
 
 def _agent_task(
-    config: DictConfig, settings: Settings, device: torch.device, run: Run | None
-) -> tuple[DictConfig, Task]:
+    content: dict[str, Any], settings: Settings, device: torch.device, run: Run | None
+) -> tuple[dict[str, Any], Task]:
     """Make the task of ``train``.
 
     Returns: the configuration, which for a new run with exits of "auto N" names these exits, and the task.
     """
-    content, built = plain(config), None
+    built = None
     if run is not None:
-        setup = _set_up_saved(content, run, device, settings.run.trust)
+        setup = _set_up_saved(content, run, device, settings.run.trust, lifecycle.moved(content))
     else:
         node = group_of(content, "backbone")
         if str(node.get("exits", "")).startswith("auto"):
             built = build_data(group_of(content, "data"), device)
             node = processes.first(partial(_with_placed_exits, node, built[0], device, settings.seed))
-            config = OmegaConf.merge(config, {"backbone": {"exits": node["exits"]}})  # type: ignore[assignment]
-        setup = set_up(plain(config), device, built=built)
-    return config, dispatch.start(setup, settings)
+            content = {**content, "backbone": {**group_of(content, "backbone"), "exits": node["exits"]}}
+        setup = set_up(content, device, built=built)
+    return content, dispatch.start(setup, settings)
 
 
 def _with_placed_exits(node: dict[str, Any], data: Any, device: torch.device, seed: int) -> dict[str, Any]:
@@ -165,11 +168,13 @@ def _with_placed_exits(node: dict[str, Any], data: Any, device: torch.device, se
 
 
 def _pretrain_task(
-    config: DictConfig, settings: PretrainSettings, device: torch.device, run: Run | None
-) -> tuple[DictConfig, Task]:
+    content: dict[str, Any], settings: PretrainSettings, device: torch.device, run: Run | None
+) -> tuple[dict[str, Any], Task]:
     """Make the task of ``pretrain``."""
-    content = plain(config) if run is None else lifecycle.with_initial_network(plain(config), run)
-    return config, PretrainTask(content, settings, device, trusted=run is None or settings.run.trust)
+    trusted, built = run is None or settings.run.trust, content
+    if run is not None:
+        built = lifecycle.with_initial_network(stored_config.buildable(content, trusted, lifecycle.moved(content)), run)
+    return content, PretrainTask(built, settings, device, trusted)
 
 
 def _where_things_are(task: Task, run: Run, tracker: Tracker) -> str:
@@ -189,7 +194,7 @@ def evaluate(config: DictConfig) -> int:
     """Judge a run's best policy again, from its folder."""
     settings = settings_of(config, EvaluateSettings)
     run = open_run(settings.run)
-    figures = dispatch.judge(_setup_of(run, settings.device, settings.trust), run, settings.split).figures
+    figures = dispatch.judge(_setup_of(run, settings, plain(config)), run, settings.split).figures
     summary = {f"{settings.split}/{key}": value for key, value in figures.items()}
     for key, value in summary.items():
         print(f"{key}: {value}")
@@ -207,7 +212,7 @@ def calibrate(config: DictConfig) -> int:
     run = open_run(settings.run)
     if settings.target.chosen:
         run.lock()
-    setup = _setup_of(run, settings.device, settings.trust)
+    setup = _setup_of(run, settings, plain(config))
     if not settings.target.chosen:
         calibration.show_curve(setup, run)
         print(f"Every point is in {run.folder / 'curve.json'}; a target, such as target.macs_fraction=0.5, deploys one")
@@ -220,6 +225,8 @@ def calibrate(config: DictConfig) -> int:
 def front(config: DictConfig) -> int:
     """Search the best fixed keep-set of every size on validation images."""
     settings = settings_of(config, FrontSettings)
+    if settings.output:
+        lifecycle.check_new_file("output", settings.output)
     best = static_front(set_up(plain(config), find_device(settings.device)), settings.front)
     for keep, accuracy, macs in zip(best.sets, best.accuracy, best.macs, strict=True):
         size = f"{sum(keep):3d} blocks  {keep_text(keep)}  {macs / 1e6:8.2f} M MACs"
@@ -234,7 +241,7 @@ def profile(config: DictConfig) -> int:
     """Measure where a network's time goes on this device, and with a run, what its decisions really save.
 
     Raises:
-        UserError: ``data`` or ``backbone`` was typed beside ``run=``, or what the settings name cannot be built.
+        UserError: what the settings name cannot be built.
     """
     settings = settings_of(config, ProfileSettings)
     device, content = find_device(settings.device), plain(config)
@@ -244,10 +251,7 @@ def profile(config: DictConfig) -> int:
         path = Path(settings.output or f"profile-{backbone.name}.json")
         return speed.of_network(backbone, data.image_shape, settings.batch_sizes, settings.repeats, path)
     run = open_run(settings.run)
-    groups = [change for change in lifecycle.typed_changes() if change.lstrip("+~").startswith(("data", "backbone"))]
-    if groups:
-        raise UserError(f"a run has its own data and network; {groups[0]} has no effect beside run=")
-    setup = _setup_of(run, settings.device, settings.trust)
+    setup = _setup_of(run, settings, content)
     path = Path(settings.output) if settings.output else run.folder / "profile.json"
     return speed.of_run(setup, run, settings.batch_sizes, settings.repeats, settings.images, path)
 
@@ -255,16 +259,18 @@ def profile(config: DictConfig) -> int:
 def compare(config: DictConfig) -> int:
     """Show finished runs side by side: tables with intervals, pictures, and one HTML page."""
     settings = settings_of(config, CompareSettings)
+    lifecycle.check_new_folder("output", settings.output)
+    typed = plain(config)
 
     def decide_again(run: Run) -> Any:
-        return sources.decide_again(_setup_of(run, settings.device, settings.trust), run)
+        return sources.decide_again(_setup_of(run, settings, typed), run)
 
     made = comparison.compare(
         [settings.runs] if isinstance(settings.runs, str) else settings.runs,
         Path(settings.output),
         settings.overwrite,
         decide_again=decide_again if settings.recompute else None,
-        load_images=sources.ExampleImages(settings.trust) if settings.images else None,
+        load_images=sources.ExampleImages(settings.trust, _groups(typed)) if settings.images else None,
         command=lifecycle.typed_command(),
     )
     comparison.show(made)
@@ -275,19 +281,38 @@ def compare(config: DictConfig) -> int:
     return 0
 
 
-def _setup_of(run: Run, device: str, trust: bool) -> Setup:
-    """Build what the configuration in a run's folder names."""
+def _groups(content: dict[str, Any]) -> dict[str, Any]:
+    """Return what a configuration has of the groups that can be typed beside ``run=``."""
+    return {group: content[group] for group in MOVABLE if isinstance(content.get(group), dict)}
+
+
+def _setup_of(run: Run, settings: Any, typed: dict[str, Any]) -> Setup:
+    """Build what the configuration in a run's folder names, with what was typed of its data and its network.
+
+    Args:
+        settings: of a command that has ``device`` and ``trust``.
+
+    Raises:
+        UserError: the weights that were typed are of another network.
+    """
     saved = lifecycle.saved_config(run)
     settings_of(saved, Settings)
-    return _set_up_saved(plain(saved), run, find_device(device), trust)
+    setup = _set_up_saved(saved, run, find_device(settings.device), settings.trust, groups := _groups(typed))
+    if "checkpoint" in groups.get("backbone", {}) and (run.folder / "policy.json").is_file():
+        network = read_policy(run).network
+        if "config" in network and network["hash"] != setup.backbone.content_hash():
+            named = groups["backbone"]["checkpoint"]
+            raise UserError(f"backbone.checkpoint={named} holds another network than the one that {run.folder} is over")
+    return setup
 
 
-def _set_up_saved(content: dict[str, Any], run: Run, device: torch.device, trust: bool) -> Setup:
+def _set_up_saved(content: dict[str, Any], run: Run, device: torch.device, trust: bool, typed: dict[str, Any]) -> Setup:
     """Build what a run's configuration names; its initial network comes from its folder if the checkpoint is gone.
 
     ``network.safetensors`` is the initial network too, or is replaced by the weights of a checkpoint, unless gates were
     trained together with it.
     """
+    content = stored_config.buildable(content, trust, typed)
     gated = dispatch.agent_class(content, trust).family == "gates"
     content = lifecycle.with_initial_network(content, run, () if gated else ("network.safetensors",))
     return set_up(content, device, trust)

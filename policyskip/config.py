@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import os
 from typing import Annotated, Any, ClassVar, Literal, TypeVar
 
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig, ListConfig, OmegaConf
 from pydantic import (
     BaseModel,
     ConfigDict,
@@ -16,6 +17,7 @@ from pydantic import (
 )
 
 from policyskip.errors import UserError
+from policyskip.texts import one_line
 
 
 class _Section(BaseModel):
@@ -82,9 +84,14 @@ class PretrainSettings(Settings):
     required_group = "pretrain"
 
 
+MOVABLE = ("data", "backbone")
+"""The groups of a run of which keys can be typed beside ``run=``, such as ``data.root``."""
+
+
 class CalibrateSettings(_Section):
     """The settings that ``calibrate`` takes."""
 
+    groups = MOVABLE
     run: str
     device: str
     trust: bool
@@ -103,6 +110,7 @@ class FrontSettings(_Section):
 class CompareSettings(_Section):
     """The settings that ``compare`` takes."""
 
+    groups = MOVABLE
     runs: str | list[str]
     output: str
     overwrite: bool
@@ -116,6 +124,7 @@ class CompareSettings(_Section):
 class EvaluateSettings(_Section):
     """The settings that ``evaluate`` takes."""
 
+    groups = MOVABLE
     run: str
     split: Literal["train", "validation", "test"]
     device: str
@@ -138,13 +147,13 @@ class ProfileSettings(_Section):
 Checked = TypeVar("Checked", bound=_Section)
 
 
-def settings_of(config: DictConfig, section: type[Checked]) -> Checked:
+def settings_of(config: DictConfig | dict[str, Any], section: type[Checked]) -> Checked:
     """Check the settings of a configuration; its groups are left to those who build them.
 
     Raises:
         UserError: naming the first key that is unknown or has a wrong value, or the group that is missing.
     """
-    content = plain(config)
+    content = plain(config) if isinstance(config, DictConfig) else config
     if section.required_group is not None:
         group_of(content, section.required_group)
     content = {key: value for key, value in content.items() if key not in section.groups}
@@ -168,6 +177,20 @@ def plain(config: DictConfig) -> dict[str, Any]:
     return {str(key): value for key, value in content.items()}
 
 
+PATHS = ("run", "runs", "output", "run.dir", "run.resume", "data.root", "backbone.checkpoint", "reward.table")
+"""The keys of configurations that name files and folders."""
+
+
+def expand_home(config: DictConfig) -> None:
+    """Replace a ``~`` at the beginning of a path by the user's folder, which no shell does behind a ``=``."""
+    for key in PATHS:
+        value = OmegaConf.select(config, key, throw_on_missing=False)
+        if isinstance(value, str) and value.startswith("~"):
+            OmegaConf.update(config, key, os.path.expanduser(value))
+        elif isinstance(value, ListConfig):
+            OmegaConf.update(config, key, [os.path.expanduser(str(path)) for path in value])
+
+
 def group_of(content: dict[str, Any], group: str) -> dict[str, Any]:
     """Return a group's part of a configuration.
 
@@ -189,4 +212,4 @@ def first_problem(prefix: str, error: ValidationError) -> str:
         return f"there is no key {key}"
     if problem["type"] == "missing":
         return f"there must be a key {key}"
-    return f"{key}: {problem['msg'][0].lower()}{problem['msg'][1:]}, got {problem['input']!r}"
+    return f"{key}: {problem['msg'][0].lower()}{problem['msg'][1:]}, got {one_line(repr(problem['input']))}"

@@ -2,7 +2,8 @@
 
 Importing a module executes it, so a name is imported only if the user decided for it. The user decided for a name that
 was typed, and for one that an installed package declares as an entry point. A dotted path that comes with a run folder
-is imported if the user says ``trust``, and refused otherwise.
+is imported if the user says ``trust``, and refused otherwise. The current folder is searched only for a name that was
+typed or is trusted, behind everything else.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ from pathlib import Path
 from typing import Any, get_type_hints
 
 from policyskip.errors import UserError, remember_users_class
+from policyskip.typed import current_folder
 
 GROUPS = {
     "data": "policyskip.data",
@@ -111,6 +113,8 @@ def _found(group: str, target: str, source: _Source) -> Any:
     """
     own = is_own(target.rpartition(".")[0], group)
     if own or ("." in target and source.trusted):
+        if not own:
+            current_folder.make_importable()
         with _naming_import(group, target, source):
             found = _locate(target, nested=not own)
         if own and not source.trusted and not is_own(getattr(found, "__module__", ""), group):

@@ -69,8 +69,8 @@ def prepare(command: str, arguments: list[str]) -> tuple[list[str], Path | None]
     keys = [o.key_or_group for o in sweeps]
     added = [f"hydra.sweep.dir={folder}", f"+hydra.job.env_set.{SWEEP}='{' '.join([str(jobs), *keys])}'"]
     if "run.dir" not in typed:
-        paths = {o.key_or_group for o in sweeps if any("/" in value for value in o.sweep_string_iterator())}
-        added.append(f"run.dir='{folder}/{_name(command, keys, paths)}'")
+        odd = {o.key_or_group for o in sweeps if not all(map(_is_plain, o.sweep_string_iterator()))}
+        added.append(f"run.dir='{folder}/{_name(command, keys, odd)}'")
     if "tracking.group" not in typed:
         added.append(f"tracking.group={folder.name}")
     return [*arguments, *added], folder
@@ -89,16 +89,21 @@ def _new_folder(path: Path) -> Path:
                 folder = path.with_name(f"{path.name}-{number}")
 
 
-def _name(command: str, keys: list[str], paths: set[str]) -> str:
+def _is_plain(value: str) -> bool:
+    """Return whether a value can be part of a folder's name that neither a shell nor Hydra wants in quotes."""
+    return re.fullmatch(r"[\w.+-]+", value, re.ASCII) is not None
+
+
+def _name(command: str, keys: list[str], odd: set[str]) -> str:
     """Return the pattern of a run folder's name, which Hydra fills in for each job.
 
-    The name is the command's own, followed by every swept key with its value; the job's number stands for ``paths``,
-    the keys whose values have a "/", and so would be folders of their own.
+    The name is the command's own, followed by every swept key with its value; the job's number stands for ``odd``, the
+    keys with values that cannot be part of a folder's name.
     """
-    named = [key for key in keys if key not in ("agent", "data", *paths)]
+    named = [key for key in keys if key not in ("agent", "data", *odd)]
     groups = ("backbone", "env", "reward", "experiment")
-    values = [f"${{hydra:runtime.choices.{key}}}" if key in groups else f"{key}=${{{key}}}" for key in named]
-    values += ["${hydra:job.num}"] if paths else []
+    values = [f"${{hydra:runtime.choices.{key}}}" if key in groups else f"{key}-${{{key}}}" for key in named]
+    values += ["${hydra:job.num}"] if odd else []
     return "-".join([NAMES[command], *values])
 
 

@@ -111,15 +111,15 @@ WRONG = {
     "train experiment=debug": r"experiment",
     "train +experiment=none_such": "there is no experiment/none_such; experiment is one of branchynet_cifar10, .*debug",
     "train agents=blockdrop": "there is no key agents; there are agent, backbone,",
-    "train agent=3": "Config group override must be a string",
-    "train agent=null": "Config group override must be a string",
+    "train agent=3": "there is no agent/3; agent is one of a2c",
+    "train agent=null": "there is no agent/null; agent is one of a2c",
     "train ~reward": "the configuration has no reward, and this command needs one",
     "train stepz=3": "there is no key stepz; there are .*seed",
     "train train.stepz=3": "there is no key train.stepz; train has choose_after, log_every, steps, validate_every",
     "train agent.gamma=3": "there is no key agent.gamma; agent has alpha, alpha_end, baseline, beta,",
     "train +agent.gamma=3": "agent has no key gamma; .* takes lr, schedule,",
     "train +train.stepz=3": "there is no key train.stepz",
-    "train seed=[1": r"at input '\[1'",
+    "train seed=[1": r"seed=\[1 cannot be read",
     # values of the wrong type
     "train seed=one": "seed: input should be a valid integer, got 'one'",
     "train seed=1.5": "seed: input should be a valid integer, got 1.5",
@@ -130,7 +130,7 @@ WRONG = {
     "train data.train=many": "data.train: input should be a valid integer, got 'many'",
     "train data.batch_size=big": "data.batch_size must be a positive integer, got 'big'",
     "train reward.penalty=much": "reward.penalty: input should be a valid number, got 'much'",
-    "train run.dir=null": "run.dir: input should be a valid string, got None",
+    "train run.dir=null": "run.dir must be a folder to make, got None",
     # values out of range
     "train seed=-1": "seed: input should be greater than or equal to 0, got -1",
     "train seed=99999999999999999999": "seed: input should be less than",
@@ -185,7 +185,7 @@ OTHER_COMMANDS = {
     "pretrain backbone=resnet32_exits backbone.exits=[2,14]": "block 14 is the last of resnet32: .* blocks 0 to 13",
     "pretrain backbone=resnet32_exits backbone.exits=5": "backbone.exits: input should be a valid list, got 5",
     "pretrain run.resume=nowhere": "the run folder nowhere does not exist",
-    "front output=3": "output: input should be a valid string, got 3",
+    "front output=3": "output must be the name of a folder or file, got 3; .* output=./3",
 }
 ALONE = {
     "compare runs=": "runs= names no folder",
@@ -567,7 +567,7 @@ def test_load_says_what_is_not_there(copied):
 
 def test_a_run_folder_that_cannot_be_made_is_named(refused, empty_folder):
     (empty_folder / "file").touch()
-    assert "cannot write file/x: Not a directory" in refused("train", *TRAIN, "run.dir=file/x")
+    assert "run.dir cannot be below file, which is no folder" in refused("train", *TRAIN, "run.dir=file/x")
 
 
 # Run folders of others

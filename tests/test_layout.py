@@ -35,7 +35,7 @@ LAYERS = (
 # Below all of them. Its modules may import each other, without a circle.
 GROUND_FLOOR = (
     *("config", "registry", "rewards", "training"),
-    *("runs", "parallel", "memory", "files", "sealed", "finite", "errors", "texts"),
+    *("runs", "parallel", "typed", "memory", "files", "sealed", "finite", "errors", "texts"),
     *("fronts", "intervals"),
 )
 # Imports inside functions, which are made when the function is called: so that `policyskip --help` needs no torch, and

@@ -44,27 +44,27 @@ def test_a_failing_job_does_not_end_the_others_and_is_named(swept):
 def test_folders_and_lines_tell_jobs_apart(swept):
     _, sweep, result = swept
     finished = {path.parent.name for path in sweep.glob("*/summary.json")}
-    assert finished == {"cdl-digits-seed=0", "cdl-digits-seed=1"}
+    assert finished == {"cdl-digits-seed-0", "cdl-digits-seed-1"}
     assert [json.loads((sweep / name / "summary.json").read_text())["seed"] for name in sorted(finished)] == [0, 1]
     lines = result.stdout.splitlines()
     assert len(lines) == 9 and lines[-1] == f"Compare them:  policyskip compare runs=runs/{sweep.name}"
     assert lines[6].startswith("[4/4] agent=cdl seed=1: started")
     assert re.fullmatch(r"\[4/4\] agent=cdl seed=1: test accuracy [\d.]+ % at [\d.]+ of the MACs, \d+ s", lines[7])
     assert "cdl on digits, test split, seed 1" in (sweep / "logs/004.txt").read_text()
-    config = (sweep / "cdl-digits-seed=1/config.yaml").read_text()
+    config = (sweep / "cdl-digits-seed-1/config.yaml").read_text()
     assert f"group: {sweep.name}" in config
 
 
 def test_a_sweep_can_be_compared_and_decided_again(swept):
     folder, sweep, _ = swept
-    recorded = load_decisions(Run(sweep / "cdl-digits-seed=0"))
+    recorded = load_decisions(Run(sweep / "cdl-digits-seed-0"))
     assert recorded is not None and len(recorded) == 40 and recorded.kind == "exits" and recorded.network == ""
-    summary = json.loads((sweep / "cdl-digits-seed=0/summary.json").read_text())
+    summary = json.loads((sweep / "cdl-digits-seed-0/summary.json").read_text())
     assert recorded.correct_N.double().mean().item() == pytest.approx(summary["test/accuracy"])
     assert recorded.macs_N.mean().item() == pytest.approx(summary["test/macs_mean"])
     result = typed("compare", f"runs={sweep}", "output=one", "tracking=none", cwd=folder)
     assert result.returncode == 0, result.stderr
-    (sweep / "cdl-digits-seed=0/decisions.safetensors").unlink()
+    (sweep / "cdl-digits-seed-0/decisions.safetensors").unlink()
     again = typed("compare", f"runs={sweep}", "output=two", "tracking=none", "recompute=true", "device=cpu", cwd=folder)
     assert again.returncode == 0, again.stderr
     for name in ("comparison.csv", "agreement.csv", "disagreements.csv"):
@@ -109,7 +109,7 @@ def test_a_run_s_folder_is_named_after_what_was_chosen_or_a_class_of_the_user_s_
 def test_what_hydra_is_given(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     arguments, folder = sweeps.prepare("train", ["-m", "agent=a,b", "seed=range(0,3)", "reward.penalty=2", "env=x,y"])
-    name = "${chosen:agent}-${chosen:data}-seed=${seed}-${hydra:runtime.choices.env}"
+    name = "${chosen:agent}-${chosen:data}-seed-${seed}-${hydra:runtime.choices.env}"
     assert arguments[5:] == [
         f"hydra.sweep.dir={folder}",
         "+hydra.job.env_set.POLICYSKIP_SWEEP='12 agent seed env'",
@@ -118,10 +118,12 @@ def test_what_hydra_is_given(tmp_path, monkeypatch):
     ]
     again, other = sweeps.prepare("train", ["-m", "seed=1,2", "run.dir=mine", "tracking.group=mine"])
     assert other != folder and not any(a.startswith(("run.dir='", "tracking.group=sweep")) for a in again)
-    assert sweeps.prepare("train", ["-m", "--config-dir", "conf", "seed=1,2"])[1] is not None
+    assert sweeps.prepare("train", ["-m", "--cfg", "job", "seed=1,2"])[1] is not None
     assert sweeps.prepare("train", ["-m", "hydra/launcher=ray", "seed=0,1"])[1].is_absolute()
     given, _ = sweeps.prepare("train", ["-m", "backbone.checkpoint=a/b,../c", "seed=0,1"])
-    assert given[-2].endswith("-seed=${seed}-${hydra:job.num}'")
+    assert given[-2].endswith("-seed-${seed}-${hydra:job.num}'")
+    given, _ = sweeps.prepare("train", ["-m", "reward.penalty='a b',c", "agent.net_arch=[1,2],[3]", "train.steps=1,2"])
+    assert given[-2].endswith("-train.steps-${train.steps}-${hydra:job.num}'")  # names that need no quoting
     for untouched in (["agent=a"], ["-m", "agent=[a"]):
         assert sweeps.prepare("train", untouched) == (untouched, None)
     assert sweeps.prepare("evaluate", ["-m", "run=a,b"])[1] is None

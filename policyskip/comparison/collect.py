@@ -10,11 +10,10 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from omegaconf import OmegaConf
-
-from policyskip.errors import UserError, in_one_line
+from policyskip.errors import UserError
 from policyskip.evaluation import decisions
 from policyskip.evaluation.decisions import Decisions
+from policyskip.runs import lifecycle
 from policyskip.runs.folder import Run
 
 NAMES = ("agent", "env", "backbone", "data")
@@ -164,12 +163,7 @@ def _read(run: Run, name: str, decide_again: Callable[[Run], Decisions] | None) 
     for key in (*NUMBERS, *(key for key in OPTIONAL_NUMBERS if summary.get(key) is not None)):
         if not is_number(summary[key]):
             raise UserError(f"{run.folder / 'summary.json'} is damaged: {key} is {summary[key]!r:.80}, not a number")
-    try:
-        config: Any = OmegaConf.to_container(OmegaConf.load(run.path("config.yaml")), resolve=True)
-        if not isinstance(config, dict):
-            raise ValueError("it must hold keys and values")
-    except Exception as error:  # readers raise exceptions of every type for damaged files
-        raise UserError(f"{run.folder / 'config.yaml'} is damaged: {in_one_line(error)}") from error
+    config = lifecycle.saved_config(run)
     own_decisions = decisions.load_decisions(run)
     if own_decisions is None and decide_again is not None:
         try:

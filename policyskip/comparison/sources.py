@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 import torch
@@ -14,6 +15,7 @@ from policyskip.config import group_of
 from policyskip.data import Images, batch_at
 from policyskip.errors import UserError
 from policyskip.evaluation.decisions import Decisions
+from policyskip.runs import stored_config
 from policyskip.runs.folder import Run
 from policyskip.tasks import dispatch
 
@@ -37,10 +39,11 @@ class ExampleImages:
 
     Args:
         trust: whether data may be built by classes outside policyskip, whose code is then executed.
+        typed: keys of the group ``data`` that were typed, by group; they go before those of the configuration.
     """
 
-    def __init__(self, trust: bool = False) -> None:
-        self.trust = trust
+    def __init__(self, trust: bool = False, typed: dict[str, Any] | None = None) -> None:
+        self.trust, self.typed = trust, typed or {}
         self._loaded: dict[str, Images] = {}  # by fingerprint
 
     def __call__(self, result: Result, indices: Sequence[int]) -> dict[int, NDArray[np.uint8]]:
@@ -71,9 +74,10 @@ class ExampleImages:
         """
         fingerprint = result.decisions.images if result.decisions else ""
         if fingerprint not in self._loaded:
-            node = {**group_of(result.config, "data")}
-            if "download" in node:
-                node["download"] = False  # nobody expects a comparison to download data
+            data_group = {"data": group_of(result.config, "data")}
+            node = stored_config.buildable(data_group, self.trust, {"data": self.typed.get("data", {})})["data"]
+            if "download" in node and "download" not in self.typed.get("data", {}):
+                node = {**node, "download": False}  # nobody expects a comparison to download data
             try:
                 data, _ = build_data(node, torch.device("cpu"), self.trust)
             except (KeyError, TypeError, AttributeError, OSError) as error:

@@ -7,7 +7,6 @@ installed entry point, or the user says ``trust=True``.
 from __future__ import annotations
 
 import os
-import sys
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
@@ -76,9 +75,9 @@ def load(
         raise UserError(f"precision must be one of {', '.join(PRECISIONS)}, got {precision!r}")
     _check_device(device)
     keep_freed_memory()
-    opened = open_run(str(run))
+    opened = open_run(os.path.expanduser(run))
     with usual_defaults():
-        predictor = load_predictor(opened, device, backbone, trust)
+        predictor = load_predictor(opened, device, backbone and os.path.expanduser(backbone), trust)
         predictor.network.to(PRECISIONS[precision])
         if isinstance(predictor, Predictor) and planned and precision == "float32":  # times were measured in float32
             predictor.plan = _plan(opened, predictor)
@@ -119,8 +118,6 @@ def load_predictor(
         raise UserError(
             f"the run {run.folder} is an oracle's, which sees the label: there is nothing to load for other images"
         )
-    if trust and os.getcwd() not in sys.path:  # as on the command line, and behind everything that is installed
-        sys.path.append(os.getcwd())
     with registry.trusting(trust):
         try:
             if backbone is not None:

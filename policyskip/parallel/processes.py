@@ -8,23 +8,33 @@ processes.
 from __future__ import annotations
 
 import os
+import signal
+import socket
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from datetime import timedelta
 from typing import TypeVar
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.distributed.distributed_c10d import PrefixStore
+from torch.distributed import DistError
+from torch.distributed.constants import default_pg_timeout
+from torch.distributed.distributed_c10d import PrefixStore, Store
 from torch.distributed.rendezvous import rendezvous
 
 from policyskip.errors import UserError, in_one_line
+from policyskip.texts import one_line
 
 T = TypeVar("T")
 
+WAIT = "POLICYSKIP_WAIT"
+"""The variable in the environment that says how many seconds a process waits for the others to start."""
+SECONDS_TO_WAIT, SECONDS_OF_SILENCE = 600.0, 5.0
+"""How long it waits without that variable, and how long before it says so."""
 PATIENCE = timedelta(days=1)
 """How long the other processes wait for what the first one does alone, such as a search or the pictures."""
 _WORDS_OF_LOST_CONNECTIONS = ("gloo", "Connection", "connection", "Socket", "Broken pipe", "NCCL", "Timed out waiting")
@@ -44,13 +54,15 @@ def joined() -> Iterator[None]:
     """
     global _store, _patient_group
     try:
-        store, rank, world = next(rendezvous("env://"))
+        store, rank, world = _meet()
         _store = PrefixStore("policyskip", store)
         if torch.cuda.is_available() and local_rank() < torch.cuda.device_count():
             torch.cuda.set_device(local_rank())
         backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
         dist.init_process_group(backend, store=store, rank=rank, world_size=world)
         _patient_group = dist.new_group(timeout=PATIENCE, backend="gloo")  # type: ignore[assignment]  # all are in it
+    except UserError:
+        raise
     except (RuntimeError, ValueError) as error:
         raise UserError(f"the other processes cannot be met ({in_one_line(error)}); torchrun starts them") from error
     if not is_first():
@@ -59,6 +71,60 @@ def joined() -> Iterator[None]:
         yield
     finally:
         dist.destroy_process_group()
+
+
+def _meet() -> tuple[Store, int, int]:
+    """Wait until all processes of the run are there, and say so if it takes long.
+
+    Returns: their common store, the number of this process, and how many there are.
+
+    Raises:
+        UserError: they are not there in time, or the time to wait is no number of seconds.
+    """
+    try:
+        seconds = float(os.environ.get(WAIT) or SECONDS_TO_WAIT)
+        limit = timedelta(seconds=max(1.0, seconds))
+    except (ValueError, OverflowError) as error:
+        raise UserError(f"{WAIT} must be a number of seconds, got {one_line(os.environ[WAIT])}") from error
+    get = os.environ.get
+    number, count = one_line(get("RANK", "?")), one_line(get("WORLD_SIZE", "?"))
+    here = one_line(f"{get('MASTER_ADDR', '?')}:{get('MASTER_PORT', '?')}")
+    waiting = f"this is process {number} of {count} (WORLD_SIZE), which meet at {here}"
+    notice = f"{waiting}; waiting for the others, {seconds:g} s at most ({WAIT}=SECONDS changes that)"
+    timer = threading.Timer(SECONDS_OF_SILENCE, lambda: print(notice, file=sys.stderr, flush=True))
+    timer.daemon = True
+    at_interrupt = signal.getsignal(signal.SIGINT)
+    with suppress(ValueError):  # outside the main thread
+        signal.signal(signal.SIGINT, signal.SIG_DFL)  # torch waits in C++, and would not see an exception
+    timer.start()
+    try:
+        _wait_for_address(time.monotonic() + limit.total_seconds())
+        store, rank, world = next(rendezvous("env://", timeout=limit))
+        store.set_timeout(default_pg_timeout)
+        return store, rank, world
+    except (DistError, TimeoutError) as error:
+        raise UserError(f"{waiting}; the others did not come in {seconds:g} s. torchrun starts them all") from error
+    finally:
+        timer.cancel()
+        with suppress(ValueError, TypeError):
+            signal.signal(signal.SIGINT, at_interrupt)
+
+
+def _wait_for_address(deadline: float) -> None:
+    """Wait until the process that keeps the store can be reached; torch would print its stack if it cannot.
+
+    Raises:
+        TimeoutError: the deadline has passed.
+    """
+    address, port = os.environ.get("MASTER_ADDR", ""), os.environ.get("MASTER_PORT", "")
+    if os.environ.get("RANK", "0") == "0" or not address or not port.isdecimal():
+        return  # this process keeps it, or torch says which variable is missing
+    while True:
+        with suppress(OSError, OverflowError), socket.create_connection((address, int(port)), timeout=2):
+            return
+        if time.monotonic() > deadline:
+            raise TimeoutError
+        time.sleep(0.2)
 
 
 def world() -> int:

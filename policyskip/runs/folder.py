@@ -283,8 +283,6 @@ def create(folder: str, command: str, config: str) -> Run:
         UserError: the folder cannot be made.
     """
     requested = path = Path(folder)
-    if not path.name:
-        raise UserError(f"run.dir={folder} is no folder of its own; name one that is to be made")
     number = 1
     with reporting_write_errors(path):
         while True:

@@ -15,14 +15,18 @@ from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, OmegaConf
 
 from policyskip.backbones import Network, checkpoints
-from policyskip.errors import UserError, in_one_line
-from policyskip.files import damaged, shell_argument
+from policyskip.config import plain
+from policyskip.errors import UserError
+from policyskip.files import shell_argument
+from policyskip.runs import stored_config
 from policyskip.runs.folder import Run, create, open_run
 
 INITIAL_NETWORK = "start.safetensors"
 """The network that a run started from, in the folder of a run that trains it."""
 CHANGEABLE = ("run.trust", "train.steps", "device", "tracking.mode")
 """The keys that can be typed when a run is resumed."""
+MOVED = ("data.root", "data.download", "backbone.checkpoint")
+"""The keys that can be typed, too, for data and weights that are no longer where they were."""
 
 
 def typed_changes() -> list[str]:
@@ -35,68 +39,113 @@ def typed_command() -> str:
     return " ".join([sys.argv[0], *typed_changes()])
 
 
-def new_or_resumed(config: DictConfig) -> tuple[DictConfig, Run | None, bool]:
+def new_or_resumed(config: DictConfig) -> tuple[dict[str, Any], Run | None, bool]:
     """Find out from ``run.resume`` whether a run is new, and open and lock the folder of one that is resumed.
 
     Returns: the configuration to run with; the run, None if it is new; whether there is a checkpoint to go on from.
 
     Raises:
-        UserError: the folder cannot be read or is in use, or a key was typed that cannot change.
+        UserError: the folder cannot be read or is in use, a key was typed that cannot change, or a new run's folder
+            cannot be made.
     """
     resumed = OmegaConf.select(config, "run.resume")
     if resumed is None:
-        return config, None, False
-    run = open_run(str(resumed))
+        content = plain(config)
+        check_new_folder("run.dir", content["run"]["dir"])
+        return content, None, False
+    if not isinstance(resumed, str):
+        raise UserError(f"run.resume must be a run folder, got {resumed!r}; a folder of that name is typed as a path")
+    run = open_run(resumed)
     run.lock()
-    changes = typed_changes()
-    for key in [change.split("=")[0] for change in changes]:
-        if key not in ("run.resume", *CHANGEABLE):
-            raise UserError(f"{key} cannot change when a run is resumed; only {', '.join(CHANGEABLE)} can")
-    typed, saved = OmegaConf.from_dotlist(changes), saved_config(run)
-    with damaged(run.folder / "config.yaml"):
-        changed = OmegaConf.merge(saved, typed)
-        OmegaConf.update(changed, "run.trust", config.run.trust, force_add=True)  # a folder cannot trust itself
-    assert isinstance(changed, DictConfig)
+    changed = saved_config(run)
+    for key in [change.lstrip("+").split("=")[0] for change in typed_changes()]:
+        if key not in (*CHANGEABLE, *MOVED):
+            raise UserError(f"{key} cannot change when a run is resumed; only {', '.join((*CHANGEABLE, *MOVED))} can")
+        group, _, name = key.rpartition(".")
+        node = changed.setdefault(group, {}) if group else changed
+        if isinstance(node, dict):
+            node[name] = OmegaConf.select(config, key)
+    if isinstance(changed.setdefault("run", {}), dict):
+        changed["run"]["trust"] = OmegaConf.select(config, "run.trust")  # a folder cannot trust itself
     return changed, run, run.has("checkpoint.pt")
 
 
-def saved_config(run: Run) -> DictConfig:
+def moved(content: dict[str, Any]) -> dict[str, Any]:
+    """Return the groups of a resumed run's configuration with those of their keys that were typed."""
+    keys = [key for key in (change.lstrip("+").split("=")[0] for change in typed_changes()) if key in MOVED]
+    typed: dict[str, Any] = {}
+    for group, _, name in (key.partition(".") for key in keys):
+        typed.setdefault(group, {})[name] = content[group][name]
+    return typed
+
+
+def check_new_folder(key: str, folder: Any) -> None:
+    """Refuse a folder that cannot be made: one that holds the current folder, or a path through something else.
+
+    Args:
+        key: the configuration key that has it.
+
+    Raises:
+        UserError: naming the key and the folder.
+    """
+    if not isinstance(folder, str) or not folder.strip():
+        raise UserError(f"{key} must be a folder to make, got {folder!r}")
+    path = Path(folder).expanduser()
+    if path.resolve() in (here := Path.cwd().resolve(), *here.parents):
+        raise UserError(f"{key}={folder} is no folder of its own; name one that is to be made")
+    _check_parents(key, path)
+
+
+def check_new_file(key: str, file: str) -> None:
+    """Refuse a path that cannot become a file, before anything is computed for it.
+
+    Raises:
+        UserError: naming the key and the path.
+    """
+    path = Path(file)
+    if path.exists() and not path.is_file():
+        raise UserError(f"{key}={file} is there, and is no file; say a file to write")
+    _check_parents(key, path.parent)
+
+
+def _check_parents(key: str, folder: Path) -> None:
+    """Refuse (UserError) a folder that neither is there nor can be made, because a part of its path is no folder."""
+    there = next((parent for parent in (folder, *folder.parents) if parent.exists()), folder)
+    if there.exists() and not there.is_dir():
+        raise UserError(f"{key} cannot be below {there}, which is no folder")
+
+
+def saved_config(run: Run) -> dict[str, Any]:
     """Read the configuration in a run's folder.
 
     Raises:
         UserError: the file is damaged, or holds something else.
     """
-    path = run.folder / "config.yaml"
-    try:
-        saved = OmegaConf.load(run.path("config.yaml"))
-    except Exception as error:  # readers raise exceptions of every type for damaged files
-        raise UserError(f"{path} is damaged: {in_one_line(error)}") from error
-    if not isinstance(saved, DictConfig):
-        raise UserError(f"{path} is damaged or not ours: it must hold keys and values")
-    return saved
+    return stored_config.read(run.path("config.yaml"))
 
 
-def begin(config: DictConfig, run: Run | None, resume: bool) -> Run:
+def begin(content: dict[str, Any], run: Run | None, resume: bool) -> Run:
     """Make the folder of a new run, or return a resumed run, without its metrics if it had no checkpoint yet."""
     if run is None:
-        run = create(config.run.dir, typed_command(), OmegaConf.to_yaml(config, resolve=True))
-        if run.folder != Path(config.run.dir):
-            print(f"{config.run.dir} is there already: the folder of this run is {run.folder}", flush=True)
+        folder = content["run"]["dir"]
+        run = create(folder, typed_command(), stored_config.to_yaml(content))
+        if run.folder != Path(folder):
+            print(f"{folder} is there already: the folder of this run is {run.folder}", flush=True)
         return run
     if not resume:
         run.rewind_metrics(0)
     return run
 
 
-def record_changes(config: DictConfig, run: Run, resume: bool) -> None:
+def record_changes(content: dict[str, Any], run: Run, resume: bool) -> None:
     """Write what was typed to change a resumed run into its folder."""
     if resume and typed_changes():
-        save_changed_config(run, " ".join([run.command, *typed_changes()]), config)
+        save_changed_config(run, " ".join([run.command, *typed_changes()]), content)
 
 
-def save_changed_config(run: Run, command: str, config: Any) -> None:
+def save_changed_config(run: Run, command: str, content: dict[str, Any]) -> None:
     """Write a run's configuration, under the command that it is the configuration of, into its folder."""
-    run.save_config(command, OmegaConf.to_yaml(config, resolve=True))
+    run.save_config(command, stored_config.to_yaml(content))
 
 
 def is_finished(run: Run, steps: int, deployed: str) -> bool:
@@ -126,11 +175,12 @@ def print_stopped(command: str, run: Run) -> None:
     print(f"Stopped and saved. Go on with:  {_resuming(command, run)}")
 
 
-def print_interrupted(command: str, run: Run) -> None:
-    """Say how to go on with a run that was interrupted at once, from its last checkpoint if it has one."""
+def print_interrupted(command: str, run: Run, steps: int) -> None:
+    """Say how to go on, from its last checkpoint, with a run of ``steps`` updates that was interrupted at once."""
     if run.has("checkpoint.pt"):
         step = run.load_checkpoint()["step"]
-        print(f"Stopped at once; what came after update {step} is not kept. Go on with:  {_resuming(command, run)}")
+        kept = f"what came after update {step} is not kept" if step < steps else f"all {steps} updates are saved"
+        print(f"Stopped at once; {kept}. Go on with:  {_resuming(command, run)}")
     else:
         print(f"Stopped at once, before anything was saved. Begin anew with:  {_resuming(command, run)}")
 
@@ -168,11 +218,22 @@ def with_initial_network(content: dict[str, Any], run: Run, own_files: Sequence[
     Args:
         own_files: other files of the folder that hold a network to start from, to be used if there is no
             ``start.safetensors``.
+
+    Raises:
+        UserError: the checkpoint is a file that is gone, and the folder has no initial network.
     """
     node = content.get("backbone")
     named = node.get("checkpoint") if isinstance(node, dict) else None
-    if not isinstance(named, str) or named in (checkpoints.RANDOM, *checkpoints.shipped()) or Path(named).is_file():
+    if (
+        not isinstance(named, str)
+        or named in (checkpoints.RANDOM, *checkpoints.shipped())
+        or Path(named).expanduser().is_file()
+    ):
         return content
     for name in filter(run.has, (INITIAL_NETWORK, *own_files)):
         return {**content, "backbone": {**node, "checkpoint": str(run.path(name))}}  # type: ignore[dict-item]
+    if Path(named).suffix:  # else it may be the name of torchvision's weights
+        raise UserError(
+            f"the run's network {named} is not there any more; say backbone.checkpoint=FILE if it has moved"
+        )
     return content

@@ -6,7 +6,6 @@ import math
 from typing import Any
 
 import torch
-from omegaconf import OmegaConf
 from rich.table import Table
 
 from policyskip.build import Setup
@@ -40,7 +39,7 @@ def recalibrate(setup: Setup, run: Run, target: TargetSection) -> dict[str, Any]
     names = ("agent", "env", "backbone", "data", "seed", "steps", "seconds")
     with damaged(run.folder / "summary.json"):
         head: dict[str, Any] = {name: before[name] for name in names}
-    changed = OmegaConf.merge(lifecycle.saved_config(run), {"target": target.model_dump()})  # for a resumed run, too
+    changed = {**lifecycle.saved_config(run), "target": target.model_dump()}  # a resumed run keeps to the target
 
     def write_more(new: Run) -> None:
         lifecycle.save_changed_config(new, run.command, changed)

@@ -1,0 +1,56 @@
+"""Streams that cannot be written, and the exit code of what was done in spite of them."""
+
+from __future__ import annotations
+
+import io
+import os
+import subprocess
+import sys
+
+import pytest
+
+from policyskip.typed.streams import PatientStream
+
+PROGRAM = """
+import sys
+from policyskip.typed import streams
+streams.make_patient()
+for i in range(2000):
+    print("line é", i, flush=i % 2 == 0)
+open("done", "w").write("written")
+print("said", file=sys.stderr)
+sys.exit(3 if streams.lost_output() else 0)
+"""
+
+
+class Full(io.StringIO):
+    def flush(self) -> None:
+        raise OSError(28, "No space left on device")
+
+
+def test_what_cannot_be_written_is_dropped_and_remembered():
+    stream = PatientStream(Full())
+    assert stream.write("abc") == 3 and stream.problem is None
+    stream.flush()
+    stream.flush()
+    assert stream.problem is not None and stream.problem.errno == 28
+
+
+def test_a_letter_that_the_encoding_lacks_is_shown_as_its_number():
+    raw = io.BytesIO()
+    stream = PatientStream(io.TextIOWrapper(raw, encoding="ascii"))
+    print("γ = 1 ✓", file=stream, flush=True)
+    assert raw.getvalue() == b"\\u03b3 = 1 \\u2713\n"
+
+
+@pytest.mark.parametrize(("redirected", "code"), [(">&-", 0), ("> /dev/full", 3), ("| head -1", 3), ("2>&-", 0)])
+def test_the_work_is_done_whatever_becomes_of_the_output(tmp_path, redirected, code):
+    (tmp_path / "program.py").write_text(PROGRAM)
+    line = f"{sys.executable} program.py {redirected}; echo ${{PIPESTATUS[0]}} > code"
+    path = os.pathsep.join(filter(None, sys.path))
+    ran = subprocess.run(
+        ["bash", "-c", line], cwd=tmp_path, capture_output=True, env={**os.environ, "PYTHONPATH": path,
+                                                                     "PYTHONIOENCODING": "ascii"}
+    )  # fmt: skip
+    assert (tmp_path / "done").read_text() == "written" and int((tmp_path / "code").read_text()) == code
+    assert ran.stderr.strip() == (b"" if redirected == "2>&-" else b"said")
