@@ -27,6 +27,7 @@ from policyskip.errors import (
     traceback_wanted,
     users_problem,
 )
+from policyskip.runs import progress
 
 USAGE = """\
 policyskip: decide for each image how much of a network to run.
@@ -113,7 +114,9 @@ def _run(command: str) -> int:
     def job(config: DictConfig) -> None:
         nonlocal composed
         forget_users_classes()
-        run_command = partial(_commands().run_command, command)
+        progress.show()
+        with progress.waiting("loading PyTorch"):
+            run_command = partial(_commands().run_command, command)
         composed = True
         try:
             if sweeps.is_one_of_many():

@@ -116,7 +116,7 @@ def run_job(command: Callable[[DictConfig], int], config: DictConfig, is_refusal
     print(f"{label}: started, {log}", flush=True)
     started = time.monotonic()
     problem, status = "", 0
-    with log.open("w", encoding="utf-8") as file, contextlib.redirect_stdout(file):
+    with log.open("w", encoding="utf-8") as file, contextlib.redirect_stdout(file), contextlib.redirect_stderr(file):
         try:
             status = command(config)
         except Exception as error:

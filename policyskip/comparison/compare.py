@@ -28,6 +28,7 @@ from policyskip.errors import UserError
 from policyskip.evaluation.decisions import Decisions
 from policyskip.files import reporting_write_errors
 from policyskip.runs.folder import Run
+from policyskip.runs.progress import waiting
 
 MARKER_FILE = "comparison.json"
 """A file that every comparison has: a folder without it is not overwritten."""
@@ -89,9 +90,11 @@ def compare(
         output.parent.mkdir(parents=True, exist_ok=True)
         temporary = Path(tempfile.mkdtemp(prefix=f".{output.name}-", dir=output.parent))
     try:
-        collected = collect(patterns, decide_again)
-        sections = [_section(group, load_images) for group in groups_of(collected.results)]
-        with reporting_write_errors(output):
+        with waiting("reading the runs"):
+            collected = collect(patterns, decide_again)
+        with waiting("computing tables and intervals"):
+            sections = [_section(group, load_images) for group in groups_of(collected.results)]
+        with reporting_write_errors(output), waiting("writing the comparison"):
             pictures = _write(temporary, sections, collected, command)
             temporary.chmod(0o755)
             _replace(output, temporary)
