@@ -13,14 +13,16 @@ import json
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated
 
 import torch
+from pydantic import BaseModel, ConfigDict, Field, NonNegativeFloat, PositiveInt, ValidationError
 from torch import Tensor
 
 from policyskip.backbones import Backbone, Costs
 from policyskip.backbones.checkpoints import WEIGHTS
 from policyskip.backbones.folding import folded
+from policyskip.config import first_problem
 from policyskip.data import Batch, Images, batch_at, spread_indices
 from policyskip.data.base import IN_MEMORY_BYTES
 from policyskip.errors import UserError
@@ -28,6 +30,8 @@ from policyskip.files import reporting_write_errors, write
 from policyskip.fronts import concave_hull
 from policyskip.memory import release_freed_memory
 
+MOST_BYTES = 2**25
+"""The largest file that is read as a front: one over a thousand blocks has a tenth of it."""
 Keep = tuple[bool, ...]
 """A keep-set: for each of the K blocks, whether it runs."""
 
@@ -166,19 +170,32 @@ class StaticFront:
         """Read the front in a file.
 
         Raises:
-            OSError, ValueError, TypeError, KeyError: the file is not there, or holds no front.
+            OSError, ValueError: the file is not there, or holds no front.
         """
-        content: dict[str, Any] = json.loads(path.read_bytes())
-        content["sets"] = [tuple(mark == "1" for mark in keep) for keep in content["sets"]]
-        for name in ("accuracy", "macs"):
-            content[name] = [float(value) for value in content[name]]
-        front = StaticFront(**content)
-        F = len(front.sets)
-        if not F or {len(front.accuracy), len(front.macs)} != {F} or len({len(keep) for keep in front.sets}) != 1:
+        if not path.is_file() or path.stat().st_size > MOST_BYTES:
+            raise ValueError(f"it is no file of at most {MOST_BYTES} bytes")
+        try:
+            content = _Stored.model_validate_json(path.read_bytes()).model_dump()
+        except ValidationError as error:
+            raise ValueError(first_problem("", error)) from error
+        front = StaticFront(**content | {"sets": [tuple(mark == "1" for mark in keep) for keep in content["sets"]]})
+        lengths = {len(front.sets), len(front.accuracy), len(front.macs)}
+        if len(lengths) > 1 or len({len(keep) for keep in front.sets}) > 1:
             raise ValueError("its sets, accuracies and costs do not belong together")
-        if not (isinstance(front.images, int) and isinstance(front.backbone, str) and isinstance(front.data, str)):
-            raise TypeError("it does not say what it was searched on")
         return front
+
+
+class _Stored(BaseModel):
+    """The content of a file that holds a front."""
+
+    model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
+    sets: Annotated[list[Annotated[str, Field(pattern="^[01]+$")]], Field(min_length=1)]
+    accuracy: list[Annotated[float, Field(ge=0, le=1)]]
+    macs: list[NonNegativeFloat]
+    images: PositiveInt
+    finished: bool
+    backbone: str
+    data: str
 
 
 def search(
@@ -287,14 +304,39 @@ def find_front(
     return StaticFront(sets, accuracy, macs, scorer.count, finished, backbone.content_hash(), images.fingerprint())
 
 
-def known_front(backbone: Backbone, images: Images, cache: Path) -> StaticFront | None:
-    """Find a front searched earlier on this very network and these very images: one that ships, or one in ``cache``."""
+def known_front(
+    backbone: Backbone, images: Images, cache: Path, at_least: int = 1, search_key: str = ""
+) -> StaticFront | None:
+    """Find a front searched earlier on this very network and these very images: one that ships, or one in ``cache``.
+
+    Args:
+        cache: the folder that :func:`remember` wrote to.
+        at_least: the least number of images that the search must have used.
+        search_key: names the settings of a search; one that ran out of its budget is found by its own key alone,
+            because another budget would have given another front.
+    """
     searched_on = (backbone.content_hash(), images.fingerprint())
-    for path in [*sorted(WEIGHTS.glob("*.front.json")), cache / f"{searched_on[0]}-{searched_on[1]}.json"]:
+    stored = [cache / _file_name(*searched_on), cache / _file_name(*searched_on, search_key)]
+    for path in [*sorted(WEIGHTS.glob("*.front.json")), *stored]:
         try:
             front = StaticFront.load(path)
-        except (OSError, ValueError, TypeError, KeyError):
+        except (OSError, ValueError):
             continue  # absent, or damaged: it is searched anew
-        if (front.backbone, front.data) == searched_on:
+        fits = (front.backbone, front.data) == searched_on and len(front.sets[0]) == backbone.num_blocks
+        if fits and front.images >= at_least and (front.finished or path == stored[1]):
             return front
     return None
+
+
+def remember(front: StaticFront, cache: Path, search_key: str) -> None:
+    """Write a front into the folder ``cache``, for :func:`known_front`.
+
+    Raises:
+        UserError: it cannot be written.
+    """
+    front.save(cache / _file_name(front.backbone, front.data, "" if front.finished else search_key))
+
+
+def _file_name(backbone: str, data: str, search_key: str = "") -> str:
+    """Return the name of a file in a cache: content hash and fingerprint, and a key unless the search finished."""
+    return f"{'-'.join(filter(None, (backbone, data, search_key)))}.json"

@@ -33,6 +33,8 @@ def test_the_margin_is_paired_with_the_mix_of_equal_cost(monkeypatch):
     )
 
     class Scorer:
+        count = 4
+
         def __init__(self, backbone, images):
             assert images == "test images"
 
