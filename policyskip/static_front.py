@@ -29,6 +29,7 @@ from policyskip.errors import UserError
 from policyskip.files import reporting_write_errors, write
 from policyskip.fronts import concave_hull
 from policyskip.memory import release_freed_memory
+from policyskip.runs.progress import waiting
 
 MOST_BYTES = 2**25
 """The largest file that is read as a front: one over a thousand blocks has a tenth of it."""
@@ -58,6 +59,7 @@ class SetScorer:
         count: N, the number of images used.
         known: for each keep-set scored so far, whether each image is classified rightly, bool (N,) on the CPU.
         spent: images times blocks (residual branches) computed so far, which is what a budget bounds.
+        on_batch: called after every batch with the number of its images.
     """
 
     def __init__(
@@ -70,13 +72,15 @@ class SetScorer:
     ) -> None:
         self.backbone = folded(backbone)
         self.on_progress = on_progress or (lambda spent: None)
+        self.on_batch: Callable[[int], object] = lambda images: None
         index_N = spread_indices(limit or len(images), len(images))
         self.count = len(index_N)
         height, width = batch_at(images, index_N[:1]).images.shape[2:]
         batch_size = max(1, min(batch_size, 2**22 // (height * width)))
         self._images, self._batch_indices = images, index_N.split(batch_size)
         fits_in_memory = self.count * 3 * height * width <= IN_MEMORY_BYTES
-        self._batches: list[Batch] | None = list(self._stream()) if fits_in_memory else None
+        with waiting("reading images"):
+            self._batches: list[Batch] | None = list(self._stream()) if fits_in_memory else None
         self.known: dict[Keep, Tensor] = {}
         self.spent = 0
 
@@ -93,6 +97,7 @@ class SetScorer:
                 for batch in self._batches or self._stream():
                     self._descend(self.backbone.features(batch.images), batch.label_B, 0, new, correct)
                     self.on_progress(self.spent)
+                    self.on_batch(len(batch))
                     release_freed_memory()
             self.known.update({keep: torch.cat(batches) for keep, batches in correct.items()})
         return [self.known[keep] for keep in sets]

@@ -54,7 +54,7 @@ def static_front(setup: Setup, settings: FrontSection, sets_in_use: Sequence[Kee
     """
     if (known := remembered_front(setup, settings, sets_in_use)) is not None:
         return known
-    with _alone(_search_key(settings, sets_in_use)):
+    with _alone(setup, _search_key(settings, sets_in_use)):
         if (known := remembered_front(setup, settings, sets_in_use)) is not None:  # another process has searched it
             return known
         front = _searched(with_block_selection(setup), settings, sets_in_use)
@@ -90,13 +90,11 @@ def _search_key(settings: FrontSection, sets_in_use: Sequence[Keep]) -> str:
 
 
 @contextmanager
-def _alone(search_key: str) -> Iterator[None]:
-    """Let the runs of a sweep search one after the other, so that all but the first find what it has found."""
-    lock = FileLock(_cache() / f"{search_key}.lock")
-    with (
-        suppress(OSError, NotImplementedError),
-        waiting("waiting for another process that searches the same fixed sets"),
-    ):
+def _alone(setup: Setup, search_key: str) -> Iterator[None]:
+    """Let runs that search the same do so one after the other, so that all but the first find what it has found."""
+    name = f"{setup.backbone.content_hash()}-{setup.data.validation.fingerprint()}-{search_key}"
+    lock = FileLock(_cache() / f"{name}.lock")
+    with suppress(OSError, NotImplementedError), waiting("waiting for a process that searches the same fixed sets"):
         _cache().mkdir(parents=True, exist_ok=True)
         lock.acquire()
     try:
@@ -160,8 +158,9 @@ def static_figures(
 
     Returns: the figures, and MACs and accuracy of every set of the front on the split.
     """
-    with waiting(f"judging the best fixed keep-sets on {split}"):
-        scorer = SetScorer(setup.backbone, setup.data.split(split).plain())
+    scorer = SetScorer(setup.backbone, setup.data.split(split).plain())
+    with waiting("judging the best fixed keep-sets", scorer.count) as wait:
+        scorer.on_batch = wait.advance
         correct = [correct_N.double() for correct_N in scorer.correct(front.sets)]
     mix = front.mix_at(decisions.macs_N.mean().item())
     mixed_N: Tensor = torch.stack([weight * correct[index] for index, weight in mix]).sum(0)
