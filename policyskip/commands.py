@@ -37,8 +37,9 @@ from policyskip.memory import keep_freed_memory
 from policyskip.parallel import processes
 from policyskip.parallel.data_parallel import divide
 from policyskip.parallel.devices import find_device
-from policyskip.runs import lifecycle
+from policyskip.runs import lifecycle, own_code
 from policyskip.runs.folder import Run, open_run, unlock_all
+from policyskip.runs.labels import labels_of
 from policyskip.runs.tracking import Tracker, log_comparison
 from policyskip.static_front import keep_text
 from policyskip.tasks import calibrate as calibration
@@ -99,19 +100,24 @@ def _run_course(
     config, run, resume = processes.first(lambda: lifecycle.new_or_resumed(config))
     settings = settings_of(config, section)
     device, steps = find_device(settings.device), settings.train.steps
+    labels_of(settings.tracking, None, command)  # labels that W&B would refuse are refused before there is a folder
     if run is not None and processes.first(partial(lifecycle.is_finished, run, steps, deployed)):
         lifecycle.print_finished(run, steps)
         return 0
     config, task = make_task(config, settings, device, run)
+    steps = settings.train.steps  # 0 for an agent that has nothing to learn
     divide(task.learner, task.source)
     print(task.greeting, flush=True)
     run = processes.first(partial(lifecycle.begin, config, run, resume))
     content = plain(config)
     if task.trained_network is not None and not resume and processes.is_first():
         lifecycle.keep_initial_network(run, task.trained_network, group_of(content, "backbone"))
-    group = settings.tracking.group or f"{task.names.get('agent', command)}-{task.names['data']}"
+    if processes.is_first():
+        own_code.keep(run)
+    group = f"{task.names.get('agent', command)}-{task.names['data']}"
     tags = [*task.names.values(), f"seed {settings.seed}"]
-    tracker = Tracker(run, settings.tracking.mode, content, settings.tracking.project, group, command, tags)
+    labels = labels_of(settings.tracking, group, command, tags, lifecycle.typed_changes())
+    tracker = Tracker(run, settings.tracking.mode, content, labels)
     try:
         chain = (task.learner, task.source, task.validate, task.deployable, run, tracker)
         if steps:
@@ -141,7 +147,8 @@ def _agent_task(
 
     Returns: the configuration, which for a new run with exits of "auto N" names these exits, and the task.
     """
-    content, built = plain(config), None
+    content, built = dispatch.without_idle_steps(plain(config), settings, run is None or settings.run.trust), None
+    config = OmegaConf.merge(config, {"train": content["train"]})  # type: ignore[assignment]
     if run is not None:
         setup = _set_up_saved(content, run, device, settings.run.trust)
     else:
@@ -254,6 +261,7 @@ def profile(config: DictConfig) -> int:
 def compare(config: DictConfig) -> int:
     """Show finished runs side by side: tables with intervals, pictures, and one HTML page."""
     settings = settings_of(config, CompareSettings)
+    labels = labels_of(settings.tracking, None, "compare", ["comparison"])
 
     def decide_again(run: Run) -> Any:
         return sources.decide_again(_setup_of(run, settings.device, settings.trust), run)
@@ -268,8 +276,7 @@ def compare(config: DictConfig) -> int:
     )
     comparison.show(made)
     tracking = settings.tracking
-    logged = (made.folder, made.tables, made.pictures, tracking.mode, plain(config), tracking.project, tracking.group)
-    where = log_comparison(*logged)
+    where = log_comparison(made.folder, made.tables, made.pictures, tracking.mode, plain(config), labels)
     print(f"Page:   {made.folder / 'index.html'}\nTables: {made.folder / 'comparison.csv'}\nW&B:    {where}")
     return 0
 

@@ -47,6 +47,11 @@ def remember_users_class(module: str, description: str) -> None:
     _users_classes[module] = description
 
 
+def users_modules() -> tuple[str, ...]:
+    """Return the names of the modules with classes of the user's own that take part."""
+    return tuple(_users_classes)
+
+
 def forget_users_classes() -> None:
     """Clear the memory of users' classes, which an earlier command in this process may have filled."""
     _users_classes.clear()

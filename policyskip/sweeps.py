@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
 import sys
 import time
 import traceback
@@ -60,7 +61,7 @@ def prepare(command: str, arguments: list[str]) -> tuple[list[str], Path | None]
     if "run.dir" not in typed:
         paths = {o.key_or_group for o in sweeps if any("/" in value for value in o.sweep_string_iterator())}
         added.append(f"run.dir='{folder}/{_name(command, keys, paths)}'")
-    if "tracking.group" not in typed:
+    if "tracking.group" not in typed and not os.environ.get("WANDB_RUN_GROUP"):
         added.append(f"tracking.group={folder.name}")
     return [*arguments, *added], folder
 

@@ -146,7 +146,16 @@ def train(
             if processes.any_process(stop_requested()):
                 processes.first(save)  # no process ends before the first one has saved
                 return step == steps
+    tracker.chosen = _chosen_figures(run, choose_by, best, min(choose_after, 1.0) * steps)
     return True
+
+
+def _chosen_figures(run: Run, choose_by: str, best: float, first_step: float) -> dict[str, float]:
+    """Return the validation figures, as they were logged, of the weights that were kept: the first with the best."""
+    for record in run.metrics():
+        if record["step"] >= first_step and record.get(f"val/{choose_by}") == best:
+            return {key: value for key, value in record.items() if key.startswith("val/")}
+    return {}
 
 
 def _resumed(
