@@ -1,4 +1,4 @@
-"""The labels by which a run is found in Weights & Biases (W&B): typed keys beat W&B's variables, these beat defaults."""
+"""The labels of a run in Weights & Biases (W&B): a key that was typed beats W&B's variable, which beats a default."""
 
 from __future__ import annotations
 
@@ -97,10 +97,9 @@ def _project(name: str) -> str:
     """Return the name of a project that W&B takes, or refuse (UserError) it."""
     if any(letter in name for letter in FORBIDDEN_IN_PROJECT):
         entity, _, rest = name.partition("/")
-        hint = f"; say tracking.entity={entity} tracking.project={rest}" if entity and rest else ""
-        raise UserError(
-            f"tracking.project must not have any of {' '.join(FORBIDDEN_IN_PROJECT)}, got {one_line(name)!r}{one_line(hint)}"
-        )
+        hint = one_line(f"; say tracking.entity={entity} tracking.project={rest}") if entity and rest else ""
+        forbidden = " ".join(FORBIDDEN_IN_PROJECT)
+        raise UserError(f"tracking.project must not have any of {forbidden}, got {one_line(name)!r}{hint}")
     return _label("tracking.project", name)
 
 

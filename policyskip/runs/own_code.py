@@ -1,13 +1,12 @@
-"""The code of a user's own classes is kept with the run: as text in its folder ``own``, which nothing is imported from."""
+"""The code of a user's own classes is kept as text in the run's folder ``own``; nothing is ever imported from there."""
 
 from __future__ import annotations
 
 import sys
-import sysconfig
 from contextlib import suppress
 from pathlib import Path
 
-from policyskip.errors import users_modules
+from policyskip.errors import UserError, is_users_file, users_modules
 from policyskip.files import reporting_write_errors, write
 from policyskip.runs.folder import Run
 from policyskip.texts import one_line
@@ -27,7 +26,7 @@ def keep(run: Run) -> None:
         UserError: the folder cannot be written.
     """
     for module, source in _sources().items():
-        path = (run.folder / FOLDER / module.replace(".", "/")).with_suffix(".py")
+        path = _path(run, module)
         with reporting_write_errors(path):
             if path.is_file():
                 if path.read_bytes() != source:
@@ -35,6 +34,24 @@ def keep(run: Run) -> None:
                 continue
             path.parent.mkdir(parents=True, exist_ok=True)
         write(path, source)
+
+
+def kept(run: Run) -> dict[str, Path]:
+    """Return the files that :func:`keep` wrote for the classes that take part, by their names in the run's folder."""
+    paths = [_path(run, module) for module in _sources()]
+    return {path.relative_to(run.folder).as_posix(): path for path in paths if path.is_file()}
+
+
+def _path(run: Run, module: str) -> Path:
+    """Return where the source of a module is kept.
+
+    Raises:
+        UserError: a link in the run's folder leads elsewhere.
+    """
+    inside = Path(FOLDER, *module.split(".")).with_suffix(".py")
+    if (run.folder / inside).resolve() != run.folder.resolve() / inside:
+        raise UserError(f"{run.folder / inside} is a link, and nothing of a run is read or written through one")
+    return run.folder / inside
 
 
 def commit_of(folder: Path) -> str | None:
@@ -82,16 +99,10 @@ def _sources() -> dict[str, bytes]:
     sources = {}
     for module in users_modules():
         file = getattr(sys.modules.get(module), "__file__", None)
-        if isinstance(file, str) and file.endswith(".py") and not _is_installed(Path(file)):
+        if isinstance(file, str) and file.endswith(".py") and is_users_file(file):
             with suppress(OSError, UnicodeDecodeError):
                 content = Path(file).read_bytes()
                 content.decode()
                 if len(content) <= MOST_BYTES and all(part.isidentifier() for part in module.split(".")):
                     sources[module] = content
     return sources
-
-
-def _is_installed(file: Path) -> bool:
-    """Return whether a module came with Python or with an installed package."""
-    folders = [Path(sysconfig.get_path(name)).resolve() for name in ("stdlib", "purelib", "platlib")]
-    return any(file.resolve().is_relative_to(folder) for folder in folders)

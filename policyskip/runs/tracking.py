@@ -141,10 +141,7 @@ class Tracker:
         for prefix in ("train", "val"):
             self.wandb_run.define_metric(f"{prefix}/*", step_metric="step")
         self.wandb_run.define_metric("step")
-        code = {
-            str(path.relative_to(self.run.folder)): path for path in (self.run.folder / own_code.FOLDER).rglob("*.py")
-        }
-        if code:
+        if code := own_code.kept(self.run):
             self._log_files(wandb.Artifact(_artifact_name(f"code-{self.run.name}"), type="code"), code)
         offline = Path(str(self.wandb_run.settings.sync_dir))
         parts = sorted(offline.parent.glob(f"offline-run-*-{self.wandb_run.id}")) or [offline]
