@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import site
 import sysconfig
 import traceback
 from collections.abc import Iterable, Iterator
@@ -122,7 +123,8 @@ def is_users_file(file: str) -> bool:
 @cache
 def _installed_folders() -> tuple[str, ...]:
     """Return the folders of Python's own modules, of installed packages and of policyskip."""
-    folders = [*(sysconfig.get_path(name) for name in ("stdlib", "purelib", "platlib")), os.path.dirname(__file__)]
+    folders = [*(sysconfig.get_path(name) for name in ("stdlib", "purelib", "platlib")), *site.getsitepackages()]
+    folders += [site.getusersitepackages(), os.path.dirname(__file__)]
     return tuple(os.path.join(os.path.realpath(folder), "") for folder in folders)
 
 
