@@ -154,7 +154,8 @@ def _chosen_figures(run: Run, choose_by: str, best: float, first_step: float) ->
     """Return the validation figures, as they were logged, of the weights that were kept: the first with the best."""
     for record in run.metrics():
         if record["step"] >= first_step and record.get(f"val/{choose_by}") == best:
-            return {key: value for key, value in record.items() if key.startswith("val/")}
+            figures = {key: value for key, value in record.items() if key.startswith("val/")}
+            return {key: value for key, value in figures.items() if isinstance(value, int | float)}
     return {}
 
 

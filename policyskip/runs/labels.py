@@ -48,10 +48,9 @@ class Labels:
             return self.name
         parts = [folder.name]
         for change in self.changes:
-            key, _, value = change.lstrip("+~").partition("=")
-            last = key.rpartition(".")[2]
+            key, _, value = change.removeprefix("~").partition("=")
             if not (value and value in folder.name):
-                parts.append(f"{last}={value}")
+                parts.append(f"{key.removesuffix('._target_').rpartition('.')[2]}={value}")
         return _short(" ".join(parts), LONGEST_LABEL)
 
     @property
@@ -75,6 +74,8 @@ def labels_of(
     Raises:
         UserError: W&B would not take a label.
     """
+    if section.mode == "none":
+        return Labels()
     typed_tags = section.tags or _variable("TAGS", "").split(",")
     return Labels(
         project=_project(section.project or _variable("PROJECT", PROJECT)),
@@ -84,8 +85,13 @@ def labels_of(
         name=_label("tracking.name", section.name or _variable("NAME")) or None,
         notes=_writable(section.notes or _variable("NOTES")) or None,
         tags=(*map(_checked_tag, filter(None, map(str.strip, typed_tags))), *tags),
-        changes=tuple(change for change in changes if not change.lstrip("+~").startswith(UNLABELLED_KEYS)),
+        changes=tuple(filter(_is_telling, (change.lstrip("+") for change in changes))),
     )
+
+
+def _is_telling(change: str) -> bool:
+    """Return whether a change says what a run does; ``GROUP=custom`` stands beside the class that it is for."""
+    return not change.startswith(UNLABELLED_KEYS) and not change.endswith("=custom")
 
 
 def _variable(name: str, default: str = "") -> str:
@@ -99,7 +105,8 @@ def _project(name: str) -> str:
         entity, _, rest = name.partition("/")
         hint = one_line(f"; say tracking.entity={entity} tracking.project={rest}") if entity and rest else ""
         forbidden = " ".join(FORBIDDEN_IN_PROJECT)
-        raise UserError(f"tracking.project must not have any of {forbidden}, got {one_line(name)!r}{hint}")
+        key = "the project of W&B (tracking.project or WANDB_PROJECT)"
+        raise UserError(f"{key} must not have any of {forbidden}, got {one_line(name)!r}{hint}")
     return _label("tracking.project", name)
 
 
@@ -113,9 +120,8 @@ def _label(key: str, label: str) -> str:
 def _checked_tag(tag: str) -> str:
     """Return a tag of the user's that W&B takes, or refuse (UserError) one that is too long."""
     if len(tag) > LONGEST_TAG:
-        raise UserError(
-            f"tracking.tags: a tag has at most {LONGEST_TAG} letters, got {len(tag)}: {one_line(tag, 40)!r}"
-        )
+        key = "a tag of W&B (tracking.tags or WANDB_TAGS)"
+        raise UserError(f"{key} must have at most {LONGEST_TAG} letters, got {len(tag)}: {one_line(tag, 40)!r}")
     return one_line(tag)
 
 

@@ -85,6 +85,8 @@ def _commit(git: Path) -> str | None:
 
 def _text(path: Path) -> str:
     """Return the text of a short file without what surrounds it."""
+    if not path.is_file():  # a pipe would be read for ever
+        return ""
     with path.open("rb") as file:
         return file.read(4096).decode().strip()
 

@@ -12,11 +12,13 @@ import shlex
 import ssl
 import urllib.error
 import urllib.request
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
+from policyskip.config import first_problem
 from policyskip.errors import UserError, check_choice, first_line, in_one_line
 from policyskip.parallel import processes
 from policyskip.runs import own_code
@@ -74,8 +76,8 @@ class Tracker:
     def log(self, step: int, seconds: float, metrics: dict[str, Any]) -> None:
         """Write one record: the step, the seconds of training so far, and the figures."""
         self.run.append_metrics({"step": step, "seconds": round(seconds, 3), **metrics})
-        if self.wandb_run is not None:
-            self.wandb_run.log({"step": step, **{k: v for k, v in metrics.items() if isinstance(v, int | float)}})
+        numbers = {key: value for key, value in metrics.items() if isinstance(value, int | float)}
+        self._hand_over(lambda wandb_run: wandb_run.log({"step": step, **numbers}))
 
     def finish(
         self,
@@ -96,53 +98,50 @@ class Tracker:
             tables: each a list of rows with the same keys, by the name of the table.
             artifact_type: W&B's word for the kind of the artifact.
         """
-        if self.wandb_run is None:
-            return
-        import wandb
 
-        scalars = {key: value for key, value in summary.items() if isinstance(value, str | int | float | None)}
-        warnings = {"warnings": "; ".join(summary.get("warnings", []))}
-        self.wandb_run.summary.update(self.chosen | scalars | warnings)
-        self.wandb_run.log({f"plots/{name}": wandb.Image(str(path)) for name, path in _by_name(pictures).items()})
-        if examples is not None:
-            rows = [[wandb.Image(image), *cells] for image, *cells in examples.rows]
-            self.wandb_run.log({"examples": wandb.Table(columns=["image", *examples.columns], data=rows)})
-        for name, lines in (tables or {}).items():
-            cells = [list(line.values()) for line in lines]
-            self.wandb_run.log({name: wandb.Table(columns=list(lines[0]), data=cells, allow_mixed_types=True)})
-        self._log_files(wandb.Artifact(_artifact_name(self.run.name), type=artifact_type), {p.name: p for p in files})
+        def send(wandb_run: wandb.Run) -> None:
+            _send_results(wandb_run, self.run, self.chosen | summary, pictures, files, examples, tables, artifact_type)
+            wandb_run.finish()
+
         with waiting("handing everything to Weights & Biases"):
-            self.wandb_run.finish()
+            self._hand_over(send)
 
     def close(self) -> None:
         """End the W&B run of a run that was stopped, as one that failed; after :meth:`finish` this changes nothing."""
-        if self.wandb_run is not None:
-            self.wandb_run.finish(exit_code=1)
+        self._hand_over(lambda wandb_run: wandb_run.finish(exit_code=1))
 
-    def _log_files(self, artifact: Any, files: dict[str, Path]) -> None:
-        """Log files as one artifact of W&B, by their names in it."""
-        assert self.wandb_run is not None
-        for name, path in files.items():
-            artifact.add_file(str(path), name=name)
-        self.wandb_run.log_artifact(artifact)
+    def _hand_over(self, action: Callable[[wandb.Run], object]) -> None:
+        """Do something with the W&B run; if W&B fails, say so and go on without: the run's files have everything."""
+        if self.wandb_run is None:
+            return
+        try:
+            action(self.wandb_run)
+        except Exception as error:  # its process may have ended, its disk may be full
+            self.wandb_run = None
+            self.where = f"not complete, because W&B failed: {one_line(in_one_line(error))}"
+            print(self.where, flush=True)
 
     def _start_wandb(self, mode: str, config: dict[str, Any], labels: Labels) -> None:
         """Begin a W&B run in a mode that works here, or go on with the one that the folder names, and set ``where``."""
         os.environ.setdefault("WANDB_SILENT", "true")  # otherwise the search for a login asks the server for a name
         import wandb
 
+        folder = self.run.folder.resolve()
         try:
+            if (folder / "wandb").resolve() != folder / "wandb":
+                raise UserError(f"{self.run.folder / 'wandb'} is a link, and nothing of a run is written through one")
             self.wandb_run = self._begun(mode, config, labels)
         except (wandb.errors.Error, ValueError, OSError) as error:  # of a variable such as WANDB_MODE=sideways
-            self.where = f"not tracked, because W&B refused: {one_line(in_one_line(error))}"
-            print(self.where, flush=True)
+            reason = first_problem("", error) if isinstance(error, ValidationError) else in_one_line(error)
+            self.where = f"not tracked: {one_line(reason)}"
+            print(f"This run is {self.where}", flush=True)
         if self.wandb_run is None:
             return
         for prefix in ("train", "val"):
             self.wandb_run.define_metric(f"{prefix}/*", step_metric="step")
         self.wandb_run.define_metric("step")
         if code := own_code.kept(self.run):
-            self._log_files(wandb.Artifact(_artifact_name(f"code-{self.run.name}"), type="code"), code)
+            _log_files(self.wandb_run, wandb.Artifact(_artifact_name(f"code-{self.run.name}"), type="code"), code)
         offline = Path(str(self.wandb_run.settings.sync_dir))
         parts = sorted(offline.parent.glob(f"offline-run-*-{self.wandb_run.id}")) or [offline]
         folders = " ".join(shlex.quote(str(part)) for part in parts)
@@ -202,6 +201,38 @@ class Tracker:
         except (UserError, ValidationError):
             print(f"{path} is damaged; this run goes on as a new one in W&B", flush=True)
             return {}
+
+
+def _send_results(
+    wandb_run: wandb.Run,
+    run: Run,
+    summary: dict[str, Any],
+    pictures: list[Path],
+    files: list[Path],
+    examples: Examples | None,
+    tables: dict[str, list[dict[str, Any]]] | None,
+    artifact_type: str,
+) -> None:
+    """Log a finished run's results to W&B; for the arguments see :meth:`Tracker.finish`."""
+    import wandb
+
+    scalars = {key: value for key, value in summary.items() if isinstance(value, str | int | float | None)}
+    wandb_run.summary.update(scalars | {"warnings": "; ".join(summary.get("warnings", []))})
+    wandb_run.log({f"plots/{name}": wandb.Image(str(path)) for name, path in _by_name(pictures).items()})
+    if examples is not None:
+        rows = [[wandb.Image(image), *cells] for image, *cells in examples.rows]
+        wandb_run.log({"examples": wandb.Table(columns=["image", *examples.columns], data=rows)})
+    for name, lines in (tables or {}).items():
+        cells = [list(line.values()) for line in lines]
+        wandb_run.log({name: wandb.Table(columns=list(lines[0]), data=cells, allow_mixed_types=True)})
+    _log_files(wandb_run, wandb.Artifact(_artifact_name(run.name), type=artifact_type), {p.name: p for p in files})
+
+
+def _log_files(wandb_run: wandb.Run, artifact: wandb.Artifact, files: dict[str, Path]) -> None:
+    """Log files as one artifact of W&B, by their names in it."""
+    for name, path in files.items():
+        artifact.add_file(str(path), name=name)
+    wandb_run.log_artifact(artifact)
 
 
 class _WandbRun(BaseModel):
