@@ -23,7 +23,6 @@ from torch import Tensor
 
 from policyskip.data import Images
 from policyskip.evaluation.decisions import Decisions, pixels
-from policyskip.runs.progress import waiting
 
 KEPT, DROPPED, FULL, STATIC, WRONG = "#1b6ca8", "#e4e4e4", "#444444", "#c8701a", "#b3261e"
 
@@ -65,11 +64,7 @@ def write_pictures(folder: Path, pictures: Mapping[str, Callable[[Path], Path | 
     Returns: the paths of the pictures that there are.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    paths = []
-    with waiting("drawing pictures", len(pictures)) as wait:
-        for name, write in pictures.items():
-            paths.append(write(folder / f"{name}.png"))
-            wait.advance()
+    paths = [write(folder / f"{name}.png") for name, write in pictures.items()]
     return [path for path in paths if path is not None]
 
 

@@ -13,6 +13,7 @@ from policyskip.build import Setup
 from policyskip.deployment.policy_files import Family, PolicyFile
 from policyskip.evaluation.decisions import Decisions, collapse_warnings, examples, save_decisions
 from policyskip.runs.folder import Run
+from policyskip.runs.progress import waiting
 from policyskip.runs.tracking import Tracker
 from policyskip.tasks.base import Judgement
 
@@ -74,7 +75,8 @@ def write_finished(
     if head["steps"]:
         summary["warnings"] = collapse_warnings(record)
     run.save_json("summary.json", summary)
-    pictures = draw(run.folder / "plots", metrics=run.metrics(), decisions=record, images=data.test)
+    with waiting("drawing pictures"):
+        pictures = draw(run.folder / "plots", metrics=run.metrics(), decisions=record, images=data.test)
     policy = PolicyFile(family, **described, classes=data.classes, image_shape=data.image_shape)
     policy.save(run, head["steps"])
     files = [run.folder / name for name in (*policy.files, "policy.json", "summary.json", "config.yaml")]
