@@ -22,7 +22,6 @@ from torch import Tensor
 from policyskip.backbones import Backbone, Costs
 from policyskip.backbones.checkpoints import WEIGHTS
 from policyskip.backbones.folding import folded
-from policyskip.config import first_problem
 from policyskip.data import Batch, Images, batch_at, spread_indices
 from policyskip.data.base import IN_MEMORY_BYTES
 from policyskip.errors import UserError
@@ -182,7 +181,8 @@ class StaticFront:
         try:
             content = _Stored.model_validate_json(path.read_bytes()).model_dump()
         except ValidationError as error:
-            raise ValueError(first_problem("", error)) from error
+            problem = error.errors()[0]
+            raise ValueError(f"{'.'.join(map(str, problem['loc']))}: {problem['msg']}") from error
         front = StaticFront(**content | {"sets": [tuple(mark == "1" for mark in keep) for keep in content["sets"]]})
         lengths = {len(front.sets), len(front.accuracy), len(front.macs)}
         if len(lengths) > 1 or len({len(keep) for keep in front.sets}) > 1:

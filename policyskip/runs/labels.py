@@ -6,10 +6,13 @@ import os
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from policyskip.config import TrackingSection
 from policyskip.errors import UserError
 from policyskip.texts import one_line
+
+if TYPE_CHECKING:
+    from policyskip.config import TrackingSection
 
 PROJECT = "policyskip"
 LONGEST_TAG, LONGEST_LABEL = 64, 128
@@ -102,8 +105,8 @@ def _variable(name: str, default: str = "") -> str:
 def _project(name: str) -> str:
     """Return the name of a project that W&B takes, or refuse (UserError) it."""
     if any(letter in name for letter in FORBIDDEN_IN_PROJECT):
-        entity, _, rest = name.partition("/")
-        hint = one_line(f"; say tracking.entity={entity} tracking.project={rest}") if entity and rest else ""
+        entity, _, project = name.partition("/")
+        hint = one_line(f"; say tracking.entity={entity} tracking.project={project}") if entity and project else ""
         forbidden = " ".join(FORBIDDEN_IN_PROJECT)
         key = "the project of W&B (tracking.project or WANDB_PROJECT)"
         raise UserError(f"{key} must not have any of {forbidden}, got {one_line(name)!r}{hint}")

@@ -148,20 +148,20 @@ _reported_at: dict[str, float] = {}
 
 
 def show() -> None:
-    """Report the waits of this process from now on: called by the command line, not by programs that import us."""
+    """Show the waits of this process from now on: called by the command line, not by programs that import us."""
     global _shown
     _shown = not _hidden
 
 
 def hide() -> None:
-    """Never report waits in this process: called by all but the first of several processes that make one run."""
+    """Keep the waits of this process silent for good: called by all but the first of several processes that make one run."""
     global _shown, _hidden
     _shown, _hidden = False, True
 
 
 @contextmanager
 def waiting(what: str, total: float | None = None, at_most: bool = False) -> Iterator[Wait]:
-    """Report the body if it takes longer than two seconds; the body calls :meth:`Wait.advance` as it goes on.
+    """Show the body on the screen if it takes longer than two seconds; the body calls :meth:`Wait.advance` as it goes on.
 
     Args:
         what, total, at_most: see :class:`Wait`.
@@ -174,7 +174,7 @@ def waiting(what: str, total: float | None = None, at_most: bool = False) -> Ite
 
 @contextmanager
 def updates(steps: int, done: int) -> Iterator[ShowUpdate]:
-    """Report a training of ``steps`` updates: by a bar on a terminal, by about twenty plain lines elsewhere.
+    """Show a training of ``steps`` updates: by a bar on a terminal, by about twenty plain lines elsewhere.
 
     Args:
         done: updates that were done before.
@@ -208,7 +208,7 @@ def updates(steps: int, done: int) -> Iterator[ShowUpdate]:
 
 @contextmanager
 def _reported(wait: Wait) -> Iterator[Wait]:
-    """Report a wait on the screen as long as the body runs; waits inside it share its screen.
+    """Show a wait on the screen as long as the body runs; waits inside it share its screen.
 
     Yields: the wait.
     """
@@ -269,7 +269,7 @@ class _Lines:
         """Take away what must not stay on the screen."""
 
     def end(self) -> None:
-        """Report no more, and return when the screen is free."""
+        """End the thread, and return when the screen is free."""
         self._ended.set()
         self._thread.join()
 

@@ -213,7 +213,7 @@ def _send_results(
     tables: dict[str, list[dict[str, Any]]] | None,
     artifact_type: str,
 ) -> None:
-    """Log a finished run's results to W&B; for the arguments see :meth:`Tracker.finish`."""
+    """Write a finished run's results to W&B; for the arguments see :meth:`Tracker.finish`."""
     import wandb
 
     scalars = {key: value for key, value in summary.items() if isinstance(value, str | int | float | None)}
@@ -229,7 +229,7 @@ def _send_results(
 
 
 def _log_files(wandb_run: wandb.Run, artifact: wandb.Artifact, files: dict[str, Path]) -> None:
-    """Log files as one artifact of W&B, by their names in it."""
+    """Write files as one artifact of W&B, by their names in it."""
     for name, path in files.items():
         artifact.add_file(str(path), name=name)
     wandb_run.log_artifact(artifact)

@@ -85,8 +85,8 @@ def remembered_front(setup: Setup, settings: FrontSection, sets_in_use: Sequence
 
 def _search_key(settings: FrontSection, sets_in_use: Sequence[Keep]) -> str:
     """Return a text that is the same for two searches over one network and data exactly if they do the same."""
-    asked = (settings.images, settings.budget, settings.learner_steps, sorted(map(keep_text, sets_in_use)))
-    return hashlib.sha256(repr(asked).encode()).hexdigest()[:16]
+    chosen = (settings.images, settings.budget, settings.learner_steps, sorted(map(keep_text, sets_in_use)))
+    return hashlib.sha256(repr(chosen).encode()).hexdigest()[:16]
 
 
 @contextmanager

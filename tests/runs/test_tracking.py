@@ -62,8 +62,8 @@ def test_the_offline_file_holds_everything_of_a_run_also_of_one_that_goes_on(tmp
     monkeypatch.setattr(own_code, "commit_of", lambda folder: "a" * 40)
     own_code.keep(Run(folder))
     tags = ["blockdrop", "digits", "seed 3"]
-    asked = section(project="shelf", entity="us", notes="first\ntry")
-    labels = labels_of(asked, "a group", "train", tags, ["reward.penalty=2", "run.dir=x"])
+    typed_keys = section(project="shelf", entity="us", notes="first\ntry")
+    labels = labels_of(typed_keys, "a group", "train", tags, ["reward.penalty=2", "run.dir=x"])
     tracker = Tracker(Run(folder), "offline", {"seed": 3, "agent": {"lr": 0.1}, "odd": ["\udcff"]}, labels)
     tracker.log(10, 1.5, {"train/reward": 0.25, "note": "not a number"})
     tracker.log(20, 3.0, {"val/accuracy": 0.75})
