@@ -18,8 +18,10 @@ from tests.conftest import small_backbone, small_images
 EVERY = list(itertools.product([False, True], repeat=6))
 
 
-def test_scores_along_the_tree_are_those_of_plain_forwards():
-    backbone, images = small_backbone(), small_images()
+@pytest.mark.parametrize("shortcut", ["pool", "B"])
+def test_scores_along_the_tree_are_those_of_plain_forwards(shortcut):
+    """Strided convolutions give negative features, on which a ReLU behind a skipped block would be seen."""
+    backbone, images = small_backbone(shortcut=shortcut), small_images()
     scorer = SetScorer(backbone, images, limit=30, batch_size=7)
     chosen = [EVERY[i] for i in (0, 63, 5, 40, 41, 5)]
     index_N = torch.linspace(0, 39, 30).round().long()  # spread over all 40, as folders are sorted by class

@@ -154,14 +154,14 @@ def show() -> None:
 
 
 def hide() -> None:
-    """Keep the waits of this process silent for good: called by all but the first of several processes that make one run."""
+    """Keep the waits of this process silent for good: called by all but the first of a run's processes."""
     global _shown, _hidden
     _shown, _hidden = False, True
 
 
 @contextmanager
 def waiting(what: str, total: float | None = None, at_most: bool = False) -> Iterator[Wait]:
-    """Show the body on the screen if it takes longer than two seconds; the body calls :meth:`Wait.advance` as it goes on.
+    """Show the body on the screen if it takes longer than two seconds; it calls :meth:`Wait.advance` as it goes on.
 
     Args:
         what, total, at_most: see :class:`Wait`.
