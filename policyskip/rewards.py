@@ -196,8 +196,8 @@ class Budget:
     def __init__(self, target: float, rate: float = 0.05, gain: float = 2.0, multiplier: float = 0.2) -> None:
         if not (0 < target < 1 and 0 < rate <= 1e3 and 0 <= gain <= 1e3 and 0 <= multiplier <= 10):  # no NaN either
             raise UserError(
-                f"reward.target must be between 0 and 1, reward.rate positive, reward.gain not negative, neither above "
-                f"1000, and reward.multiplier from 0 to 10; got {target}, {rate}, {gain} and {multiplier}"
+                f"reward.target must be above 0 and below 1, reward.rate positive, reward.gain not negative, neither "
+                f"above 1000, and reward.multiplier from 0 to 10; got {target}, {rate}, {gain} and {multiplier}"
             )
         self.target, self.rate, self.gain, self.multiplier = target, rate, gain, multiplier
         self.excess = 0.0

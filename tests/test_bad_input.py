@@ -147,7 +147,7 @@ WRONG = {
     "train agent.pool=99": "agent: .*too small",
     "train agent.policy=oracle": "agent.policy: input should be 'cifar', 'imagenet' or 'constant', got 'oracle'",
     "train agent.schedule=none": "agent.schedule: input should be 'onecycle' or 'constant', got 'none'",
-    "train data.train=0": "data.train must be at least 1 image, got 0",
+    "train data.train=0": "data.train must be at least 1 image, and at most 2,000,000, got 0",
     "train data.batch_size=0": "data.batch_size must be a positive integer, got 0",
     "train backbone.depth=21": r"depth must be 6n\+2 .* got 21",
     "train backbone.width=0": "width must be at least 1, .* got 0",
@@ -765,7 +765,7 @@ def test_what_a_part_returned_is_named_where_the_package_stumbles_over_it(empty_
     "argument, message",
     [
         ("backbone._target_=odd.one_logit_more", r"gave logits \(2, 11\) for two images, not \(2, 10\)"),
-        ("data._target_=odd.floats", r"data: odd.floats gave images float32 \(3, 20, 20\), not uint8 \(3, 20, 20\)"),
+        ("data._target_=odd.floats", r"images must be uint8, 0 to 255, got a Tensor of float32 \(60, 3, 20, 20\)"),
         ("reward._target_=odd.plain_reward", "reward.outcome is not set; .* a reward is a class with __call__"),
         ("agent._target_=odd.unannotated", "at least 1, got 0; if the agent has nothing to learn, annotate what una"),
     ],

@@ -160,7 +160,7 @@ def test_budget_by_hand():
     ],
 )
 def test_a_budget_that_makes_no_sense_is_refused(arguments):
-    with pytest.raises(UserError, match=r"reward\.target must be between 0 and 1"):
+    with pytest.raises(UserError, match=r"reward\.target must be above 0 and below 1"):
         Budget(**arguments)
 
 
