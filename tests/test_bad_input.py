@@ -310,7 +310,7 @@ REWARDS = {
     "a column": ("return outcome.macs_B.unsqueeze(1)", r"shape \(32,\), not float64 of shape \(32, 1\)"),
     "whole numbers": ("return outcome.label_B", r"shape \(32,\), not int64 of shape \(32,\)"),
     "no tensor": ("return 1.0", r"the reward Mine must return a float tensor of shape \(32,\), not float"),
-    "nothing": ("pass", "the reward Mine must return a float tensor .* not NoneType"),
+    "nothing": ("pass", "the reward Mine must return a float tensor .* not None"),
     "NaN": ("return outcome.macs_B * float('nan')", "the reward Mine returned 32 non-finite values of 32, such as nan"),
     "infinity": ("return outcome.macs_B / 0", "the reward Mine returned 32 non-finite values of 32, such as inf"),
     "an exception": ("raise RuntimeError('no gold')", "the reward Mine raised RuntimeError: no gold"),
@@ -645,6 +645,8 @@ class NoEnvironments(Good): environments = None
 class OneString(Good): environments = "block_selection"
 class NoPolicy(Good):
     def __init__(self, env): self.decision_macs = 0.0
+class NoMacs(Good):
+    def __init__(self, env): self.policy = FixedPolicy(env.backbone.num_blocks)
 class MacsText(Good):
     def __init__(self, env): super().__init__(env); self.decision_macs = "x"
 class Numpy(Good):
@@ -709,6 +711,7 @@ def more_labels(device):
         ("agent._target_=odd.NoEnvironments", "must declare environments, a tuple of names, got None"),
         ("agent._target_=odd.OneString", "must declare environments, a tuple of names, got 'block_selection'"),
         ("agent._target_=odd.NoPolicy", "must set policy to a policyskip.policies.base.Policy, got NoneType"),
+        ("agent._target_=odd.NoMacs", "must set decision_macs to the MACs of one decision, a number, got None"),
         ("agent._target_=odd.MacsText", "must set decision_macs to the MACs of one decision, a number, got 'x'"),
         ("agent._target_=odd.Numpy", r"state_dict of the agent Numpy must .*; got ndarray in state_dict\['a'\]\[0\]"),
         ("agent._target_=odd.NoState", "state_dict of the agent NoState must .*; got NoneType"),

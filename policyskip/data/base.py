@@ -268,12 +268,24 @@ class Feed:
         """Show batch number ``cursor``, in the order of ``seed``, or in the present order if that is None."""
         self.seed = self.seed if seed is None else seed
         self.cursor = cursor
+        self._stream = self._from(cursor)
+        self.batch = next(self._stream)
+
+    def _from(self, cursor: int) -> Iterator[Batch]:
+        """Yield the batches from number ``cursor`` on."""
         if self.order == "shuffled":
             orders = shuffled(len(self.images), self.batch_size, self.seed, cursor)
         else:
             orders = sequential(len(self.images), self.batch_size, cursor)
-        self._stream = self.images.stream(orders, self._rows)
-        self.batch = next(self._stream)
+        return self.images.stream(orders, self._rows)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Return what a copy is made of, which is all but the stream: it follows from the cursor."""
+        return {key: value for key, value in self.__dict__.items() if key != "_stream"}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self._stream = self._from(self.cursor + 1)
 
     def advance(self) -> Batch:
         """Show the next batch and return it; after the last batch of a sequential order, an empty one."""
