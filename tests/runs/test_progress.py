@@ -17,7 +17,7 @@ from policyskip.runs.progress import Wait, duration, updates, waiting
 
 PACKAGE = Path(progress.__file__).parent.parent
 MAY_BE_SILENT = {
-    "data/base.py: seek": "a feed's batches are read as they are asked for",
+    "data/base.py: _from": "a feed's batches are read as they are asked for",
     "data/base.py: batch_at": "one batch",
     "evaluation/decisions.py: pixels": "a few example images",
     "pretraining.py: pixel_statistics": "at most 5,000 images that are in memory",
