@@ -34,6 +34,7 @@ from policyskip.errors import UserError
 from policyskip.parallel import processes
 from policyskip.policies.base import Policy
 from policyskip.rewards import Reward
+from policyskip.runs.progress import waiting
 from policyskip.runs.stored_config import check_paths
 from policyskip.static_front import Keep, StaticFront
 
@@ -257,7 +258,8 @@ def build_data(node: dict[str, Any], device: torch.device, trusted: bool = True)
     if not isinstance(batch_size, int) or batch_size < 1:
         raise UserError(f"data.batch_size must be a positive integer, got {batch_size!r}")
     processes.per_process_batch_size(batch_size)  # refuses a batch that cannot be divided, before the data is read
-    data = build("data", node, trusted, device=device)
+    with waiting("reading the data"):
+        data = build("data", node, trusted, device=device)
     if not isinstance(data, Data):
         raise UserError(wrong_kind("data", node, data, "policyskip.data.Data"))
     data.check_batch(batch_size)
@@ -294,7 +296,7 @@ def build_backbone(
         UserError: shipped weights that were trained on other data, or the network cannot be made.
     """
     check_data(node.get("checkpoint"), data.name)
-    with registry.trusting(trusted, stored=False):
+    with registry.trusting(trusted, stored=False), waiting("making the network"):
         given: dict[str, Any] = dict(num_classes=len(data.classes), image_shape=data.image_shape)
         if seed is not None:
             given["seed"] = seed

@@ -28,6 +28,7 @@ from policyskip.errors import (
     traceback_wanted,
     users_problem,
 )
+from policyskip.runs import progress
 from policyskip.texts import one_line
 from policyskip.typed import showing, streams, words
 
@@ -153,7 +154,9 @@ def _run(command: str) -> int:
     def job(config: DictConfig) -> None:
         nonlocal composed
         forget_users_classes()
-        run_command = partial(_commands().run_command, command)
+        progress.show()
+        with progress.waiting("loading PyTorch"):
+            run_command = partial(_commands().run_command, command)
         composed = True
         try:
             if sweeps.is_one_of_many():

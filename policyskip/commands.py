@@ -41,8 +41,9 @@ from policyskip.memory import keep_freed_memory
 from policyskip.parallel import processes
 from policyskip.parallel.data_parallel import divide
 from policyskip.parallel.devices import find_device
-from policyskip.runs import lifecycle, stored_config
+from policyskip.runs import lifecycle, own_code, stored_config
 from policyskip.runs.folder import Run, open_run, unlock_all
+from policyskip.runs.labels import labels_of
 from policyskip.runs.tracking import Tracker, log_comparison
 from policyskip.static_front import keep_text
 from policyskip.tasks import calibrate as calibration
@@ -104,10 +105,12 @@ def _run_course(
     content, run, resume = processes.first(lambda: lifecycle.new_or_resumed(config))
     settings = settings_of(content, section)
     device, steps = find_device(settings.device), settings.train.steps
+    labels_of(settings.tracking, None, command)  # labels that W&B would refuse are refused before there is a folder
     if run is not None and processes.first(partial(lifecycle.is_finished, run, steps, deployed)):
         lifecycle.print_finished(run, steps)
         return 0
     content, task = make_task(content, settings, device, run)
+    steps = settings.train.steps  # 0 for an agent that has nothing to learn
     divide(task.learner, task.source)
     if run is not None and resume and steps:  # before anything in its folder changes
         training.restored(task.learner, task.source, task.deployable, run, steps)
@@ -115,9 +118,12 @@ def _run_course(
     run = processes.first(partial(lifecycle.begin, content, run, resume))
     if task.trained_network is not None and not resume and processes.is_first():
         lifecycle.keep_initial_network(run, task.trained_network, group_of(content, "backbone"))
-    group = settings.tracking.group or f"{task.names.get('agent', command)}-{task.names['data']}"
+    if processes.is_first():
+        own_code.keep(run)
+    group = f"{task.names.get('agent', command)}-{task.names['data']}"
     tags = [*task.names.values(), f"seed {settings.seed}"]
-    tracker = Tracker(run, settings.tracking.mode, content, settings.tracking.project, group, command, tags)
+    labels = labels_of(settings.tracking, group, command, tags, lifecycle.typed_changes())
+    tracker = Tracker(run, settings.tracking.mode, content, labels)
     try:
         with closing(tracker):
             chain = (task.learner, task.source, task.validate, task.deployable, run, tracker)
@@ -148,6 +154,7 @@ def _agent_task(
     Returns: the configuration, which for a new run with exits of "auto N" names these exits, and the task.
     """
     built = None
+    content = dispatch.without_idle_steps(content, settings, run is None or settings.run.trust)
     if run is not None:
         setup = _set_up_saved(content, run, device, settings.run.trust, lifecycle.moved(content))
     else:
@@ -260,6 +267,7 @@ def compare(config: DictConfig) -> int:
     """Show finished runs side by side: tables with intervals, pictures, and one HTML page."""
     settings = settings_of(config, CompareSettings)
     lifecycle.check_new_folder("output", settings.output)
+    labels = labels_of(settings.tracking, None, "compare", ["comparison"])
     typed = plain(config)
 
     def decide_again(run: Run) -> Any:
@@ -275,8 +283,7 @@ def compare(config: DictConfig) -> int:
     )
     comparison.show(made)
     tracking = settings.tracking
-    logged = (made.folder, made.tables, made.pictures, tracking.mode, plain(config), tracking.project, tracking.group)
-    where = log_comparison(*logged)
+    where = log_comparison(made.folder, made.tables, made.pictures, tracking.mode, plain(config), labels)
     print(f"Page:   {made.folder / 'index.html'}\nTables: {made.folder / 'comparison.csv'}\nW&B:    {where}")
     return 0
 

@@ -60,8 +60,12 @@ class TargetSection(_Section):
 
 class TrackingSection(_Section):
     mode: Literal["auto", "online", "offline", "none"]
-    project: str
-    group: str | None
+    project: str | None = None
+    group: str | None = None
+    entity: str | None = None
+    name: str | None = None
+    tags: list[str] = []
+    notes: str | None = None
 
 
 class Settings(_Section):

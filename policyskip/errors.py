@@ -3,8 +3,13 @@
 from __future__ import annotations
 
 import os
+import site
+import sysconfig
 import traceback
 from collections.abc import Iterable, Iterator
+from functools import cache
+
+from policyskip.texts import one_line
 
 TRACEBACK = "POLICYSKIP_TRACEBACK"
 """The environment variable that asks for tracebacks: any value but "" and "0"."""
@@ -47,6 +52,11 @@ def remember_users_class(module: str, description: str) -> None:
     _users_classes[module] = description
 
 
+def users_modules() -> tuple[str, ...]:
+    """Return the names of the modules with classes of the user's own that take part."""
+    return tuple(_users_classes)
+
+
 def forget_users_classes() -> None:
     """Clear the memory of users' classes, which an earlier command in this process may have filled."""
     _users_classes.clear()
@@ -84,8 +94,38 @@ def users_class_failed(error: BaseException) -> bool:
 
 
 def traceback_hint(error: BaseException) -> str:
-    """Return what to append to an error's message if a user's own class failed and no traceback was printed."""
-    return _how_to_see() if users_class_failed(error) else ""
+    """Return what to append to an error's message if a user's own code failed: the place, and how to see more."""
+    place = place_in_users_code(error)
+    return f"{place}{_how_to_see()}" if place or users_class_failed(error) else ""
+
+
+def place_in_users_code(error: BaseException) -> str:
+    """Return file and line of the user's own code that an exception, or what led to it, went through last.
+
+    Returns: a text to append to the error's message, such as " (my_rewards.py, line 12)"; "" if there is none.
+    """
+    places = [
+        f" ({one_line(os.path.relpath(frame.f_code.co_filename))}, line {line})"
+        for cause in _chain(error)
+        if not isinstance(cause, UserError)
+        for frame, line in traceback.walk_tb(cause.__traceback__)
+        if is_users_file(frame.f_code.co_filename)
+    ]
+    return places[-1] if places else ""
+
+
+def is_users_file(file: str) -> bool:
+    """Return whether a file of code came neither with Python, nor with an installed package, nor with policyskip."""
+    path = os.path.realpath(file)
+    return os.path.isfile(path) and not path.startswith(_installed_folders())
+
+
+@cache
+def _installed_folders() -> tuple[str, ...]:
+    """Return the folders of Python's own modules, of installed packages and of policyskip."""
+    folders = [*(sysconfig.get_path(name) for name in ("stdlib", "purelib", "platlib")), *site.getsitepackages()]
+    folders += [site.getusersitepackages(), os.path.dirname(__file__)]
+    return tuple(os.path.join(os.path.realpath(folder), "") for folder in folders)
 
 
 def _how_to_see() -> str:

@@ -20,6 +20,7 @@ from policyskip.errors import UserError
 from policyskip.finite import check_finite, check_gradients
 from policyskip.parallel import processes
 from policyskip.parallel.data_parallel import Divisible
+from policyskip.runs.progress import waiting
 
 
 class Pretrainer(Divisible):
@@ -129,10 +130,12 @@ class Pretrainer(Divisible):
         self.backbone.eval()
         generator = torch.Generator().manual_seed(0)
         full = half = 0
-        for batch in images.stream(sequential(len(images), batch_size)):
-            half_BK = torch.rand(len(batch), self.backbone.num_blocks, generator=generator) < 0.5
-            full += int((self.backbone(batch.images).argmax(1) == batch.label_B).sum())
-            half += int((sparse(self.backbone, batch.images, half_BK).argmax(1) == batch.label_B).sum())
+        with waiting("judging the network", len(images)) as wait:
+            for batch in images.stream(sequential(len(images), batch_size)):
+                half_BK = torch.rand(len(batch), self.backbone.num_blocks, generator=generator) < 0.5
+                full += int((self.backbone(batch.images).argmax(1) == batch.label_B).sum())
+                half += int((sparse(self.backbone, batch.images, half_BK).argmax(1) == batch.label_B).sum())
+                wait.advance(len(batch))
         return {"accuracy": full / len(images), "accuracy_half_the_blocks": half / len(images)}
 
     def state_dict(self) -> dict[str, Any]:

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Annotated
 
 import torch
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, NonNegativeFloat, PositiveInt, ValidationError
 from torch import Tensor
 
 from policyskip.backbones import Backbone, Costs
@@ -28,7 +28,10 @@ from policyskip.errors import UserError
 from policyskip.files import read, reporting_write_errors, write
 from policyskip.fronts import concave_hull
 from policyskip.memory import release_freed_memory
+from policyskip.runs.progress import waiting
 
+MOST_BYTES = 2**25
+"""The largest file that is read as a front: one over a thousand blocks has a tenth of it."""
 Keep = tuple[bool, ...]
 """A keep-set: for each of the K blocks, whether it runs."""
 
@@ -55,6 +58,7 @@ class SetScorer:
         count: N, the number of images used.
         known: for each keep-set scored so far, whether each image is classified rightly, bool (N,) on the CPU.
         spent: images times blocks (residual branches) computed so far, which is what a budget bounds.
+        on_batch: called after every batch with the number of its images.
     """
 
     def __init__(
@@ -67,13 +71,15 @@ class SetScorer:
     ) -> None:
         self.backbone = folded(backbone)
         self.on_progress = on_progress or (lambda spent: None)
+        self.on_batch: Callable[[int], object] = lambda images: None
         index_N = spread_indices(limit or len(images), len(images))
         self.count = len(index_N)
         height, width = batch_at(images, index_N[:1]).images.shape[2:]
         batch_size = max(1, min(batch_size, 2**22 // (height * width)))
         self._images, self._batch_indices = images, index_N.split(batch_size)
         fits_in_memory = self.count * 3 * height * width <= IN_MEMORY_BYTES
-        self._batches: list[Batch] | None = list(self._stream()) if fits_in_memory else None
+        with waiting("reading images"):
+            self._batches: list[Batch] | None = list(self._stream()) if fits_in_memory else None
         self.known: dict[Keep, Tensor] = {}
         self.spent = 0
 
@@ -90,6 +96,7 @@ class SetScorer:
                 for batch in self._batches or self._stream():
                     self._descend(self.backbone.features(batch.images), batch.label_B, 0, new, correct)
                     self.on_progress(self.spent)
+                    self.on_batch(len(batch))
                     release_freed_memory()
             self.known.update({keep: torch.cat(batches) for keep, batches in correct.items()})
         return [self.known[keep] for keep in sets]
@@ -169,23 +176,26 @@ class StaticFront:
         Raises:
             OSError, ValueError: the file is not there, or holds no front.
         """
-        stored = _StoredFront.model_validate_json(read(path))
-        content = stored.model_dump() | {"sets": [tuple(mark == "1" for mark in keep) for keep in stored.sets]}
-        front, F = StaticFront(**content), len(stored.sets)
-        if {len(front.accuracy), len(front.macs)} != {F} or len({len(keep) for keep in front.sets}) != 1:
+        try:
+            content = _Stored.model_validate_json(read(path, MOST_BYTES)).model_dump()
+        except ValidationError as error:
+            problem = error.errors()[0]
+            raise ValueError(f"{'.'.join(map(str, problem['loc']))}: {problem['msg']}") from error
+        front = StaticFront(**content | {"sets": [tuple(mark == "1" for mark in keep) for keep in content["sets"]]})
+        lengths = {len(front.sets), len(front.accuracy), len(front.macs)}
+        if len(lengths) > 1 or len({len(keep) for keep in front.sets}) > 1:
             raise ValueError("its sets, accuracies and costs do not belong together")
         return front
 
 
-class _StoredFront(BaseModel):
-    """A front as a file holds it; the keys are those of :class:`StaticFront`."""
+class _Stored(BaseModel):
+    """The content of a file that holds a front."""
 
-    model_config = ConfigDict(strict=True, extra="forbid")
-
-    sets: list[Annotated[str, Field(pattern="^[01]+$")]] = Field(min_length=1)
+    model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
+    sets: Annotated[list[Annotated[str, Field(pattern="^[01]+$")]], Field(min_length=1)]
     accuracy: list[Annotated[float, Field(ge=0, le=1)]]
-    macs: list[Annotated[float, Field(ge=0, le=1e30)]]
-    images: int = Field(ge=1)
+    macs: list[NonNegativeFloat]
+    images: PositiveInt
     finished: bool
     backbone: str
     data: str
@@ -297,14 +307,39 @@ def find_front(
     return StaticFront(sets, accuracy, macs, scorer.count, finished, backbone.content_hash(), images.fingerprint())
 
 
-def known_front(backbone: Backbone, images: Images, cache: Path) -> StaticFront | None:
-    """Find a front searched earlier on this very network and these very images: one that ships, or one in ``cache``."""
+def known_front(
+    backbone: Backbone, images: Images, cache: Path, at_least: int = 1, search_key: str = ""
+) -> StaticFront | None:
+    """Find a front searched earlier on this very network and these very images: one that ships, or one in ``cache``.
+
+    Args:
+        cache: the folder that :func:`remember` wrote to.
+        at_least: the least number of images that the search must have used.
+        search_key: names the settings of a search; one that ran out of its budget is found by its own key alone,
+            because another budget would have given another front.
+    """
     searched_on = (backbone.content_hash(), images.fingerprint())
-    for path in [*sorted(WEIGHTS.glob("*.front.json")), cache / f"{searched_on[0]}-{searched_on[1]}.json"]:
+    stored = [cache / _file_name(*searched_on), cache / _file_name(*searched_on, search_key)]
+    for path in [*sorted(WEIGHTS.glob("*.front.json")), *stored]:
         try:
             front = StaticFront.load(path)
         except (OSError, ValueError):
             continue  # absent, or damaged: it is searched anew
-        if (front.backbone, front.data) == searched_on:
+        fits = (front.backbone, front.data) == searched_on and len(front.sets[0]) == backbone.num_blocks
+        if fits and front.images >= at_least and (front.finished or path == stored[1]):
             return front
     return None
+
+
+def remember(front: StaticFront, cache: Path, search_key: str) -> None:
+    """Write a front into the folder ``cache``, for :func:`known_front`.
+
+    Raises:
+        UserError: it cannot be written.
+    """
+    front.save(cache / _file_name(front.backbone, front.data, "" if front.finished else search_key))
+
+
+def _file_name(backbone: str, data: str, search_key: str = "") -> str:
+    """Return the name of a file in a cache: content hash and fingerprint, and a key unless the search finished."""
+    return f"{'-'.join(filter(None, (backbone, data, search_key)))}.json"

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
 import re
 import sys
 import time
@@ -24,7 +25,7 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
 
-from policyskip.errors import in_one_line, traceback_wanted, users_class_failed, users_problem
+from policyskip.errors import in_one_line, place_in_users_code, traceback_wanted, users_class_failed, users_problem
 from policyskip.files import open_log, reporting_write_errors, shell_argument
 
 FAILED = "failed.jsonl"
@@ -71,7 +72,7 @@ def prepare(command: str, arguments: list[str]) -> tuple[list[str], Path | None]
     if "run.dir" not in typed:
         odd = {o.key_or_group for o in sweeps if not all(map(_is_plain, o.sweep_string_iterator()))}
         added.append(f"run.dir='{folder}/{_name(command, keys, odd)}'")
-    if "tracking.group" not in typed:
+    if "tracking.group" not in typed and not os.environ.get("WANDB_RUN_GROUP"):
         added.append(f"tracking.group={folder.name}")
     return [*arguments, *added], folder
 
@@ -134,7 +135,7 @@ def run_job(command: Callable[[DictConfig], int], config: DictConfig, is_refusal
     problem, status = "", 0
     with reporting_write_errors(log):
         file = open_log(log)
-    with file, contextlib.redirect_stdout(file):
+    with file, contextlib.redirect_stdout(file), contextlib.redirect_stderr(file):
         try:
             status = command(config)
         except Exception as error:
@@ -142,6 +143,7 @@ def run_job(command: Callable[[DictConfig], int], config: DictConfig, is_refusal
             refusal = is_refusal(error)
             text = in_one_line(error, most=300)
             problem = text if refusal else users_problem(error) or f"{type(error).__name__}: {text}"
+            problem += place_in_users_code(error)
             if not refusal or users_class_failed(error) or traceback_wanted():
                 traceback.print_exc(file=file)
     if problem:

@@ -7,15 +7,12 @@ It drives everything that learns from a stream of images: agents in an environme
 from __future__ import annotations
 
 import signal
-import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, Protocol, TypeVar
 
 import torch
-from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
-from rich.progress import Progress as ProgressBar
 from torch import Tensor
 
 from policyskip.errors import UserError, users_problem
@@ -23,6 +20,7 @@ from policyskip.finite import NotFiniteError, find_nonfinite
 from policyskip.memory import release_freed_memory
 from policyskip.parallel import processes
 from policyskip.rewards import Adaptive
+from policyskip.runs import progress as screen
 from policyskip.runs.folder import Run
 from policyskip.runs.restore import Progress, restore
 from policyskip.runs.tracking import Tracker
@@ -48,10 +46,6 @@ class Learner(Protocol[S]):
     def state_dict(self) -> dict[str, Any]: ...
 
     def load_state_dict(self, state: dict[str, Any]) -> None: ...
-
-
-ShowProgress = Callable[[int, dict[str, float]], None]
-"""Shows an update's number and figures."""
 
 
 def train(
@@ -131,7 +125,7 @@ def train(
             else f"the last good checkpoint is {run.folder / 'checkpoint.pt'}, of update {saved_step}"
         )
 
-    with _with_checkpoint_hint(last_good), _stop_requests() as stop_requested, _progress(steps, step) as show:
+    with _with_checkpoint_hint(last_good), _stop_requests() as stop_requested, screen.updates(steps, step) as show:
         while step < steps:
             window.append(processes.average(_updated(learner, source)))
             if adaptive is not None:
@@ -145,7 +139,8 @@ def train(
                 release_freed_memory()
             if step % validate_every == 0 or step == steps:
                 check()
-                figures = processes.first(lambda: _with_selection_score(validate(), adaptive))
+                with screen.waiting("validating"):
+                    figures = processes.first(lambda: _with_selection_score(validate(), adaptive))
                 tracker.log(step, time.monotonic() - started, {f"val/{key}": value for key, value in figures.items()})
                 if figures[choose_by] > best and step >= min(choose_after, 1.0) * steps:
                     best = figures[choose_by]
@@ -154,7 +149,17 @@ def train(
             if processes.any_process(stop_requested()):
                 processes.first(save)  # no process ends before the first one has saved
                 return step == steps
+    tracker.chosen = _chosen_figures(run, choose_by, best, min(choose_after, 1.0) * steps)
     return True
+
+
+def _chosen_figures(run: Run, choose_by: str, best: float, first_step: float) -> dict[str, float]:
+    """Return the validation figures, as they were logged, of the weights that were kept: the first with the best."""
+    for record in run.metrics():
+        if record["step"] >= first_step and record.get(f"val/{choose_by}") == best:
+            figures = {key: value for key, value in record.items() if key.startswith("val/")}
+            return {key: value for key, value in figures.items() if isinstance(value, int | float)}
+    return {}
 
 
 def restored(
@@ -199,7 +204,8 @@ def evaluate_only(
     reward = getattr(source, "reward", None)
     if not resume:
         started = time.monotonic()
-        figures = _with_selection_score(validate(), reward if isinstance(reward, Adaptive) else None)
+        with screen.waiting("validating"):
+            figures = _with_selection_score(validate(), reward if isinstance(reward, Adaptive) else None)
         seconds = time.monotonic() - started
         tracker.log(0, seconds, {f"val/{key}": value for key, value in figures.items()})
         run.save_best(deployable())
@@ -297,40 +303,3 @@ def _stop_requests() -> Iterator[Callable[[], bool]]:
 ONE_IMAGE = (
     "batch normalisation of 1×1 features needs two images at least: give a larger data.batch_size or larger images"
 )
-SHOWN_FIGURES = ("reward", "sampled_reward", "accuracy", "kept", "loss")
-"""The figures of an update that its progress line shows, where the learner has them."""
-
-
-@contextmanager
-def _progress(steps: int, done: int) -> Iterator[ShowProgress]:
-    """Show a progress bar on a terminal, about twenty plain lines elsewhere; figures are running means."""
-    means: dict[str, float] = {}
-
-    def text(metrics: dict[str, float]) -> str:
-        for key in SHOWN_FIGURES:
-            if key in metrics:
-                means[key] = 0.9 * means.get(key, metrics[key]) + 0.1 * metrics[key]
-        return "  ".join(f"{key} {value:.3f}" for key, value in means.items())
-
-    if sys.stdout.isatty():
-        columns = [
-            TextColumn("step"),
-            MofNCompleteColumn(),
-            BarColumn(20),
-            TimeRemainingColumn(),
-            TextColumn("{task.description}"),
-        ]
-        with ProgressBar(*columns) as bar:
-            task = bar.add_task("", total=steps, completed=done)
-            yield lambda step, metrics: bar.update(task, completed=step, description=text(metrics))
-        return
-
-    started, interval = time.monotonic(), max(1, steps // 20)
-
-    def show(step: int, metrics: dict[str, float]) -> None:
-        line = text(metrics)
-        if step % interval == 0 or step == steps:
-            remaining = (time.monotonic() - started) / (step - done) * (steps - step)
-            print(f"step {step}/{steps}  {line}  {remaining:.0f} s left", flush=True)
-
-    yield show

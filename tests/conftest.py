@@ -28,6 +28,7 @@ from policyskip.backbones import ExitCosts
 from policyskip.backbones.resnet import CifarResNet
 from policyskip.data import TensorImages
 from policyskip.exits.cache import CachedExits
+from policyskip.runs import progress
 
 WORKERS = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))
 THREADS = os.environ.get("OMP_NUM_THREADS", str(max(1, 2 // WORKERS)))
@@ -114,6 +115,7 @@ def typed(*arguments: str, cwd: Path, drawn: bool = False) -> subprocess.Complet
     ):
         patch.chdir(cwd)
         patch.setattr(Hydra, "get_mode", lambda *_args, **_options: None)
+        patch.setattr(progress, "show", lambda: None)  # on a busy machine, anything may take two seconds
         if not drawn:
             patch.setattr(ConstrainedLayoutEngine, "execute", lambda engine, figure: None)
             patch.setattr(Figure, "savefig", blank_picture)

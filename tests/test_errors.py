@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
+import torch
 
 from policyskip import training
-from policyskip.errors import UserError, first_line, in_one_line
+from policyskip.errors import UserError, first_line, in_one_line, is_users_file, place_in_users_code
 from policyskip.files import damaged
 from tests.conftest import typed
 
@@ -74,7 +76,8 @@ def test_an_exception_s_text_in_one_line():
 def test_an_agent_of_one_s_own_that_fails_is_named_with_the_last_checkpoint(folder):
     (line,) = errors_of(folder, *SMALL, "agent._target_=failing_agents.Mine", "agent.fails_at=2")
     assert line.startswith("policyskip train: agent: failing_agents.Mine failed with IndexError: list index out of")
-    assert line.endswith(f"the last good checkpoint is x/checkpoint.pt, of update 2{SEE_WHERE}")
+    place = " (failing_agents.py, line 12)"
+    assert line.endswith(f"the last good checkpoint is x/checkpoint.pt, of update 2{place}{SEE_WHERE}")
 
 
 def test_an_agent_that_fails_when_it_is_resumed_is_not_called_damage(folder):
@@ -91,13 +94,39 @@ def test_an_agent_that_fails_when_it_is_resumed_is_not_called_damage(folder):
 @pytest.mark.parametrize(
     ("argument", "message"),
     [
-        ("reward._target_=failing_rewards.Mine", "Mine raised IndexError: list index out of range"),
-        ("data._target_=failing_data.mine", "data: failing_data.mine failed with IndexError: no such digit"),
+        (
+            "reward._target_=failing_rewards.Mine",
+            "Mine raised IndexError: list index out of range (failing_rewards.py, line 4)",
+        ),
+        ("data._target_=failing_data.mine", "failed with IndexError: no such digit (failing_data.py, line 6)"),
+        ("reward._target_=failing_import.Mine", "NameError: name 'nothing' is not defined"),
+        ("reward._target_=failing_import.Mine", " (failing_import.py, line 2)"),
+        ("reward._target_=failing_helper.Mine", "(../helpers_of_mine.py, line 2)"),
     ],
 )
-def test_rewards_and_data_of_one_s_own_that_fail_are_named(folder, argument, message):
+def test_the_failing_line_of_one_s_own_code_is_named(folder, argument, message, monkeypatch):
+    """Whatever failed there: a call, an import, a helper that the class calls."""
+    (folder / "failing_import.py").write_text("import os\nnothing\n")
+    helper = folder.parent / "helpers_of_mine.py"
+    helper.write_text("def fail():\n    return [][3]\n")
+    monkeypatch.syspath_prepend(folder.parent)
+    (folder / "failing_helper.py").write_text(
+        "import helpers_of_mine\n\n\nclass Mine:\n    def __call__(self, outcome):\n        helpers_of_mine.fail()\n"
+    )
     (line,) = errors_of(folder, *SMALL, argument)
     assert message in line and line.endswith(SEE_WHERE)
+
+
+def test_installed_code_is_not_the_user_s(tmp_path):
+    own = tmp_path / "mine.py"
+    own.write_text("")
+    files = (own, json.__file__, torch.__file__, training.__file__, "<frozen importlib>", tmp_path / "gone.py")
+    assert [is_users_file(str(file)) for file in files] == [True, False, False, False, False, False]
+    try:
+        json.loads("{")
+    except ValueError as error:
+        assert place_in_users_code(error).startswith(" (")  # this very file is the user's here
+        assert place_in_users_code(ValueError()) == ""
 
 
 def test_a_traceback_of_the_whole_chain_is_printed_on_request(folder, monkeypatch):
@@ -107,7 +136,7 @@ def test_a_traceback_of_the_whole_chain_is_printed_on_request(folder, monkeypatc
     assert text.count("Traceback (most recent call last)") == 2 and 'failing_agents.py", line 12, in update' in text
     assert "IndexError: list index out of range" in lines and "direct cause of the following exception" in text
     assert lines[-1].startswith("policyskip train: agent: failing_agents.Mine failed with IndexError")
-    assert lines[-1].endswith("no checkpoint had been written")
+    assert lines[-1].endswith("failing_agents.py, line 12)")
     lines = errors_of(folder, "run.resume=nowhere")
     assert lines[0].startswith("Traceback") and lines[-1] == ("policyskip train: the run folder nowhere does not exist")
     monkeypatch.setenv("POLICYSKIP_TRACEBACK", "0")
@@ -133,6 +162,7 @@ def test_a_sweep_s_log_has_the_traceback_of_a_class_of_one_s_own(folder):
     result = typed("train", "--multirun", *small, *own, cwd=folder)
     assert result.returncode == 2
     assert "agent.fails_at=0: agent: failing_agents.Mine failed with IndexError" in result.stderr
+    assert "failing_agents.py, line 12)\n" in result.stderr
     (log,) = folder.glob("runs/sweep-*/logs/001.txt")
     assert "IndexError: list index out of range" in log.read_text()
     assert len(list(folder.glob("runs/sweep-*/*/summary.json"))) == 1

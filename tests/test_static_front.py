@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import itertools
+import json
+import math
+import os
+from typing import Any
 
 import pytest
 import torch
 
-from policyskip.backbones import Costs, count_costs, sparse
-from policyskip.static_front import SetScorer, StaticFront, find_front, keep_text, known_front, search
+from policyskip.backbones import count_costs, sparse
+from policyskip.static_front import SetScorer, StaticFront, find_front, keep_text, known_front, remember, search
 from tests.conftest import small_backbone, small_images
 
 EVERY = list(itertools.product([False, True], repeat=6))
@@ -113,39 +117,66 @@ def test_a_front_is_found_stored_and_known_again(tmp_path):
     assert known_front(backbone, small_images(seed=1), tmp_path) is None
 
 
-def test_a_damaged_cache_is_no_front(tmp_path):
+def test_a_search_that_ran_out_of_its_budget_is_known_to_one_of_the_same_settings_only(tmp_path):
     backbone, images = small_backbone(), small_images()
-    (tmp_path / f"{backbone.content_hash()}-{images.fingerprint()}.json").write_text('{"sets": ["01')
+    costs = count_costs(backbone, (3, 12, 12))
+    short = find_front(backbone, images, costs, budget=1, limit=30)
+    assert not short.finished
+    remember(short, tmp_path, "brief")
+    assert known_front(backbone, images, tmp_path, 30, "brief") == short
+    assert known_front(backbone, images, tmp_path, 30, "long") is None
+    assert known_front(backbone, images, tmp_path, 31, "brief") is None  # on too few images
+    whole = find_front(backbone, images, costs, budget=1e9, limit=30)
+    remember(whole, tmp_path, "long")
+    for key in ("brief", "long", "another"):
+        assert known_front(backbone, images, tmp_path, 30, key) == whole
+
+
+DAMAGED: dict[str, Any] = {
+    "a set of another length": {"sets": ["000000", "11"]},
+    "sets of no network of ours": {"sets": ["0", "1"]},
+    "a letter in a set": {"sets": ["00000x", "111111"]},
+    "no set": {"sets": [], "macs": [], "accuracy": []},
+    "an accuracy too few": {"accuracy": [0.5]},
+    "an accuracy of 7": {"accuracy": [0.5, 7.0]},
+    "an accuracy of text": {"accuracy": [0.5, "0.9"]},
+    "an accuracy that is no number": {"accuracy": [0.5, math.nan]},
+    "costs below 0": {"macs": [-1e300, 2.0]},
+    "infinite costs": {"macs": [1.0, math.inf]},
+    "true for a number": {"images": True},
+    "images below 1": {"images": -3},
+    "text for a truth": {"finished": "yes"},
+    "another network": {"backbone": "someone's"},
+    "a key too many": {"more": 1},
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGED)
+def test_a_cache_with_a_wrong_value_is_no_front(damage, tmp_path):
+    backbone, images = small_backbone(), small_images()
+    searched_on = {"backbone": backbone.content_hash(), "data": images.fingerprint()}
+    good: dict[str, Any] = {"sets": ["000000", "111111"], "accuracy": [0.5, 1.0], "macs": [1.0, 2.0], "images": 40}
+    good |= {"finished": True, **searched_on}
+    path = tmp_path / f"{'-'.join(searched_on.values())}.json"
+    path.write_text(json.dumps(good))
+    assert known_front(backbone, images, tmp_path) is not None
+    path.write_text(json.dumps(good | DAMAGED[damage]))
     assert known_front(backbone, images, tmp_path) is None
 
 
-def rising(keep) -> float:
-    """A block is worth its number; {0, 4, 6, 7} is worth more than all, and no subset of the best five blocks, {3, …, 7},
-    nor a superset of the best three, {5, 6, 7}: it is one swap from the best four."""
-    return 0.1 + 0.01 * sum(k for k, kept in enumerate(keep) if kept) + 0.5 * (keep_text(keep) == "10001011")
-
-
-def test_elimination_goes_on_from_the_best_sets():
-    """Two sets, their 8 children, and the 7 of the best of these, which lacks block 0; then the budget is spent."""
-    scorer = Planted(8, rising)
-    _, _, finished = search(scorer, budget=10, beam=1)
-    assert not finished and scorer.spent == 2 + 8 + 7
-    assert not any(keep[0] for keep in scorer.known if sum(keep) == 6)
-    scorer = Planted(8, rising)  # all 2 + 8 + 7 + … + 2 sets of the elimination, and nothing is left for swaps
-    assert not search(scorer, budget=36, beam=1)[2] and scorer.spent == 37
-
-
-def test_a_set_that_is_one_swap_from_the_best_of_its_size_is_found():
-    sets, _, finished = search(Planted(8, rising), budget=2**9 * 100 - 1, beam=1)
-    assert finished and [keep_text(sets[size]) for size in (3, 4, 5)] == ["00000111", "10001011", "00011111"]
-
-
-def test_no_set_is_above_the_front_s_mixtures():
-    """Blocks differ in cost, so the best set of a size may be a dear one: cheaper ones of that size count, too."""
+@pytest.mark.parametrize("content", ["", '{"sets": ["01', "[1]", "[" * 10**6, "\x00", "9" * 10**5, None])
+def test_a_cache_that_is_no_file_of_ours_is_no_front(content, tmp_path):
     backbone, images = small_backbone(), small_images()
-    costs = Costs(1.0, torch.tensor([1.0, 9, 2, 8, 3, 7], dtype=torch.float64))
-    front = find_front(backbone, images, costs, budget=1e9, limit=40)
-    assert front.macs == [1 + sum(c for c, kept in zip((1, 9, 2, 8, 3, 7), keep) if kept) for keep in front.sets]
-    for keep, accuracy in zip(EVERY, SetScorer(backbone, images).accuracy(EVERY), strict=True):
-        mixed = sum(weight * front.accuracy[i] for i, weight in front.mix_at(costs.of(torch.tensor(keep)).item()))
-        assert accuracy <= mixed + 1e-9
+    path = tmp_path / f"{backbone.content_hash()}-{images.fingerprint()}.json"
+    if content is None:
+        os.mkfifo(path)  # it would be read for ever
+    else:
+        path.write_text(content)
+    assert known_front(backbone, images, tmp_path) is None
+
+
+def test_a_file_too_large_for_a_front_is_not_read(tmp_path):
+    with (tmp_path / "front.json").open("wb") as file:
+        file.truncate(2**40)
+    with pytest.raises(ValueError, match="no file of at most"):
+        StaticFront.load(tmp_path / "front.json")

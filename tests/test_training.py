@@ -18,11 +18,18 @@ from policyskip.evaluation.figures import block_figures
 from policyskip.files import write
 from policyskip.runs.folder import Run, create, open_run
 from policyskip.runs.tracking import Tracker
-from policyskip.training import train
+from policyskip.training import _chosen_figures, train
 from tests.conftest import small_backbone, small_images
 
 
-def learn(run: Run, steps: int = 8, stop_at: int | None = None, resume: bool = False, seed: int = 0) -> bool:
+def learn(
+    run: Run,
+    steps: int = 8,
+    stop_at: int | None = None,
+    resume: bool = False,
+    seed: int = 0,
+    tracker: Tracker | None = None,
+) -> bool:
     """A small run; ``stop_at`` sends this process a Ctrl-C during that update."""
     backbone = small_backbone()
     env = BlockSelectionVectorEnv(16, backbone=backbone, images=small_images(), seed=seed)
@@ -42,7 +49,7 @@ def learn(run: Run, steps: int = 8, stop_at: int | None = None, resume: bool = F
         lambda: block_figures(evaluate(agent, validation, full=False)),
         agent.policy.state_dict,
         run,
-        Tracker(run, "none", {}),
+        tracker or Tracker(run, "none", {}),
         steps=steps,
         validate_every=3,
         log_every=2,
@@ -56,6 +63,16 @@ def without_times(run: Run) -> list[dict]:
 
 def final_weights(run: Run) -> dict[str, torch.Tensor]:
     return run.load_checkpoint()["learner"]["policy"]
+
+
+def test_the_chosen_figures_are_those_of_the_weights_that_were_kept(tmp_path):
+    run = create(str(tmp_path / "run"), "policyskip train", "")
+    for step, reward in ((1, 0.5), (2, 0.4), (3, 0.5), (4, 0.5)):
+        run.append_metrics({"step": step, "train/loss": 1.0})
+        run.append_metrics({"step": step, "val/reward": reward, "val/macs": float(step), "val/parts": [1, 2]})
+    assert _chosen_figures(run, "reward", 0.5, first_step=2) == {"val/reward": 0.5, "val/macs": 3.0}
+    assert _chosen_figures(run, "reward", 0.5, first_step=0) == {"val/reward": 0.5, "val/macs": 1.0}
+    assert _chosen_figures(run, "reward", float("-inf"), first_step=0) == {}
 
 
 def test_two_runs_with_one_seed_are_equal(tmp_path):
@@ -97,9 +114,10 @@ def test_records_after_the_checkpoint_are_forgotten_on_resume(tmp_path):
 
 def test_the_best_weights_are_those_of_the_best_validation_reward(tmp_path):
     run = create(str(tmp_path / "run"), "policyskip train", "")
-    learn(run)
+    tracker = Tracker(run, "none", {})
+    learn(run, tracker=tracker)
     rewards = [record["val/reward"] for record in run.metrics() if "val/reward" in record]
-    assert run.load_checkpoint()["best"] == max(rewards)
+    assert run.load_checkpoint()["best"] == max(rewards) == tracker.chosen["val/reward"]
     agent, validation = judges()
     agent.policy.load_state_dict(run.load_best_so_far())
     assert block_figures(evaluate(agent, validation, full=False))["reward"] == max(rewards)

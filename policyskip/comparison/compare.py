@@ -27,6 +27,7 @@ from policyskip.errors import UserError
 from policyskip.evaluation.decisions import Decisions
 from policyskip.files import write
 from policyskip.runs.folder import Run
+from policyskip.runs.progress import waiting
 
 MARKER_FILE = "comparison.json"
 """A file that every comparison has: a folder without it is not overwritten."""
@@ -86,9 +87,12 @@ def compare(
     clear_leftovers(output)
     check_output(output, overwrite)
     with replaced(output) as new:
-        collected = collect(patterns, decide_again)
-        sections = [_section(group, load_images) for group in groups_of(collected.results)]
-        pictures = _write(new, sections, collected, command)
+        with waiting("reading the runs"):
+            collected = collect(patterns, decide_again)
+        with waiting("computing tables and intervals"):
+            sections = [_section(group, load_images) for group in groups_of(collected.results)]
+        with waiting("writing the comparison"):
+            pictures = _write(new, sections, collected, command)
     return Comparison(output, collected, sections, [output / path for path in pictures])
 
 

@@ -26,6 +26,7 @@ from policyskip.data.tensors import crop_and_flip, in_memory
 from policyskip.data.workers import check_workers
 from policyskip.errors import UserError, check_choice
 from policyskip.parallel import processes
+from policyskip.runs.progress import waiting
 from policyskip.texts import one_line
 
 ClassOrder = Literal["text", "numbers"]
@@ -247,7 +248,11 @@ def _readable(files: list[Path], folder: Path) -> list[Path]:
         return None
 
     with ThreadPoolExecutor() as pool:
-        problems = list(pool.map(problem, files))
+        problems = []
+        with waiting("reading every image once, for data.skip_damaged=true", len(files)) as wait:
+            for error in pool.map(problem, files):
+                problems.append(error)
+                wait.advance()
     good = [file for file, error in zip(files, problems) if error is None]
     errors = [error for error in problems if error is not None]
     if not good:
@@ -264,7 +269,11 @@ def _decode(files: list[Path], size: int, scale_to: int | None) -> Tensor:
         UserError: an image cannot be read, or is of another size and not scaled.
     """
     with ThreadPoolExecutor() as pool:
-        pixels = list(pool.map(lambda file: read_image(file, scale_to), files))
+        pixels = []
+        with waiting("reading images", len(files)) as wait:
+            for image in pool.map(lambda file: read_image(file, scale_to), files):
+                pixels.append(image)
+                wait.advance()
     for file, image in zip(files, pixels):
         if image.shape != (size, size, 3):
             own_size = f"{image.shape[1]}×{image.shape[0]}"

@@ -25,6 +25,7 @@ from policyskip.backbones.base import Block
 from policyskip.backbones.execution import run_block, run_most
 from policyskip.backbones.exits import State
 from policyskip.backbones.folding import folded
+from policyskip.runs.progress import waiting
 
 SHARES = (0.1, 0.5, 0.75, 0.9)
 """Shares of a batch for which gathering the images that keep a block is timed."""
@@ -58,9 +59,11 @@ def profile(
         "macs": _macs(network, image_shape),
         "batches": {},
     }
-    for batch in batch_sizes:
-        images = torch.randint(0, 256, (batch, *image_shape), dtype=torch.uint8, device=fast.mean.device)
-        content["batches"][str(batch)] = measure(fast, images, repeats)  # type: ignore[arg-type]
+    with waiting("measuring the network", sum(batch_sizes)) as wait:
+        for batch in batch_sizes:
+            images = torch.randint(0, 256, (batch, *image_shape), dtype=torch.uint8, device=fast.mean.device)
+            content["batches"][str(batch)] = measure(fast, images, repeats)  # type: ignore[arg-type]
+            wait.advance(batch)
     return content
 
 

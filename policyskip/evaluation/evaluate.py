@@ -17,6 +17,7 @@ from policyskip.envs.base import ImageVectorEnv
 from policyskip.evaluation.decisions import BLOCKS, EXITS, Decisions
 from policyskip.exits.cache import CachedExits
 from policyskip.exits.rules import decisions_at
+from policyskip.runs.progress import waiting
 
 
 def evaluate(agent: Agent, env: ImageVectorEnv, full: bool = True) -> Decisions:
@@ -27,18 +28,21 @@ def evaluate(agent: Agent, env: ImageVectorEnv, full: bool = True) -> Decisions:
     """
     env.reset()
     rows: list[tuple[Tensor, ...]] = []
-    while len(env.observation):
-        index_B = env.feed.batch.index_B
-        full_correct_B = torch.zeros(len(index_B), dtype=torch.bool)
-        if full:
-            keep_BK = torch.ones(len(index_B), env.backbone.num_blocks, dtype=torch.bool, device=env.device)
-            full_correct_B = env.score(keep_BK).correct_B
-        steps, over = 0, False
-        while not over:  # all images of a batch end together
-            _, reward_B, over_B, *_ = env.step(agent.decide(env))
-            steps, over = steps + 1, bool(over_B.all())
-        out = env.outcome
-        rows.append((index_B, out.label_B, out.logits_BC.argmax(1), full_correct_B, out.keep_BK, out.macs_B, reward_B))
+    with waiting("judging decisions", len(env.feed.images)) as wait:
+        while len(env.observation):
+            index_B = env.feed.batch.index_B
+            full_correct_B = torch.zeros(len(index_B), dtype=torch.bool)
+            if full:
+                keep_BK = torch.ones(len(index_B), env.backbone.num_blocks, dtype=torch.bool, device=env.device)
+                full_correct_B = env.score(keep_BK).correct_B
+            steps, over = 0, False
+            while not over:  # all images of a batch end together
+                _, reward_B, over_B, *_ = env.step(agent.decide(env))
+                steps, over = steps + 1, bool(over_B.all())
+            out = env.outcome
+            prediction_B = out.logits_BC.argmax(1)
+            rows.append((index_B, out.label_B, prediction_B, full_correct_B, out.keep_BK, out.macs_B, reward_B))
+            wait.advance(len(index_B))
     index_N, label_N, prediction_N, full_correct_N, keep_NK, macs_N, reward_N = _whole_set(rows)
     difficulty_N = env.feed.images.difficulty
     return Decisions(
@@ -64,13 +68,15 @@ def evaluate_gates(agent: SkipNet, images: Images, batch_size: int) -> Decisions
     """
     network = folded(agent.network)
     rows: list[tuple[Tensor, ...]] = []
-    for batch in images.stream(sequential(len(images), batch_size)):
-        run = network.greedy(batch.images)
-        full_correct_B = network.backbone(batch.images).argmax(1) == batch.label_B
-        ce_B = F.cross_entropy(run.logits_BC, batch.label_B, reduction="none")
-        reward_B = agent.returns(ce_B, run)[:, 0]
-        macs_B = agent.costs.of(run.keep_BK) + agent.decision_macs
-        rows.append((batch.label_B, run.logits_BC.argmax(1), full_correct_B, run.keep_BK, macs_B, reward_B))
+    with waiting("judging decisions", len(images)) as wait:
+        for batch in images.stream(sequential(len(images), batch_size)):
+            run = network.greedy(batch.images)
+            full_correct_B = network.backbone(batch.images).argmax(1) == batch.label_B
+            ce_B = F.cross_entropy(run.logits_BC, batch.label_B, reduction="none")
+            reward_B = agent.returns(ce_B, run)[:, 0]
+            macs_B = agent.costs.of(run.keep_BK) + agent.decision_macs
+            rows.append((batch.label_B, run.logits_BC.argmax(1), full_correct_B, run.keep_BK, macs_B, reward_B))
+            wait.advance(len(batch))
     label_N, prediction_N, full_correct_N, keep_NK, macs_N, reward_N = _whole_set(rows)
     return Decisions(
         kind=BLOCKS,

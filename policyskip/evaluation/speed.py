@@ -29,6 +29,7 @@ from policyskip.evaluation import plots
 from policyskip.evaluation.tables import console
 from policyskip.files import reporting_write_errors, write
 from policyskip.runs.folder import Run
+from policyskip.runs.progress import waiting
 from policyskip.texts import for_rich, one_line
 
 MEASURED = 1000
@@ -83,7 +84,8 @@ def of_run(setup: Setup, run: Run, batch_sizes: Sequence[int], repeats: int, cou
     content = profiling.profile(predictor.network_to_measure, setup.data.image_shape, batch_sizes, repeats)
     content["hash"] = described["hash"]
     images = batch_at(validation, index_N).images
-    _measure_predictions(predictor, images, content["batches"], repeats)
+    with waiting("measuring predictions"):
+        _measure_predictions(predictor, images, content["batches"], repeats)
     largest = max(content["batches"], key=int)
     latency = {
         "latency_ms": content["batches"][largest]["run"]["predict_ms"],

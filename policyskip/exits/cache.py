@@ -18,6 +18,7 @@ from policyskip.backbones.base import evaluation_mode
 from policyskip.backbones.exits import ExitCosts, ExitNetwork, count_exit_costs
 from policyskip.data import Images, batch_at, sequential
 from policyskip.errors import UserError
+from policyskip.runs.progress import waiting
 
 PIXELS_AT_ONCE = 2**20
 """Pixels of the images that are classified at once, so that they fit into memory."""
@@ -100,6 +101,10 @@ def cache_exits(network: ExitNetwork, images: Images) -> CachedExits:
         raise UserError("there are no images to cache")
     _, channels, height, width = batch_at(images, torch.tensor([0])).images.shape
     batches = images.stream(sequential(len(images), max(1, PIXELS_AT_ONCE // (height * width))))
-    with evaluation_mode(network):
-        logits, labels = zip(*((network(batch.images).float(), batch.label_B) for batch in batches), strict=True)
+    logits, labels = [], []
+    with evaluation_mode(network), waiting("computing the outputs of every exit", len(images)) as wait:
+        for batch in batches:
+            logits.append(network(batch.images).float())
+            labels.append(batch.label_B)
+            wait.advance(len(batch))
     return CachedExits(torch.cat(logits), torch.cat(labels), count_exit_costs(network, (channels, height, width)))

@@ -31,6 +31,7 @@ from policyskip.exits.rules import (
     spread,
 )
 from policyskip.fronts import knee, pareto
+from policyskip.runs.progress import waiting
 
 BRANCHYNET_NATS = (1e-4, 5e-4, 1e-3, 5e-3, 0.01, 0.025, 0.05, 0.075, 0.1, 0.25, 0.5, 0.75, 1.0, 2.0, 3.0, 5.0, 10.0)
 """Entropies that BranchyNet's authors screened for each exit of B-LeNet and B-ResNet (the code of arXiv 1709.01686)."""
@@ -264,4 +265,5 @@ def curve_of(cache: CachedExits, rule: str = "confidence", search: str = "quota"
     check_search(rule, search, cache.num_exits)
     if cache.num_exits == 1:
         return _curve(rule_named(rule), cache, torch.empty(1, 0), *_judge(cache, torch.zeros_like(cache.label_M)[None]))
-    return SEARCHES[search](rule_named(rule), cache)
+    with waiting("searching thresholds"):
+        return SEARCHES[search](rule_named(rule), cache)

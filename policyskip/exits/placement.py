@@ -17,6 +17,7 @@ from policyskip.backbones.exits import count_exit_costs
 from policyskip.backbones.resnet_exits import ResNetExits
 from policyskip.data import Images, batch_at, spread_indices
 from policyskip.errors import UserError
+from policyskip.runs.progress import waiting
 
 
 @dataclass(frozen=True)
@@ -189,11 +190,14 @@ def probe_blocks(backbone: Backbone, train: Images, validation: Images, limit: i
 def _pooled(backbone: Backbone, images: Images, limit: int) -> tuple[list[Tensor], Tensor]:
     """Compute each channel's average after each block, K times float64 (M, D), and the labels, int64 (M,)."""
     pooled, labels = [], []
-    for batch in images.plain().stream((index_B, 0) for index_B in spread_indices(limit, len(images)).split(250)):
-        x, batch_pooled = backbone.features(batch.images), []
-        for block in backbone.blocks:
-            x = block(x)
-            batch_pooled.append(x.mean((2, 3)).double())
-        pooled.append(batch_pooled)
-        labels.append(batch.label_B)
+    index_N = spread_indices(limit, len(images))
+    with waiting("probing every block", len(index_N)) as wait:
+        for batch in images.plain().stream((index_B, 0) for index_B in index_N.split(250)):
+            x, batch_pooled = backbone.features(batch.images), []
+            for block in backbone.blocks:
+                x = block(x)
+                batch_pooled.append(x.mean((2, 3)).double())
+            pooled.append(batch_pooled)
+            labels.append(batch.label_B)
+            wait.advance(len(batch))
     return [torch.cat(after_block) for after_block in zip(*pooled, strict=True)], torch.cat(labels)

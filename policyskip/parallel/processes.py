@@ -27,6 +27,7 @@ from torch.distributed.distributed_c10d import PrefixStore, Store
 from torch.distributed.rendezvous import rendezvous
 
 from policyskip.errors import UserError, in_one_line
+from policyskip.runs import progress
 from policyskip.texts import one_line
 
 T = TypeVar("T")
@@ -67,6 +68,7 @@ def joined() -> Iterator[None]:
         raise UserError(f"the other processes cannot be met ({in_one_line(error)}); torchrun starts them") from error
     if not is_first():
         sys.stdout = open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115 - for as long as the process lives
+        progress.hide()
     try:
         yield
     finally:

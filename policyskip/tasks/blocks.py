@@ -7,6 +7,8 @@ Shapes: B images, K blocks.
 
 from __future__ import annotations
 
+import inspect
+from contextlib import suppress
 from functools import partial
 from typing import Any
 
@@ -16,8 +18,8 @@ from torch import Tensor
 from policyskip import registry
 from policyskip.agents.base import Agent
 from policyskip.backbones import Backbone
-from policyskip.build import Setup
-from policyskip.config import Settings
+from policyskip.build import Setup, class_of
+from policyskip.config import Settings, group_of
 from policyskip.deployment.loading import load_best_so_far, load_weights
 from policyskip.deployment.policy_files import describe_blocks
 from policyskip.envs.base import DecisionEnv
@@ -55,7 +57,7 @@ class BlockTask(FamilyTask):
         if remembered_front(setup, front_settings) is None:  # an agent that fails is refused before the long search
             _check_policy(setup.agent(env), env)
         self.front = processes.first(lambda: static_front(setup, front_settings))
-        best = processes.first(lambda: best_set(setup, self.front))
+        best = processes.first(lambda: best_set(setup, self.front)) if _takes_best_set(setup) else None
         self.learner: Agent = setup.agent(env, self.front, best)
         _check_policy(self.learner, env)
         self.validation = setup.env(setup.data.validation)
@@ -108,6 +110,14 @@ def judge_policy(setup: Setup, agent: Agent, front: StaticFront, split: str) -> 
     static, pairs = static_figures(setup, decisions, front, split)
     complete = completed(decisions, setup, split, pairs, setup.backbone.content_hash())
     return Judgement(complete, block_figures(decisions) | static)
+
+
+def _takes_best_set(setup: Setup) -> bool:
+    """Return whether the configuration's agent asks for the fixed set of the highest reward, which takes a while."""
+    with suppress(TypeError, ValueError):  # a callable without a signature: it is given the set
+        declared = inspect.signature(class_of(setup.config, "agent", setup.trusted)).parameters
+        return "best" in declared or bool(group_of(setup.config, "agent").get("warm_start"))
+    return True
 
 
 def _check_policy(agent: Agent, env: DecisionEnv) -> None:

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from policyskip.agents.base import Agent
 from policyskip.build import Setup, class_of
-from policyskip.config import Settings
+from policyskip.config import Settings, group_of
 from policyskip.envs.base import DecisionEnv
 from policyskip.envs.block_selection import BlockSelectionVectorEnv
 from policyskip.errors import UserError
@@ -24,6 +24,7 @@ from policyskip.tasks.exit_policy import ExitPolicyTask
 from policyskip.tasks.gates import GateTask
 from policyskip.tasks.network_check import network_warnings, remark
 from policyskip.tasks.thresholds import ThresholdTask
+from policyskip.texts import one_line
 
 FAMILIES: dict[str, type[FamilyTask]] = {
     "blocks": BlockTask,
@@ -44,8 +45,6 @@ def start(setup: Setup, settings: Settings) -> FamilyTask:
     _check_declarations(agent)
     if agent.learns and not steps:
         raise UserError(f"train.steps must be at least 1, got 0{_annotation_hint(setup)}")
-    if steps and not agent.learns:
-        raise UserError(f"this agent has nothing to learn, so train.steps must be 0, got {steps}")
     if processes.world() > 1 and not issubclass(agent, Divisible):
         target = class_of(setup.config, "agent", setup.trusted)
         raise UserError(f"the agent {target.__name__} learns in one process; start it without torchrun")
@@ -62,6 +61,23 @@ def start(setup: Setup, settings: Settings) -> FamilyTask:
     lines = [task.greeting, remark(setup.backbone), *(f"warning: {text}" for text in setup.warnings)]
     task.greeting = "\n".join(filter(None, lines))
     return task
+
+
+def without_idle_steps(content: dict[str, Any], settings: Settings, trusted: bool) -> dict[str, Any]:
+    """Set ``train.steps`` to 0 for an agent that has nothing to learn, and say so: it may be one of a sweep's agents.
+
+    Returns: the configuration; ``settings`` are changed in place.
+
+    Raises:
+        UserError: the agent's class cannot be imported, or has to be trusted for it.
+    """
+    steps = settings.train.steps
+    if not steps or agent_class(content, trusted).learns:
+        return content
+    name = one_line(class_of(content, "agent", trusted).__name__.lower())
+    print(f"the agent {name} has nothing to learn, so train.steps={steps} is ignored", flush=True)
+    settings.train.steps = 0
+    return {**content, "train": {**group_of(content, "train"), "steps": 0}}
 
 
 def _annotation_hint(setup: Setup) -> str:

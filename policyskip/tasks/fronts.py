@@ -5,16 +5,16 @@ Shapes: N images, S sets, B images side by side, K blocks.
 
 from __future__ import annotations
 
-import sys
-from collections.abc import Sequence
-from contextlib import suppress
+import hashlib
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
+from filelock import FileLock
 from platformdirs import user_cache_path
-from rich.progress import Progress
 from torch import Tensor
 
 from policyskip.agents.blockdrop import BlockDrop
@@ -27,7 +27,17 @@ from policyskip.intervals import half_interval
 from policyskip.memory import release_freed_memory
 from policyskip.rewards import Adaptive, Utilization
 from policyskip.runs.folder import Run
-from policyskip.static_front import Keep, SetScorer, StaticFront, find_front, keep_text, known_front, tries_every_set
+from policyskip.runs.progress import waiting
+from policyskip.static_front import (
+    Keep,
+    SetScorer,
+    StaticFront,
+    find_front,
+    keep_text,
+    known_front,
+    remember,
+    tries_every_set,
+)
 
 
 def static_front(setup: Setup, settings: FrontSection, sets_in_use: Sequence[Keep] = ()) -> StaticFront:
@@ -42,40 +52,59 @@ def static_front(setup: Setup, settings: FrontSection, sets_in_use: Sequence[Kee
         sets_in_use: keep-sets of a policy that trained the network itself, which is at its best with those; they join
             the search.
     """
-    if (known := remembered_front(setup, settings)) is not None:
+    if (known := remembered_front(setup, settings, sets_in_use)) is not None:
         return known
-    setup = with_block_selection(setup)
-    backbone, images = setup.backbone, setup.data.validation
-    print("searching the best fixed keep-sets on validation images", flush=True)
-    env = setup.env(images)
-    whole = tries_every_set(backbone.num_blocks, min(settings.images, len(images)), settings.budget)
-    penalties = (1.0, 5.0) if settings.learner_steps and not whole else ()
-    hints = [*sets_in_use, *(_learned_set(setup, penalty, settings.learner_steps // 2) for penalty in penalties)]
-    with Progress(transient=True, disable=not sys.stdout.isatty()) as bar:
-        task = bar.add_task("share of front.budget spent", total=settings.budget)
-        front = find_front(
-            backbone,
-            images,
-            env.costs,
-            settings.budget,
-            settings.images,
-            hints,
-            lambda n: bar.update(task, completed=n),
-        )
-    with suppress(UserError):  # a cache that cannot be written costs time, nothing else
-        front.save(_cache() / f"{front.backbone}-{front.data}.json")
+    with _alone(setup, _search_key(settings, sets_in_use)):
+        if (known := remembered_front(setup, settings, sets_in_use)) is not None:  # another process has searched it
+            return known
+        front = _searched(with_block_selection(setup), settings, sets_in_use)
+        with suppress(UserError):  # a cache that cannot be written costs time, nothing else
+            remember(front, _cache(), _search_key(settings, sets_in_use))
     return front
 
 
-def remembered_front(setup: Setup, settings: FrontSection) -> StaticFront | None:
+def _searched(setup: Setup, settings: FrontSection, sets_in_use: Sequence[Keep]) -> StaticFront:
+    """Search the static front of a network, as :func:`static_front` says."""
+    backbone, images = setup.backbone, setup.data.validation
+    env = setup.env(images)
+    count = min(settings.images, len(images))
+    whole = tries_every_set(backbone.num_blocks, count, settings.budget)
+    penalties = (1.0, 5.0) if settings.learner_steps and not whole else ()
+    hints = [*sets_in_use, *(_learned_set(setup, penalty, settings.learner_steps // 2) for penalty in penalties)]
+    most = count * (2**backbone.num_blocks - 1) if whole else settings.budget
+    with waiting("searching the best fixed keep-sets on validation images", most, at_most=not whole) as wait:
+        return find_front(backbone, images, env.costs, settings.budget, settings.images, hints, wait.reach)
+
+
+def remembered_front(setup: Setup, settings: FrontSection, sets_in_use: Sequence[Keep] = ()) -> StaticFront | None:
     """Return the static front of a network from an earlier search; None if none was as thorough as ``settings`` ask."""
     images = setup.data.validation
-    known = known_front(setup.backbone, images, _cache())
-    return known if known and known.finished and known.images >= min(settings.images, len(images)) else None
+    at_least = min(settings.images, len(images))
+    return known_front(setup.backbone, images, _cache(), at_least, _search_key(settings, sets_in_use))
+
+
+def _search_key(settings: FrontSection, sets_in_use: Sequence[Keep]) -> str:
+    """Return a text that is the same for two searches over one network and data exactly if they do the same."""
+    chosen = (settings.images, settings.budget, settings.learner_steps, sorted(map(keep_text, sets_in_use)))
+    return hashlib.sha256(repr(chosen).encode()).hexdigest()[:16]
+
+
+@contextmanager
+def _alone(setup: Setup, search_key: str) -> Iterator[None]:
+    """Let runs that search the same do so one after the other, so that all but the first find what it has found."""
+    name = f"{setup.backbone.content_hash()}-{setup.data.validation.fingerprint()}-{search_key}"
+    lock = FileLock(_cache() / f"{name}.lock")
+    with suppress(OSError, NotImplementedError), waiting("waiting for a process that searches the same fixed sets"):
+        _cache().mkdir(parents=True, exist_ok=True)
+        lock.acquire()
+    try:
+        yield
+    finally:
+        lock.release()
 
 
 def _cache() -> Path:
-    """Return the folder in which fronts are remembered."""
+    """Return the folder in which fronts are remembered; a search that changes its results gets another folder."""
     return user_cache_path("policyskip") / "fronts"
 
 
@@ -96,12 +125,15 @@ def best_set(setup: Setup, front: StaticFront, count: int = 2000) -> Keep:
         return max(zip(map(setup.reward.selection_score, figures), front.sets, strict=True))[1]
     keep_SK = torch.tensor(front.sets)
     total_S, seen = torch.zeros(len(keep_SK), dtype=torch.float64), 0
-    while seen < min(count, len(setup.data.validation)):
-        B = len(env.observation)
-        outcome = env.score(keep_SK.unsqueeze(1).expand(-1, B, -1).to(env.device))
-        total_S += env.rewards(outcome).view(len(keep_SK), B).double().sum(1).cpu()
-        seen += B
-        env.advance()
+    count = min(count, len(setup.data.validation))
+    with waiting("computing the reward of the best fixed keep-sets", count) as wait:
+        while seen < count:
+            B = len(env.observation)
+            outcome = env.score(keep_SK.unsqueeze(1).expand(-1, B, -1).to(env.device))
+            total_S += env.rewards(outcome).view(len(keep_SK), B).double().sum(1).cpu()
+            seen += B
+            wait.reach(seen)
+            env.advance()
     return front.sets[int(total_S.argmax())]
 
 
@@ -111,9 +143,11 @@ def _learned_set(setup: Setup, penalty: float, steps: int) -> Keep:
     env.reward = Utilization(penalty)
     options: dict[str, Any] = dict(lr=0.05, schedule="onecycle", alpha_end=0.98, samples=3, beta=0.01, curriculum=0)
     agent = BlockDrop(env, max(1, steps), policy="constant", initial_keep=0.9, **options)
-    for _ in range(max(1, steps)):
-        agent.update(env)
-        release_freed_memory()
+    with waiting("learning a fixed keep-set, for the search", steps) as wait:
+        for _ in range(max(1, steps)):
+            agent.update(env)
+            wait.advance()
+            release_freed_memory()
     return tuple(agent.act(env.observation)[0].tolist())
 
 
@@ -125,7 +159,9 @@ def static_figures(
     Returns: the figures, and MACs and accuracy of every set of the front on the split.
     """
     scorer = SetScorer(setup.backbone, setup.data.split(split).plain())
-    correct = [correct_N.double() for correct_N in scorer.correct(front.sets)]
+    with waiting("judging the best fixed keep-sets", scorer.count) as wait:
+        scorer.on_batch = wait.advance
+        correct = [correct_N.double() for correct_N in scorer.correct(front.sets)]
     mix = front.mix_at(decisions.macs_N.mean().item())
     mixed_N: Tensor = torch.stack([weight * correct[index] for index, weight in mix]).sum(0)
     difference_N = decisions.correct_N.double() - mixed_N

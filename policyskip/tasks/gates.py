@@ -26,6 +26,7 @@ from policyskip.evaluation.figures import block_figures
 from policyskip.evaluation.plots import block_pictures
 from policyskip.evaluation.tables import show_blocks
 from policyskip.runs.folder import Run
+from policyskip.runs.progress import waiting
 from policyskip.runs.tracking import Tracker
 from policyskip.static_front import Keep, StaticFront
 from policyskip.tasks.base import FamilyTask, Judgement, check_batch, names_of
@@ -147,5 +148,9 @@ def with_network_of(agent: SkipNet, setup: Setup) -> Setup:
 def accuracy(backbone: Backbone, images: Images, batch_size: int) -> float:
     """Return the share of the images that a network with all its blocks gets right."""
     backbone.eval()
-    batches = images.stream(sequential(len(images), batch_size))
-    return sum(int((backbone(b.images).argmax(1) == b.label_B).sum()) for b in batches) / len(images)
+    right = 0
+    with waiting("judging the network without gates", len(images)) as wait:
+        for batch in images.stream(sequential(len(images), batch_size)):
+            right += int((backbone(batch.images).argmax(1) == batch.label_B).sum())
+            wait.advance(len(batch))
+    return right / len(images)

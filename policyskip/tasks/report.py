@@ -14,6 +14,7 @@ from policyskip.deployment.policy_files import Family, PolicyFile
 from policyskip.evaluation.decisions import Decisions, collapse_warnings, examples, save_decisions
 from policyskip.rewards import Adaptive
 from policyskip.runs.folder import REWARD, Run
+from policyskip.runs.progress import waiting
 from policyskip.runs.tracking import Tracker
 from policyskip.tasks.base import Judgement
 
@@ -84,7 +85,8 @@ def write_finished(
             summary["warnings"] = [*setup.warnings, *(collapse_warnings(record) if head["steps"] else [])]
         new.save_json("summary.json", summary)
         policy.save(new, head["steps"])
-        drawn = draw(new.folder / "plots", metrics=run.metrics(), decisions=record, images=data.test)
+        with waiting("drawing pictures"):
+            drawn = draw(new.folder / "plots", metrics=run.metrics(), decisions=record, images=data.test)
         names = [path.relative_to(new.folder) for path in drawn]
     files = [run.folder / name for name in (*policy.files, "policy.json", "summary.json", "config.yaml")]
     tracker.finish(summary, [run.folder / name for name in names], files, examples(record, data.test))

@@ -2,18 +2,25 @@
 
 from __future__ import annotations
 
+import os
+import shutil
+import threading
+from concurrent.futures import ThreadPoolExecutor
 from types import SimpleNamespace
 
 import pytest
 import torch
 
 from policyskip.backbones import load
-from policyskip.data import TensorImages, digits
+from policyskip.build import Setup
+from policyskip.config import FrontSection
+from policyskip.data import Data, TensorImages, digits
 from policyskip.envs.block_selection import BlockSelectionVectorEnv
 from policyskip.evaluation.decisions import Decisions
-from policyskip.static_front import StaticFront, known_front
+from policyskip.static_front import StaticFront, find_front, known_front
 from policyskip.tasks import fronts as report
-from tests.conftest import small_backbone
+from policyskip.tasks.fronts import static_front
+from tests.conftest import small_backbone, small_images
 
 
 def test_the_margin_is_paired_with_the_mix_of_equal_cost(monkeypatch):
@@ -33,6 +40,8 @@ def test_the_margin_is_paired_with_the_mix_of_equal_cost(monkeypatch):
     )
 
     class Scorer:
+        count = 4
+
         def __init__(self, backbone, images):
             assert images == "test images"
 
@@ -62,6 +71,76 @@ def test_the_shipped_front_is_that_of_the_shipped_network_on_the_default_validat
     validation = digits(torch.device("cpu"), train=1, test=1).validation
     front = known_front(load("resnet32_digits"), validation, tmp_path)
     assert front is not None and front.finished and {sum(keep) for keep in front.sets} == set(range(16))
+
+
+SETTINGS = FrontSection(budget=1, images=30, learner_steps=0)  # a search that runs out of its budget
+
+
+@pytest.fixture
+def searches(monkeypatch, tmp_path) -> list[float]:
+    """The budgets of the searches that are made; their cache is empty at first."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    made: list[float] = []
+
+    def search(*arguments, **options):
+        made.append(arguments[3])
+        return find_front(*arguments, **options)
+
+    monkeypatch.setattr(report, "find_front", search)
+    return made
+
+
+def small_setup(seed: int = 0) -> Setup:
+    data = Data("small", *(small_images(seed=n) for n in range(3)), classes=tuple("abcde"), image_shape=(3, 12, 12))
+    return Setup({}, torch.device("cpu"), data, small_backbone(seed=seed), None, 20)
+
+
+def test_a_search_is_made_once_for_each_network_and_settings(searches):
+    first = static_front(small_setup(), SETTINGS)
+    assert not first.finished and static_front(small_setup(), SETTINGS) == first and searches == [1]
+    more = SETTINGS.model_copy(update={"budget": 1e9})
+    whole = static_front(small_setup(), more)
+    assert whole.finished and searches == [1, 1e9]
+    assert static_front(small_setup(), SETTINGS) == static_front(small_setup(), more) == whole and len(searches) == 2
+    static_front(small_setup(seed=1), SETTINGS)
+    static_front(small_setup(), more.model_copy(update={"images": 40}))
+    assert len(searches) == 4
+
+
+def test_of_two_runs_at_once_one_searches_and_the_other_waits_for_it(searches, monkeypatch):
+    """Each has a file descriptor of its own, so that the lock holds between threads as between processes."""
+    begun, go_on = threading.Event(), threading.Event()
+    search = report.find_front
+
+    def slow(*arguments, **options):
+        begun.set()
+        assert go_on.wait(20)
+        return search(*arguments, **options)
+
+    monkeypatch.setattr(report, "find_front", slow)
+    with ThreadPoolExecutor(2) as pool:
+        one = pool.submit(static_front, small_setup(), SETTINGS)
+        assert begun.wait(20)
+        other = pool.submit(static_front, small_setup(), SETTINGS)
+        go_on.set()
+        assert one.result() == other.result() and searches == [1]
+
+
+@pytest.mark.parametrize("obstacle", ["a file", "a pipe", "damaged"])
+def test_a_cache_that_cannot_be_used_costs_time_and_nothing_else(obstacle, searches, tmp_path):
+    cache = tmp_path / "cache/policyskip/fronts"
+    static_front(small_setup(), SETTINGS)
+    (file,) = cache.glob("*.json")
+    if obstacle == "a file":
+        shutil.rmtree(cache)
+        cache.write_text("")
+    elif obstacle == "a pipe":
+        file.unlink()
+        os.mkfifo(file)
+    else:
+        file.write_text("{")
+    assert static_front(small_setup(), SETTINGS) == static_front(small_setup(), SETTINGS)
+    assert len(searches) == (3 if obstacle == "a file" else 2)  # what is damaged is written anew
 
 
 def test_the_best_set_is_sought_over_all_classes():
