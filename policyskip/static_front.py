@@ -27,6 +27,7 @@ from policyskip.errors import UserError
 from policyskip.files import reporting_write_errors, write
 from policyskip.fronts import concave_hull
 from policyskip.memory import release_freed_memory
+from policyskip.runs import schemas
 
 Keep = tuple[bool, ...]
 """A keep-set: for each of the K blocks, whether it runs."""
@@ -134,6 +135,11 @@ class StaticFront:
     backbone: str
     data: str
 
+    @property
+    def hull(self) -> list[int]:
+        """Return the indices of the sets that are best on validation images, or mixed with each other, cheapest first."""
+        return concave_hull(self.macs, self.accuracy)
+
     def mix_at(self, macs: float) -> list[tuple[int, float]]:
         """Find the one or two sets that, mixed at random, cost ``macs`` and are most accurate on validation images.
 
@@ -142,7 +148,7 @@ class StaticFront:
 
         Returns: pairs (index of the set, weight in (0, 1]); the weights sum to 1.
         """
-        hull = concave_hull(self.macs, self.accuracy)
+        hull = self.hull
         above = next((position for position, i in enumerate(hull) if self.macs[i] > macs), None)
         if above is None or above == 0:
             return [(hull[-1 if above is None else 0], 1.0)]
@@ -168,7 +174,7 @@ class StaticFront:
         Raises:
             OSError, ValueError, TypeError, KeyError: the file is not there, or holds no front.
         """
-        content: dict[str, Any] = json.loads(path.read_bytes())
+        content: dict[str, Any] = schemas.check("front.json", json.loads(path.read_bytes()))
         content["sets"] = [tuple(mark == "1" for mark in keep) for keep in content["sets"]]
         for name in ("accuracy", "macs"):
             content[name] = [float(value) for value in content[name]]

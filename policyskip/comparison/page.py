@@ -7,7 +7,6 @@ import io
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
-from html import escape
 from importlib.resources import files
 
 import numpy as np
@@ -20,6 +19,7 @@ from policyskip.comparison.figures import Figure
 from policyskip.comparison.formats import display_table
 from policyskip.comparison.series import Style, front_of, gallery
 from policyskip.comparison.tables import Cells, Row
+from policyskip.texts import for_html
 
 SIDE = 48
 """The largest width and height of an example image, in pixels."""
@@ -70,7 +70,7 @@ def page(sections: Sequence[Section], collected: Collected, command: str, versio
         )
         body.append(_section(section, name, drawings, thumbnails[name]))
     content = json.dumps(
-        {"groups": groups, "images": thumbnails}, ensure_ascii=False, allow_nan=False, separators=(",", ":")
+        {"groups": groups, "images": thumbnails}, ensure_ascii=True, allow_nan=False, separators=(",", ":")
     )
     policy = "default-src 'none'; img-src data: blob:; style-src 'unsafe-inline'; script-src 'unsafe-inline'"
     count = len(collected.results)
@@ -81,7 +81,7 @@ def page(sections: Sequence[Section], collected: Collected, command: str, versio
             '<meta name="viewport" content="width=device-width, initial-scale=1"><link rel="icon" href="data:,">',
             f"<title>policyskip: {count} runs compared</title><style>{_asset('page.css')}</style></head><body>",
             f"<h1>{count} run{'s'[: count > 1]} compared</h1>",
-            f'<p class="faint">policyskip {escape(version)} · <code>{escape(command)}</code></p>',
+            f'<p class="faint">policyskip {for_html(version)} · <code>{for_html(command)}</code></p>',
             _notes(collected),
             *body,
             f'<script type="application/json" id="content">{_safe(content)}</script>',
@@ -105,7 +105,7 @@ def _figures(section: Section, name: str) -> list[Figure]:
 
 def _section(section: Section, name: str, drawings: Sequence[Figure], images: dict[int, str]) -> str:
     """Write the HTML of one group; ``images`` are data URIs by index."""
-    parts = [f"<h2>{escape(section.group.title)}</h2>", f'<p class="note">Runs on {escape(section.group.reason)}.</p>']
+    parts = [f"<h2>{for_html(section.group.title)}</h2>", f'<p class="note">Runs on {for_html(section.group.reason)}.</p>']
     parts.append(_table(section.cells))
     parts.append(
         '<p class="note">Means over seeds ± half the 95 % t interval over seeds; the change to the full network also '
@@ -113,7 +113,7 @@ def _section(section: Section, name: str, drawings: Sequence[Figure], images: di
         "own network. In bold: the Pareto front. Click a heading to sort.</p>"
     )
     for n, figure in enumerate(drawings):
-        parts.append(f'<h3>{escape(figure["title"])}</h3><p class="note">{escape(figure["note"])}</p>')
+        parts.append(f'<h3>{for_html(figure["title"])}</h3><p class="note">{for_html(figure["note"])}</p>')
         parts.append(f'<div class="plot" id="{figure["id"]}"></div>')
         if n == 0:
             parts.append(f'<div class="gallery" id="{name}-gallery"></div>')
@@ -124,12 +124,12 @@ def _section(section: Section, name: str, drawings: Sequence[Figure], images: di
 def _table(cells: Cells) -> str:
     """Write the HTML of the main table, with the rows on the Pareto front marked."""
     header, lines = display_table(cells)
-    head = "".join(f"<th>{escape(column)}</th>" for column in header)
+    head = "".join(f"<th>{for_html(column)}</th>" for column in header)
     front = {cells[n]["row"] for n in front_of(cells)}
     body = []
     for cell, line in zip(cells, lines, strict=True):
         mark = ' class="front"' if cell["row"] in front else ""
-        body.append(f"<tr{mark}>{''.join(f'<td>{escape(text)}</td>' for text in line)}</tr>")
+        body.append(f"<tr{mark}>{''.join(f'<td>{for_html(text)}</td>' for text in line)}</tr>")
     return f'<div class="scroll"><table><thead><tr>{head}</tr></thead><tbody>{"".join(body)}</tbody></table></div>'
 
 
@@ -144,12 +144,12 @@ def _disputed(section: Section, images: dict[int, str]) -> str:
         right = [row.label for row in decided if row.correct_N[index] >= 0.5]
         wrong = [row.label for row in decided if row.correct_N[index] < 0.5]
         title = f"right: {', '.join(right) or 'none'}; wrong: {', '.join(wrong) or 'none'}"
-        text = f'<span class="right">{len(right)} right</span>: {escape(_few(right))}<br>'
-        text += f'<span class="wrong">{len(wrong)} wrong</span>: {escape(_few(wrong))}'
-        label = escape(decisions.classes[int(decisions.label_N[index])])
+        text = f'<span class="right">{len(right)} right</span>: {for_html(_few(right))}<br>'
+        text += f'<span class="wrong">{len(wrong)} wrong</span>: {for_html(_few(wrong))}'
+        label = for_html(decisions.classes[int(decisions.label_N[index])])
         picture = f'<img src="{images[index]}" alt="test image {index}">'
         cards.append(
-            f'<div class="card wide" title="{escape(title)}">{picture}<b>{label}</b> (image {index})<br>{text}</div>'
+            f'<div class="card wide" title="{for_html(title)}">{picture}<b>{label}</b> (image {index})<br>{text}</div>'
         )
     if not cards:
         return ""
@@ -164,8 +164,8 @@ def _few(labels: list[str], count: int = 3) -> str:
 
 def _notes(collected: Collected) -> str:
     """Write the HTML of warnings, and of runs that were left out."""
-    lines = [f'<li class="warning">{escape(text)}</li>' for text in collected.warnings]
-    lines += [f"<li>left out: {escape(str(folder))} {escape(reason)}</li>" for folder, reason in collected.left_out]
+    lines = [f'<li class="warning">{for_html(text)}</li>' for text in collected.warnings]
+    lines += [f"<li>left out: {for_html(str(folder))} {for_html(reason)}</li>" for folder, reason in collected.left_out]
     return f'<ul class="notes">{"".join(lines)}</ul>' if lines else ""
 
 

@@ -35,6 +35,7 @@ from policyskip.evaluation.plots import (
     shorten,
     write_pictures,
 )
+from policyskip.texts import for_matplotlib
 
 Images = dict[int, Any]
 """Test images by their index in the set: uint8 (H, W, 3)."""
@@ -70,7 +71,7 @@ def pareto_front(rows: Sequence[Row], cells: Cells, styles: dict[str, Style], pa
             color=style.colour,
             elinewidth=0.8,
             markersize=10 if row.oracle else 7,
-            label=row.title,
+            label=for_matplotlib(row.title),
         )
     oracle_points = [(macs, accuracy) for macs, accuracy, _ in oracles(rows)]
     if oracle_points:
@@ -104,7 +105,7 @@ def learning_curves(rows: Sequence[Row], styles: dict[str, Style], path: Path) -
             drawn.append((points, dict(color=colour, marker=marker, markersize=3, linewidth=1.2)))
             axes.fill_between(curve.step_T, curve.low_T, curve.high_T, color=colour, alpha=0.15, linewidth=0)
         lines = panel_of_curves(axes, CURVES[key], drawn)
-        handles |= {row.label: line for (row, _), line in zip(curves, lines, strict=True)}
+        handles |= {for_matplotlib(row.label): line for (row, _), line in zip(curves, lines, strict=True)}
     figure.legend(handles.values(), handles.keys(), fontsize=8, loc="outside right upper")
     caption = (
         "Mean over seeds; the band goes from the lowest seed to the highest. Agents that set thresholds do so after "
@@ -127,7 +128,7 @@ def block_use(rows: Sequence[Row], path: Path) -> Path | None:
     picture = axes.imshow(grid, aspect="auto", cmap="Blues", vmin=0, vmax=1)
     figure.colorbar(picture, ax=axes, label="share of images")
     axes.set(xlabel="block", yticks=range(len(used)), xticks=range(0, width, 1 if width <= 20 else 5))
-    axes.set_yticklabels([row.label for row, _ in used], fontsize=8)
+    axes.set_yticklabels([for_matplotlib(row.label) for row, _ in used], fontsize=8)
     return save(figure, "How often each block runs on test images, mean over seeds.", path)
 
 
@@ -156,7 +157,7 @@ def agreement(rows: Sequence[Row], cells: Cells, path: Path) -> Path | None:
         return None
     side = 1.6 + 0.34 * len(known)
     figure = figure_of(3 * side + 1.5, side + 1.6)
-    labels = [row.label for row in known]
+    labels = [for_matplotlib(row.label) for row in known]
     for n, (axes, key) in enumerate(zip(figure.subplots(1, len(MEASURES)), MEASURES, strict=True)):
         grid = np.array(matrix(known, cells, key), dtype=np.float64)
         picture = axes.imshow(grid, cmap="viridis", vmin=0, vmax=1, aspect="auto")
@@ -196,7 +197,7 @@ def disagreement(
         below.imshow(right, cmap="RdYlGn", vmin=-0.15, vmax=1.15, aspect="auto")
         below.set(xticks=[], yticks=range(len(known)) if n == 0 else [])
         if n == 0:
-            below.set_yticklabels([row.label for row in known], fontsize=7)
+            below.set_yticklabels([for_matplotlib(row.label) for row in known], fontsize=7)
         below.set_xlabel(f"image {index}", fontsize=7)
     caption = "Test images that divide the agents most. Under each, who is right: green all seeds, red none."
     return save(figure, caption, path)

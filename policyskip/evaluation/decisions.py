@@ -6,7 +6,6 @@ Shapes: N images, K blocks (or exits), C classes, F fixed choices, B images show
 from __future__ import annotations
 
 import json
-import math
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -21,6 +20,7 @@ from policyskip import __version__
 from policyskip.data import Images
 from policyskip.errors import UserError, first_line
 from policyskip.files import write
+from policyskip.runs import schemas
 from policyskip.runs.folder import Run
 from policyskip.runs.tracking import Examples
 from policyskip.static_front import keep_text
@@ -153,7 +153,7 @@ def save_decisions(decisions: Decisions, run: Run) -> dict[str, Any]:
     Returns: what ``summary.json`` says of the record: the package's version, the images and the network.
     """
     tables = {name: getattr(decisions, name).contiguous() for name in TABLES}
-    metadata = {name: json.dumps(getattr(decisions, name), ensure_ascii=False) for name in METADATA}
+    metadata = {name: json.dumps(getattr(decisions, name), ensure_ascii=True) for name in METADATA}
     write(run.folder / FILE, save(tables, metadata=metadata))
     return {"version": __version__, "test_images": decisions.images, "frozen_network": decisions.network or None}
 
@@ -169,7 +169,7 @@ def load_decisions(run: Run) -> Decisions | None:
         return None
     try:
         with safe_open(path, framework="pt") as file:
-            metadata = {name: json.loads(value) for name, value in file.metadata().items()}
+            metadata = schemas.check("decisions", {name: json.loads(text) for name, text in file.metadata().items()})
             tables = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a mapping
         if set(tables) != set(TABLES) or set(metadata) != set(METADATA):
             raise ValueError("its tables are not those of decisions")
@@ -203,10 +203,15 @@ def _check(decisions: Decisions) -> None:
     for name in ("label_N", "prediction_N"):
         if not ((getattr(decisions, name) >= 0) & (getattr(decisions, name) < C)).all():
             raise ValueError(f"its table {name} names classes that there are not")
-    possible = decisions.macs_N.isfinite().all() and decisions.static_F2.isfinite().all() and N > 0
-    if not possible or not math.isfinite(decisions.full_macs) or decisions.full_macs <= 0:
+    costs = (decisions.macs_N, decisions.static_F2)
+    if not N or any(not ((table >= 0) & (table <= schemas.LARGEST)).all() for table in costs):
         raise ValueError("its costs are no finite numbers")
-    if decisions.kind not in (BLOCKS, EXITS) or not all(
-        isinstance(text, str) for text in (decisions.images, decisions.network, *decisions.classes)
-    ):
-        raise ValueError("its tables do not fit together")
+    if (decisions.static_F2[:, 1] > 1).any():
+        raise ValueError("its table static_F2 has accuracies above 1")
+    if decisions.kind == EXITS and not (decisions.ran_NK[:, :1].all() and _is_falling(decisions.ran_NK)):
+        raise ValueError("its table ran_NK says of an image that it left at no exit")
+
+
+def _is_falling(ran_NK: Tensor) -> bool:
+    """Return whether no segment ran for an image behind one that did not."""
+    return bool((ran_NK[:, 1:] <= ran_NK[:, :-1]).all())

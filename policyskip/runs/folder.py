@@ -23,6 +23,7 @@ from torch import Tensor
 
 from policyskip.errors import UserError
 from policyskip.files import damaged, reporting_write_errors, write
+from policyskip.runs import schemas
 from policyskip.sealed import sealed, unsealed
 
 try:
@@ -96,7 +97,7 @@ class Run:
         Raises:
             UserError: there is no such file, or it is damaged.
         """
-        content: object = _read(self.folder / name, lambda path: json.loads(path.read_bytes()))
+        content: object = _read(self.folder / name, lambda path: schemas.check(name, json.loads(path.read_bytes())))
         if not isinstance(content, dict):
             raise UserError(f"{self.folder / name} is damaged: it holds no JSON object")
         return content
@@ -158,14 +159,10 @@ class Run:
         records = []
         for line in path.read_bytes().splitlines() if path.exists() else []:
             try:
-                record = json.loads(line)
+                records.append(schemas.record(json.loads(line)))
             except (ValueError, RecursionError):
                 continue
-            if isinstance(record, dict) and isinstance(record.get("step"), int):
-                records.append(
-                    {key: value for key, value in record.items() if isinstance(value, int | float | list | None)}
-                )
-        return records
+        return [record for record in records if record is not None]
 
     def rewind_metrics(self, step: int) -> None:
         """Delete the records after ``step`` from ``metrics.jsonl``, because a resumed run writes them again."""

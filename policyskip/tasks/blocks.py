@@ -24,7 +24,7 @@ from policyskip.envs.base import DecisionEnv
 from policyskip.errors import UserError
 from policyskip.evaluation.evaluate import evaluate
 from policyskip.evaluation.figures import block_figures
-from policyskip.evaluation.plots import block_pictures
+from policyskip.evaluation.block_plots import block_pictures
 from policyskip.evaluation.tables import show_blocks
 from policyskip.parallel import processes
 from policyskip.policies.networks import KeepPolicy
@@ -79,7 +79,7 @@ class BlockTask(FamilyTask):
         self.front.save(run.folder / "front.json")
         macs = judgement.decisions.policy_macs
         described = describe_blocks(policy, macs, setup.backbone, setup.config["backbone"], setup.config["seed"])
-        draw = partial(block_pictures, stages=setup.backbone.stages)
+        draw = partial(block_pictures, stages=setup.backbone.stages, hull=self.front.hull)
         return write_finished(
             setup, run, tracker, head_of(setup, self.names, seconds), judgement, "blocks", described, draw
         )

@@ -23,7 +23,7 @@ from policyskip.envs.layer_skip import LayerSkipVectorEnv
 from policyskip.errors import UserError
 from policyskip.evaluation.evaluate import evaluate_gates
 from policyskip.evaluation.figures import block_figures
-from policyskip.evaluation.plots import block_pictures
+from policyskip.evaluation.block_plots import block_pictures
 from policyskip.evaluation.tables import show_blocks
 from policyskip.runs.folder import Run
 from policyskip.runs.tracking import Tracker
@@ -77,7 +77,7 @@ class GateTask(FamilyTask):
         judgement = judge_gates(setup, agent, front, "test")
         front.save(run.folder / "front.json")
         described = describe_gates(agent.network)
-        draw = partial(block_pictures, stages=setup.backbone.stages)
+        draw = partial(block_pictures, stages=setup.backbone.stages, hull=front.hull)
         return write_finished(
             setup, run, tracker, head_of(setup, self.names, seconds), judgement, "gates", described, draw
         )

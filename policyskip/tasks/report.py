@@ -62,8 +62,8 @@ def write_finished(
         judgement: of the best weights on test.
         family: of the run's agent.
         described: the entries ``policy`` and ``network`` of ``policy.json`` (see ``deployment/policy_files.py``).
-        draw: draws every picture, and returns their paths; it takes a folder, and ``metrics``, ``decisions`` and
-            ``images`` by keyword.
+        draw: draws every picture, and returns their paths; it takes a folder, and ``metrics``, ``decisions``,
+            ``images``, ``figures`` and ``choose_after`` (the first update whose weights may be kept) by keyword.
         chosen: what was chosen on validation images, for the summary.
 
     Returns: the summary.
@@ -74,7 +74,9 @@ def write_finished(
     if head["steps"]:
         summary["warnings"] = collapse_warnings(record)
     run.save_json("summary.json", summary)
-    pictures = draw(run.folder / "plots", metrics=run.metrics(), decisions=record, images=data.test)
+    schedule = setup.config["train"]
+    shown = {"figures": judgement.figures, "choose_after": schedule.get("choose_after", 0.0) * schedule["steps"]}
+    pictures = draw(run.folder / "plots", metrics=run.metrics(), decisions=record, images=data.test, **shown)
     policy = PolicyFile(family, **described, classes=data.classes, image_shape=data.image_shape)
     policy.save(run, head["steps"])
     files = [run.folder / name for name in (*policy.files, "policy.json", "summary.json", "config.yaml")]
