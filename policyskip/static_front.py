@@ -137,7 +137,7 @@ class StaticFront:
 
     @property
     def hull(self) -> list[int]:
-        """Return the indices of the sets that are best on validation images, or mixed with each other, cheapest first."""
+        """Return the indices of the sets, cheapest first, that are best on validation images alone or mixed."""
         return concave_hull(self.macs, self.accuracy)
 
     def mix_at(self, macs: float) -> list[tuple[int, float]]:

@@ -267,10 +267,7 @@ def _warnings(results: list[Result]) -> list[str]:
     if long_names:
         listed = ", ".join(long_names[:4]) + (", …" if len(long_names) > 4 else "")
         warnings.append(f"runs in different folders have the same name; they are called {listed}")
-    for result in results:
-        warnings += [f"{result.name}: {text}" for text in result.summary.get("warnings") or []]
-        if result.figure("static_search_finished") is False:
-            warnings.append(f"{result.name}: the search for its fixed choices ran out of front.budget")
+    warnings += _warnings_of_runs(results)
     without = [result.name for result in results if result.decisions is None]
     if without:
         listed = ", ".join(without[:3]) + (", …" if len(without) > 3 else "")
@@ -278,6 +275,24 @@ def _warnings(results: list[Result]) -> list[str]:
             f"{len(without)} of {len(results)} runs have no {decisions.FILE} ({listed}): no paired figures for them; "
             "recompute=true makes them now"
         )
+    return warnings
+
+
+def _warnings_of_runs(results: list[Result]) -> list[str]:
+    """Return the warnings of the runs; those that begin alike, up to a colon, are one."""
+    alike: dict[str, list[tuple[str, str]]] = defaultdict(list)
+    for result in results:
+        texts = list(result.summary.get("warnings") or [])
+        if result.figure("static_search_finished") is False:
+            texts.append("the search for its fixed choices ran out of front.budget")
+        for text in texts:
+            alike[text.partition(":")[0]].append((result.name, text))
+    warnings = []
+    for beginning, members in alike.items():
+        text = members[0][1] if len({text for _, text in members}) == 1 else beginning
+        names = list(dict.fromkeys(name for name, _ in members))
+        listed = ", ".join(names[:4]) + (", …" if len(names) > 4 else "")
+        warnings.append(f"{names[0]}: {text}" if len(names) == 1 else f"{len(names)} runs: {text} ({listed})")
     return warnings
 
 

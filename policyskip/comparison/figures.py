@@ -40,7 +40,7 @@ def pareto_front(rows: Sequence[Row], cells: Cells, styles: dict[str, Style]) ->
     static = static_front(rows)
     if static:
         marker = {"symbol": "square", "size": 5}
-        data.append(_trace("best fixed choices, mixed, any network", static, STATIC, "lines+markers", marker))
+        data.append(_trace("best fixed choices on these images, mixed", static, STATIC, "lines+markers", marker))
     front = [(cells[n]["macs"], cells[n]["accuracy"], cells[n]["row"]) for n in front_of(cells)]
     line = _trace("Pareto front of the agents", front, "#888888", "lines", {})
     data.append(line | {"line": {"dash": "dash", "shape": "hv", "width": 1, "color": "#888888"}, "hoverinfo": "skip"})
@@ -159,7 +159,9 @@ def block_use(rows: Sequence[Row]) -> Figure | None:
         return None
     width = max(len(share) for _, share in used)
     z = [[*share, *[None] * (width - len(share))] for _, share in used]
-    heat = _heat([for_plotly(row.label) for row, _ in used], list(range(width)), z, "%{y}<br>block %{x}: %{z:.3f} of the images")
+    heat = _heat(
+        [for_plotly(row.label) for row, _ in used], list(range(width)), z, "%{y}<br>block %{x}: %{z:.3f} of the images"
+    )
     heat |= {"colorscale": [[0, "#1b6ca80c"], [1, "#1b6ca8"]], "zmin": 0, "zmax": 1}
     layout = {
         "height": 130 + 30 * len(used),

@@ -52,6 +52,35 @@ def display_table(cells: Cells) -> tuple[list[str], list[list[str]]]:
     return [DISPLAYED_COLUMNS[n] for n in filled], [[line[n] for n in filled] for line in lines]
 
 
+LEAST_NEEDED_FIRST = (
+    *("training, s", "decisions", "latency, ms", "MACs, M", "95 % over images", "seeds", "kept"),
+    "change to its full network",
+)
+"""The columns that are left out where there is no room, in this order."""
+
+
+def fitting(header: list[str], lines: list[list[str]], width: int) -> tuple[list[str], list[list[str]], list[str]]:
+    """Leave out columns until a table fits into a width, in letters.
+
+    Returns: the header and the lines that are left, and the columns that were left out.
+    """
+
+    def needed(n: int) -> int:
+        words = [word for word in header[n].split() if n] + [line[n] for line in lines]
+        longest = max(map(len, words), default=0)
+        return (min(longest, width // 3) if n == 0 else longest) + 3
+
+    left_out = []
+    for column in LEAST_NEEDED_FIRST:
+        if 1 + sum(map(needed, range(len(header)))) <= width:
+            break
+        if column in header:
+            n = header.index(column)
+            left_out.append(column)
+            header, lines = header[:n] + header[n + 1 :], [line[:n] + line[n + 1 :] for line in lines]
+    return header, lines, left_out
+
+
 def _plus_minus(line: dict[str, Any], key: str, scale: float, form: str) -> str:
     mean, half = line[key], line[f"{key}_t95"]
     if mean is None:

@@ -48,7 +48,9 @@ def pareto_front(rows: Sequence[Row], cells: Cells, styles: dict[str, Style], pa
     static, front = static_front(rows), front_of(cells)
     if static:
         x, y = [macs / 1e6 for macs, _, _ in static], [100 * accuracy for _, accuracy, _ in static]
-        axes.plot(x, y, "s-", color=STATIC, markersize=3, linewidth=1, label="best fixed choices, mixed, any network")
+        axes.plot(
+            x, y, "s-", color=STATIC, markersize=3, linewidth=1, label="best fixed choices on these images, mixed"
+        )
     axes.step(
         *([cells[n]["macs"] / 1e6 for n in front], [100 * cells[n]["accuracy"] for n in front]),
         *("--",),

@@ -49,8 +49,17 @@ def accuracy_against_macs(
     mixed = [sets[n] for n in hull] or sorted(sets)
     if mixed:
         axes.plot(*zip(*mixed, strict=True), "s-", color=STATIC, markersize=4, label="fixed choices, and two mixed")
+        most, best = mixed[-1]
+        axes.plot([most, 2.0], [best, best], ":", color=STATIC, linewidth=1)  # to cost more does not help them
     if others := [point for point in sets if point not in mixed]:
-        axes.plot(*zip(*others, strict=True), "s", color="none", markeredgecolor=STATIC, markersize=4)
+        axes.plot(
+            *zip(*others, strict=True),
+            "s",
+            label="fixed choices of other sizes",
+            color="none",
+            markeredgecolor=STATIC,
+            markersize=4,
+        )
     rivals = [(decisions.macs_fraction, decisions.accuracy)]
     if figures and "static_accuracy" in figures:
         rivals.append((figures["static_macs"] / decisions.full_macs, figures["static_accuracy"]))
@@ -64,13 +73,16 @@ def accuracy_against_macs(
     low, high = min(accuracy for _, accuracy in rivals), max(accuracy for _, accuracy in rivals)
     room = max(0.25 * (high - low), 0.02)
     left = max(0.0, min(macs for macs, _ in rivals) - 0.15)
-    limits = {"xlim": (left, 1.04 * max(macs for macs, _ in rivals)), "ylim": (low - room, min(high + room, 1.01))}
+    limits: dict[str, Any] = {
+        "xlim": (left, 1.04 * max(macs for macs, _ in rivals)),
+        "ylim": (low - room, min(high + room, 1.01)),
+    }
     finish(axes, xlabel="MACs, share of the full network's", ylabel="test accuracy", **limits)
     figure.legend(fontsize=8, loc="outside upper left", ncols=2)
     caption = (
-        "Above the line, deciding per image pays. All fixed choices were made on validation images, and are judged here "
-        "on test images: filled squares are the best there, two of which can be mixed to cost what the policy costs; "
-        "hollow ones are other sizes, which may be better here by luck. What is far below is cut off."
+        "Above the line, deciding per image pays. All fixed choices were made on validation images, and are judged "
+        "here on test images. Filled squares were the best there, and two of them can be mixed to cost what the "
+        "policy costs; hollow ones are other sizes, which may be better here by luck. What is far below is cut off."
     )
     return save(figure, caption, path)
 

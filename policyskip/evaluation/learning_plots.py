@@ -20,7 +20,7 @@ from policyskip.evaluation.plots import (
 )
 
 
-def kept_step(metrics: list[dict[str, Any]], choose_by: str, choose_after: float) -> int | None:
+def kept_step(metrics: list[dict[str, Any]], choose_by: str, choose_after: float) -> float | None:
     """Return the update whose weights were kept: the first of those with the highest figure on validation images.
 
     Args:
@@ -34,7 +34,7 @@ def kept_step(metrics: list[dict[str, Any]], choose_by: str, choose_after: float
     return max(points, key=lambda point: point[1])[0] if points else None
 
 
-def mark_kept(axes: Axes, step: int | None) -> None:
+def mark_kept(axes: Axes, step: float | None) -> None:
     """Let the axis of updates begin at 0, before the first one, and mark the update whose weights were kept."""
     axes.set_xlim(left=0)
     if step is not None:

@@ -19,7 +19,7 @@ from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
-from matplotlib.ticker import ScalarFormatter
+from matplotlib.ticker import MaxNLocator, ScalarFormatter
 from numpy.typing import NDArray
 from torch import Tensor
 
@@ -88,6 +88,7 @@ def finish(axes: Axes, legend: Literal["best", "lower right"] | None = None, **s
 def panel_of_curves(axes: Axes, title: str, curves: Iterable[tuple[Points, dict[str, Any]]]) -> list[Line2D]:
     """Draw values against updates: for each curve its points and its style. Curves without points are left out."""
     lines = [line for points, style in curves if points for line in axes.plot(*zip(*points, strict=True), **style)]
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     finish(axes, title=title, xlabel="update")
     return lines
 
@@ -103,7 +104,7 @@ def groups_by_difficulty(difficulty_N: Tensor, count: int = 20) -> list[Tensor]:
 
 
 def shorten(name: str, length: int = 12, end: bool = False) -> str:
-    """Cut a name to a length, from its start or its ``end``, for print only: different names may become the same text."""
+    """Cut a name to a length, to its start or its ``end``, for print only: different names may become one text."""
     line = one_line(name)
     if len(line) > length:
         line = f"…{line[1 - length :]}" if end else f"{line[: length - 1]}…"

@@ -17,7 +17,7 @@ from policyskip.texts import LONGEST_LINE, one_line
 class PlainConsole(Console):
     """A console on which every text is one line, shown as it is: no markup, and what cannot be seen is escaped."""
 
-    def render_str(self, text: str, **options: Any) -> Text:  # type: ignore[override]
+    def render_str(self, text: str, **options: Any) -> Text:
         """Return a line of a table, a cell, a title or a heading, ready to be printed."""
         options |= {"markup": False, "emoji": False}
         return super().render_str(one_line(text, LONGEST_LINE), **options)

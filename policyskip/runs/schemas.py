@@ -7,6 +7,7 @@ versions, and keys that no schema names may hold anything, because nothing reads
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import Annotated, Any, Literal
 
 from pydantic import (
@@ -44,18 +45,23 @@ def _sums_to_one(values: list[float]) -> list[float]:
     return values
 
 
-def _text(longest: int) -> Any:
-    """Return the type of a text of at most ``longest`` letters; as in names of files, they may be no valid Unicode."""
+def _at_most(longest: int) -> Callable[[Any], Any]:
+    """Return a check (ValueError) that a value is a text of at most ``longest`` letters.
+
+    As in names of files, the letters may be no valid Unicode, which pydantic's own type refuses.
+    """
 
     def checked(value: Any) -> Any:
         if not isinstance(value, str) or len(value) > longest:
             raise ValueError(f"it must be a text of at most {longest} letters")
         return value
 
-    return Annotated[Any, AfterValidator(checked)]
+    return checked
 
 
-Name, Line, LongText = _text(300), _text(3_000), _text(10**6)
+Name = Annotated[Any, AfterValidator(_at_most(300))]
+Line = Annotated[Any, AfterValidator(_at_most(3_000))]
+LongText = Annotated[Any, AfterValidator(_at_most(10**6))]
 Number = Annotated[float, BeforeValidator(_number)]
 Positive = Annotated[Number, Field(gt=0)]
 NotNegative = Annotated[Number, Field(ge=0)]
@@ -63,6 +69,7 @@ Share = Annotated[Number, Field(ge=-1e-6, le=1 + 1e-6)]
 Count = Annotated[int, Field(ge=0, le=10**15)]
 Blocks = Annotated[int, Field(ge=0, le=MOST_BLOCKS)]
 Shares = Annotated[list[Share], Field(min_length=1, max_length=MOST_BLOCKS)]
+Numbers = Annotated[list[Number], Field(max_length=MOST_BLOCKS)]
 Costs = Annotated[list[NotNegative], Field(min_length=1, max_length=MOST_BLOCKS)]
 
 _FIGURES: dict[str, Any] = {
@@ -72,40 +79,72 @@ _FIGURES: dict[str, Any] = {
     **dict.fromkeys(("random_macs", "oracle_macs", "label_oracle_macs", "kept_mean", "kept_sd"), NotNegative),
     **dict.fromkeys(("static_blocks", "static_margin_ci95"), NotNegative),
     **dict.fromkeys(("reward", "static_margin"), Number),
-    **{"full_macs": Positive, "blocks": Blocks, "exits": Blocks, "unique_decisions": Count},
+    "full_macs": Positive,
+    "blocks": Blocks,
+    "exits": Blocks,
+    "unique_decisions": Count,
     **dict.fromkeys(("sees_the_label", "static_search_finished"), bool),
-    **{"exit_share": Annotated[Shares, AfterValidator(_sums_to_one)], "exit_alone_accuracy": Shares},
-    **{"exit_accuracy": Annotated[list[Share | None], Field(min_length=1, max_length=MOST_BLOCKS)]},
-    **{"exit_macs": Costs, "exit_alone_macs": Costs},
-    **{"kept_by_difficulty": Annotated[list[NotNegative | None], Field(max_length=100)]},
-    **{"static_sets": Annotated[list[_text(MOST_BLOCKS)], Field(max_length=2)]},
+    "exit_share": Annotated[Shares, AfterValidator(_sums_to_one)],
+    "exit_alone_accuracy": Shares,
+    "exit_accuracy": Annotated[list[Share | None], Field(min_length=1, max_length=MOST_BLOCKS)],
+    "exit_macs": Costs,
+    "exit_alone_macs": Costs,
+    "kept_by_difficulty": Annotated[list[NotNegative | None], Field(max_length=100)],
+    "static_sets": Annotated[list[Line], Field(max_length=2)],
 }
 """The figures of a split, by their keys without ``test/`` or ``val/``."""
 _SUMMARY: dict[str, Any] = {
     **dict.fromkeys(("agent", "env", "backbone", "data", "version", "rule", "command", "hash"), Name),
     **dict.fromkeys(("test_images", "frozen_network", "latency_device"), Name),
-    **{"seed": Annotated[int, Field(gt=-(2**64), lt=2**64)], "steps": Count, "seconds": NotNegative},
-    **{"latency_ms": NotNegative, "latency_threads": Count, "latency_batch": Count},
-    **{"warnings": Annotated[list[Line], Field(max_length=MOST_WARNINGS)]},
+    "seed": Annotated[int, Field(gt=-(2**64), lt=2**64)],
+    "steps": Count,
+    "seconds": NotNegative,
+    "latency_ms": NotNegative,
+    "latency_threads": Count,
+    "latency_batch": Count,
+    "warnings": Annotated[list[Line], Field(max_length=MOST_WARNINGS)],
     **{f"{split}/{key}": kind for split in ("test", "val") for key, kind in _FIGURES.items()},
 }
 _SAME_LENGTH = (
     *("test/exit_share", "test/exit_accuracy", "test/exit_macs", "test/exit_alone_accuracy", "test/exit_alone_macs"),
 )
-_TIMES: dict[str, Any] = {
-    **dict.fromkeys(("always_ms", "whole_ms"), NotNegative),
-    **dict.fromkeys(("kept_ms", "dropped_ms", "break_even"), Annotated[list[Number], Field(max_length=MOST_BLOCKS)]),
-}
+
+
+class Times(BaseModel):
+    """The times of one batch size in a profile."""
+
+    model_config = _RULES
+    always_ms: NotNegative | None = None
+    whole_ms: NotNegative | None = None
+    kept_ms: Numbers | None = None
+    dropped_ms: Numbers | None = None
+    break_even: Numbers | None = None
+
+
 _FRONT: dict[str, Any] = {
-    "sets": Annotated[list[Annotated[str, Field(pattern="^[01]*$", max_length=MOST_BLOCKS)]], Field(min_length=1, max_length=MOST_BLOCKS)],
-    **{"accuracy": Shares, "macs": Costs, "images": Count, "finished": bool, "backbone": Name, "data": Name},
+    "sets": Annotated[
+        list[Annotated[str, Field(pattern="^[01]*$", max_length=MOST_BLOCKS)]],
+        Field(min_length=1, max_length=MOST_BLOCKS),
+    ],
+    "accuracy": Shares,
+    "macs": Costs,
+    "images": Count,
+    "finished": bool,
+    "backbone": Name,
+    "data": Name,
 }
 _COMPARISON: dict[str, Any] = {
-    **{"version": Name, "command": LongText},
-    **{"runs": list[LongText], "left_out": list[Any], "warnings": list[LongText]},
+    "version": Name,
+    "command": LongText,
+    "runs": list[LongText],
+    "left_out": list[Any],
+    "warnings": list[LongText],
 }
 _DECISIONS: dict[str, Any] = {
-    **{"full_macs": Positive, "kind": Literal["blocks", "exits"], "images": Name, "network": Name},
+    "full_macs": Positive,
+    "kind": Literal["blocks", "exits"],
+    "images": Name,
+    "network": Name,
     "classes": Annotated[list[Name], Field(min_length=1, max_length=MOST_CLASSES)],
 }
 
@@ -119,8 +158,11 @@ def _schema(name: str, keys: dict[str, Any], null: bool = False) -> type[BaseMod
 
 
 _PROFILE: dict[str, Any] = {
-    **{"network": Name, "hash": Name, "device": Name, "threads": Count},
-    "batches": dict[Annotated[str, Field(pattern="^[1-9][0-9]{0,8}$")], _schema("Times", _TIMES, null=True)],
+    "network": Name,
+    "hash": Name,
+    "device": Name,
+    "threads": Count,
+    "batches": dict[Annotated[str, Field(pattern="^[1-9][0-9]{0,8}$")], Times],
 }
 SCHEMAS: dict[str, type[BaseModel]] = {
     "summary.json": _schema("Summary", _SUMMARY, null=True),

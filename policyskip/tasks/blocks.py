@@ -22,9 +22,9 @@ from policyskip.deployment.loading import load_weights
 from policyskip.deployment.policy_files import describe_blocks
 from policyskip.envs.base import DecisionEnv
 from policyskip.errors import UserError
+from policyskip.evaluation.block_plots import block_pictures
 from policyskip.evaluation.evaluate import evaluate
 from policyskip.evaluation.figures import block_figures
-from policyskip.evaluation.block_plots import block_pictures
 from policyskip.evaluation.tables import show_blocks
 from policyskip.parallel import processes
 from policyskip.policies.networks import KeepPolicy

@@ -21,9 +21,9 @@ from policyskip.deployment.loading import load_weights
 from policyskip.deployment.policy_files import describe_gates
 from policyskip.envs.layer_skip import LayerSkipVectorEnv
 from policyskip.errors import UserError
+from policyskip.evaluation.block_plots import block_pictures
 from policyskip.evaluation.evaluate import evaluate_gates
 from policyskip.evaluation.figures import block_figures
-from policyskip.evaluation.block_plots import block_pictures
 from policyskip.evaluation.tables import show_blocks
 from policyskip.runs.folder import Run
 from policyskip.runs.tracking import Tracker

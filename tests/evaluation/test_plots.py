@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from policyskip.data import TensorImages
-from policyskip.evaluation import exit_plots, plots
+from policyskip.evaluation import block_plots, exit_plots, plots
 from policyskip.evaluation.decisions import Decisions
 from policyskip.evaluation.evaluate import exit_decisions
 from policyskip.exits.cache import CachedExits
@@ -47,7 +47,7 @@ def test_a_wrong_answer_is_red_however_alike_the_names_of_two_classes_begin(kind
     titles: list[tuple[str, str]] = []
     monkeypatch.setattr(plots, "draw_image", lambda axes, image, title, colour: titles.append((title, colour)))
     if kind == "blocks":
-        plots.block_gallery(blocks(), images(), tmp_path / "gallery.png")
+        block_plots.block_gallery(blocks(), images(), tmp_path / "gallery.png")
         word = "not"
     else:
         exit_plots.exit_gallery(*exits(), images(), tmp_path / "gallery.png")
@@ -74,13 +74,14 @@ METRICS = [{"step": n, "train/reward": 0.1 * n, "val/accuracy": 0.5, "train/loss
 @pytest.mark.parametrize("metrics", [METRICS, []], ids=["records", "no records"])
 @pytest.mark.parametrize("difficulty", [torch.tensor([0.1, 0.5, 0.2, 0.9]), None], ids=["difficulty", "none"])
 def test_every_run_has_its_pictures(metrics, difficulty, tmp_path):
-    names = ["learning_curves", "accuracy_against_macs", "block_use", "block_use_by_class", "gallery"]
+    learning = ["learning_curves"] if metrics else []
+    names = [*learning, "accuracy_against_macs", "block_use", "block_use_by_class", "gallery"]
     names += [] if difficulty is None else ["kept_by_difficulty"]
     decisions = dataclasses.replace(blocks(), difficulty_N=difficulty)
-    paths = plots.block_pictures(tmp_path / "blocks", metrics, decisions, images(), (1, 1))
+    paths = block_plots.block_pictures(tmp_path / "blocks", metrics, decisions, images(), (1, 1))
     assert [path.name for path in paths] == [f"{name}.png" for name in names] and all(p.is_file() for p in paths)
 
-    names = ["learning_curves", "accuracy_against_macs", "exit_use", "gallery"]
+    names = [*learning, "accuracy_against_macs", "exit_use", "gallery"]
     names += [] if difficulty is None else ["exit_by_difficulty"]
     decisions, cache = exits()
     decisions = dataclasses.replace(decisions, difficulty_N=difficulty)
