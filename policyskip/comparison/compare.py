@@ -21,7 +21,8 @@ from rich.table import Table
 
 from policyskip import __version__
 from policyskip.comparison import formats, plots, tables
-from policyskip.comparison.collect import Collected, Group, Result, collect, groups_of
+from policyskip.comparison.collect import Collected, Result, collect
+from policyskip.comparison.groups import Group, groups_of
 from policyskip.comparison.page import EXPLAINED, Section, notes, page
 from policyskip.comparison.series import styles
 from policyskip.comparison.verdict import verdict
@@ -193,6 +194,7 @@ def _tables(sections: list[Section]) -> dict[str, tables.Cells]:
         "runs": [cell for s in sections for cell in tables.run_table(s.rows, s.group.title)],
         "differences": [cell for s in sections for cell in s.differing],
         "agreement": [cell for s in sections for cell in s.agreed],
+        "classes": [cell for s in sections for cell in tables.class_table(s.rows, s.group.title)],
         "disagreements": [
             cell for s in sections for cell in tables.disagreement_table(s.rows, s.disputed, s.group.title)
         ],

@@ -14,9 +14,10 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from policyskip.comparison import figures
-from policyskip.comparison.collect import Collected, Group
+from policyskip.comparison.collect import Collected
 from policyskip.comparison.figures import Figure
 from policyskip.comparison.formats import display_table
+from policyskip.comparison.groups import Group
 from policyskip.comparison.series import Style, front_of, gallery
 from policyskip.comparison.tables import Cells, Row
 from policyskip.texts import LONGEST_LINE, for_html

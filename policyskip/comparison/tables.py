@@ -18,11 +18,14 @@ from numpy.typing import NDArray
 from policyskip.comparison.agreement import cost_ranks, mean_over_pairs, same_answers, same_choices
 from policyskip.comparison.collect import LONGEST_NAME, Result, distinct
 from policyskip.evaluation.decisions import Decisions
+from policyskip.evaluation.figures import class_figures
 from policyskip.intervals import bootstrap, mean_and_half_interval
 from policyskip.texts import one_line
 
 Cells = list[dict[str, Any]]
 """A table: one dictionary for each line, with the same keys in all."""
+CLASS_MEANS = ("accuracy", "full_accuracy", "macs_share")
+"""The figures of a class that are means over seeds."""
 MOST_KEYS, LONGEST_VALUE = 5, 40
 """How many keys a row's label has at most, and how many letters of a value."""
 MEASURES = {
@@ -268,6 +271,16 @@ def agreement(rows: list[Row], group: str) -> Cells:
                 measured["same_spending"].append(float(np.mean(rank_a * rank_b)) if ranked else None)  # type: ignore[operator]
             line = {"group": group, "row": row.label, "with": other.label}
             cells.append(line | {name: mean_over_pairs(values) for name, values in measured.items()})
+    return cells
+
+
+def class_table(rows: list[Row], group: str) -> Cells:
+    """Make the table of classes: a line for each class and each row whose decisions are known, means over seeds."""
+    cells = []
+    for row in rows:
+        for lines in zip(*map(class_figures, row.decisions), strict=True):
+            line = {"group": group, "row": row.label, "class": lines[0]["class"], "images": lines[0]["images"]}
+            cells.append(line | {key: float(np.mean([line[key] for line in lines])) for key in CLASS_MEANS})
     return cells
 
 

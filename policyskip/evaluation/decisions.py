@@ -12,8 +12,7 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from safetensors import safe_open
-from safetensors.torch import save
+from safetensors.torch import load, save
 from torch import Tensor
 
 from policyskip import __version__
@@ -24,6 +23,7 @@ from policyskip.runs import schemas
 from policyskip.runs.folder import Run
 from policyskip.runs.tracking import Examples
 from policyskip.static_front import keep_text
+from policyskip.texts import one_line
 
 FILE = "decisions.safetensors"
 TABLES = ("label_N", "prediction_N", "full_correct_N", "ran_NK", "macs_N", "static_F2")
@@ -140,7 +140,9 @@ def examples(decisions: Decisions, images: Images, count: int = 24) -> Examples:
     rows = []
     for index, image in zip(chosen.tolist(), pixels(images, chosen), strict=True):
         ran = decisions.ran_NK[index].tolist()
-        names = [decisions.classes[int(class_N[index])] for class_N in (decisions.label_N, decisions.prediction_N)]
+        names = [
+            one_line(decisions.classes[int(class_N[index])]) for class_N in (decisions.label_N, decisions.prediction_N)
+        ]
         drawn = "".join("·█"[kept] for kept in ran)
         rows.append([image, *names, sum(ran) - (decisions.kind == EXITS), drawn, decisions.macs_N[index].item()])
     titles = ["kept", "blocks that ran"] if decisions.kind == BLOCKS else ["exit", "parts that ran"]
@@ -168,9 +170,11 @@ def load_decisions(run: Run) -> Decisions | None:
     if not path.is_file():
         return None
     try:
-        with safe_open(path, framework="pt") as file:
-            metadata = schemas.check("decisions", {name: json.loads(text) for name, text in file.metadata().items()})
-            tables = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a mapping
+        content = path.read_bytes()  # safetensors itself opens no path that is not UTF-8
+        tables = load(content)
+        header = json.loads(content[8 : 8 + int.from_bytes(content[:8], "little")])
+        metadata = {name: json.loads(text) for name, text in header["__metadata__"].items()}
+        schemas.check("decisions", metadata)
         if set(tables) != set(TABLES) or set(metadata) != set(METADATA):
             raise ValueError("its tables are not those of decisions")
         metadata["classes"] = tuple(metadata["classes"])

@@ -118,6 +118,26 @@ def show_exits(summary: dict[str, Any]) -> None:
     _show(summary, ("", "accuracy", "MACs (millions)", "of full"), rows, lines)
 
 
+def show_classes(figures: Sequence[Mapping[str, Any]], most: int = 20) -> None:
+    """Print accuracy and cost of each class; of many classes, those that are most often wrong.
+
+    Args:
+        figures: those of :func:`~policyskip.evaluation.figures.class_figures`.
+        most: how many classes are printed at most.
+    """
+    shown, count = list(figures), len(figures)
+    if count > most:
+        shown = sorted(shown, key=lambda line: float(line["accuracy"]))[:most]
+    table = Table(title="by class" if count <= most else f"the {most} of {count} classes that are most often wrong")
+    for column in ("class", "images", "accuracy", "full network", "MACs of full"):
+        table.add_column(column, justify="left" if column == "class" else "right", overflow="fold")
+    for line in shown:
+        full = "–" if line["full_accuracy"] is None else _percent(line["full_accuracy"])
+        cells = (str(line["images"]), _percent(line["accuracy"]), full, f"{line['macs_share']:.3f}")
+        table.add_row(one_line(line["class"], 60), *cells)
+    console().print(table)
+
+
 def _figures_on_test(summary: dict[str, Any]) -> dict[str, Any]:
     """Return the figures of a summary on the test split, by their names without ``test/``."""
     return {key.removeprefix("test/"): value for key, value in summary.items() if key.startswith("test/")}
