@@ -65,6 +65,11 @@ def for_csv(cell: Any) -> Any:
     return f"'{line}" if line.lstrip()[:1] in ("=", "+", "-", "@") and line.strip() != "-" else line
 
 
+def for_json(text: str) -> str:
+    r"""Return a text that is JSON with lone surrogates, which no file can hold, as the escapes that JSON has for them."""
+    return re.sub("[\ud800-\udfff]", lambda letter: f"\\u{ord(letter[0]):04x}", text)
+
+
 def for_matplotlib(text: Any, longest: int = LONGEST) -> str:
     """Return a text for a picture of matplotlib, in which ``$`` begins a formula, and ``_`` a name of no legend."""
     line = one_line(text, longest).replace("$", r"\$")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import json
 
 import pytest
 from hypothesis import given, settings
@@ -75,6 +76,12 @@ def test_markdown_shows_a_text_as_letters(text):
     assert "".join(part.content for part in inline.children) == texts.one_line(text).strip()
     table = reader.parse(f"| a | b |\n| --- | --- |\n| {texts.for_markdown(text)} | z |\n")
     assert [part.type for part in table].count("td_open") == 2
+
+
+def test_json_with_lone_surrogates_can_be_written_and_read():
+    content = {"ä \udcff": ["\ud800", "中"]}
+    text = texts.for_json(json.dumps(content, ensure_ascii=False))
+    assert "ä" in text and json.loads(text.encode()) == content
 
 
 def test_numbers_stay_as_they_are_in_markdown():

@@ -138,7 +138,7 @@ def _labels(results: list[Result]) -> list[str]:
 
 
 def _telling_keys(settings: list[dict[str, str]]) -> list[str]:
-    """Choose the keys in which settings differ that tell most of them apart: one, then the one that helps it most, …
+    """Choose the keys that tell most settings apart: first one, then the best beside it, and so on.
 
     Among keys that help alike, the first in the order of the alphabet is chosen.
     """

@@ -23,7 +23,7 @@ from policyskip.runs import schemas
 from policyskip.runs.folder import Run
 from policyskip.runs.tracking import Examples
 from policyskip.static_front import keep_text
-from policyskip.texts import one_line
+from policyskip.texts import for_json, one_line
 
 FILE = "decisions.safetensors"
 TABLES = ("label_N", "prediction_N", "full_correct_N", "ran_NK", "macs_N", "static_F2")
@@ -155,7 +155,7 @@ def save_decisions(decisions: Decisions, run: Run) -> dict[str, Any]:
     Returns: what ``summary.json`` says of the record: the package's version, the images and the network.
     """
     tables = {name: getattr(decisions, name).contiguous() for name in TABLES}
-    metadata = {name: json.dumps(getattr(decisions, name), ensure_ascii=True) for name in METADATA}
+    metadata = {name: for_json(json.dumps(getattr(decisions, name), ensure_ascii=False)) for name in METADATA}
     write(run.folder / FILE, save(tables, metadata=metadata))
     return {"version": __version__, "test_images": decisions.images, "frozen_network": decisions.network or None}
 
@@ -171,7 +171,7 @@ def load_decisions(run: Run) -> Decisions | None:
         return None
     try:
         content = path.read_bytes()  # safetensors itself opens no path that is not UTF-8
-        tables = load(content)
+        tables: dict[str, Any] = load(content)
         header = json.loads(content[8 : 8 + int.from_bytes(content[:8], "little")])
         metadata = {name: json.loads(text) for name, text in header["__metadata__"].items()}
         schemas.check("decisions", metadata)

@@ -111,7 +111,7 @@ _SAME_LENGTH = (
 
 
 class Times(BaseModel):
-    """The times of one batch size in a profile."""
+    """Holds the times of one batch size in a profile."""
 
     model_config = _RULES
     always_ms: NotNegative | None = None
@@ -145,7 +145,7 @@ _DECISIONS: dict[str, Any] = {
     "kind": Literal["blocks", "exits"],
     "images": Name,
     "network": Name,
-    "classes": Annotated[list[Name], Field(min_length=1, max_length=MOST_CLASSES)],
+    "classes": Annotated[list[Name], Field(max_length=MOST_CLASSES)],
 }
 
 

@@ -42,7 +42,7 @@ DAMAGE = [
     *[("front.json", FRONT, key, value) for key in ("macs", "accuracy") for value in (None, ["a"], [math.nan], [-1.0])],
     *[("front.json", FRONT, key, value) for key in ("images", "finished", "backbone") for value in (None, [], 2.5)],
     *[("decisions", DECISIONS, "full_macs", value) for value in (0, -1, math.nan, math.inf, "1", None)],
-    *[("decisions", DECISIONS, "classes", value) for value in ([], "abc", [5], ["x" * 301], None)],
+    *[("decisions", DECISIONS, "classes", value) for value in ("abc", [5], ["x" * 301], None)],
     *[("decisions", DECISIONS, key, value) for key in ("kind", "images", "network") for value in (None, 5, ["blocks"])],
     *[("profile.json", PROFILE, key, value) for key in ("hash", "device", "threads", "batches") for value in (2.5, [])],
     *[("profile.json", PROFILE, "batches", {"4": {"break_even": value}}) for value in ("x", ["x"], [math.nan])],
