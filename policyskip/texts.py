@@ -66,7 +66,7 @@ def for_csv(cell: Any) -> Any:
 
 
 def for_json(text: str) -> str:
-    r"""Return a text that is JSON with lone surrogates, which no file can hold, as the escapes that JSON has for them."""
+    r"""Return JSON with its lone surrogates, which no file can hold, as the escapes that JSON has for them."""
     return re.sub("[\ud800-\udfff]", lambda letter: f"\\u{ord(letter[0]):04x}", text)
 
 

@@ -50,7 +50,8 @@ def learning_curves(
     figure = figure_of(9, 3.6)
     left, right = figure.subplots(1, 2)
     panel_of_curves(left, "training loss", [(loss, loss_style)])
-    left.set_yscale("log")
+    if any(value > 0 for _, value in loss):
+        left.set_yscale("log")
     panel_of_curves(right, "validation accuracy", curves)
     for axes in (left, right):
         mark_kept(axes, kept_step(metrics, "mean_accuracy", choose_after))

@@ -57,7 +57,7 @@ def save(figure: Figure, caption: str, path: Path) -> Path:
     engine = figure.get_layout_engine()
     assert engine is not None
     with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "Glyph .* missing", UserWarning)  # names in letters that the font lacks
+        warnings.filterwarnings("ignore", "Glyph .* missing|constrained_layout not applied", UserWarning)
         engine.execute(figure)
         figure.set_layout_engine(None)  # savefig would lay everything out again, twice, and draw it for that
         figure.savefig(path)

@@ -187,3 +187,12 @@ def test_learning_curves_mark_the_weights_that_were_kept_and_say_why_reward_fell
 
 def test_a_reward_that_does_not_fall_needs_no_reason():
     assert learning_plots.why_it_falls([{"step": n, "val/reward": 0.1 * n} for n in range(4)]) == ""
+
+
+@pytest.mark.parametrize(
+    "records",
+    [[{"step": 1, "train/loss": 0.0}], [{"step": 0, "val/accuracy_exit0": 0.5}], [{"step": 1, "train/loss": -1}]],
+)
+def test_short_or_odd_records_draw_without_a_warning_of_the_library(records, tmp_path, recwarn):
+    exit_plots.learning_curves(records, 2, tmp_path / "x.png")
+    assert not list(recwarn)
