@@ -9,8 +9,8 @@ import pytest
 import torch
 
 from policyskip.comparison.agreement import cost_ranks, mean_over_pairs, same_answers, same_choices
-from policyskip.fronts import pareto
-from policyskip.intervals import bootstrap, mean_and_half_interval
+from policyskip.fronts import concave_hull, knee, pareto
+from policyskip.intervals import bootstrap, half_interval, mean_and_half_interval
 from tests.made_up import made_up_decisions
 
 
@@ -27,7 +27,7 @@ def test_the_bootstrap_is_that_of_resampled_images():
     value_N = generator.choice([-1.0, 0.0, 1.0], size=300, p=[0.1, 0.7, 0.2])
     means = value_N[generator.integers(0, 300, size=(20_000, 300))].mean(1)
     assert bootstrap(value_N) == pytest.approx(np.quantile(means, [0.025, 0.975]).tolist(), abs=0.004)
-    assert bootstrap(np.full(50, 0.5)) == (0.5, 0.5)
+    assert bootstrap(np.full(50, 0.5)) == (0.5, 0.5) and bootstrap(np.full(4, 0.02)) == (0.02, 0.02)
     assert bootstrap(value_N) == bootstrap(value_N)
 
 
@@ -77,3 +77,36 @@ def test_spending_is_compared_by_rank():
     assert np.argsort(rank_N)[0] == 2
     assert cost_ranks(dataclasses.replace(a, macs_N=torch.ones(4).double())) is None
     assert mean_over_pairs([0.5, None]) is None and mean_over_pairs([]) is None and mean_over_pairs([0.5, 1.0]) == 0.75
+
+
+def test_the_normal_interval_by_hand():
+    """0, 0, 1, 0: the squares of the distances from 1/4 sum to 3/4, which is 1/4 over N − 1; the deviation is ½."""
+    assert half_interval(torch.tensor([0.0, 0.0, 1.0, 0.0])) == pytest.approx(1.96 * 0.5 / 4**0.5)
+    assert half_interval(torch.tensor([1.0])) is None
+
+
+def test_the_bootstrap_draws_by_its_seed():
+    value_N = np.arange(30.0)
+    assert bootstrap(value_N, draws=50, seed=1) == bootstrap(value_N, draws=50, seed=1)
+    assert bootstrap(value_N, draws=50, seed=1) != bootstrap(value_N, draws=50, seed=2)
+
+
+def test_the_concave_hull_by_hand():
+    """In order of cost: the third point lies under the line from the second to the fourth, and the last costs more for
+    less. Of three on a line only the ends count, and of two of one cost the more accurate."""
+    macs, accuracy = [40.0, 10.0, 30.0, 50.0, 20.0], [0.9, 0.1, 0.75, 0.8, 0.7]
+    assert concave_hull(macs, accuracy) == [1, 4, 0]
+    assert concave_hull([1.0, 2.0, 3.0], [0.25, 0.5, 0.75]) == [0, 2]
+    assert concave_hull([1.0, 1.0, 2.0], [0.3, 0.1, 0.4]) == [0, 2]
+
+
+def test_the_knee_by_hand():
+    """Scaled, the costs are 0, 0.1, 0.3, 1 and the accuracies 0, 0.6, 0.78, 1: 0.5 and 0.48 above the line."""
+    assert knee([100.0, 110.0, 130.0, 200.0], [0.5, 0.8, 0.89, 1.0]) == 1
+    assert knee([5.0], [0.3]) == knee([5.0, 6.0], [0.3, 0.4]) == 0
+
+
+def test_ranks_ignore_by_how_much_costs_differ():
+    """The ranks 1, 2 and 3 have a variance of 2/3."""
+    made_up = dataclasses.replace(made_up_decisions(keep=[[1]] * 3), macs_N=torch.tensor([1.0, 2.0, 100.0]).double())
+    assert cost_ranks(made_up).tolist() == pytest.approx([-(1.5**0.5), 0, 1.5**0.5])

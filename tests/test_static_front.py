@@ -7,15 +7,17 @@ import itertools
 import pytest
 import torch
 
-from policyskip.backbones import count_costs, sparse
+from policyskip.backbones import Costs, count_costs, sparse
 from policyskip.static_front import SetScorer, StaticFront, find_front, keep_text, known_front, search
 from tests.conftest import small_backbone, small_images
 
 EVERY = list(itertools.product([False, True], repeat=6))
 
 
-def test_scores_along_the_tree_are_those_of_plain_forwards():
-    backbone, images = small_backbone(), small_images()
+@pytest.mark.parametrize("shortcut", ["pool", "B"])
+def test_scores_along_the_tree_are_those_of_plain_forwards(shortcut):
+    """Strided convolutions give negative features, on which a ReLU behind a skipped block would be seen."""
+    backbone, images = small_backbone(shortcut=shortcut), small_images()
     scorer = SetScorer(backbone, images, limit=30, batch_size=7)
     chosen = [EVERY[i] for i in (0, 63, 5, 40, 41, 5)]
     index_N = torch.linspace(0, 39, 30).round().long()  # spread over all 40, as folders are sorted by class
@@ -115,3 +117,35 @@ def test_a_damaged_cache_is_no_front(tmp_path):
     backbone, images = small_backbone(), small_images()
     (tmp_path / f"{backbone.content_hash()}-{images.fingerprint()}.json").write_text('{"sets": ["01')
     assert known_front(backbone, images, tmp_path) is None
+
+
+def rising(keep) -> float:
+    """A block is worth its number; {0, 4, 6, 7} is worth more than all, and no subset of the best five blocks, {3, …, 7},
+    nor a superset of the best three, {5, 6, 7}: it is one swap from the best four."""
+    return 0.1 + 0.01 * sum(k for k, kept in enumerate(keep) if kept) + 0.5 * (keep_text(keep) == "10001011")
+
+
+def test_elimination_goes_on_from_the_best_sets():
+    """Two sets, their 8 children, and the 7 of the best of these, which lacks block 0; then the budget is spent."""
+    scorer = Planted(8, rising)
+    _, _, finished = search(scorer, budget=10, beam=1)
+    assert not finished and scorer.spent == 2 + 8 + 7
+    assert not any(keep[0] for keep in scorer.known if sum(keep) == 6)
+    scorer = Planted(8, rising)  # all 2 + 8 + 7 + … + 2 sets of the elimination, and nothing is left for swaps
+    assert not search(scorer, budget=36, beam=1)[2] and scorer.spent == 37
+
+
+def test_a_set_that_is_one_swap_from_the_best_of_its_size_is_found():
+    sets, _, finished = search(Planted(8, rising), budget=2**9 * 100 - 1, beam=1)
+    assert finished and [keep_text(sets[size]) for size in (3, 4, 5)] == ["00000111", "10001011", "00011111"]
+
+
+def test_no_set_is_above_the_front_s_mixtures():
+    """Blocks differ in cost, so the best set of a size may be a dear one: cheaper ones of that size count, too."""
+    backbone, images = small_backbone(), small_images()
+    costs = Costs(1.0, torch.tensor([1.0, 9, 2, 8, 3, 7], dtype=torch.float64))
+    front = find_front(backbone, images, costs, budget=1e9, limit=40)
+    assert front.macs == [1 + sum(c for c, kept in zip((1, 9, 2, 8, 3, 7), keep) if kept) for keep in front.sets]
+    for keep, accuracy in zip(EVERY, SetScorer(backbone, images).accuracy(EVERY), strict=True):
+        mixed = sum(weight * front.accuracy[i] for i, weight in front.mix_at(costs.of(torch.tensor(keep)).item()))
+        assert accuracy <= mixed + 1e-9

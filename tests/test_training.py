@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import signal
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -175,3 +176,25 @@ def test_damaged_files_are_named(tmp_path):
     (run.folder / "summary.json").write_text(json.dumps([1]))
     with pytest.raises(UserError, match="summary.json is damaged"):
         run.load_json("summary.json")
+
+
+class Changing:
+    """A learner whose figures change from update to update: the loss is 1, 3, 5 and 7, and odd updates have a ``reward``."""
+
+    step = 0
+
+    def update(self, source: SimpleNamespace) -> dict[str, float]:
+        self.step += 1
+        return {"loss": 2.0 * self.step - 1} | ({"reward": float(self.step)} if self.step % 2 else {})
+
+    def state_dict(self) -> dict[str, int]:
+        return {"step": self.step}
+
+
+def test_only_figures_that_every_update_has_are_averaged(tmp_path):
+    """Over two updates each, the loss is 2 and 6 on average; a mean of the rewards of some would be one of the others."""
+    run, weight = create(str(tmp_path / "run"), "policyskip train", ""), {"weight": torch.zeros(1)}
+    source, options = SimpleNamespace(cursor=0), {"steps": 4, "validate_every": 4, "log_every": 2}
+    train(Changing(), source, lambda: {"reward": 0.0}, lambda: weight, run, Tracker(run, "none", {}), **options)
+    records = [{k: v for k, v in record.items() if k.startswith("train/")} for record in run.metrics()]
+    assert [record for record in records if record] == [{"train/loss": 2.0}, {"train/loss": 6.0}]

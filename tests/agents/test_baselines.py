@@ -169,3 +169,16 @@ def test_impossible_choices_are_one_line():
         make_agent(make_env(), baseline="leave_one_out", samples=1)
     with pytest.raises(UserError, match="agent.baseline must be one of greedy, leave_one_out, value, none, got 'best'"):
         make_agent(make_env(), baseline="best")
+
+
+def test_no_gradient_flows_from_the_advantage_into_the_value_or_from_its_loss_into_the_reward():
+    value, reward = torch.zeros(3, requires_grad=True), torch.ones(2, 3, requires_grad=True)
+    assert not value_advantage(torch.ones(2, 3), value).requires_grad
+    value_loss(value, reward).backward()
+    assert reward.grad is None
+    torch.testing.assert_close(value.grad, torch.full((3,), -2 / 3))  # 2 (V − R) / 3 images
+
+
+def test_the_value_head_learns_ten_times_as_fast():
+    agent = make_agent(make_env(), baseline="value", lr=0.01)
+    assert [group["lr"] for group in agent.optimizer.param_groups] == pytest.approx([0.01, 0.1])

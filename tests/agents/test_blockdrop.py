@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import io
 import itertools
 import math
@@ -13,7 +14,7 @@ from policyskip.agents.blockdrop import BlockDrop, bernoulli_entropy, bounded, l
 from policyskip.agents.schedules import one_cycle
 from policyskip.envs.block_selection import BlockSelectionVectorEnv
 from policyskip.errors import UserError
-from policyskip.policies.networks import PolicyNetwork
+from policyskip.policies.networks import ConstantPolicy, PolicyNetwork
 from tests.conftest import small_backbone, small_images
 
 ALPHA = 0.8
@@ -146,6 +147,12 @@ def test_update_compares_samples_with_the_greedy_decision(monkeypatch):
     expected = reinforce_loss(logits, keep[:-1], reward[:-1] - reward[-1], free, 0.8, 0.05)
     assert metrics["loss"] == pytest.approx(expected.item(), abs=1e-6)
     assert metrics["reward"] == pytest.approx(reward[-1].mean().item())
+    assert metrics["sampled_reward"] == pytest.approx(reward[:-1].mean().item())
+    greedy = keep[-1]
+    assert metrics["kept"] == pytest.approx(greedy.sum(1).float().mean().item())
+    macs = env.costs.of(greedy).mean().item() + agent.decision_macs
+    assert metrics["macs_fraction"] == pytest.approx(macs / env.costs.full)
+    assert metrics["accuracy"] == score(keep).correct_B.view(4, 16)[-1].float().mean().item()
 
 
 def test_samples_follow_the_bounded_probabilities():
@@ -247,3 +254,77 @@ def test_a_restored_state_goes_on_where_it_stopped(options):
 def test_bad_hyperparameters_are_named(wrong, message):
     with pytest.raises(UserError, match=message):
         make_agent(make_env(), **wrong)
+
+
+def test_the_entropy_is_that_of_the_bounded_probabilities():
+    """At odds of 3 to 1 and α = 0.8, s' = 0.8 · 0.75 + 0.2 · 0.25 = 0.65. The block that is not free does not count."""
+    logits = torch.tensor([[math.log(3), -5.0]])
+    keep, free = torch.ones(1, 1, 2, dtype=torch.bool), torch.tensor([True, False])
+    loss = reinforce_loss(logits, keep, torch.zeros(1, 1), free, ALPHA, 0.1)
+    assert loss.item() == pytest.approx(0.1 * (0.65 * math.log(0.65) + 0.35 * math.log(0.35)))
+
+
+def test_a_policy_that_is_sure_gets_finite_gradients():
+    """Where s rounds to 0 or 1 the entropy's slope is infinite."""
+    logits = torch.tensor([[200.0, -200.0]], requires_grad=True)
+    keep, free = torch.ones(1, 1, 2, dtype=torch.bool), torch.ones(2, dtype=torch.bool)
+    reinforce_loss(logits, keep, torch.ones(1, 1), free, 1.0, 0.1).backward()
+    assert logits.grad is not None and logits.grad.isfinite().all()
+
+
+def test_at_even_odds_the_greedy_decision_keeps():
+    assert ConstantPolicy(3).greedy(torch.tensor([[0.0, -1e-6, 1e-6]])).tolist() == [[True, False, True]]
+
+
+def test_samples_keep_the_blocks_that_are_not_free():
+    """Of the others, at s = 0, a share of s' = 0.2 is kept."""
+    agent = make_agent(
+        make_env(), samples=1000, total_steps=12, curriculum=0.5
+    )  # at first the last block alone is free
+    frequency_K = agent._sample(torch.zeros(1, 6)).float().mean((0, 1))
+    assert frequency_K[:5].tolist() == [1] * 5 and 0.15 < frequency_K[5] < 0.25
+
+
+def test_the_seed_decides_first_weights_and_samples():
+    first, same, other = (make_agent(make_env(), seed=seed, samples=2) for seed in (1, 1, 2))
+    weights = [agent.policy.keep_head.weight for agent in (first, same, other)]
+    assert torch.equal(weights[0], weights[1]) and not torch.equal(weights[0], weights[2])
+    drawn = [agent._sample(torch.full((16, 6), 0.5)) for agent in (first, same, other)]
+    assert torch.equal(drawn[0], drawn[1]) and not torch.equal(drawn[0], drawn[2])
+
+
+@pytest.mark.parametrize("policy", [PolicyNetwork(3, width=4, initial_keep=0.9), ConstantPolicy(3, initial_keep=0.9)])
+def test_a_policy_starts_from_a_fixed_set(policy):
+    """The blocks of the set are kept with 0.9, the others with the complement."""
+    policy.start_from([True, False, True])
+    with torch.no_grad():
+        logits_K = policy.keep_head.bias if isinstance(policy, PolicyNetwork) else policy.logits_K
+        torch.testing.assert_close(logits_K.sigmoid(), torch.tensor([0.9, 0.1, 0.9]))
+
+
+def test_learning_rates_follow_the_schedule():
+    """Warm-up is over after a tenth of the training; after 1/4, (0.25 − 0.1)/0.9 = 1/6 of the cosine, 30°, is done, after
+    1/2 80° and after 3/4 130°."""
+    cosine = [0.5 * (1 + math.cos(math.radians(degrees))) for degrees in (30, 80, 130, 180)]
+    for schedule, rates in (("onecycle", [0.1, *cosine]), ("constant", [1.0] * 5)):
+        env = make_env()
+        agent = make_agent(env, total_steps=4, lr=0.01, schedule=schedule)
+        found = [agent.optimizer.param_groups[0]["lr"], *(agent.update(env)["lr"] for _ in range(4))]
+        assert found == pytest.approx([0.01 * rate for rate in rates], abs=1e-9)
+
+
+def test_the_policy_sees_normalised_pixels():
+    """White is (1 − 0.485) / 0.229 in the red channel, black − 0.406 / 0.225 in the blue one."""
+    policy, seen = PolicyNetwork(3, width=4), []
+    policy.features[0].register_forward_pre_hook(lambda module, inputs: seen.append(inputs[0]))
+    policy(torch.tensor([255, 0], dtype=torch.uint8).view(2, 1, 1, 1).expand(-1, 3, 8, 8))
+    assert seen[0][0, 0, 0, 0].item() == pytest.approx(0.515 / 0.229, rel=1e-5)
+    assert seen[0][1, 2, 0, 0].item() == pytest.approx(-0.406 / 0.225, rel=1e-5)
+
+
+def test_the_accuracy_of_an_update_is_the_greedy_decision_s(monkeypatch):
+    """Two samples for each of 16 images are scored as wrong, and the 16 greedy decisions behind them as right."""
+    env = make_env()
+    score = env.score
+    monkeypatch.setattr(env, "score", lambda keep: dataclasses.replace(score(keep), correct_B=torch.arange(48) >= 32))
+    assert make_agent(env, samples=2).update(env)["accuracy"] == 1.0

@@ -13,12 +13,14 @@ from policyskip.agents.cdl import CDL
 from policyskip.agents.distiller import Distiller
 from policyskip.agents.early_exit import EarlyExitAgent, joint_loss
 from policyskip.agents.msdnet import MSDNetAgent
+from policyskip.agents.schedules import SCHEDULES
+from policyskip.backbones import ExitCosts
 from policyskip.backbones.branchynet import BranchyLeNet
 from policyskip.backbones.resnet_exits import ResNetExits
 from policyskip.data import Feed, TensorImages
 from policyskip.envs.exit_sources import observe
 from policyskip.errors import UserError
-from policyskip.exits.cache import cache_exits
+from policyskip.exits.cache import CachedExits, cache_exits
 from policyskip.policies.thresholds import ThresholdPolicy
 from tests.conftest import small_backbone, small_images
 
@@ -52,6 +54,8 @@ def test_weights_of_each_system():
     net = network()
     assert MSDNetAgent(net, 10).weights().tolist() == [1, 1, 1]
     assert Distiller(net, 10, lossweights=[0.1, 0.3]).weights().tolist() == pytest.approx([0.1, 0.3, 0.6])
+    assert Distiller(net, 10).weights().tolist() == pytest.approx([1 / 3] * 3)
+    assert CDL(network(), 10).weights().tolist() == [1, 1, 0]  # the network's own head is frozen
     branchy = BranchyNet(net, 10, trunk_share=0.3)
     assert branchy.weights().tolist() == [0, 0, 1]
     branchy.step = 3
@@ -175,3 +179,46 @@ def test_a_restored_state_goes_on_where_it_stopped():
     twin.load_state_dict(torch.load(file, weights_only=True))
     twin_feed.seek(feed.cursor)
     assert [agent.update(feed) for _ in range(2)] == [twin.update(twin_feed) for _ in range(2)]
+
+
+def test_schedules_by_hand():
+    """A one-cycle begins at a hundredth of the training, a tenth of its warm-up, and stays at 0 beyond its end."""
+    progress = (0.0, 0.49, 0.5, 0.74, 0.75, 1.0)
+    assert [SCHEDULES["steps"](p) for p in progress] == [1, 1, 0.1, 0.1, 0.01, 0.01]
+    assert [SCHEDULES["constant"](p) for p in progress] == [1] * 6
+    assert [SCHEDULES["onecycle"](p) for p in (0.0, 0.05, 0.1, 0.55, 1.0, 1.4)] == pytest.approx(
+        [0.1, 0.5, 1, 0.5, 0, 0]
+    )
+
+
+def test_learning_rates_and_figures_of_updates():
+    """Of four updates the third is half-way, and the fourth three quarters of the way."""
+    net, feed, rates = network(), Feed(small_images(), 16, "shuffled", 0), []
+    agent = MSDNetAgent(net, 4, lr=0.1)
+    for _ in range(4):
+        rates.append(agent.optimizer.param_groups[0]["lr"])
+        with torch.no_grad():
+            correct_N = (net.train()(feed.batch.images).argmax(-1) == feed.batch.label_B.unsqueeze(1)).float().mean(0)
+        metrics = agent.update(feed)
+        assert [metrics[f"accuracy_exit{n}"] for n in range(3)] == pytest.approx(correct_N.tolist())
+        assert metrics["accuracy"] == metrics["accuracy_exit2"]
+    assert rates == pytest.approx([0.1, 0.1, 0.01, 0.001])
+
+
+@pytest.mark.parametrize("optimizer", ["sgd", "adam"])
+def test_settings_reach_the_optimizer(optimizer):
+    agent = MSDNetAgent(network(), 10, lr=0.02, optimizer=optimizer, weight_decay=0.03)
+    (group,) = agent.optimizer.param_groups
+    assert (group["lr"], group["weight_decay"]) == (0.02, 0.03)
+    assert optimizer == "adam" or (group["momentum"], group["nesterov"]) == (0.9, True)
+
+
+def test_delta_and_epsilon_decide_which_heads_are_admitted():
+    """Trunk 2, 3, 4 and heads 1, 2, 1; of four images three have a top probability of 0.8 at exit 0, and one at exit 1.
+    At δ = 0.7 head 0 saves 3 · (3 + 4 + 1 − 1) − 1 · 1 = 20 MACs, 5 an image; head 1, where one image is left, 1 · (4 + 1
+    − 2) = 3, 0.75 an image. At δ = 0.9 no image leaves."""
+    top_MN = torch.tensor([[0.8, 0.8, 0.8], [0.8, 0.8, 0.8], [0.8, 0.8, 0.8], [0.5, 0.8, 0.8]])
+    costs = ExitCosts(torch.tensor([2.0, 3, 4]).double(), torch.tensor([1.0, 2, 1]).double())
+    cache = CachedExits(torch.stack([top_MN, 1 - top_MN], 2).log(), torch.zeros(4, dtype=torch.int64), costs)
+    for delta, epsilon, admitted in ((0.7, 0.0, [0, 1]), (0.7, 1.0, [0]), (0.7, 6.0, []), (0.9, 0.0, [])):
+        assert CDL(network(), 10, delta=delta, epsilon=epsilon).admit_heads(cache) == admitted

@@ -25,6 +25,13 @@ def weights_of(module: torch.nn.Module) -> dict[str, torch.Tensor]:
     return {name: value.clone() for name, value in module.state_dict().items()}
 
 
+def scatter_gates(agent: SkipNet) -> None:
+    """Let gates decide differently from image to image."""
+    generator = torch.Generator().manual_seed(0)
+    for layer in (*agent.network.gates.reads, agent.network.gates.answer):
+        torch.nn.init.normal_(layer.weight, 0, 5, generator=generator)
+
+
 def changed(module: torch.nn.Module, before: dict[str, torch.Tensor]) -> set[str]:
     return {name for name, value in module.state_dict().items() if not torch.equal(value, before[name])}
 
@@ -177,9 +184,10 @@ def test_a_restored_state_goes_on_where_it_stopped():
 
 def test_evaluation_is_the_gates_own_pass():
     agent, images = make_agent(alpha=0.5), small_images()
-    torch.nn.init.normal_(agent.network.gates.answer.weight, 0, 5, generator=torch.Generator().manual_seed(0))
+    scatter_gates(agent)
     result = evaluate_gates(agent, images, 16)
     keep_NK = agent.act(images.images)
+    assert len(keep_NK.unique(dim=0)) > 1
     assert torch.equal(result.ran_NK, keep_NK) and torch.equal(result.label_N, images.label_N)
     assert torch.equal(result.macs_N, agent.costs.of(keep_NK) + agent.decision_macs)
     with torch.no_grad():
@@ -218,3 +226,65 @@ def test_it_learns_to_skip_what_does_not_matter():
 def test_bad_settings_are_named(options, message):
     with pytest.raises(UserError, match=message):
         make_agent(**options)
+
+
+def test_no_gradient_flows_into_returns_or_baseline():
+    log_p, returns, baseline = (torch.rand(4, 3, requires_grad=True) for _ in range(3))
+    hybrid_loss(torch.zeros(4), log_p, returns, baseline, 1.0).backward()
+    assert log_p.grad is not None and returns.grad is None and baseline.grad is None
+
+
+def test_the_seed_decides_first_gates_and_samples():
+    first, same, other = (make_agent(seed=seed) for seed in (1, 1, 2))
+    weights = [agent.network.gates.answer.weight for agent in (first, same, other)]
+    assert torch.equal(weights[0], weights[1]) and not torch.equal(weights[0], weights[2])
+    drawn = [agent._uniform(16) for agent in (first, same, other)]
+    assert torch.equal(drawn[0], drawn[1]) and not torch.equal(drawn[0], drawn[2])
+
+
+def test_the_baseline_is_the_return_of_the_greedy_decisions():
+    """In evaluation mode, as batch normalisation of a batch would mix the images."""
+    images, label_B = small_images(16).images, small_images(16).label_N
+    agent = make_agent(baseline="greedy", alpha=0.6)
+    scatter_gates(agent)
+    agent.network.train()
+    baseline_BG = agent._baseline(images, label_B)
+    with torch.no_grad():
+        keep_BK = agent.network.eval().greedy(images).keep_BK
+        ce_B = torch.nn.functional.cross_entropy(agent.network.backbone(images, keep_BK), label_B, reduction="none")
+    by_hand = [[0.12 * float((~keep[g:]).sum()) for g in range(5)] for keep in keep_BK[:, 1:]]  # α / G = 0.6 / 5
+    torch.testing.assert_close(baseline_BG, torch.tensor(by_hand) - ce_B.unsqueeze(1), rtol=1e-4, atol=1e-5)
+    assert len(keep_BK.unique(dim=0)) > 1 and not make_agent()._baseline(images, label_B).any()
+
+
+def test_schedules_go_by_each_stage_s_own_progress():
+    """Each stage has two updates: its second one is half-way, where "steps" has divided the rate by ten."""
+    agent, feed, rates = make_agent(4, supervised=0.5, schedule="steps", hybrid_lr=0.002), Feed(small_images(), 16), []
+    for _ in range(4):
+        rates.append(agent.optimizer.param_groups[0]["lr"])
+        agent.update(feed)
+    assert rates == pytest.approx([0.01, 0.001, 0.002, 0.0002])
+
+
+@pytest.mark.parametrize("supervised", [0.0, 1.0])
+def test_the_figures_of_an_update_by_hand(supervised):
+    """Gates without weights keep their block with the probability of their bias, whatever they see: 3/4, or never."""
+    feed = Feed(small_images(), 16)
+    for bias, keep_probability, kept in ((math.log(3), 0.75, 6.0), (-50.0, 0.0, 1.0)):
+        agent = make_agent(supervised=supervised, alpha=0.5, baseline="none")
+        for parameter in agent.network.gates.parameters():
+            torch.nn.init.zeros_(parameter)
+        torch.nn.init.constant_(agent.network.gates.answer.bias, bias)
+        metrics = agent.update(feed)
+        assert metrics["keep_probability"] == pytest.approx(keep_probability, abs=1e-6)
+        if supervised or not keep_probability:  # no sample
+            assert metrics["kept"] == kept
+            assert metrics["reward"] == pytest.approx(0.5 * (6 - kept) / 5 - metrics["cross_entropy"], rel=1e-5)
+
+
+@pytest.mark.parametrize("optimizer", ["sgd", "adam"])
+def test_settings_reach_the_optimizer(optimizer):
+    agent = make_agent(optimizer=optimizer, weight_decay=0.03)
+    assert {group["weight_decay"] for group in agent.optimizer.param_groups} == {0.03}
+    assert optimizer == "adam" or agent.optimizer.defaults["momentum"] == 0.9
+    assert agent.decision_macs == agent.network.gate_macs > 0

@@ -101,3 +101,10 @@ def test_an_impossible_network_is_refused(build, message):
     with pytest.raises(UserError, match=message) as refused:
         build()
     assert "\n" not in str(refused.value)
+
+
+@pytest.mark.parametrize("kind", [BranchyLeNet, BranchyAlexNet, BranchyResNet])
+def test_pixels_are_normalised_by_the_mean_and_deviation_given(kind):
+    network = kind(10, CIFAR, mean=(0.1, 0.2, 0.3), std=(0.5, 0.25, 0.2))
+    white = torch.full((1, 3, 32, 32), 255, dtype=torch.uint8)
+    torch.testing.assert_close(network.begin(white)["x"][0, :, 0, 0], torch.tensor([1.8, 3.2, 3.5]))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from policyskip.backbones import count_costs, sparse
+from policyskip.backbones import Costs, count_costs, sparse
 from policyskip.backbones.base import evaluation_mode
 from policyskip.backbones.costs import count_macs
 from policyskip.backbones.resnet import CifarResNet, TorchvisionResNet
@@ -61,3 +61,9 @@ def test_counting_leaves_the_network_alone():
     count_costs(backbone, (3, 12, 12))
     assert backbone.training
     assert all(torch.equal(before[name], value) for name, value in backbone.state_dict().items())
+
+
+def test_only_blocks_that_are_kept_cost():
+    costs = Costs(10.0, torch.tensor([1.0, 2.0, 4.0], dtype=torch.float64))
+    keep_BK = torch.tensor([[True, False, True], [False, False, False], [False, True, False]])
+    assert costs.of(keep_BK).tolist() == [15, 10, 12] and costs.full == 17

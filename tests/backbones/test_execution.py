@@ -12,9 +12,10 @@ from torch import Tensor, nn
 from policyskip import memory
 from policyskip.backbones import count_costs, dense, folding, sparse, sparse_many
 from policyskip.backbones.base import Backbone, Block
+from policyskip.backbones.costs import count_macs
 from policyskip.backbones.execution import append, leaders, put_, take
 from policyskip.backbones.folding import folded
-from policyskip.backbones.resnet import CifarResNet, TorchvisionResNet
+from policyskip.backbones.resnet import CifarResNet, PoolShortcut, SubsampleShortcut, TorchvisionResNet
 from policyskip.errors import UserError
 from tests.conftest import small_backbone, with_statistics
 
@@ -227,6 +228,7 @@ def test_what_follows_a_convolution_in_one_pass_is_the_same_and_costs_the_same(m
             monkeypatch.setattr(folding, "_has_one_pass", lambda dtype, has=has: has)
             with torch.no_grad():
                 ways.append([copy(images), sparse(copy, images, keep_BK), sparse(copy, images[:1], keep_BK[:1])])
+                ways[-1].append(torch.tensor(count_macs(copy, images[:1])))
             costs.append(count_costs(copy, (3, *images.shape[2:])))
         torch.testing.assert_close(*ways, rtol=1e-5, atol=1e-5)
         expected = count_costs(backbone, (3, *images.shape[2:]))
@@ -348,3 +350,28 @@ def test_features_that_are_needed_are_left_alone(monkeypatch, images, large):
             torch.testing.assert_close(written_over, after, rtol=0, atol=0)
             torch.testing.assert_close(after, torch.relu(block.shortcut(x) + block.residual(x)), **TOLERANCE)
         x = after
+
+
+def test_shortcuts_without_weights_by_hand():
+    """Two channels of 3×3 pixels become five of 2×2. "pool" averages windows of 2×2, fewer at the edge, and adds the zero
+    channels behind; "A" takes every second pixel, and adds one zero channel in front and two behind."""
+    x = torch.arange(18.0).view(1, 2, 3, 3)
+    pooled = [[[2.0, 3.5], [6.5, 8.0]], [[11.0, 12.5], [15.5, 17.0]]]
+    taken = [[[0.0, 2.0], [6.0, 8.0]], [[9.0, 11.0], [15.0, 17.0]]]
+    nothing = [[0.0, 0.0], [0.0, 0.0]]
+    assert PoolShortcut(2, 5, 2)(x)[0].tolist() == [*pooled, nothing, nothing, nothing]
+    assert SubsampleShortcut(2, 5, 2)(x)[0].tolist() == [nothing, *taken, nothing, nothing]
+
+
+def test_stages_halve_the_size_and_double_the_channels_at_their_first_block():
+    convolutions = [block.residual.conv1 for block in CifarResNet(20, 10, width=4).blocks]
+    assert [conv.stride[0] for conv in convolutions] == [1, 1, 1, 2, 1, 1, 2, 1, 1]
+    assert [conv.out_channels for conv in convolutions] == [4, 4, 4, 8, 8, 8, 16, 16, 16]
+
+
+def test_fresh_convolutions_are_scaled_by_their_fan_out():
+    """He et al. (2015): √(2 / (9 · 64)) for a 3×3 convolution to 64 channels, whatever it reads."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        stem = CifarResNet(8, 10, width=64).stem.conv
+    assert stem.weight.std().item() == pytest.approx((2 / (9 * 64)) ** 0.5, rel=0.1)

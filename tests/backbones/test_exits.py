@@ -15,7 +15,7 @@ from policyskip.backbones.costs import count_macs
 from policyskip.backbones.folding import folded
 from policyskip.backbones.msdnet import MSDNet
 from policyskip.backbones.resnet import CifarResNet, TorchvisionResNet
-from policyskip.backbones.resnet_exits import ResNetExits
+from policyskip.backbones.resnet_exits import HEADS, ResNetExits
 from policyskip.errors import UserError
 from tests.conftest import small_backbone, small_images, with_statistics
 
@@ -397,3 +397,8 @@ def test_only_some_exits_keep_their_own_heads(images):
     assert fewer.exits == (2,) and fewer.architecture["exits"] == [2] and fewer.architecture["heads"] == ["conv"]
     assert torch.equal(fewer(images), network(images)[:, [1, 3]])
     assert network.num_exits == 4 and network.only([]).num_exits == 1
+
+
+def test_distiller_s_imagenet_heads_widen_by_two_channels_from_exit_to_exit():
+    heads = [HEADS["distiller_imagenet"]((8, 16, 16), 5, n, 1) for n in range(3)]
+    assert [head[0].out_channels for head in heads] == [10, 12, 14]

@@ -180,3 +180,34 @@ def test_unfit_gates_are_refused():
         GatedNetwork(small_backbone(), "rnn", (3, 12, 12), initial_keep=1.0)
     with pytest.raises(UserError, match="at least 2×2"):
         GatedNetwork(CifarResNet(14, 5, width=4), "ff1", (3, 4, 4))
+
+
+def test_a_gate_stays_shut_where_its_probability_is_the_number_drawn():
+    """Gates without weights have p = ½ exactly: that opens them for u below ½, and not for ½, which is greedy's too."""
+    network = gated()
+    for parameter in network.gates.parameters():
+        nn.init.zeros_(parameter)
+    with torch.no_grad():
+        half, below = torch.full((20, 5), 0.5), torch.full((20, 5), 0.4999)
+        assert network.sampled(IMAGES, below).keep_BK.all()
+        for run in (network.sampled(IMAGES, half), network.greedy(IMAGES), network.straight_through(IMAGES)):
+            assert (run.gate_BG == 0).all() and not run.keep_BK[:, 1:].any()
+
+
+def test_the_rnn_sees_the_mean_over_the_pixels():
+    gates, x = GATES["rnn"]([(2, 2, 2)], 0.5), torch.tensor([1.0, 1.0, 1.0, 1.0])
+    features = torch.stack([x, x.cumsum(0) - 1.5]).view(2, 1, 2, 2).expand(-1, 2, -1, -1)  # 1, and −0.5 to 2.5
+    logit_B, _ = gates.logit(0, features, None)
+    torch.testing.assert_close(logit_B[0], logit_B[1])
+    other_B, _ = gates.logit(0, features + 1, None)
+    assert (other_B - logit_B).abs().min() > 1e-4
+
+
+def test_images_that_skip_a_block_give_it_no_gradient():
+    network = gated().train()
+    for parameter in network.gates.parameters():
+        nn.init.zeros_(parameter)
+    network.straight_through(IMAGES).logits_BC.sum().backward()
+    first, *skipped = network.backbone.blocks
+    assert first.residual.conv1.weight.grad is not None
+    assert all(parameter.grad is None for block in skipped for parameter in block.residual.parameters())

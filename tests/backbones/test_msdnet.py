@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from policyskip.backbones.msdnet import Grid, MSDNet, count_with_and_without_lazy
+from policyskip.backbones.msdnet import Grid, MSDNet, bottleneck, count_with_and_without_lazy
 from policyskip.errors import UserError
 from tests.conftest import small_images, with_statistics
 
@@ -283,3 +283,8 @@ def test_an_impossible_architecture_is_refused(changed, message):
     with pytest.raises(UserError, match=message) as refused:
         small(**changed)
     assert "\n" not in str(refused.value)
+
+
+def test_a_bottleneck_is_no_wider_than_its_input():
+    """Twice the eight channels of the output, but at most what it reads."""
+    assert [bottleneck(read, 8, 2, 1)[0][0].out_channels for read in (4, 16, 64)] == [4, 16, 16]

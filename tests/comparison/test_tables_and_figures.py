@@ -103,3 +103,39 @@ def test_latencies_of_two_machines_are_not_averaged(devices, expected, tmp_path)
         made_up_run(tmp_path / f"a{seed}", made_up_decisions([[1, 0]]), "a", seed, summary=measured)
     (line,) = table(rows_in(tmp_path), "g")
     assert line["latency_ms"] == expected
+
+
+def test_a_row_is_the_mean_of_its_seeds(tmp_path):
+    """Seed 0 is right on four images of four with one block of two, seed 1 on two with both; the full network is right on
+    three. The deviation of 1 and ½ is ½/√2, and t(0.975, 1) = 12.7062."""
+    full = [True, True, True, False]
+    for name, seed, keep, prediction in (
+        ("a", 0, [1, 0], [0] * 4),
+        ("a", 1, [1, 1], [0, 0, 1, 1]),
+        ("b", 0, [1, 1], [0] * 4),
+    ):
+        made_up_run(tmp_path / f"{name}{seed}", made_up_decisions([keep] * 4, prediction, full=full), name, seed)
+    rows = rows_in(tmp_path)
+    a, b = table(rows, "g")
+    expected = {"accuracy": 0.75, "full_accuracy": 0.75, "change": 0.0, "macs": 1.5, "macs_share": 0.75, "kept": 1.5}
+    assert {key: a[key] for key in expected} == expected and a["seconds"] == 10.5 and b["change"] == 0.25
+    assert a["accuracy_t95"] == pytest.approx(12.7062 * 0.25, rel=1e-5) and b["accuracy_t95"] is None
+    assert rows[0].correct_N.tolist() == [1, 1, 0.5, 0.5] and rows[0].share_N.tolist() == [0.75] * 4
+    (found,) = differences(rows, "g")
+    assert found["accuracy"] == -0.25 and found["macs"] == -0.5
+
+
+def test_the_mean_exit_by_hand(tmp_path):
+    """Of four images, one leaves at exit 0, one at 1 and two at 2."""
+    exits = made_up_decisions([[1, 0, 0], [1, 1, 0], [1, 1, 1], [1, 1, 1]], kind="exits")
+    made_up_run(tmp_path / "a", exits, "a")
+    (line,) = table(rows_in(tmp_path), "g")
+    assert (line["kept"], line["of"], line["choice"]) == (1.25, 3, "exits")
+
+
+def test_an_oracle_has_no_say_in_what_agents_disagree_about(tmp_path):
+    for name, prediction, sees in (("a", [0, 0], False), ("oracle", [0, 1], True)):
+        summary = {"test/sees_the_label": sees}
+        made_up_run(tmp_path / name, made_up_decisions([[1, 0]] * 2, prediction), name, summary=summary)
+    rows = rows_in(tmp_path)
+    assert [row.oracle for row in rows] == [False, True] and disagreements(rows) == []

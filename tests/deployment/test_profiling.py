@@ -1,9 +1,8 @@
-"""Times of blocks, the plan that is made of them, and the rewards that use them."""
+"""Times of blocks, and the plan that is made of them."""
 
 from __future__ import annotations
 
 import json
-import math
 import shutil
 from collections.abc import Callable
 from functools import partial
@@ -22,27 +21,8 @@ from policyskip.deployment.profiling import _counts, _ways, break_even, device_n
 from policyskip.errors import UserError
 from policyskip.evaluation import speed
 from policyskip.policies.networks import ConstantPolicy
-from policyskip.rewards import Adaptive, Budget, Latency, Outcome
+from policyskip.rewards import Budget
 from tests.conftest import small_backbone, typed
-
-
-def outcome(keep: list[list[int]], correct: list[bool], macs_fraction: list[float]) -> Outcome:
-    keep_BK = torch.tensor(keep, dtype=torch.bool)
-    macs_B = 200.0 * torch.tensor(macs_fraction, dtype=torch.float64)
-    return Outcome(
-        torch.zeros(len(keep), 2),
-        torch.zeros(len(keep), dtype=torch.int64),
-        torch.tensor(correct),
-        keep_BK,
-        macs_B,
-        200.0,
-    )
-
-
-def table(path, **changes):
-    times = {"always_ms": 1.0, "kept_ms": [2.0, 4.0, 3.0], "dropped_ms": [0.0, 1.0, 0.0], "whole_ms": 10.0}
-    path.write_text(json.dumps({"batches": {"1": times | changes, "64": {**times, "always_ms": 11.0}}}))
-    return str(path)
 
 
 def test_break_even_by_hand():
@@ -121,73 +101,6 @@ def test_a_profile_of_exits_has_a_time_for_each():
     content = profile(network, (3, 12, 12), [2], repeats=1)
     assert len(content["batches"]["2"]["kept_ms"]) == network.num_exits == len(content["macs"]["blocks"])
     assert "break_even" not in content["batches"]["2"]
-
-
-def test_latency_by_hand(tmp_path):
-    reward = Latency(table(tmp_path / "t.json"), penalty=5.0, batch_size=1)
-    # all: 1 + 2 + 4 + 3 = 10; first and third: 1 + 2 + 1 + 3 = 7; none: 1 + 0 + 1 + 0 = 2
-    keep = [[1, 1, 1], [1, 0, 1], [0, 0, 0], [0, 0, 0]]
-    assert reward.milliseconds(torch.tensor(keep, dtype=torch.bool)).tolist() == [10, 7, 2, 2]
-    reward_B = reward(outcome(keep, [True, True, True, False], [1, 0.5, 0.1, 0.1]))
-    assert reward_B.tolist() == pytest.approx([0, 1 - 0.49, 1 - 0.04, -5])
-    assert Latency(table(tmp_path / "t.json")).always_ms == 11  # the largest batch
-
-
-@pytest.mark.parametrize(
-    ("write", "message"),
-    [
-        (lambda path: None, "cannot be read; `policyskip profile output="),
-        (lambda path: path.write_text("{}"), "is no table of `policyskip profile`"),
-        (lambda path: path.write_text("[1]"), "is no table of `policyskip profile`"),
-        (lambda path: table(path, kept_ms=[1.0]), "must be two lists of one length"),
-        (lambda path: table(path, always_ms="slow"), "is no table of `policyskip profile`"),
-        (lambda path: table(path, always_ms=-1.0), "must be finite and not negative"),
-        (lambda path: table(path, always_ms=math.inf), "must be finite and not negative"),
-        (lambda path: table(path, always_ms=0, kept_ms=[0, 0, 0]), "not all 0"),
-    ],
-)
-def test_what_is_no_table_is_refused(tmp_path, write, message):
-    write(tmp_path / "t.json")
-    with pytest.raises(UserError, match=message):
-        Latency(str(tmp_path / "t.json"), batch_size=1)
-
-
-def test_a_table_of_another_number_of_blocks_or_batch_is_refused(tmp_path):
-    with pytest.raises(UserError, match="has no times for batches of 7; it has 1, 64"):
-        Latency(table(tmp_path / "t.json"), batch_size=7)
-    with pytest.raises(UserError, match="has 3 blocks, the network 2"):
-        Latency(table(tmp_path / "t.json"))(outcome([[1, 0]], [True], [0.5]))
-
-
-def test_budget_by_hand():
-    reward = Budget(target=0.5, rate=0.1, gain=2.0, multiplier=0.2)
-    assert isinstance(reward, Adaptive)
-    batch = outcome([[1], [0], [0]], [True, True, False], [1.0, 0.25, 0.25])
-    assert reward(batch).tolist() == pytest.approx([0.8, 0.95, -0.05])
-    assert reward.adapt({"macs_fraction": 0.7}) == pytest.approx({"multiplier": 0.22, "price": 0.62})
-    assert reward(batch).tolist() == pytest.approx([0.38, 0.845, -0.155])
-    assert reward.adapt({"macs_fraction": 0.4}) == pytest.approx({"multiplier": 0.21, "price": 0.01})
-    copy = Budget(0.5, rate=0.1, gain=2.0)
-    copy.load_state_dict(reward.state_dict())
-    assert copy.price == reward.price and copy.multiplier == reward.multiplier
-    assert reward.adapt({"macs_fraction": 0.2}) == pytest.approx({"multiplier": 0.18, "price": 0.0})  # never below
-    assert reward.adapt({}) == pytest.approx({"multiplier": 0.18, "price": 0.18})  # nothing has ended yet
-    assert reward.selection_score({"accuracy": 0.9, "macs_fraction": 0.504}) == pytest.approx(0.9)
-    for share in (0.475, 0.525):
-        assert reward.selection_score({"accuracy": 0.9, "macs_fraction": share}) == pytest.approx(0.7)
-
-
-@pytest.mark.parametrize(
-    "arguments",
-    [
-        dict(target=0),
-        dict(target=1.5),
-        *(dict(target=0.5, **{k: v}) for k, v in (("rate", 0), ("gain", -1), ("multiplier", -1), ("multiplier", 11))),
-    ],
-)
-def test_a_budget_that_makes_no_sense_is_refused(arguments):
-    with pytest.raises(UserError, match=r"reward\.target must be between 0 and 1"):
-        Budget(**arguments)
 
 
 QUICK_FRONT = "front.budget=2e3"  # what +experiment=debug spends takes a second
@@ -344,14 +257,6 @@ def test_a_plan_of_another_machine_or_network_is_not_gone_by(tmp_path, change, f
         (tmp_path / "run" / "profile.json").write_text(json.dumps({**content, "batches": {"4": times}, **extra}))
         assert policyskip.load(tmp_path / "run").plan == expected
     assert policyskip.load(tmp_path / "run", precision="bfloat16").plan == {}
-
-
-def test_a_target_out_of_reach_does_not_wind_the_multiplier_up():
-    for target, share, end in ((0.05, 0.9, 10.0), (0.95, 0.1, 0.0)):
-        reward = Budget(target)
-        for _ in range(1000):
-            reward.adapt({"macs_fraction": share})
-        assert reward.multiplier == end
 
 
 def test_a_budget_moves_while_an_agent_learns_and_goes_on_where_it_was(tmp_path):

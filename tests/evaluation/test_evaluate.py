@@ -13,10 +13,12 @@ from torch import Tensor
 import policyskip
 from policyskip.agents.base import Agent
 from policyskip.envs.block_selection import BlockSelectionVectorEnv
+from policyskip.envs.layer_skip import LayerSkipVectorEnv
 from policyskip.errors import UserError
 from policyskip.evaluation.decisions import Decisions, load_decisions, save_decisions
 from policyskip.evaluation.evaluate import evaluate, exit_decisions
 from policyskip.evaluation.figures import block_figures, exit_figures
+from policyskip.rewards import Utilization
 from policyskip.runs.folder import Run
 from tests.conftest import small_backbone, small_images
 from tests.exits.test_references import answers
@@ -159,3 +161,33 @@ def test_every_image_is_judged_by_its_own_decision(batch_size):
         assert torch.equal(result.full_correct_N, backbone(images.images).argmax(1) == images.label_N)
     assert torch.equal(result.macs_N, env.costs.of(keep_NK) + 7.0)
     assert evaluate(Parity(), env, full=False).full_correct_N is None
+
+
+def test_the_margin_of_exits_is_paired_image_by_image():
+    """On validation images exit 1 alone is right, so it is the fixed choice; here it is right on images 0 and 1. The policy
+    sends image 2 on to the last exit, which is right there: differences 0, 0, 1, 0, whose deviation is ½."""
+    cache = answers(torch.tensor([[0, 1, 0], [0, 1, 0], [0, 0, 1], [0, 0, 0]]))
+    validation = answers(torch.tensor([[0, 1, 0]] * 4))
+    figures = exit_figures(exit_decisions(torch.tensor([1, 1, 2, 1]), cache), cache, validation)
+    assert figures["accuracy"] == 0.75 and figures["static_accuracy"] == 0.5 and figures["static_margin"] == 0.25
+    assert figures["static_margin_ci95"] == pytest.approx(1.96 * 0.5 / 2)
+
+
+class Alternating(Parity):
+    """Runs every second block of every image, as an oracle would that sees labels, for 7 MACs a decision."""
+
+    sees_the_label = True
+
+    def decide(self, env):
+        return torch.full((len(env.observation),), bool(env.observation[0, -6:].argmax() % 2))
+
+
+def test_every_decision_of_a_step_by_step_policy_is_paid_for():
+    """Six blocks are six decisions; three of them run, so a right answer is worth 1 − (3/6)², a wrong one −2."""
+    options = dict(backbone=small_backbone(), images=small_images(), order="sequential", reward=Utilization(2.0))
+    env = LayerSkipVectorEnv(16, **options)
+    result = evaluate(Alternating(), env)
+    assert result.ran_NK.tolist() == [[False, True] * 3] * 40 and result.sees_the_label
+    assert torch.equal(result.macs_N, env.costs.of(result.ran_NK) + 6 * 7.0) and result.policy_macs == 42
+    assert result.reward_N.tolist() == [0.75 if right else -2.0 for right in result.correct_N.tolist()]
+    assert block_figures(result)["sees_the_label"] is True and "sees_the_label" not in block_figures(RESULT)

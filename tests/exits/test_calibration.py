@@ -78,6 +78,12 @@ def test_the_grid_is_every_combination_run_on_its_own(rule, at_once, monkeypatch
         assert point.macs_fraction == pytest.approx(macs.item() / cache.costs.full)
 
 
+def test_a_grid_is_as_fine_as_its_combinations_allow():
+    """4³ combinations are 64, though the cube root of 64 is 3.9999…; 63 leave three thresholds at each exit."""
+    cache = small_cache(exits=4)
+    assert [len(grid_curve(CONFIDENCE, cache, combinations=most)) for most in (64, 63)] == [64, 27]
+
+
 def test_the_grid_that_branchynet_screened():
     curve = grid_curve(ENTROPY, small_cache(), torch.tensor([BRANCHYNET_NATS] * 2))
     assert len(curve) == 17**2
@@ -203,6 +209,10 @@ def test_a_target_chooses_by_hand(target, index):
 def test_a_target_that_cannot_be_met_is_refused(target, message):
     with pytest.raises(UserError, match=message):
         choose(CURVE, **target)
+
+
+def test_of_equally_cheap_points_the_most_accurate_is_chosen():
+    assert choose(made_curve([0.89, 0.9, 0.88, 0.95], [50, 50, 50, 60]), accuracy_drop=0.02).accuracy == 0.9
 
 
 def test_an_accuracy_is_met_with_a_standard_error_to_spare():

@@ -144,6 +144,8 @@ def test_up_to_ln_2_distillers_criterion_makes_every_early_exit_right():
     exit_M = label_oracle(cache, [math.log(2), 0.5])
     early = exit_M < 2
     assert 0 < early.sum() < 300 and cache.correct_MN[early, exit_M[early]].all()
+    undecided = CachedExits(torch.zeros(1, 3, 2), torch.ones(1, dtype=torch.int64), cache.costs)
+    assert label_oracle(undecided, [math.log(2)] * 2).tolist() == [2]  # ln 2 is not below ln 2
 
 
 def test_who_left_where_and_was_right():

@@ -15,6 +15,7 @@ from policyskip.exits.rules import (
     RULES,
     Delta,
     between,
+    decisions_at,
     entropy,
     exit_of,
     exit_shares,
@@ -96,6 +97,10 @@ def test_the_first_exit_that_lets_an_image_go():
     leave = torch.tensor([[1, 1], [1, 0], [0, 1], [0, 0]]).bool()
     assert first_exit(leave).tolist() == [0, 0, 1, 2]
     assert first_exit(torch.zeros(3, 0).bool()).tolist() == [0, 0, 0]
+
+
+def test_no_decision_is_made_at_the_last_exit():
+    assert decisions_at(torch.tensor([0, 1, 2, 3]), 4).tolist() == [1, 2, 3, 3]
 
 
 def test_exits_under_each_rule():
@@ -225,5 +230,9 @@ def test_candidates_part_the_images_in_every_way():
     cuts = spread(CONFIDENCE, probability, 5)
     torch.testing.assert_close(cuts, torch.tensor([0.65, 0.8, 0.9, math.inf, 0]).double())
     assert CONFIDENCE.leaves(probability, cuts.unsqueeze(1)).sum(1).tolist() == [3, 2, 2, 0, 4]
+    # Of the four cuts between five images, two are taken from the middles of the halves: the second and the last.
+    top_M = torch.tensor([0.5, 0.6, 0.7, 0.8, 0.9])
+    few = spread(CONFIDENCE, torch.stack([top_M, 1 - top_M], 1), 4)
+    torch.testing.assert_close(few, torch.tensor([0.65, 0.85, math.inf, 0]).double())
     assert [len(spread(rule, probability, n)) for rule in RULES.values() for n in (2, 3, 30)] == [2, 3, 30] * 3
     assert spread(Delta(), probability[:1], 2).tolist() == pytest.approx([0.5, math.inf])
