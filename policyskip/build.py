@@ -250,6 +250,7 @@ def build_data(node: dict[str, Any], device: torch.device, trusted: bool = True)
     data = build("data", node, trusted, device=device)
     if not isinstance(data, Data):
         raise UserError(wrong_kind("data", node, data, "policyskip.data.Data"))
+    data.check_batch(batch_size)
     own = registry.is_own(registry.path_of("data", str(node["_target_"])).rpartition(".")[0])
     for images in (data.train, data.validation, data.test):
         label_N = getattr(images, "label_N", None)

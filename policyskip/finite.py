@@ -1,18 +1,68 @@
-"""Checks that stop a run when numbers are NaN or infinite, before it learns from them or saves them."""
+"""Checks of numbers: that they are an ordinary tensor, and neither NaN nor infinite, before anything is computed."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
-from policyskip.errors import UserError
+from policyskip.errors import UserError, in_one_line
+from policyskip.texts import one_line
 
 
 class NotFiniteError(UserError):
     """An error that says that a number is NaN or infinite where it has to be finite."""
+
+
+def plain_tensor(given: Any, name: str) -> Tensor:
+    """Return numbers that a user gave as an ordinary tensor: dense, with a value for every element, and not complex.
+
+    Args:
+        given: a tensor, an array of numpy or what can be made one, a number, or a list of numbers.
+        name: what the error calls it, such as "images".
+
+    Raises:
+        UserError: it is something else.
+    """
+    if not isinstance(given, Tensor):
+        if not (isinstance(given, bool | int | float | list | tuple) or hasattr(given, "__array__")):
+            raise UserError(f"{name} must be a tensor or an array of numbers, got {one_line(repr_of(given), 80)}")
+        try:
+            array = np.asarray(given)
+            if not array.flags.writeable or min(array.strides, default=0) < 0:
+                array = array.copy()  # torch takes neither read-only nor mirrored arrays
+            given = torch.from_numpy(array)
+        except Exception as error:  # a stranger's array may raise anything
+            raise UserError(f"{name} cannot be read as numbers: {one_line(in_one_line(error))}") from error
+    if (kind := unusual(given)) is not None:
+        raise UserError(f"{name} must be an ordinary dense tensor of real numbers, got a {kind} one")
+    tensor: Tensor = given
+    return tensor
+
+
+def unusual(tensor: Tensor) -> str | None:
+    """Return in a word what makes a tensor unusual: nested, sparse_coo, meta, quantized, complex; None if nothing."""
+    kinds = {
+        "nested": tensor.is_nested,
+        str(tensor.layout).removeprefix("torch.").lstrip("_"): tensor.layout != torch.strided,
+        "meta": tensor.is_meta,
+        "quantized": tensor.is_quantized,
+        "complex": tensor.is_complex(),
+    }
+    return next((kind for kind, applies in kinds.items() if applies), None)
+
+
+def repr_of(value: Any) -> str:
+    """Return a text or None as it is written, and the name of the type of any other value."""
+    return repr(value) if value is None or isinstance(value, str) else type(value).__name__
+
+
+def described(tensor: Tensor, of: str = "") -> str:
+    """Return dtype and shape of a tensor, such as "float32 (2, 3)"; ``of`` stands between the two."""
+    return f"{str(tensor.dtype).removeprefix('torch.')}{of} {tuple(tensor.shape)}"
 
 
 def check_finite(learner: str, update: int, **tensors: Tensor) -> None:

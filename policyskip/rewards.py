@@ -19,6 +19,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from policyskip.errors import UserError
+from policyskip.finite import described, repr_of, unusual
+from policyskip.texts import one_line
 
 
 @dataclass(frozen=True)
@@ -52,6 +54,9 @@ class Outcome:
         return (self.macs_B / self.full_macs).float()
 
 
+LARGEST = 1e30
+"""The largest weight of a reward: a reward that it multiplies is still finite in float32."""
+
 Reward = Callable[[Outcome], Tensor]
 """From an outcome of B decisions to the reward of each, float (B,)."""
 
@@ -77,6 +82,18 @@ class Adaptive(Protocol):
         ...
 
 
+def check_weight(key: str, value: float) -> None:
+    """Refuse a weight of a reward that float32 cannot hold, or that is no number.
+
+    Raises:
+        UserError: naming the key and the value.
+    """
+    if isinstance(value, bool) or not isinstance(value, int | float) or not abs(value) <= LARGEST:
+        raise UserError(
+            f"reward.{key} must be a number from -{LARGEST:.0e} to {LARGEST:.0e}, got {one_line(repr(value), 60)}"
+        )
+
+
 def unless_wrong(used_B: Tensor, outcome: Outcome, penalty: float) -> Tensor:
     """Return ``1 - used²`` where the prediction is right and ``-penalty`` where it is wrong, float (B,).
 
@@ -89,9 +106,16 @@ def unless_wrong(used_B: Tensor, outcome: Outcome, penalty: float) -> Tensor:
 @dataclass(frozen=True)
 class Utilization:
     """The reward of BlockDrop (Wu et al. 2018), which is ``1 - (|u|/K)²`` if the prediction is right, ``-penalty`` if
-    not, where |u| of the K blocks ran."""
+    not, where |u| of the K blocks ran.
+
+    Raises:
+        UserError: ``penalty`` is not finite, or too large.
+    """
 
     penalty: float = 1.0
+
+    def __post_init__(self) -> None:
+        check_weight("penalty", self.penalty)
 
     def __call__(self, outcome: Outcome) -> Tensor:
         return unless_wrong(outcome.kept_fraction_B, outcome, self.penalty)
@@ -99,9 +123,16 @@ class Utilization:
 
 @dataclass(frozen=True)
 class Macs:
-    """A reward like :class:`Utilization` that takes the share of MACs spent in place of that of blocks that ran."""
+    """A reward like :class:`Utilization` that takes the share of MACs spent in place of that of blocks that ran.
+
+    Raises:
+        UserError: ``penalty`` is not finite, or too large.
+    """
 
     penalty: float = 1.0
+
+    def __post_init__(self) -> None:
+        check_weight("penalty", self.penalty)
 
     def __call__(self, outcome: Outcome) -> Tensor:
         return unless_wrong(outcome.macs_fraction_B, outcome, self.penalty)
@@ -109,9 +140,16 @@ class Macs:
 
 @dataclass(frozen=True)
 class Linear:
-    """A reward that is SkipNet's trade-off: minus the cross-entropy (nats), minus ``weight`` times the MACs' share."""
+    """A reward that is SkipNet's trade-off: minus the cross-entropy (nats), minus ``weight`` times the MACs' share.
+
+    Raises:
+        UserError: ``weight`` is not finite, or too large.
+    """
 
     weight: float = 0.5
+
+    def __post_init__(self) -> None:
+        check_weight("weight", self.weight)
 
     def __call__(self, outcome: Outcome) -> Tensor:
         loss = F.cross_entropy(outcome.logits_BC, outcome.label_B, reduction="none")
@@ -129,10 +167,11 @@ class Latency:
         batch_size: the batch size whose times are used; None is the largest in the table.
 
     Raises:
-        UserError: the table cannot be read, or has no such batch size.
+        UserError: the table cannot be read, or has no such batch size, or ``penalty`` is not finite or too large.
     """
 
     def __init__(self, table: str, penalty: float = 1.0, batch_size: int | None = None) -> None:
+        check_weight("penalty", penalty)
         try:
             batches = json.loads(Path(table).read_text(encoding="utf-8"))["batches"]
             size = str(max(map(int, batches)) if batch_size is None else batch_size)
@@ -196,8 +235,8 @@ class Budget:
     def __init__(self, target: float, rate: float = 0.05, gain: float = 2.0, multiplier: float = 0.2) -> None:
         if not (0 < target < 1 and 0 < rate <= 1e3 and 0 <= gain <= 1e3 and 0 <= multiplier <= 10):  # no NaN either
             raise UserError(
-                f"reward.target must be between 0 and 1, reward.rate positive, reward.gain not negative, neither above "
-                f"1000, and reward.multiplier from 0 to 10; got {target}, {rate}, {gain} and {multiplier}"
+                f"reward.target must be above 0 and below 1, reward.rate positive, reward.gain not negative, neither "
+                f"above 1000, and reward.multiplier from 0 to 10; got {target}, {rate}, {gain} and {multiplier}"
             )
         self.target, self.rate, self.gain, self.multiplier = target, rate, gain, multiplier
         self.excess = 0.0
@@ -238,23 +277,26 @@ def reward_of(reward: Reward, outcome: Outcome) -> Tensor:
         UserError: the reward raised an exception, or returned something other than a finite float tensor (B,). The
             message names the reward and what it returned.
     """
-    name = getattr(reward, "__name__", type(reward).__name__)
+    name = one_line(getattr(reward, "__name__", type(reward).__name__), 80)
     try:
         reward_B = reward(outcome)
     except UserError:
         raise
     except Exception as error:
-        raise UserError(f"the reward {name} raised {type(error).__name__}: {error}") from error
-    expected = tuple(outcome.correct_B.shape)
+        raise UserError(f"the reward {name} raised {type(error).__name__}: {one_line(error)}") from error
+    expected = f"a float tensor of shape {tuple(outcome.correct_B.shape)}"
     if not isinstance(reward_B, Tensor):
+        raise UserError(f"the reward {name} must return {expected}, not {one_line(repr_of(reward_B), 80)}")
+    if (kind := unusual(reward_B)) is not None:
+        raise UserError(f"the reward {name} must return {expected}, not a {kind} one")
+    if reward_B.shape != outcome.correct_B.shape or not reward_B.is_floating_point():
+        raise UserError(f"the reward {name} must return {expected}, not {described(reward_B, ' of shape')}")
+    single_B = reward_B.detach().float()  # in which a number beyond 3.4e38 is infinite
+    finite_B = torch.isfinite(single_B)
+    if not finite_B.all():
+        bad = reward_B[~finite_B]
         raise UserError(
-            f"the reward {name} must return a float tensor of shape {expected}, not {type(reward_B).__name__}"
+            f"the reward {name} returned {len(bad)} non-finite values of {len(reward_B)}, such as {bad[0]:.4g}"
+            + ("" if not bad[0].isfinite() else ", which float32 cannot hold")
         )
-    if tuple(reward_B.shape) != expected or not reward_B.is_floating_point():
-        returned = f"{str(reward_B.dtype).removeprefix('torch.')} of shape {tuple(reward_B.shape)}"
-        raise UserError(f"the reward {name} must return a float tensor of shape {expected}, not {returned}")
-    finite = torch.isfinite(reward_B)
-    if not finite.all():
-        bad = reward_B[~finite]
-        raise UserError(f"the reward {name} returned {len(bad)} non-finite values of {len(reward_B)}, such as {bad[0]}")
-    return reward_B.detach().float().to(outcome.keep_BK.device)
+    return single_B.to(outcome.keep_BK.device)

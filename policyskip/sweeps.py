@@ -9,18 +9,20 @@ from __future__ import annotations
 
 import contextlib
 import json
+import re
 import sys
 import time
 import traceback
 from collections.abc import Callable
 from math import prod
 from pathlib import Path
+from typing import Any
 
 from hydra._internal.utils import get_args_parser
 from hydra.core.hydra_config import HydraConfig
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.errors import HydraException
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf
 
 from policyskip.errors import in_one_line, traceback_wanted, users_class_failed, users_problem
 from policyskip.files import reporting_write_errors, shell_argument
@@ -32,10 +34,19 @@ FLAGS = {"-m", "--multirun"}
 SWEEP = "POLICYSKIP_SWEEP"
 """The variable in a job's environment that holds the number of jobs and the swept keys, such as "6 agent seed"."""
 NAMES = {
-    "train": "${hydra:runtime.choices.agent}-${hydra:runtime.choices.data}",
-    "pretrain": "pretrain-${hydra:runtime.choices.backbone}-${hydra:runtime.choices.data}",
+    "train": "${chosen:agent}-${chosen:data}",
+    "pretrain": "pretrain-${chosen:backbone}-${chosen:data}",
 }
 """The commands that make run folders, and the start of a folder's name."""
+
+
+def _chosen(group: str, *, _root_: Any) -> str:
+    """Return the option of a group that was chosen, or the name of the user's own class that takes its place."""
+    option, target = str(HydraConfig.get().runtime.choices[group]), str(_root_[group].get("_target_"))
+    return option if target.startswith("policyskip.") else re.sub(r"[^\w.-]+", "-", target)
+
+
+OmegaConf.register_new_resolver("chosen", _chosen, replace=True)
 
 
 def prepare(command: str, arguments: list[str]) -> tuple[list[str], Path | None]:

@@ -147,7 +147,7 @@ WRONG = {
     "train agent.pool=99": "agent: .*too small",
     "train agent.policy=oracle": "agent.policy: input should be 'cifar', 'imagenet' or 'constant', got 'oracle'",
     "train agent.schedule=none": "agent.schedule: input should be 'onecycle' or 'constant', got 'none'",
-    "train data.train=0": "data.train must be at least 1 image, got 0",
+    "train data.train=0": "data.train must be at least 1 image, and at most 2,000,000, got 0",
     "train data.batch_size=0": "data.batch_size must be a positive integer, got 0",
     "train backbone.depth=21": r"depth must be 6n\+2 .* got 21",
     "train backbone.width=0": "width must be at least 1, .* got 0",
@@ -310,7 +310,7 @@ REWARDS = {
     "a column": ("return outcome.macs_B.unsqueeze(1)", r"shape \(32,\), not float64 of shape \(32, 1\)"),
     "whole numbers": ("return outcome.label_B", r"shape \(32,\), not int64 of shape \(32,\)"),
     "no tensor": ("return 1.0", r"the reward Mine must return a float tensor of shape \(32,\), not float"),
-    "nothing": ("pass", "the reward Mine must return a float tensor .* not NoneType"),
+    "nothing": ("pass", "the reward Mine must return a float tensor .* not None"),
     "NaN": ("return outcome.macs_B * float('nan')", "the reward Mine returned 32 non-finite values of 32, such as nan"),
     "infinity": ("return outcome.macs_B / 0", "the reward Mine returned 32 non-finite values of 32, such as inf"),
     "an exception": ("raise RuntimeError('no gold')", "the reward Mine raised RuntimeError: no gold"),
@@ -645,6 +645,8 @@ class NoEnvironments(Good): environments = None
 class OneString(Good): environments = "block_selection"
 class NoPolicy(Good):
     def __init__(self, env): self.decision_macs = 0.0
+class NoMacs(Good):
+    def __init__(self, env): self.policy = FixedPolicy(env.backbone.num_blocks)
 class MacsText(Good):
     def __init__(self, env): super().__init__(env); self.decision_macs = "x"
 class Numpy(Good):
@@ -709,6 +711,7 @@ def more_labels(device):
         ("agent._target_=odd.NoEnvironments", "must declare environments, a tuple of names, got None"),
         ("agent._target_=odd.OneString", "must declare environments, a tuple of names, got 'block_selection'"),
         ("agent._target_=odd.NoPolicy", "must set policy to a policyskip.policies.base.Policy, got NoneType"),
+        ("agent._target_=odd.NoMacs", "must set decision_macs to the MACs of one decision, a number, got None"),
         ("agent._target_=odd.MacsText", "must set decision_macs to the MACs of one decision, a number, got 'x'"),
         ("agent._target_=odd.Numpy", r"state_dict of the agent Numpy must .*; got ndarray in state_dict\['a'\]\[0\]"),
         ("agent._target_=odd.NoState", "state_dict of the agent NoState must .*; got NoneType"),
@@ -765,7 +768,7 @@ def test_what_a_part_returned_is_named_where_the_package_stumbles_over_it(empty_
     "argument, message",
     [
         ("backbone._target_=odd.one_logit_more", r"gave logits \(2, 11\) for two images, not \(2, 10\)"),
-        ("data._target_=odd.floats", r"data: odd.floats gave images float32 \(3, 20, 20\), not uint8 \(3, 20, 20\)"),
+        ("data._target_=odd.floats", r"images must be uint8, 0 to 255, got a Tensor of float32 \(60, 3, 20, 20\)"),
         ("reward._target_=odd.plain_reward", "reward.outcome is not set; .* a reward is a class with __call__"),
         ("agent._target_=odd.unannotated", "at least 1, got 0; if the agent has nothing to learn, annotate what una"),
     ],

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
+from functools import partial
 
 import pytest
 import torch
@@ -21,6 +22,9 @@ OUTCOME = Outcome(
     macs_B=torch.tensor([100.0, 60.0, 20.0, 60.0], dtype=torch.float64),
     full_macs=100.0,
 )
+
+
+latency = partial(Latency, "there is none.json")
 
 
 def test_utilization():
@@ -63,9 +67,44 @@ def a_list(outcome: Outcome) -> list[float]:
     return [0.0] * 4
 
 
+def huge(outcome: Outcome) -> torch.Tensor:
+    return torch.full((4,), -1e300, dtype=torch.float64)
+
+
+NESTED = torch.nested.nested_tensor([torch.zeros(2), torch.zeros(2)], layout=torch.jagged)
+ODD = {
+    "sparse": torch.zeros(4).to_sparse(),
+    "meta": torch.zeros(4, device="meta"),
+    "complex": torch.zeros(4, dtype=torch.complex64),
+    "nested": NESTED,
+    "None": None,
+    "dict": {},
+    "'much'": "much",
+    "float32 of shape": torch.zeros(()),
+    "bool of shape": torch.zeros(4, dtype=torch.bool),
+}
+
+
+@pytest.mark.parametrize("kind", ODD)
+def test_what_is_no_reward_is_refused_in_one_line(kind):
+    with pytest.raises(UserError, match=rf"must return a float tensor of shape \(4,\), not (a )?{kind}") as error:
+        reward_of(lambda outcome: ODD[kind], OUTCOME)
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("value", [1e300, float("nan"), -float("inf"), 10**400, "x", None, True])
+@pytest.mark.parametrize(
+    ("key", "kind"), [("penalty", Utilization), ("penalty", Macs), ("weight", Linear), ("penalty", latency)]
+)
+def test_a_weight_that_float32_cannot_hold_is_refused_by_its_key(key, kind, value):
+    with pytest.raises(UserError, match=rf"reward\.{key} must be a number from -1e\+30 to 1e\+30, got"):
+        kind(**{key: value})
+
+
 @pytest.mark.parametrize(
     ("reward", "message"),
     [
+        (huge, r"huge returned 4 non-finite values of 4, such as -1e\+300, which float32 cannot hold"),
         (misshapen, r"misshapen must return a float tensor of shape \(4,\), not float32 of shape \(4, 1\)"),
         (integers, r"integers must return .* not int64"),
         (not_a_number, "not_a_number returned 1 non-finite values of 4, such as nan"),
@@ -160,7 +199,7 @@ def test_budget_by_hand():
     ],
 )
 def test_a_budget_that_makes_no_sense_is_refused(arguments):
-    with pytest.raises(UserError, match=r"reward\.target must be between 0 and 1"):
+    with pytest.raises(UserError, match=r"reward\.target must be above 0 and below 1"):
         Budget(**arguments)
 
 

@@ -9,6 +9,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+from omegaconf import OmegaConf
 
 from policyskip import sweeps
 from policyskip.evaluation.decisions import load_decisions
@@ -95,10 +96,20 @@ def test_every_agent_writes_the_metrics_that_are_compared(tmp_path):
         assert [row["agent"] for row in csv.DictReader(file)] == ["blockdrop", "cdl", "ppo", "skipnet"]
 
 
+def test_a_run_s_folder_is_named_after_what_was_chosen_or_a_class_of_the_user_s_own(monkeypatch):
+    choices = {"data": "custom", "backbone": "resnet20", "agent": "full"}
+    hydra = SimpleNamespace(get=lambda: SimpleNamespace(runtime=SimpleNamespace(choices=choices)))
+    monkeypatch.setattr(sweeps, "HydraConfig", hydra)
+    targets = {"data": "my_data.load", "backbone": "policyskip.backbones.cifar_resnet", "agent": "a b/c.Mine"}
+    config = OmegaConf.create({group: {"_target_": target} for group, target in targets.items()})
+    config.name = "${chosen:data} ${chosen:backbone} ${chosen:agent}"
+    assert config.name == "my_data.load resnet20 a-b-c.Mine"
+
+
 def test_what_hydra_is_given(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     arguments, folder = sweeps.prepare("train", ["-m", "agent=a,b", "seed=range(0,3)", "reward.penalty=2", "env=x,y"])
-    name = "${hydra:runtime.choices.agent}-${hydra:runtime.choices.data}-seed=${seed}-${hydra:runtime.choices.env}"
+    name = "${chosen:agent}-${chosen:data}-seed=${seed}-${hydra:runtime.choices.env}"
     assert arguments[5:] == [
         f"hydra.sweep.dir={folder}",
         "+hydra.job.env_set.POLICYSKIP_SWEEP='12 agent seed env'",

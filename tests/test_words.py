@@ -269,6 +269,17 @@ def test_public_functions_say_that_they_raise():
     assert not silent, "\n".join(silent)
 
 
+def test_messages_about_a_range_say_whether_its_ends_belong_to_it():
+    """Of "must be between 0 and 1, got 1.0" nobody knows what is wrong."""
+    found = [
+        f"{path.relative_to(ROOT).as_posix()}:{number}: {line.strip()}"
+        for path in sorted((ROOT / "policyskip").rglob("*.py"))
+        for number, line in enumerate(path.read_text("utf-8").splitlines(), 1)
+        if re.search(r"^\s*(raise UserError\()?f?\".* between -?\d+ and -?\d", line)
+    ]
+    assert not found, "\n".join(['say "above 0 and below 1", or "from 0 to 1":', *found])
+
+
 def test_names_that_say_nothing_do_not_come_back():
     """As names in the source; as words of a sentence they are welcome."""
     found = [

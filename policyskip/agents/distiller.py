@@ -49,7 +49,7 @@ class Distiller(EarlyExitAgent):
         weights = [1 / (E + 1)] * E if lossweights is None else list(lossweights)
         if len(weights) != E or any(not 0 < weight < 1 for weight in weights):
             raise UserError(
-                f"agent.lossweights must give each of the {E} early exits a weight between 0 and 1 "
+                f"agent.lossweights must give each of the {E} early exits a weight above 0 and below 1 "
                 f"(the last exit gets what is left of 1), got {weights}"
             )
         if sum(weights) >= 1:

@@ -257,7 +257,7 @@ class OnPolicy(SB3Agent):
         **hyperparameters: Any,
     ) -> None:
         if not 0 < initial_keep < 1:
-            raise UserError(f"agent.initial_keep must be between 0 and 1, got {initial_keep}")
+            raise UserError(f"agent.initial_keep must be above 0 and below 1, got {initial_keep}")
         super().__init__(env, total_steps, seed, schedule, net_arch, channels, **hyperparameters)
         logit = math.log(initial_keep / (1 - initial_keep))
         bias_A: Tensor = self.model.policy.action_net.bias

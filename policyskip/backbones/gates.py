@@ -181,5 +181,5 @@ def _logit(probability: float) -> float:
         UserError: it is not between 0 and 1.
     """
     if not 0 < probability < 1:
-        raise UserError(f"agent.initial_keep must be between 0 and 1, got {probability}")
+        raise UserError(f"agent.initial_keep must be above 0 and below 1, got {probability}")
     return math.log(probability / (1 - probability))

@@ -2,23 +2,25 @@
 
 from __future__ import annotations
 
+from policyskip.data.arrays import from_arrays
 from policyskip.data.base import (
-    Augment,
     Batch,
     Data,
     Feed,
     Images,
     Order,
-    TensorImages,
     batch_at,
-    crop_and_flip,
+    check_images,
     hold_out,
     sequential,
     spread_indices,
 )
 from policyskip.data.by_name import load_data
 from policyskip.data.cluttered import digits
-from policyskip.data.folders import FileImages, imagefolder, read_image
+from policyskip.data.datasets import from_dataset
+from policyskip.data.files import FileImages, read_image
+from policyskip.data.folders import imagefolder
+from policyskip.data.tensors import Augment, TensorImages, crop_and_flip
 from policyskip.data.torchvision_sets import torchvision_data
 
 __all__ = [
@@ -31,8 +33,11 @@ __all__ = [
     "Order",
     "TensorImages",
     "batch_at",
+    "check_images",
     "crop_and_flip",
     "digits",
+    "from_arrays",
+    "from_dataset",
     "hold_out",
     "imagefolder",
     "load_data",

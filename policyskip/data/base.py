@@ -10,19 +10,26 @@ Shapes: N images in a set, B images in a batch, H W pixels.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterable, Iterator
+import math
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from typing import Literal, Protocol
+from pathlib import Path
+from typing import Any, Literal, Protocol
 
 import torch
 from torch import Tensor
 
 from policyskip.errors import UserError
 from policyskip.parallel import processes
+from policyskip.texts import one_line
 
 SPLIT_SEED = 0
 """Decides which images are held out for validation. It is the same in every run, whatever the run's seed, because
 weights and thresholds were chosen on these images."""
+SMALLEST_SIDE = 4
+"""The least height and width of images, in pixels: crops of smaller ones would show little but padding."""
+LARGEST_BATCH_BYTES = 2**32
+"""The most bytes that the pixels of a batch may take; a network's features take many times as much."""
 IN_MEMORY_BYTES = 2**30
 """Image folders whose decoded images take at most this many bytes are held in memory."""
 
@@ -78,6 +85,51 @@ class Images(Protocol):
         ...
 
 
+_IMAGES = ("stream", "plain", "fingerprint", "label_N", "__len__")
+"""What every set of images has."""
+
+
+def check_images(images: Any, name: str = "images") -> None:
+    """Refuse what is no set of images, such as an array, a torch ``Dataset`` or a ``Data``, or a set without an image.
+
+    Raises:
+        UserError: saying what was given, and what makes a set of it.
+    """
+    if isinstance(images, Data):
+        raise UserError(f"{name} must be one split of the data, such as data.train, got all of the data")
+    if isinstance(images, type) or not all(hasattr(images, attribute) for attribute in _IMAGES):
+        way = "from_arrays(images, labels)" if _shape(images) else "from_dataset(dataset)"
+        found = described(images)
+        raise UserError(f"{name} must be a policyskip.data.Images (policyskip.data.{way}.train is one), got {found}")
+    if len(images) < 1:
+        raise UserError(f"{name} must hold at least one image, got none")
+
+
+def described(value: Any) -> str:
+    """Describe a value in a few words: the type and shape of an array, the type and length of a collection, ….
+
+    Returns: one line that is safe to print.
+    """
+    kind = type(value).__name__
+    if value is None or isinstance(value, bool | int | float | str | Path):
+        return one_line(repr(value), 80)
+    if shape := _shape(value):
+        dtype = str(getattr(value, "dtype", "")).removeprefix("torch.")
+        return one_line(" ".join(filter(None, [f"a {kind} of", dtype, shape])), 120)
+    try:
+        return one_line(f"a {kind} of length {len(value)}", 120)
+    except Exception:  # a stranger's __len__ may raise anything
+        return one_line(f"a {kind}", 120)
+
+
+def _shape(value: Any) -> str:
+    """Return the shape of an array as text; nothing for other values."""
+    try:
+        return str(tuple(value.shape))
+    except Exception:  # a nested tensor raises a RuntimeError, and a stranger's class can have anything
+        return "unknown shape" if isinstance(value, Tensor) else ""
+
+
 def batch_at(images: Images, index_B: Tensor) -> Batch:
     """Read the images with these indices, int64 (B,) on the CPU, as one batch; a random augmentation uses seed 0."""
     return next(iter(images.stream([(index_B, 0)])))
@@ -95,7 +147,11 @@ def spread_indices(count: int, size: int) -> Tensor:
 
 @dataclass(frozen=True)
 class Data:
-    """Holds the three splits of a data set, its class names, and ``image_shape``, which is (3, H, W)."""
+    """Holds the three splits of a data set, its class names, and ``image_shape``, which is (3, H, W).
+
+    Raises:
+        UserError: a split is no set of images or empty, or the images are smaller than the networks can take.
+    """
 
     name: str
     train: Images
@@ -103,6 +159,34 @@ class Data:
     test: Images
     classes: tuple[str, ...]
     image_shape: tuple[int, int, int]
+
+    def __post_init__(self) -> None:
+        for name in ("train", "validation", "test"):
+            check_images(getattr(self, name), name)
+        if isinstance(self.classes, str) or not all(isinstance(name, str) for name in self.classes):
+            raise UserError(f"classes must be names, such as ('cat', 'dog'), got {one_line(repr(self.classes), 80)}")
+        shape, least = tuple(self.image_shape), SMALLEST_SIDE
+        if len(shape) != 3 or shape[0] != 3 or min(shape[1:]) < least:
+            found = f"{shape[2]}×{shape[1]} pixels" if len(shape) == 3 and shape[0] == 3 else f"the shape {shape}"
+            raise UserError(
+                f"the images of {one_line(self.name, 80)} have {found}; they must be (3, H, W), of at least "
+                f"{least}×{least} pixels"
+            )
+
+    def check_batch(self, batch_size: int) -> None:
+        """Refuse a batch that takes more memory than any machine has for it.
+
+        Raises:
+            UserError: its images take more than ``LARGEST_BATCH_BYTES``.
+        """
+        needed = batch_size * math.prod(self.image_shape)
+        if needed > LARGEST_BATCH_BYTES:
+            side = f"{self.image_shape[1]}×{self.image_shape[2]}"
+            raise UserError(
+                f"data.batch_size={batch_size} images of {side} pixels are {needed / 1e9:,.1f} GB, more than the "
+                f"{LARGEST_BATCH_BYTES / 1e9:.1f} GB that a batch may take; a smaller data.batch_size, or "
+                "data.image_size for a folder of images, helps"
+            )
 
     def split(self, name: str) -> Images:
         """Return the split of that name: train, validation or test.
@@ -184,12 +268,24 @@ class Feed:
         """Show batch number ``cursor``, in the order of ``seed``, or in the present order if that is None."""
         self.seed = self.seed if seed is None else seed
         self.cursor = cursor
+        self._stream = self._from(cursor)
+        self.batch = next(self._stream)
+
+    def _from(self, cursor: int) -> Iterator[Batch]:
+        """Yield the batches from number ``cursor`` on."""
         if self.order == "shuffled":
             orders = shuffled(len(self.images), self.batch_size, self.seed, cursor)
         else:
             orders = sequential(len(self.images), self.batch_size, cursor)
-        self._stream = self.images.stream(orders, self._rows)
-        self.batch = next(self._stream)
+        return self.images.stream(orders, self._rows)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Return what a copy is made of, which is all but the stream: it follows from the cursor."""
+        return {key: value for key, value in self.__dict__.items() if key != "_stream"}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self._stream = self._from(self.cursor + 1)
 
     def advance(self) -> Batch:
         """Show the next batch and return it; after the last batch of a sequential order, an empty one."""
@@ -198,118 +294,16 @@ class Feed:
         return self.batch
 
 
-Augment = Callable[[Tensor, torch.Generator], Tensor]
-"""Augmentation of a batch: images uint8 (B, 3, H, W) to images of the same shape and dtype."""
-
-
-def crop_and_flip(images: Tensor, generator: torch.Generator, pad: int = 4) -> Tensor:
-    """Crop zero-padded images, uint8 (B, 3, H, W), at random and mirror half of them, independently for each image."""
-    B, _, H, W = images.shape
-    padded = torch.nn.functional.pad(images, (pad, pad, pad, pad))
-    dy, dx = torch.randint(0, 2 * pad + 1, (2, B, 1), generator=generator)
-    columns = torch.arange(W).expand(B, W)
-    flip = torch.rand(B, 1, generator=generator) < 0.5
-    columns = torch.where(flip, columns.flip(1), columns) + dx
-    rows = torch.arange(H) + dy
-    device = images.device
-    batch = torch.arange(B, device=device).view(B, 1, 1)
-    return padded.permute(0, 2, 3, 1)[batch, rows.to(device)[:, :, None], columns.to(device)[:, None, :]].permute(
-        0, 3, 1, 2
-    )
-
-
-class TensorImages:
-    """A set that is held on the device.
-
-    Args:
-        images: uint8 (N, 3, H, W).
-        label_N: int64 (N,).
-        difficulty: float32 (N,) on the CPU, or None.
-        augment: applied to each batch; None leaves the images as they are.
-        recipe: a text that says from what the images were rendered. The fingerprint is computed from the recipe instead
-            of the pixels, because the last bit of a pixel may differ between machines. If it is
-            None, the fingerprint is computed from the pixels.
-    """
-
-    def __init__(
-        self,
-        images: Tensor,
-        label_N: Tensor,
-        difficulty: Tensor | None = None,
-        augment: Augment | None = None,
-        recipe: str | None = None,
-    ) -> None:
-        self.images = images
-        self.label_N = label_N
-        self.difficulty = difficulty
-        self.augment = augment
-        self.recipe = recipe
-
-    def __len__(self) -> int:
-        return len(self.label_N)
-
-    def stream(self, orders: Iterable[tuple[Tensor, int]], rows: slice = WHOLE) -> Iterator[Batch]:
-        for index_B, seed in orders:
-            on_device = index_B.to(self.images.device)
-            images = self.images[on_device]
-            if self.augment is not None:
-                images = self.augment(images, torch.Generator().manual_seed(seed))
-            yield Batch(images[rows], self.label_N[on_device[rows]], index_B[rows])
-
-    def plain(self) -> TensorImages:
-        return TensorImages(self.images, self.label_N, self.difficulty, recipe=self.recipe)
-
-    def fingerprint(self) -> str:
-        content = self.recipe.encode() if self.recipe else self.images.cpu().contiguous().numpy().tobytes()
-        digest = hashlib.sha256(content)
-        digest.update(self.label_N.cpu().numpy().tobytes())
-        return digest.hexdigest()[:16]
-
-
-def in_memory(
-    name: str,
-    train_images: Tensor,
-    train_labels: Tensor,
-    test_images: Tensor,
-    test_labels: Tensor,
-    classes: tuple[str, ...],
-    validation: float,
-    augment: Augment | None,
-    device: torch.device,
-) -> Data:
-    """Make a data set of images held on the device, with ``validation`` of the training images held out.
-
-    Args:
-        train_images, test_images: uint8 (N, 3, H, W).
-        train_labels, test_labels: integers (N,).
-        validation: share of the training images, between 0 and 1.
-        augment: applied to training batches.
-
-    Raises:
-        UserError: ``validation`` is not between 0 and 1, or there is only one training image.
-    """
-    held_out, kept = hold_out(len(train_labels), validation)
-    images, labels = train_images.to(device), train_labels.long().to(device)
-    return Data(
-        name,
-        train=TensorImages(images[kept.to(device)], labels[kept.to(device)], augment=augment),
-        validation=TensorImages(images[held_out.to(device)], labels[held_out.to(device)]),
-        test=TensorImages(test_images.to(device), test_labels.long().to(device)),
-        classes=classes,
-        image_shape=(3, *train_images.shape[2:]),
-    )
-
-
 def hold_out(count: int, fraction: float) -> tuple[Tensor, Tensor]:
     """Divide ``count`` images into validation images, ``fraction`` of them and at least one, and training images.
 
     Returns: the indices of the validation and of the training images, int64, ascending, the same on every call.
 
     Raises:
-        UserError: ``fraction`` is not between 0 and 1, or there are fewer than two images.
+        UserError: ``fraction`` is not above 0 and below 1, or there are fewer than two images.
     """
     if not 0 < fraction < 1:
-        raise UserError(f"data.validation must be a share between 0 and 1, got {fraction}")
+        raise UserError(f"data.validation must be a share above 0 and below 1, got {fraction}")
     if count < 2:
         raise UserError(f"the training split needs at least 2 images, one of them for validation; it has {count}")
     order = torch.randperm(count, generator=torch.Generator().manual_seed(SPLIT_SEED))

@@ -18,7 +18,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from policyskip.data.base import Data, TensorImages
+from policyskip.data.base import Data
+from policyskip.data.tensors import TensorImages
 from policyskip.errors import UserError
 
 VERSION = 2
@@ -33,6 +34,8 @@ SIZE = 20
 """Height and width of an image, in pixels."""
 SOURCES = {"train": 1100, "validation": 300, "test": 397}
 """Number of scikit-learn's digits from which each split is rendered."""
+MOST_IMAGES = 2_000_000
+"""The most images of a split: 2.4 GB."""
 _SPLIT_SEED = 1998
 _CHUNK = 4096
 
@@ -41,12 +44,12 @@ def digits(device: torch.device, train: int = 20000, validation: int = 2000, tes
     """Render a data set of cluttered digits, with any number of images in each split, in seconds.
 
     Raises:
-        UserError: a split with less than one image.
+        UserError: a split with less than one image, or more than ``MOST_IMAGES``.
     """
     splits = {}
     for split, count in {"train": train, "validation": validation, "test": test}.items():
-        if count < 1:
-            raise UserError(f"data.{split} must be at least 1 image, got {count}")
+        if not 1 <= count <= MOST_IMAGES:
+            raise UserError(f"data.{split} must be at least 1 image, and at most {MOST_IMAGES:,}, got {count}")
         images, label_N, difficulty = render_digits(split, count, seed=0)
         recipe = f"digits {VERSION} {split} {count}"
         splits[split] = TensorImages(images.to(device), label_N.to(device), difficulty, recipe=recipe)

@@ -1,24 +1,39 @@
 """Folders of images are held in memory if they fit, and otherwise read from their files batch by batch.
 
-Shapes: N images in a set, B images in a batch, H W pixels.
+Shapes: N images in a set.
 """
 
 from __future__ import annotations
 
-import hashlib
+import os
+import re
 import warnings
-from collections.abc import Iterable, Iterator
+from collections import Counter
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
+from typing import Literal
 
 import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
 
-from policyskip.data.base import IN_MEMORY_BYTES, WHOLE, Batch, Data, crop_and_flip, hold_out, in_memory, mix
-from policyskip.errors import UserError
+from policyskip.data.base import IN_MEMORY_BYTES, Data, hold_out
+from policyskip.data.files import IMAGE_SUFFIXES, FileImages, read_image
+from policyskip.data.reading import check_size
+from policyskip.data.tensors import crop_and_flip, in_memory
+from policyskip.data.workers import check_workers
+from policyskip.errors import UserError, check_choice
+from policyskip.parallel import processes
+from policyskip.texts import one_line
+
+ClassOrder = Literal["text", "numbers"]
+TEST_FOLDERS = ("test", "val", "valid", "validation")
+"""The folder of test images is the first of these that is there."""
+LAYOUT = "data.root must hold train/<class>/* and test/<class>/*"
+LARGE_SIDE = 512
+"""Images of more pixels a side that are not scaled are worth a warning: networks become slow."""
 
 
 def imagefolder(
@@ -30,6 +45,7 @@ def imagefolder(
     workers: int = 2,
     name: str = "imagefolder",
     skip_damaged: bool = False,
+    class_order: ClassOrder = "text",
 ) -> Data:
     """Read the data set ``root/train/<class>/*`` and ``root/test/<class>/*`` (or ``root/val``, as ImageNet has it).
 
@@ -40,27 +56,36 @@ def imagefolder(
         workers: processes that decode images when the set is too large for memory.
         skip_damaged: whether files that cannot be read are left out, and their number printed; every file is decoded
             once to find them.
+        class_order: "numbers" takes class folders whose names are all numbers in the order of the numbers, and others
+            by name; "text", the order that runs of earlier versions keep, takes 10 before 2.
 
     Raises:
         UserError: a folder is missing or empty, classes differ between the splits or are too few, or an image is bad.
     """
+    check_choice("data.class_order", class_order, ("text", "numbers"))
+    image_size, workers = check_size(image_size), check_workers(workers)
     # Pillow warns of images that are so large that decoding them may be an attack: refuse them.
     warnings.filterwarnings("error", category=Image.DecompressionBombWarning)
-    folder = Path(root).expanduser()
-    test_folder = next((folder / split for split in ("test", "val") if (folder / split).is_dir()), folder / "test")
-    classes, train_files, train_labels = _list_images(folder / "train", skip_damaged)
-    test_classes, test_files, test_labels = _list_images(test_folder, skip_damaged)
-    if classes != test_classes:
-        odd = sorted(set(classes) ^ set(test_classes))
-        raise UserError(
-            f"{folder / 'train'} and {test_folder} must have the same classes; they differ in {', '.join(odd[:5])}"
+    folder = _root(root)
+    test_folder, *unread = [folder / name for name in TEST_FOLDERS if (folder / name).is_dir()] or [folder / "test"]
+    if unread:
+        names = " and ".join(path.name for path in unread)
+        _say(
+            f"{names} of {folder} is not read: {test_folder.name} holds the test images, validation images are "
+            "a share of train"
         )
-    if len(classes) < 2:
-        raise UserError(f"{folder / 'train'} has one class, {classes[0]}; at least two are needed")
+    classes, train_files, train_labels = _list_images(folder / "train", class_order, skip_damaged)
+    test_classes, test_files, test_labels = _list_images(test_folder, class_order, skip_damaged)
+    _check_classes(classes, test_classes, folder / "train", test_folder)
     height, width, _ = read_image(train_files[0], None).shape
     size = image_size or (height if height == width else None)
     if size is None:
-        raise UserError(f"{train_files[0]} is {width}×{height}; say data.image_size=N, such as 224")
+        raise UserError(f"{one_line(train_files[0])} is {width}×{height}; say data.image_size=N, such as 224")
+    if image_size is None and size > LARGE_SIDE:
+        _say(
+            f"images of {size}×{size} pixels are not scaled, and cost {(size / 224) ** 2:.0f} times as much as those "
+            "of 224×224; data.image_size=224 scales them"
+        )
     if (len(train_files) + len(test_files)) * 3 * size * size <= IN_MEMORY_BYTES and (height, width) == (size, size):
         return in_memory(
             name,
@@ -85,32 +110,126 @@ def imagefolder(
     )
 
 
-LARGEST_IMAGE = 2**26
-"""The most pixels that an image may have, 8192×8192: a small file can claim to hold an image of any size."""
-IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".gif", ".tif", ".tiff", ".webp", ".ppm", ".pgm")
+def _root(root: str) -> Path:
+    """Return the folder of a data set; ``~`` stands for the user's own.
+
+    Raises:
+        UserError: there is no folder of that name.
+    """
+    try:
+        folder = Path(root).expanduser()
+        if root and folder.is_dir():
+            return folder
+    except (RuntimeError, TypeError, OSError):  # ~ of an unknown user, no text, or no permission
+        pass
+    raise UserError(f"there is no folder {one_line(root)!r}; {LAYOUT}")
 
 
-def _list_images(folder: Path, skip_damaged: bool = False) -> tuple[tuple[str, ...], list[Path], Tensor]:
-    """List class names, files and labels, int64 (N,), of ``folder/<class>/*``, in order of name.
+def _say(text: str) -> None:
+    """Print a warning about the folder, once where several processes train together."""
+    if processes.is_first():
+        print(f"warning: {one_line(text, 1000)}", flush=True)
+
+
+def _check_classes(train: tuple[str, ...], test: tuple[str, ...], train_folder: Path, test_folder: Path) -> None:
+    """Refuse (UserError) splits of other classes, naming the folders that have no counterpart; or of one class."""
+    odd = [train_folder / name for name in train if name not in test]
+    odd += [test_folder / name for name in test if name not in train]
+    if odd:
+        some = ", ".join(one_line(path) for path in odd[:4]) + (", …" if len(odd) > 4 else "")
+        raise UserError(
+            f"the folders {train_folder.name} and {test_folder.name} must have the same classes; only in one of them: "
+            f"{some}"
+        )
+    if len(train) < 2:
+        raise UserError(f"{one_line(train_folder)} has one class, {one_line(train[0])}; at least two are needed")
+
+
+def _list_images(
+    folder: Path, class_order: ClassOrder, skip_damaged: bool = False
+) -> tuple[tuple[str, ...], list[Path], Tensor]:
+    """List class names, files and labels, int64 (N,), of ``folder/<class>/*``, in order of class and name.
+
+    Names that begin with a dot are left out. What else is left out is printed.
 
     Raises:
         UserError: there is no such folder or no class in it, or a class has no images.
     """
     if not folder.is_dir():
-        raise UserError(f"there is no folder {folder}; data.root must hold train/<class>/* and test/<class>/*")
-    classes = tuple(sorted(entry.name for entry in folder.iterdir() if entry.is_dir()))
-    if not classes:
-        raise UserError(f"{folder} holds no class folders; it must look like {folder}/<class>/*.png")
+        raise UserError(
+            f"there is no folder {one_line(folder)}; data.root must hold train/<class>/* and test/<class>/*"
+        )
+    classes = _classes(folder, class_order)
     files, labels = [], []
+    odd = [entry for entry in folder.iterdir() if not entry.is_dir() and not entry.name.startswith(".")]
     for label, name in enumerate(classes):
-        images = sorted(file for file in (folder / name).rglob("*") if file.suffix.lower() in IMAGE_SUFFIXES)
+        found = sorted(_visible_files(folder / name))
+        images = [file for file in found if file.suffix.lower() in IMAGE_SUFFIXES]
+        odd += [file for file in found if file.suffix.lower() not in IMAGE_SUFFIXES]
         if not images:
-            raise UserError(f"the class folder {folder / name} holds no images ({', '.join(IMAGE_SUFFIXES)})")
+            endings = ", ".join(IMAGE_SUFFIXES)
+            raise UserError(f"the class folder {one_line(folder / name)} holds no images ({endings})")
         if skip_damaged:
             images = _readable(images, folder / name)
         files += images
         labels += [label] * len(images)
+    if odd:
+        counts = Counter(file.suffix.lower() or file.name for file in odd).most_common(5)
+        of_each = ", ".join(f"{count} {ending}" for ending, count in counts)
+        _say(
+            f"{len(odd)} files of {folder} are left out, which do not end as images do: {of_each}; "
+            f"the first: {min(odd)}"
+        )
     return classes, files, torch.tensor(labels)
+
+
+def _classes(folder: Path, class_order: ClassOrder) -> tuple[str, ...]:
+    """List the class folders in a folder, in their order.
+
+    Raises:
+        UserError: there is none, the folder cannot be read, or a name is not UTF-8.
+    """
+    try:
+        names = sorted(entry.name for entry in folder.iterdir() if entry.is_dir() and not entry.name.startswith("."))
+    except OSError as error:
+        raise UserError(f"cannot read the folder {one_line(folder)}: {error.strerror}") from error
+    if not names:
+        raise UserError(
+            f"{one_line(folder)} holds no class folders; it must look like {one_line(folder)}/<class>/*.png"
+        )
+    for name in names:
+        try:
+            name.encode()
+        except UnicodeEncodeError:
+            raise UserError(f"the name of the class folder {one_line(folder / name)} is not UTF-8: rename it") from None
+    by_number = sorted(names, key=lambda name: (int(name), name)) if all(map(_is_number, names)) else names
+    if by_number != names and class_order == "text":
+        order = ", ".join(names[:3])
+        _say(
+            f"the class folders of {folder} are taken in the order of their names as text: {order}, …; "
+            "data.class_order=numbers takes them as numbers"
+        )
+    return tuple(by_number if class_order == "numbers" else names)
+
+
+def _is_number(name: str) -> bool:
+    return re.fullmatch(r"\d{1,18}", name, re.ASCII) is not None
+
+
+def _visible_files(folder: Path) -> Iterator[Path]:
+    """Yield all files below a folder but those whose names, or whose folders' names, begin with a dot.
+
+    Raises:
+        UserError: a folder cannot be read.
+    """
+
+    def failed(error: OSError) -> None:
+        raise UserError(f"cannot read the folder {one_line(error.filename)}: {error.strerror}") from error
+
+    for parent, folders, names in os.walk(folder, onerror=failed):
+        linked = [name for name in folders if os.path.islink(os.path.join(parent, name))]  # may lead in a circle
+        folders[:] = [name for name in folders if not name.startswith(".")]
+        yield from (Path(parent, name) for name in [*names, *linked] if not name.startswith("."))
 
 
 def _readable(files: list[Path], folder: Path) -> list[Path]:
@@ -134,9 +253,7 @@ def _readable(files: list[Path], folder: Path) -> list[Path]:
     if not good:
         raise UserError(f"the class folder {folder} holds no images that can be read ({errors[0]})")
     if errors:
-        print(
-            f"warning: {len(errors)} of {len(files)} images in {folder} are skipped; the first: {errors[0]}", flush=True
-        )
+        _say(f"{len(errors)} of {len(files)} images in {folder} are skipped; the first: {errors[0]}")
     return good
 
 
@@ -153,109 +270,3 @@ def _decode(files: list[Path], size: int, scale_to: int | None) -> Tensor:
             own_size = f"{image.shape[1]}×{image.shape[0]}"
             raise UserError(f"{file} is {own_size}, others are {size}×{size}; say data.image_size={size} to scale them")
     return torch.from_numpy(np.stack(pixels)).permute(0, 3, 1, 2).contiguous()
-
-
-class FileImages:
-    """A set whose images ``workers`` processes read from their files, batch by batch.
-
-    Args:
-        label_N: int64 (N,).
-        size: height and width to which images are scaled.
-        augment: whether each image is cropped at random and mirrored.
-    """
-
-    def __init__(
-        self,
-        files: list[Path],
-        label_N: Tensor,
-        size: int,
-        device: torch.device,
-        augment: bool = False,
-        workers: int = 2,
-    ) -> None:
-        self.files = files
-        self.label_N = label_N
-        self.size = size
-        self.device = device
-        self.augment = augment
-        self.workers = workers
-        self.difficulty: Tensor | None = None
-
-    def __len__(self) -> int:
-        return len(self.files)
-
-    def __getitem__(self, item: tuple[int, int]) -> tuple[Tensor, int, int]:
-        index, seed = item
-        image = read_image(self.files[index], self.size, mix(seed, index) if self.augment else None)
-        return torch.from_numpy(image).permute(2, 0, 1), int(self.label_N[index]), index
-
-    def stream(self, orders: Iterable[tuple[Tensor, int]], rows: slice = WHOLE) -> Iterator[Batch]:
-        """Yield a batch for each pair of indices, int64 (B,), and augmentation seed; worker processes read the files.
-
-        Raises:
-            UserError: a file cannot be read.
-        """
-        batches = ([(int(i), seed) for i in index_B[rows]] for index_B, seed in orders)
-        loader: torch.utils.data.DataLoader[Any] = torch.utils.data.DataLoader(
-            self,  # type: ignore[arg-type]
-            batch_sampler=batches,
-            num_workers=self.workers,
-            generator=torch.Generator(),  # by default it would draw from the global one
-        )
-        try:
-            for images, label_B, index_B in loader:
-                yield Batch(images.to(self.device), label_B.to(self.device), index_B)
-        except UserError as error:  # raised in a worker, whose traceback is put in front of the message
-            raise UserError(str(error).strip().splitlines()[-1].removeprefix("policyskip.errors.UserError: ")) from None
-
-    def plain(self) -> FileImages:
-        return FileImages(self.files, self.label_N, self.size, self.device, workers=self.workers)
-
-    def fingerprint(self) -> str:
-        files = zip(self.files, self.label_N.tolist(), strict=True)
-        names = "\n".join(f"{label} {file.parent.name}/{file.name} {file.stat().st_size}" for file, label in files)
-        names += f" at {self.size}"
-        return hashlib.sha256(names.encode()).hexdigest()[:16]
-
-
-def _in_rgb(image: Image.Image) -> Image.Image:
-    """Convert an image of any mode to RGB with 8 bits per channel; of 16 bits, the upper 8 are kept.
-
-    Raises:
-        ValueError: the image's values are neither of 8 nor of 16 bits.
-    """
-    if not image.mode.startswith(("I", "F")):
-        return image.convert("RGB")
-    values = np.asarray(image)  # Pillow's own conversion makes everything above 255 white
-    if image.mode.startswith("F") or values.min() < 0 or values.max() > 65535:
-        raise ValueError(f"its values are not of 8 or 16 bits (mode {image.mode})")
-    return Image.fromarray((values >> 8).astype(np.uint8)).convert("RGB")
-
-
-def read_image(file: Path, size: int | None, augment_seed: int | None = None) -> np.ndarray:
-    """Read an image file to uint8 (H, W, 3).
-
-    Args:
-        size: None leaves the image as it is. Otherwise the short side is scaled to 256/224 of ``size`` and the centre
-            cut out (evaluation), or, with ``augment_seed``, a random part, scaled and perhaps mirrored (training).
-
-    Raises:
-        UserError: the file is not a readable image.
-    """
-    from torchvision.transforms import v2
-
-    try:
-        with Image.open(file) as opened:
-            if opened.width * opened.height > LARGEST_IMAGE:
-                raise ValueError(f"it is {opened.width}×{opened.height}, more than {LARGEST_IMAGE} pixels")
-            image = _in_rgb(opened)
-    except Exception as error:
-        raise UserError(f"cannot read the image {file}: {' '.join(str(error).split())}") from error
-    if size is None or (image.size == (size, size) and augment_seed is None):
-        return np.array(image)
-
-    if augment_seed is None:
-        return np.array(v2.Compose([v2.Resize(size * 256 // 224), v2.CenterCrop(size)])(image))
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(augment_seed)
-        return np.array(v2.Compose([v2.RandomResizedCrop(size), v2.RandomHorizontalFlip()])(image))

@@ -8,7 +8,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from policyskip.data.base import Data, crop_and_flip, in_memory
+from policyskip.data.base import Data
+from policyskip.data.tensors import crop_and_flip, in_memory
 from policyskip.errors import UserError, first_line
 from policyskip.parallel import processes
 

@@ -8,18 +8,20 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Self
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from policyskip.backbones import Backbone, Costs, ExitCosts, ExitNetwork, count_costs, count_exit_costs, run_until
 from policyskip.backbones.folding import folded
 from policyskip.backbones.gated import GatedNetwork
-from policyskip.errors import UserError, in_one_line
+from policyskip.errors import UserError
 from policyskip.exits.rules import decisions_at
+from policyskip.finite import described, plain_tensor
 from policyskip.memory import BatchSplitter
+from policyskip.parallel.devices import find_device, usual_defaults
 from policyskip.policies.base import Policy
 from policyskip.policies.perceptrons import ExitPolicy
 from policyskip.policies.thresholds import ThresholdPolicy
@@ -87,13 +89,29 @@ class BasePredictor(ABC):
     def ran(self, prediction: Any) -> Tensor:
         """Return which blocks (or segments) ran for a prediction's images, bool (B, K)."""
 
+    def to(self, device: str | torch.device) -> Self:
+        """Move the predictor to ``auto``, ``cpu``, ``cuda`` or ``cuda:N``, and return it.
+
+        Raises:
+            UserError: there is no such device.
+        """
+        where = find_device(str(device))
+        for part in self._parts():
+            part.to(where)
+        self.splitter = BatchSplitter()
+        return self
+
+    def _parts(self) -> list[nn.Module]:
+        """Return the modules that are executed."""
+        return [self.network]
+
     @abstractmethod
     def _answer(self, images: Tensor) -> tuple[Tensor, Tensor]:
         """Compute logits (B, C) and decisions (B, …) for images uint8 (B, 3, H, W) on the network's device."""
 
     def _answers(self, images: Tensor | np.ndarray, batch_size: int) -> tuple[Tensor, Tensor]:
         """Compute logits (B, C) and decisions (B, …) for images uint8 (B, 3, H, W), ``batch_size`` at a time."""
-        on_device = checked(images, self.image_shape).to(self.network.mean.device)
+        on_device = as_images(images, self.image_shape).to(self.network.mean.device)
         answers = self.splitter(lambda rows: self._answer(on_device[rows]), len(on_device), batch_size)
         logits_BC, decision_B = (torch.cat(column) for column in zip(*answers, strict=True))
         return logits_BC, decision_B
@@ -110,6 +128,7 @@ class BlockPredictor(BasePredictor):
     costs: Costs
     policy_macs: float
 
+    @usual_defaults()
     @torch.no_grad()
     def predict(self, images: Tensor | np.ndarray, batch_size: int = 256) -> Prediction:
         """Decide and classify; a block is executed only for the images that keep it, and as a ``plan`` says otherwise.
@@ -119,7 +138,7 @@ class BlockPredictor(BasePredictor):
             batch_size: images that are computed at a time.
 
         Raises:
-            UserError: the images are of another shape or dtype.
+            UserError: the images are of another kind, shape or dtype, or ``batch_size`` is no positive whole number.
         """
         logits_BC, keep_BK = self._answers(images, batch_size)
         macs_B = self.costs.of(keep_BK) + self.policy_macs
@@ -160,6 +179,20 @@ class Predictor(BlockPredictor):
     def backbone(self) -> Backbone:
         """Return the network, by the name that it has where blocks are skipped."""
         return self.network
+
+    def to(self, device: str | torch.device) -> Self:
+        """Move the predictor, as :meth:`BasePredictor.to` says; a plan that was measured elsewhere is given up.
+
+        Raises:
+            UserError: there is no such device.
+        """
+        before = self.network.mean.device
+        super().to(device)
+        self.plan = self.plan if self.network.mean.device == before else {}
+        return self
+
+    def _parts(self) -> list[nn.Module]:
+        return [self.network, self.policy]
 
     def _answer(self, images: Tensor) -> tuple[Tensor, Tensor]:
         return self.policy.run(self.backbone, images, self.plan_for(len(images)))
@@ -217,6 +250,7 @@ class ExitPredictor(BasePredictor):
         decisions_N = decisions_at(torch.arange(N), N)
         self.macs_N = (self.costs.cumulative_N + decision_macs * decisions_N).to(self.network.mean.device)
 
+    @usual_defaults()
     @torch.no_grad()
     def predict(self, images: Tensor | np.ndarray, batch_size: int = 256) -> ExitPrediction:
         """Classify each image at the exit where the policy lets it leave.
@@ -226,10 +260,18 @@ class ExitPredictor(BasePredictor):
             batch_size: images that are computed at a time.
 
         Raises:
-            UserError: the images are of another shape or dtype.
+            UserError: the images are of another kind, shape or dtype, or ``batch_size`` is no positive whole number.
         """
         logits_BC, exit_B = self._answers(images, batch_size)
         return ExitPrediction(logits_BC.argmax(1), logits_BC.float(), exit_B, self.macs_N[exit_B])
+
+    def to(self, device: str | torch.device) -> Self:
+        super().to(device)
+        self.macs_N = self.macs_N.to(self.network.mean.device)
+        return self
+
+    def _parts(self) -> list[nn.Module]:
+        return [self.network, self.policy]
 
     def ran(self, prediction: Any) -> Tensor:
         segments_N = torch.arange(self.network.num_exits, device=prediction.exit_B.device)
@@ -256,19 +298,21 @@ class ThresholdPredictor(ExitPredictor):
         self.search = search
 
 
-def checked(images: Tensor | np.ndarray, image_shape: tuple[int, int, int]) -> Tensor:
-    """Return the images as a tensor, uint8 (B, 3, H, W).
+def as_images(given: Tensor | np.ndarray, image_shape: tuple[int, int, int]) -> Tensor:
+    """Return images that a user gave as a tensor, uint8 (B, 3, H, W).
 
     Raises:
-        UserError: they are not of that dtype and ``image_shape``.
+        UserError: they are something else than an ordinary tensor or array of that dtype and ``image_shape``.
     """
-    try:
-        if isinstance(images, np.ndarray):
-            images = np.ascontiguousarray(images)  # such as mirrored ones, which torch does not take
-        tensor = torch.as_tensor(images)
-    except (TypeError, ValueError, RuntimeError) as error:
-        raise UserError(f"images cannot be read as numbers: {in_one_line(error)}") from error
-    if tensor.dim() != 4 or tuple(tensor.shape[1:]) != image_shape or tensor.dtype != torch.uint8:
-        found = f"{str(tensor.dtype).removeprefix('torch.')} {tuple(tensor.shape)}"
-        raise UserError(f"images must be uint8 of shape (B, {', '.join(map(str, image_shape))}), got {found}")
-    return tensor
+    images = plain_tensor(given, "images")
+    found = tuple(images.shape)
+    if images.dtype == torch.uint8 and len(found) == 4 and found[1:] == image_shape:
+        return images
+    if found == image_shape:
+        hint = "; one image is images[None]"
+    elif len(found) == 4 and found[1:] == (*image_shape[1:], image_shape[0]):
+        hint = "; channels come first, which numpy.moveaxis(images, -1, 1) does"
+    else:
+        hint = ""
+    shape = ", ".join(map(str, image_shape))
+    raise UserError(f"images must be uint8 of shape (B, {shape}), got {described(images)}{hint}")

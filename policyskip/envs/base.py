@@ -18,7 +18,21 @@ from policyskip.backbones import Backbone, Costs, ExitCosts, count_costs, load
 from policyskip.backbones.execution import sparse_many
 from policyskip.backbones.folding import folded
 from policyskip.data import Feed, Images, Order, load_data
+from policyskip.data.base import check_images
+from policyskip.envs.arguments import (
+    MOST_IMAGES,
+    check_fit,
+    check_network,
+    check_reward,
+    decisions,
+    naming_arguments,
+    seed_or_none,
+    whole_number,
+)
+from policyskip.envs.step_tensors import for_numpy
+from policyskip.finite import plain_tensor
 from policyskip.memory import BatchSplitter
+from policyskip.parallel.devices import find_device, usual_defaults
 from policyskip.rewards import Outcome, Reward, Utilization, reward_of
 
 PIXELS_AT_ONCE = 2**23
@@ -138,7 +152,8 @@ class ImageVectorEnv(VectorEnv[Tensor, Tensor, Tensor]):
         device: where a backbone and images given by name are put; by default the CPU, or where the backbone is.
 
     Raises:
-        UserError: unknown name, order or split, or ``num_envs`` below 1.
+        UserError: an argument is of another kind or out of range, images do not fit the network, or there is no such
+            name, order, split or device.
     """
 
     metadata = {  # noqa: RUF012 - Gymnasium declares it so
@@ -152,6 +167,8 @@ class ImageVectorEnv(VectorEnv[Tensor, Tensor, Tensor]):
     outcome: Outcome
     """The outcome of the episodes that ended at the last step at which any ended."""
 
+    @naming_arguments
+    @usual_defaults()
     def __init__(
         self,
         num_envs: int = 256,
@@ -164,17 +181,23 @@ class ImageVectorEnv(VectorEnv[Tensor, Tensor, Tensor]):
         split: str = "train",
         device: str | None = None,
     ) -> None:
+        num_envs, seed = whole_number("num_envs", num_envs, 1, MOST_IMAGES), whole_number("seed", seed, 0)
+        where = None if device is None else find_device(str(device))
         if isinstance(backbone, str):
-            backbone = load(backbone).to(device or "cpu")
+            backbone = load(backbone).to(where or "cpu")
+        check_network("backbone", backbone, Backbone)
         if images is None:
-            images = load_data(data, torch.device(device or backbone.mean.device)).split(split)
+            images = load_data(data, where or backbone.mean.device).split(split)
+        check_images(images)
+        self.reward = reward if reward is not None else Utilization()
+        check_reward(self.reward)
         self.num_envs = num_envs
         self.backbone = backbone.freeze()
         self.executed = folded(self.backbone)  # gives the same logits, faster
         self.splitter = BatchSplitter()
         self.device = backbone.mean.device
-        self.reward = reward if reward is not None else Utilization()
         self.feed = Feed(images, num_envs, order, seed)
+        check_fit(backbone, self.feed.batch.images[:1], images.label_N)
         image_shape = tuple(self.feed.batch.images.shape[1:])
         self.costs = count_costs(self.backbone, image_shape)  # type: ignore[arg-type]
         self.single_observation_space = gymnasium.spaces.Box(0, 255, image_shape, np.uint8)
@@ -190,6 +213,7 @@ class ImageVectorEnv(VectorEnv[Tensor, Tensor, Tensor]):
         """Return the number of the batch shown; :meth:`seek` goes back to it."""
         return self.feed.cursor
 
+    @usual_defaults()
     def seek(self, cursor: int, seed: int | None = None) -> None:
         """Show batch number ``cursor``, in the order of ``seed``, or in the present order if that is None."""
         self.feed.seek(cursor, seed)
@@ -200,11 +224,13 @@ class ImageVectorEnv(VectorEnv[Tensor, Tensor, Tensor]):
 
         Returns: the observation (B, …), and an empty info.
         """
+        seed = seed_or_none(seed)
         super().reset(seed=seed)
         if seed is not None or self.feed.order == "sequential":
             self.seek(0, seed)
         return self.observation, {}
 
+    @usual_defaults()
     def advance(self) -> Tensor:
         """Show the next images of the order and return their observation (B, …); B is 0 after the last image of a
         sequential order."""
@@ -212,6 +238,7 @@ class ImageVectorEnv(VectorEnv[Tensor, Tensor, Tensor]):
         self._begin()
         return self.observation
 
+    @usual_defaults()
     def divide(self) -> None:
         """Show only this process's slice of each batch from now on, where several processes train together."""
         self.feed.divide()
@@ -223,22 +250,23 @@ class ImageVectorEnv(VectorEnv[Tensor, Tensor, Tensor]):
     def _begin(self) -> None:
         """Start the episodes of the images that the feed now shows; a subclass with several steps overrides this."""
 
+    @usual_defaults()
     @torch.no_grad()
     def score(self, keep: Tensor) -> Outcome:
         """Compute the outcome that these decisions would have for the images now shown; nothing moves on.
 
         Args:
-            keep: bool (B, K), or (S, B, K) for S decisions per image, executed sparsely in one pass.
+            keep: 0 or 1, of any dtype, (B, K), or (S, B, K) for S decisions per image, executed sparsely in one pass.
 
         Returns: the outcome of B decisions, or of S·B: those of the first of the S for all images, then the second, ….
 
         Raises:
-            ValueError: ``keep`` is of another shape.
+            UserError: ``keep`` is of another shape, or holds other numbers than 0 and 1.
         """
         images, label_B = self.feed.batch.images, self.feed.batch.label_B
-        if keep.dim() not in (2, 3) or keep.shape[-2:] != (len(label_B), self.backbone.num_blocks):
-            expected = f"(…, {len(label_B)}, {self.backbone.num_blocks})"
-            raise ValueError(f"keep must be of shape {expected}, got {tuple(keep.shape)}")
+        keep = plain_tensor(keep, "keep")
+        several = (len(keep),) if keep.dim() == 3 and len(keep) else ()
+        keep = decisions(keep, (*several, len(label_B), self.backbone.num_blocks), self.device, "keep")
         keep_SBK = keep if keep.dim() == 3 else keep.unsqueeze(0)
         size = max(1, PIXELS_AT_ONCE // (len(keep_SBK) * images[0, 0].numel())) if len(images) else 1
         chunks = self.splitter(
@@ -264,13 +292,8 @@ class ImageVectorEnv(VectorEnv[Tensor, Tensor, Tensor]):
         same number of steps."""
         return self.steps_per_episode
 
-    def _end(self, outcome: Outcome) -> tuple[Tensor, Tensor, dict[str, Any]]:
-        """Make what ``step`` returns when the episodes of all images end with ``outcome``.
-
-        Must be called before the next images are shown.
-
-        Returns: reward float32 (B,), terminated bool (B,), all true, and the info.
-        """
+    def _end(self, outcome: Outcome) -> Step:
+        """Show the next images, and make what ``step`` returns when the episodes of all images end with ``outcome``."""
         over_B = torch.ones_like(outcome.correct_B)
         info = {
             "final_obs": self.observation,
@@ -282,17 +305,5 @@ class ImageVectorEnv(VectorEnv[Tensor, Tensor, Tensor]):
             },
             "_final_info": over_B,
         }
-        return self.rewards(outcome), over_B, info
-
-
-def decisions(actions: Tensor | np.ndarray | np.generic, device: torch.device | None = None) -> Tensor:
-    """Convert actions (…) of 0 and 1, of any dtype, to bool (…) on the device.
-
-    Raises:
-        ValueError: an action is neither 0 nor 1.
-    """
-    chosen = torch.as_tensor(actions, device=device)
-    if chosen.dtype != torch.bool and not ((chosen == 0) | (chosen == 1)).all():
-        other = chosen[(chosen != 0) & (chosen != 1)]
-        raise ValueError(f"actions must be 0 or 1, got {other[0].item()}")
-    return chosen.bool()
+        reward_B, over_B, truncated_B = for_numpy(self.rewards(outcome), over_B, ~over_B)
+        return self.advance(), reward_B, over_B, truncated_B, info

@@ -13,8 +13,10 @@ import torch
 from gymnasium.vector.utils import batch_space
 from torch import Tensor
 
-from policyskip.envs.base import ImageVectorEnv, Step, decisions
+from policyskip.envs.arguments import decisions, one_row
+from policyskip.envs.base import ImageVectorEnv, Step
 from policyskip.envs.single_view import SingleView, numpy_of
+from policyskip.parallel.devices import usual_defaults
 
 
 class BlockSelectionVectorEnv(ImageVectorEnv):
@@ -36,12 +38,17 @@ class BlockSelectionVectorEnv(ImageVectorEnv):
         self.single_action_space = gymnasium.spaces.MultiBinary(self.backbone.num_blocks)
         self.action_space = batch_space(self.single_action_space, num_envs)
 
+    @usual_defaults()
     @torch.no_grad()
     def step(self, actions: Tensor | np.ndarray) -> Step:
-        """Score ``actions`` (B, K) on the images shown, and show the next images."""
-        self.outcome = self.score(decisions(actions, self.device))
-        reward_B, over_B, info = self._end(self.outcome)
-        return self.advance(), reward_B, over_B, ~over_B, info
+        """Score ``actions`` (B, K) on the images shown, and show the next images.
+
+        Raises:
+            UserError: an action is neither 0 nor 1, or there is not one for each block of each image.
+        """
+        shape = (len(self.observation), self.backbone.num_blocks)
+        self.outcome = self.score(decisions(actions, shape, self.device))
+        return self._end(self.outcome)
 
 
 class BlockSelectionEnv(SingleView):
@@ -54,10 +61,11 @@ class BlockSelectionEnv(SingleView):
     vector: BlockSelectionVectorEnv
 
     def __init__(self, **kwargs: Any) -> None:
-        super().__init__(BlockSelectionVectorEnv(1, **kwargs))
+        super().__init__(BlockSelectionVectorEnv, kwargs)
 
     def step(self, action: np.int64 | np.ndarray) -> tuple[np.ndarray, float, bool, bool, dict[str, Any]]:
-        outcome = self.vector.score(decisions(action, self.vector.device).view(1, -1))
+        row = one_row(action, self.action_space)
+        outcome = self.vector.score(decisions(row, (1, self.vector.backbone.num_blocks)))
         reward = float(self.vector.rewards(outcome))
         info = {"correct": bool(outcome.correct_B), "macs": float(outcome.macs_B), "kept": int(outcome.keep_BK.sum())}
         return numpy_of(self.vector.observation), reward, True, False, info

@@ -18,13 +18,27 @@ from torch import Tensor
 
 from policyskip.backbones import ExitNetwork, load_exits
 from policyskip.data import Feed, Images, Order, batch_at, load_data
-from policyskip.envs.base import Step, decisions
+from policyskip.data.base import check_images
+from policyskip.envs.arguments import (
+    MOST_IMAGES,
+    check_fit,
+    check_network,
+    check_reward,
+    decisions,
+    naming_arguments,
+    seed_or_none,
+    whole_number,
+)
+from policyskip.envs.base import Step
 from policyskip.envs.exit_sources import CacheIndices, ExitSource, Live, Queue, Replay
 from policyskip.envs.single_view import SingleView
+from policyskip.envs.step_tensors import for_numpy
 from policyskip.errors import UserError
 from policyskip.exits.cache import CachedExits, cache_exits
 from policyskip.exits.rules import decisions_at
+from policyskip.parallel.devices import find_device, usual_defaults
 from policyskip.rewards import Macs, Outcome, Reward, reward_of
+from policyskip.texts import one_line
 
 
 class EarlyExitVectorEnv(VectorEnv[Tensor, Tensor, Tensor]):
@@ -60,9 +74,8 @@ class EarlyExitVectorEnv(VectorEnv[Tensor, Tensor, Tensor]):
         device: where a network and images given by name are put; by default the CPU, or where the network is.
 
     Raises:
-        UserError: unknown name, order or split, weights of a network without exits, ``num_envs`` below 1, or
-            ``cached`` with images that are augmented at random; images whose size the network cannot take, or with
-            more classes than it has.
+        UserError: an argument is of another kind or out of range, images do not fit the network, there is no such
+            name, order, split or device, or ``cached`` is true and images are augmented at random.
     """
 
     metadata = {  # noqa: RUF012 - Gymnasium declares it so
@@ -75,6 +88,8 @@ class EarlyExitVectorEnv(VectorEnv[Tensor, Tensor, Tensor]):
     outcome: Outcome
     """The outcome of the images that left at the last step; of none, if none left."""
 
+    @naming_arguments
+    @usual_defaults()
     def __init__(
         self,
         num_envs: int = 256,
@@ -88,17 +103,24 @@ class EarlyExitVectorEnv(VectorEnv[Tensor, Tensor, Tensor]):
         cached: bool = False,
         device: str | None = None,
     ) -> None:
-        if isinstance(network, str):
-            network = load_exits(network).to(device or "cpu")
-        if not isinstance(network, CachedExits):
-            network.freeze()
-            if images is None:
-                images = load_data(data, torch.device(device or network.mean.device)).split(split)
-            check_fit(network, images)
-            if cached:
-                network = cache_exits(network, images)
+        num_envs, seed = whole_number("num_envs", num_envs, 1, MOST_IMAGES), whole_number("seed", seed, 0)
+        where = None if device is None else find_device(str(device))
         self.num_envs = num_envs
         self.reward = reward if reward is not None else Macs()
+        check_reward(self.reward)
+        if not isinstance(cached, bool):
+            raise UserError(f"cached must be true or false, got {one_line(repr(cached), 60)}")
+        if isinstance(network, str):
+            network = load_exits(network).to(where or "cpu")
+        if not isinstance(network, CachedExits):
+            check_network("network", network, ExitNetwork)
+            network.freeze()
+            if images is None:
+                images = load_data(data, where or network.mean.device).split(split)
+            check_images(images)
+            check_fit(network, batch_at(images, torch.tensor([0])).images, images.label_N)
+            if cached:
+                network = cache_exits(network, images)
         self.source: ExitSource
         if isinstance(network, CachedExits):
             self.source = Replay(network, Feed(CacheIndices(network), num_envs, order, seed))
@@ -130,6 +152,7 @@ class EarlyExitVectorEnv(VectorEnv[Tensor, Tensor, Tensor]):
         was made, that of the next image that was not shown yet."""
         return self.queue.position - (0 if self._moved else len(self.exit_B))
 
+    @usual_defaults()
     def seek(self, cursor: int) -> None:
         """Show the images from position ``cursor`` of the order on, each at its first exit.
 
@@ -139,12 +162,14 @@ class EarlyExitVectorEnv(VectorEnv[Tensor, Tensor, Tensor]):
         self.queue.seek(cursor)
         self.advance()
 
+    @usual_defaults()
     def reset(self, *, seed: int | None = None, options: dict[str, Any] | None = None) -> tuple[Tensor, dict[str, Any]]:
         """Show images at their first exit: the first of the order, with ``seed`` or if it is sequential; otherwise,
         those that come next. Episodes under way are given up.
 
         Returns: the observation float32 (B, C + 3 + N), and an empty info.
         """
+        seed = seed_or_none(seed)
         super().reset(seed=seed)
         if seed is not None or self.queue.feed.order == "sequential":
             self.queue.seek(0, seed)
@@ -153,6 +178,7 @@ class EarlyExitVectorEnv(VectorEnv[Tensor, Tensor, Tensor]):
             self.advance()
         return self.observation, {}
 
+    @usual_defaults()
     @torch.no_grad()
     def advance(self) -> Tensor:
         """Give up the episodes under way, and show the next images of the order at their first exit.
@@ -167,11 +193,17 @@ class EarlyExitVectorEnv(VectorEnv[Tensor, Tensor, Tensor]):
         self._moved = False
         return self.observation
 
+    @usual_defaults()
     @torch.no_grad()
     def score(self, leave: Tensor) -> Outcome:
         """Compute the outcome that the images where ``leave``, bool (B,), is true would have if they left now; nothing
-        moves on."""
-        return self._outcome(leave.nonzero().squeeze(1))
+        moves on.
+
+        Raises:
+            UserError: ``leave`` is of another shape, or holds other numbers than 0 and 1.
+        """
+        leave_B = decisions(leave, (len(self.exit_B),), self.device, "leave")
+        return self._outcome(leave_B.nonzero().squeeze(1))
 
     def _outcome(self, rows: Tensor) -> Outcome:
         index_B, label_B, exit_B = (x.index_select(0, rows) for x in (self.index_B, self.label_B, self.exit_B))
@@ -192,17 +224,16 @@ class EarlyExitVectorEnv(VectorEnv[Tensor, Tensor, Tensor]):
         nothing to decide."""
         return decisions_at(outcome.keep_BK.sum(1) - 1, self.num_exits)
 
+    @usual_defaults()
     @torch.no_grad()
     def step(self, actions: Tensor | np.ndarray) -> Step:
         """Let the images leave whose action, in ``actions`` (B,), is 1, show the next images in their rows, and take
         the other images to the next exit.
 
         Raises:
-            ValueError: an action is neither 0 nor 1, or there is not one for each image.
+            UserError: an action is neither 0 nor 1, or there is not one for each image.
         """
-        leave_B = decisions(actions, self.device)
-        if leave_B.shape != self.exit_B.shape:
-            raise ValueError(f"actions must be of shape {tuple(self.exit_B.shape)}, got {tuple(leave_B.shape)}")
+        leave_B = decisions(actions, (len(self.exit_B),), self.device)
         leave_B = leave_B | (self.exit_B == self.num_exits - 1)
         rows = leave_B.nonzero().squeeze(1)
         self.outcome = outcome = self._outcome(rows)
@@ -222,7 +253,7 @@ class EarlyExitVectorEnv(VectorEnv[Tensor, Tensor, Tensor]):
             "_final_info": leave_B,
         }
         self._replace(leave_B, rows)
-        return self.observation, reward_B, leave_B, torch.zeros_like(leave_B), info
+        return self.observation, *for_numpy(reward_B, leave_B, torch.zeros_like(leave_B)), info
 
     def _replace(self, leave_B: Tensor, rows: Tensor) -> None:
         """Show the next images in ``rows``, int64 (B',), where images left; the other images go on to the next exit.
@@ -243,23 +274,6 @@ class EarlyExitVectorEnv(VectorEnv[Tensor, Tensor, Tensor]):
         self._moved = True
 
 
-def check_fit(network: ExitNetwork, images: Images) -> None:
-    """Check that a network takes images of this size and has a class for every label.
-
-    Raises:
-        UserError: it does not.
-    """
-    image = batch_at(images, torch.tensor([0])).images
-    try:
-        with torch.no_grad():
-            network(image)
-    except RuntimeError as error:
-        size = "×".join(map(str, image.shape[1:]))
-        raise UserError(f"{network.name} does not take images of {size}; give images=… that it was made for") from error
-    if int(images.label_N.max()) >= network.num_classes:
-        raise UserError(f"{network.name} has {network.num_classes} classes, the images have more; give its own images")
-
-
 class EarlyExitEnv(SingleView):
     """An environment that shows one image at a time, in numpy: :class:`EarlyExitVectorEnv` with B = 1.
 
@@ -271,4 +285,4 @@ class EarlyExitEnv(SingleView):
     vector: EarlyExitVectorEnv
 
     def __init__(self, **kwargs: Any) -> None:
-        super().__init__(EarlyExitVectorEnv(1, **kwargs))
+        super().__init__(EarlyExitVectorEnv, kwargs)

@@ -16,8 +16,11 @@ from torch import Tensor, nn
 
 from policyskip.backbones import Backbone
 from policyskip.backbones.execution import run_block
-from policyskip.envs.base import ImageVectorEnv, Step, decisions
+from policyskip.envs.arguments import decisions
+from policyskip.envs.base import ImageVectorEnv, Step
 from policyskip.envs.single_view import SingleView
+from policyskip.envs.step_tensors import for_numpy
+from policyskip.parallel.devices import usual_defaults
 
 
 class LayerSkipVectorEnv(ImageVectorEnv):
@@ -41,6 +44,7 @@ class LayerSkipVectorEnv(ImageVectorEnv):
     key: ClassVar[str] = "layer_skip"
     id: ClassVar[str] = "LayerSkip-v0"
 
+    @usual_defaults()
     def __init__(self, num_envs: int = 256, **kwargs: Any) -> None:
         super().__init__(num_envs, **kwargs)
         self.num_blocks = self.steps_per_episode = self.backbone.num_blocks
@@ -87,17 +91,16 @@ class LayerSkipVectorEnv(ImageVectorEnv):
         self.block = block
         self._observation = observe(self._features, self._block_KK[block], self.width)
 
+    @usual_defaults()
     @torch.no_grad()
     def step(self, actions: Tensor | np.ndarray) -> Step:
         """Run the block for the images whose action, in ``actions`` (B,), is 1, and go on to the next block; after the
         last block, end the episodes and show the next images.
 
         Raises:
-            ValueError: an action is neither 0 nor 1, or there is not one for each image.
+            UserError: an action is neither 0 nor 1, or there is not one for each image.
         """
-        keep_B = decisions(actions)
-        if keep_B.shape != self._kept_BK.shape[:1]:
-            raise ValueError(f"actions must be of shape {tuple(self._kept_BK.shape[:1])}, got {tuple(keep_B.shape)}")
+        keep_B = decisions(actions, (len(self._kept_BK),))
         # On the CPU, where SB3's actions are: ``nonzero`` on a GPU would wait for all that it still has to do.
         rows = keep_B.cpu().nonzero().squeeze(1).to(self.device)
         self._kept_BK[:, self.block] = keep_B.to(self.device)
@@ -105,11 +108,10 @@ class LayerSkipVectorEnv(ImageVectorEnv):
         if self.block < self.num_blocks - 1:
             self._enter(self.block + 1)
             nothing_B = torch.zeros(len(keep_B), device=self.device)
-            return self.observation, nothing_B, nothing_B.bool(), nothing_B.bool(), {}
+            return self.observation, *for_numpy(nothing_B, nothing_B.bool(), nothing_B.bool()), {}
         logits_BC = self.executed.head(self._features)
         self.outcome = self._outcome(logits_BC, self.feed.batch.label_B, self._kept_BK)
-        reward_B, over_B, info = self._end(self.outcome)
-        return self.advance(), reward_B, over_B, ~over_B, info
+        return self._end(self.outcome)
 
 
 def observe(features: Tensor, block_K: Tensor, width: int) -> Tensor:
@@ -144,4 +146,4 @@ class LayerSkipEnv(SingleView):
     vector: LayerSkipVectorEnv
 
     def __init__(self, **kwargs: Any) -> None:
-        super().__init__(LayerSkipVectorEnv(1, **kwargs))
+        super().__init__(LayerSkipVectorEnv, kwargs)

@@ -23,9 +23,12 @@ from stable_baselines3.common.torch_layers import BaseFeaturesExtractor
 from stable_baselines3.common.vec_env import VecEnv
 from torch import Tensor, nn
 
-from policyskip.data import Batch, TensorImages
+from policyskip.data import Batch, Feed, TensorImages
+from policyskip.data.base import described
 from policyskip.envs.base import DecisionEnv
 from policyskip.errors import UserError
+from policyskip.parallel.devices import usual_defaults
+from policyskip.texts import one_line
 
 EXACT = 2**24
 """Integers below this are exact in float32, to which SB3 converts image numbers before the features extractor."""
@@ -93,6 +96,15 @@ class RecentImages:
         return self.images.index_select(0, (number_B % self.capacity).to(self.images.device))
 
 
+class Bound(np.ndarray[Any, Any]):
+    """A bound of image numbers: an array that cannot be repeated, as ``VecFrameStack`` does to stack observations."""
+
+    def __array_function__(self, function: Any, types: Any, inputs: Any, kwargs: Any) -> Any:
+        if function is np.repeat:
+            raise UserError("observations that are image numbers cannot be stacked: leave VecFrameStack out")
+        return super().__array_function__(function, types, inputs, kwargs)
+
+
 class ImageNumbers(gymnasium.spaces.Box):
     """The space of image numbers, int64 (1,), which can find the images. When it is pickled, its images are not.
 
@@ -105,24 +117,32 @@ class ImageNumbers(gymnasium.spaces.Box):
 
     def __init__(self, image_index: ImageIndex, image_space: gymnasium.spaces.Box) -> None:
         super().__init__(0, EXACT - 1, (1,), np.int64)
+        self.low = self.low.view(Bound)
         self.image_index = image_index
         self.image_space = image_space
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "image_index": None}
+        return {**self.__dict__, "image_index": None, "low": np.asarray(self.low)}
 
     def find(self, number_B1: Tensor) -> Tensor:
         """Find the images, uint8 (B, 3, H, W), with these numbers, (B, 1) of any dtype, on the device of the numbers.
 
         Raises:
-            UserError: the space was pickled and has no images, or one of them is no longer kept.
+            UserError: the space was pickled and has no images, a wrapper has changed the numbers, or one of the images
+                is no longer kept.
         """
         if self.image_index is None:
             raise UserError(
                 "the images of a saved observation space are not saved with it; "
                 'load(…, custom_objects={"observation_space": env.observation_space}) gives those of env'
             )
-        return self.image_index.find(number_B1[:, 0].long()).to(number_B1.device)
+        number_B = number_B1[:, 0].long()
+        if number_B1.is_floating_point() and not torch.equal(number_B, number_B1[:, 0]):
+            raise UserError(
+                "a wrapper has changed the image numbers that SB3VecEnv gives for images: say norm_obs=False to "
+                "VecNormalize, and leave out other wrappers that change observations"
+            )
+        return self.image_index.find(number_B).to(number_B1.device)
 
 
 @flatdim.register(ImageNumbers)
@@ -185,6 +205,9 @@ class LookUp(BaseFeaturesExtractor):
 class SB3VecEnv(VecEnv):
     """Wraps any of the three vector environments as a vector environment of Stable-Baselines3.
 
+    SB3's wrappers of it that change observations (``VecNormalize`` with ``norm_obs=True``, ``VecFrameStack``) are for
+    the environments that show features, not for image numbers.
+
     **Observation** over ``BlockSelection-v0`` image numbers, int64 (B, 1), for which the policy needs :class:`LookUp`;
     over the other two their own, float32 (B, D). **Action** that of the environment, in numpy. **Reward** float32 (B,).
     ``infos`` has, for an image whose episode ended, ``terminal_observation`` and ``TimeLimit.truncated`` as SB3
@@ -200,11 +223,13 @@ class SB3VecEnv(VecEnv):
             ``buffer_size + num_envs`` for DQN.
 
     Raises:
-        UserError: the order is sequential (SB3 needs the same number of images at every step), or ``remember`` is
-            missing or larger than float32 can number.
+        UserError: ``env`` is something else, its order is sequential (SB3 needs the same number of images at every
+            step), or ``remember`` is missing, no whole number or larger than float32 can number.
     """
 
     def __init__(self, env: DecisionEnv, remember: int | None = None) -> None:
+        if not isinstance(getattr(env, "feed", None), Feed):
+            raise UserError(f"SB3VecEnv takes one of policyskip's vector environments, got {described(env)}")
         if env.metadata.get("autoreset_mode") is not AutoresetMode.SAME_STEP:
             raise UserError("SB3 wants the next episode's observation in the step that ends one: autoreset SAME_STEP")
         self._feed = env.feed
@@ -227,14 +252,21 @@ class SB3VecEnv(VecEnv):
         images = self._feed.images
         if isinstance(images, TensorImages) and images.augment is None and len(images) <= EXACT:
             return DatasetIndex(images)
-        if remember is None or not 1 <= remember <= EXACT // 2:
+        if type(remember) is not int or not 1 <= remember <= EXACT // 2:
             raise UserError(
                 "these images look different each time they are shown, or are read from files: remember=… must say how "
                 f"many to keep on the device, from 1 to {EXACT // 2} (the learner's buffer and one batch more), "
-                f"got {remember}"
+                f"got {one_line(repr(remember), 60)}"
             )
         return RecentImages(self._feed.batch, remember)
 
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Make a copy; a pickled space has no images, and those of the copy are put back into it."""
+        self.__dict__.update(state)
+        if isinstance(self.observation_space, ImageNumbers) and self._image_index is not None:
+            self.observation_space = ImageNumbers(self._image_index, self.observation_space.image_space)
+
+    @usual_defaults()
     def reset(self) -> np.ndarray:
         """Show the first images of the order of the seed that :meth:`seed` set; if it set none, those that come next.
 
@@ -249,8 +281,9 @@ class SB3VecEnv(VecEnv):
     def step_async(self, actions: np.ndarray) -> None:
         self._actions = actions
 
+    @usual_defaults()
     def step_wait(self) -> tuple[np.ndarray, np.ndarray, np.ndarray, list[dict[str, Any]]]:
-        observation, reward_B, terminated_B, truncated_B, info = self.env.step(torch.as_tensor(self._actions))
+        observation, reward_B, terminated_B, truncated_B, info = self.env.step(self._actions)
         truncated = truncated_B.cpu().numpy()
         over = terminated_B.cpu().numpy() | truncated
         infos = _infos(self._observation, over, truncated, info)

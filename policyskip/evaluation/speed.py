@@ -12,6 +12,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from rich.table import Table
 from torch import Tensor
@@ -28,6 +29,10 @@ from policyskip.evaluation import plots
 from policyskip.evaluation.tables import console
 from policyskip.files import reporting_write_errors, write
 from policyskip.runs.folder import Run
+from policyskip.texts import for_rich, one_line
+
+MEASURED = 1000
+"""The number of batches that are measured one by one, about, for the percentiles of their times."""
 
 
 def of_network(
@@ -114,7 +119,25 @@ def _measure_predictions(
             "expected_ratio": _expected_ratio(table, predictor.ran(prediction)),
             "time_ratio": times["predict"] / times["whole"],
             "predict_ms": times["predict"] / len(images),
+            "batch_ms": _batch_times(predictor, images, int(batch), repeats),
         }
+
+
+def _batch_times(
+    predictor: Predictor | GatedPredictor | ExitPredictor, images: Tensor, batch: int, repeats: int
+) -> dict[str, float]:
+    """Measure how long single batches of ``batch`` images take: median and 99th percentile, in milliseconds a batch.
+
+    Batches of different images take differently long. Of many batches, some hundreds are measured.
+    """
+    chunks = [chunk for chunk in images.split(batch) if len(chunk) == batch][: max(1, MEASURED // repeats)]
+    calls: dict[str, Callable[[], object]] = {
+        str(number): partial(predictor.predict, chunk, batch) for number, chunk in enumerate(chunks)
+    }
+    seconds = profiling.side_by_side(calls, repeats, predictor.network_to_measure.mean.device)
+    values = 1000 * np.concatenate([np.array(numbers) for numbers in seconds.values()])
+    median, percentile_99 = np.quantile(values, [0.5, 0.99])
+    return {"median": float(median), "percentile_99": float(percentile_99), "count": len(values)}
 
 
 def _run_whole(network: Backbone | ExitNetwork, batches: Sequence[Tensor]) -> None:
@@ -160,26 +183,54 @@ def _finish(content: dict[str, Any], path: Path) -> int:
     write(path, (json.dumps(content, indent=1) + "\n").encode())
     picture = plots.profile(content, path.with_suffix(".png"))
     show(content)
-    print(f"Written to {path} (reward=latency reward.table={path}); picture: {picture}")
+    file = one_line(path)
+    print(f"Written to {file} (reward=latency reward.table={file}); picture: {one_line(picture)}")
     return 0
 
 
 def show(content: dict[str, Any]) -> None:
-    """Print the sums of a profile for each batch size, and how much time a run saves."""
-    table = Table(title=f"{content['network']} on {content['device']}, {content['threads']} threads")
-    runs = any("run" in times for times in content["batches"].values())
-    exits = all("break_even" not in times for times in content["batches"].values())
-    columns = ["batch", "whole network, ms an image", "stem and head", "exits" if exits else "blocks"]
-    columns += [] if exits else ["gather if fewer keep a block than"]
-    columns += ["run: of the MACs", "time that its blocks take", "measured"] if runs else []
-    for column in columns:
+    """Print the sums of a profile for each batch size, and how much time a run saves: one table for each unit."""
+    batches: dict[str, Any] = content["batches"]
+    exits = all("break_even" not in times for times in batches.values())
+    title = for_rich(f"{content['network']} on {content['device']}, {content['threads']} threads")
+    milliseconds: Columns = {
+        "whole network": lambda times: f"{times['whole_ms']:.3f}",
+        "stem and head": lambda times: f"{times['always_ms']:.3f}",
+        "exits" if exits else "blocks": lambda times: f"{sum(times['kept_ms']):.3f}",
+    }
+    console().print(_table(f"{title}: milliseconds an image", batches, milliseconds))
+    if not exits:
+        shares: Columns = {
+            "gather if fewer keep a block than": lambda times: (
+                f"{min(times['break_even']):.2f} to {max(times['break_even']):.2f}"
+            )
+        }
+        console().print(_table("shares of a batch", batches, shares))
+    if not all("run" in times for times in batches.values()):
+        return
+    latencies: Columns = {
+        "median": lambda times: f"{times['run']['batch_ms']['median']:.3f}",
+        "99th percentile": lambda times: f"{times['run']['batch_ms']['percentile_99']:.3f}",
+        "of batches": lambda times: str(times["run"]["batch_ms"]["count"]),
+    }
+    console().print(_table("the run's predictions: milliseconds a batch", batches, latencies))
+    saved: Columns = {
+        "MACs": lambda times: f"{times['run']['macs_ratio']:.3f}",
+        "time that its blocks take": lambda times: f"{times['run']['expected_ratio']:.3f}",
+        "time measured": lambda times: f"{times['run']['time_ratio']:.3f}",
+    }
+    console().print(_table("the run's predictions: shares of the whole network", batches, saved))
+
+
+Columns = dict[str, Callable[[dict[str, Any]], str]]
+"""A table's columns by their titles: what a cell says of the times of one batch size."""
+
+
+def _table(title: str, batches: dict[str, Any], columns: Columns) -> Table:
+    """Make a table with a line for each batch size."""
+    table = Table(title=title)
+    for column in ("batch", *columns):
         table.add_column(column, justify="right")
-    for batch, times in content["batches"].items():
-        cells = [batch, f"{times['whole_ms']:.3f}", f"{times['always_ms']:.3f}", f"{sum(times['kept_ms']):.3f}"]
-        if not exits:
-            low, high = min(times["break_even"]), max(times["break_even"])
-            cells.append(f"{low:.2f} to {high:.2f}")
-        if runs:
-            cells += [f"{times['run'][key]:.3f}" for key in ("macs_ratio", "expected_ratio", "time_ratio")]
-        table.add_row(*cells)
-    console().print(table)
+    for batch, times in batches.items():
+        table.add_row(for_rich(batch), *(cell(times) for cell in columns.values()))
+    return table

@@ -44,7 +44,7 @@ def check_target(accuracy_drop: float | None, macs_fraction: float | None, knee:
         )
     if accuracy_drop is not None and not -1 < accuracy_drop < 1:
         raise UserError(
-            f"target.accuracy_drop must be between -1 and 1 (0.01 is one percentage point), got {accuracy_drop}"
+            f"target.accuracy_drop must be above -1 and below 1 (0.01 is one percentage point), got {accuracy_drop}"
         )
     if macs_fraction is not None and not 0 < macs_fraction <= 1:
         raise UserError(f"target.macs_fraction must be above 0 and at most 1, got {macs_fraction}")

@@ -85,7 +85,7 @@ def keep_layer(num_features: int, num_blocks: int, initial_keep: float = 0.5) ->
         UserError: ``initial_keep`` is not between 0 and 1.
     """
     if not 0 < initial_keep < 1:
-        raise UserError(f"agent.initial_keep must be between 0 and 1, got {initial_keep}")
+        raise UserError(f"agent.initial_keep must be above 0 and below 1, got {initial_keep}")
     layer = nn.Linear(num_features, num_blocks)
     nn.init.constant_(layer.bias, math.log(initial_keep / (1 - initial_keep)))
     return layer
@@ -178,7 +178,7 @@ class PolicyNetwork(KeepPolicy):
             raise UserError(f"agent.policy must be cifar, imagenet or constant, got {family!r}")
         if min(width, pool) < 1 or not 0 < initial_keep < 1:
             raise UserError(
-                f"agent.width and agent.pool must be at least 1 and agent.initial_keep between 0 and 1, "
+                f"agent.width and agent.pool must be at least 1 and agent.initial_keep above 0 and below 1, "
                 f"got {width}, {pool} and {initial_keep}"
             )
         self.arguments = dict(num_blocks=num_blocks, family=family, width=width, pool=pool, initial_keep=initial_keep)

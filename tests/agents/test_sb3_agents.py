@@ -236,7 +236,7 @@ def test_the_network_stays_as_it_was():
         ),
         (lambda: PPO(make("block_selection"), 1, device="cpu"), "agent has no key device"),
         (lambda: PPO(make("block_selection"), 1, schedule="up"), "agent.schedule must be linear or constant"),
-        (lambda: PPO(make("block_selection"), 1, initial_keep=1.0), "agent.initial_keep must be between 0 and 1"),
+        (lambda: PPO(make("block_selection"), 1, initial_keep=1.0), "agent.initial_keep must be above 0 and below 1"),
         (lambda: PPO(make("block_selection"), 1, channels=[]), "agent.channels must list"),
         (lambda: A2C(make("early_exit"), 1, net_arch=[0]), "agent.net_arch must list positive integers"),
         (lambda: DQN(make("block_selection"), 1), "agent=dqn cannot take actions from MultiBinary"),

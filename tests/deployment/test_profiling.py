@@ -284,6 +284,49 @@ def test_a_budget_moves_while_an_agent_learns_and_goes_on_where_it_was(tmp_path)
     assert len(read["whole"]) == 4 and len(read["parts"]) == 4
 
 
+def test_a_batch_s_times_by_hand(monkeypatch, images):
+    """Three batches of two of seven images, four times each: 1 to 12 ms."""
+    seen = []
+    predictor = Predictor(ConstantPolicy(6), small_backbone(), list("abcde"), (3, 12, 12), 0.0)
+
+    def measured(calls, repeats, device):
+        seen.extend(calls)
+        for call in calls.values():
+            call()
+        return {name: [(4 * int(name) + i) / 1000 for i in range(1, 5)] for name in calls}
+
+    monkeypatch.setattr("policyskip.deployment.profiling.side_by_side", measured)
+    times = speed._batch_times(predictor, images, 2, repeats=4)
+    assert seen == ["0", "1", "2"] and times["count"] == 12
+    assert times["median"] == pytest.approx(6.5) and times["percentile_99"] == pytest.approx(11.89)
+    monkeypatch.setattr(speed, "MEASURED", 8)
+    assert speed._batch_times(predictor, images, 2, repeats=4)["count"] == 8
+
+
+def test_each_table_of_a_profile_has_one_unit(capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "80")
+    run = {"macs_ratio": 0.5, "expected_ratio": 0.6, "time_ratio": 0.7}
+    run["batch_ms"] = {"median": 1.25, "percentile_99": 3.5, "count": 12}
+    times = {"whole_ms": 4.0, "always_ms": 1.0, "kept_ms": [2.0, 1.0], "break_even": [0.25, 0.75]}
+    content = {"network": "net[/b]", "device": "cpu", "threads": 1, "batches": {"8": times, "16": times}}
+    speed.show(content)
+    plain = capsys.readouterr().out
+    assert "net[/b] on cpu, 1 threads: milliseconds an image" in " ".join(plain.split()) and "percentile" not in plain
+    content["batches"] = {"8": {**times, "run": run}}
+    speed.show(content)
+    printed = capsys.readouterr().out
+    titles = ("milliseconds an image", "shares of a batch", "milliseconds a batch", "shares of the whole network")
+    places = [printed.index(title) for title in titles]
+    assert places == sorted(places)
+    images, gathering, batches, saved = (
+        printed[begin:end] for begin, end in zip(places, [*places[1:], None], strict=True)
+    )
+    assert "4.000" in images and "3.000" in images and "0.25 to 0.75" in gathering
+    assert "99th percentile" in batches and "1.250" in batches and "3.500" in batches
+    assert "0.600" in saved and "percentile" not in images + gathering + saved
+    assert all(len(line) <= 80 for line in printed.splitlines())
+
+
 def test_a_picture_is_no_place_for_a_table(tmp_path):
     result = typed("profile", *SMALL, "output=t.png", cwd=tmp_path)
     assert result.returncode == 2 and "its picture goes beside it" in result.stderr and not list(tmp_path.iterdir())

@@ -202,8 +202,8 @@ def test_a_target_chooses_by_hand(target, index):
         ({"macs_fraction": 0}, "above 0 and at most 1, got 0"),
         ({"macs_fraction": 1.2}, "above 0 and at most 1, got 1.2"),
         ({"macs_fraction": math.nan}, "above 0 and at most 1"),
-        ({"accuracy_drop": 1}, "between -1 and 1"),
-        ({"accuracy_drop": math.nan}, "between -1 and 1"),
+        ({"accuracy_drop": 1}, "above -1 and below 1"),
+        ({"accuracy_drop": math.nan}, "above -1 and below 1"),
     ],
 )
 def test_a_target_that_cannot_be_met_is_refused(target, message):
