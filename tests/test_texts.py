@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import io
 import json
+import re
+from pathlib import Path
 
 import pytest
 from hypothesis import given, settings
@@ -103,3 +105,10 @@ def test_numbers_in_csv_stay_as_they_are(cell):
 def test_every_text_is_one_line_of_valid_letters(text):
     line = texts.one_line(text)
     assert line.encode("utf-8") is not None and len(line.splitlines()) <= 1 and "\x1b" not in line
+
+
+def test_all_tables_are_printed_on_the_plain_console():
+    """Another console of rich would read markup in names of runs and classes."""
+    sources = {path.name: path.read_text("utf-8") for path in Path(texts.__file__).parent.rglob("*.py")}
+    users = [name for name, source in sources.items() if re.search(r"rich(\.console|\.markup| import print)", source)]
+    assert users == ["tables.py"]
