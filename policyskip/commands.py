@@ -36,6 +36,8 @@ from policyskip.config import (
 from policyskip.deployment.policy_files import read_policy
 from policyskip.errors import UserError, users_problem
 from policyskip.evaluation import speed
+from policyskip.evaluation.figures import class_figures
+from policyskip.evaluation.tables import show_classes
 from policyskip.files import shell_argument
 from policyskip.memory import keep_freed_memory
 from policyskip.parallel import processes
@@ -201,10 +203,11 @@ def evaluate(config: DictConfig) -> int:
     """Judge a run's best policy again, from its folder."""
     settings = settings_of(config, EvaluateSettings)
     run = open_run(settings.run)
-    figures = dispatch.judge(_setup_of(run, settings, plain(config)), run, settings.split).figures
-    summary = {f"{settings.split}/{key}": value for key, value in figures.items()}
+    judgement = dispatch.judge(_setup_of(run, settings, plain(config)), run, settings.split)
+    summary = {f"{settings.split}/{key}": value for key, value in judgement.figures.items()}
     for key, value in summary.items():
         print(f"{key}: {value}")
+    show_classes(class_figures(judgement.decisions))
     if settings.split == "test" and run.has("summary.json"):
         before = run.load_json("summary.json")
         changed = [key for key, value in summary.items() if before.get(key) != value]

@@ -11,12 +11,11 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
-from typing import Annotated
+from typing import Any
 
 import torch
-from pydantic import BaseModel, ConfigDict, Field, NonNegativeFloat, PositiveInt, ValidationError
 from torch import Tensor
 
 from policyskip.backbones import Backbone, Costs
@@ -28,6 +27,7 @@ from policyskip.errors import UserError
 from policyskip.files import read, reporting_write_errors, write
 from policyskip.fronts import concave_hull
 from policyskip.memory import release_freed_memory
+from policyskip.runs import schemas
 from policyskip.runs.progress import waiting
 
 MOST_BYTES = 2**25
@@ -142,6 +142,11 @@ class StaticFront:
     backbone: str
     data: str
 
+    @property
+    def hull(self) -> list[int]:
+        """Return the indices of the sets, cheapest first, that are best on validation images alone or mixed."""
+        return concave_hull(self.macs, self.accuracy)
+
     def mix_at(self, macs: float) -> list[tuple[int, float]]:
         """Find the one or two sets that, mixed at random, cost ``macs`` and are most accurate on validation images.
 
@@ -150,7 +155,7 @@ class StaticFront:
 
         Returns: pairs (index of the set, weight in (0, 1]); the weights sum to 1.
         """
-        hull = concave_hull(self.macs, self.accuracy)
+        hull = self.hull
         above = next((position for position, i in enumerate(hull) if self.macs[i] > macs), None)
         if above is None or above == 0:
             return [(hull[-1 if above is None else 0], 1.0)]
@@ -176,29 +181,13 @@ class StaticFront:
         Raises:
             OSError, ValueError: the file is not there, or holds no front.
         """
-        try:
-            content = _Stored.model_validate_json(read(path, MOST_BYTES)).model_dump()
-        except ValidationError as error:
-            problem = error.errors()[0]
-            raise ValueError(f"{'.'.join(map(str, problem['loc']))}: {problem['msg']}") from error
-        front = StaticFront(**content | {"sets": [tuple(mark == "1" for mark in keep) for keep in content["sets"]]})
+        content: dict[str, Any] = schemas.check("front.json", json.loads(read(path, MOST_BYTES)))
+        content["sets"] = [tuple(mark == "1" for mark in keep) for keep in content["sets"]]
+        front = StaticFront(**{field.name: content[field.name] for field in fields(StaticFront)})
         lengths = {len(front.sets), len(front.accuracy), len(front.macs)}
         if len(lengths) > 1 or len({len(keep) for keep in front.sets}) > 1:
             raise ValueError("its sets, accuracies and costs do not belong together")
         return front
-
-
-class _Stored(BaseModel):
-    """The content of a file that holds a front."""
-
-    model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
-    sets: Annotated[list[Annotated[str, Field(pattern="^[01]+$")]], Field(min_length=1)]
-    accuracy: list[Annotated[float, Field(ge=0, le=1)]]
-    macs: list[NonNegativeFloat]
-    images: PositiveInt
-    finished: bool
-    backbone: str
-    data: str
 
 
 def search(

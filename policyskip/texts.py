@@ -10,11 +10,13 @@ import re
 import unicodedata
 from typing import Any
 
-from rich.markup import escape
-
 LONGEST = 300
 """Letters of a text that an output shows; the middle of a longer one is left out."""
-_MARKDOWN = re.compile(r"([\\`*_{}\[\]()#+\-!|~$])")
+LONGEST_LINE = 3_000
+"""The same for a whole line, such as a warning."""
+_MARKDOWN = re.compile(r"[\\`*_{}\[\]#!|~$]|^[-+=](?![\d.])")
+"""Letters that mean something in Markdown; signs of a list, a rule or a heading do so at the beginning of a line."""
+_NUMBERED = re.compile(r"^(\d+)(?=[.)](\s|$))")
 _HIDDEN = {"Cc", "Cf", "Cs", "Co", "Cn", "Zl", "Zp"}
 """Unicode's categories of letters that are not seen, or that change how others are seen."""
 
@@ -42,14 +44,15 @@ def _visible(letter: str) -> str:
     return letter
 
 
-def for_html(text: Any) -> str:
+def for_html(text: Any, longest: int = LONGEST) -> str:
     """Return a text for HTML, as content or as a quoted attribute."""
-    return html.escape(one_line(text), quote=True)
+    return html.escape(one_line(text, longest), quote=True)
 
 
-def for_markdown(text: Any) -> str:
+def for_markdown(text: Any, longest: int = LONGEST) -> str:
     """Return a text for a line or a table cell of Markdown, without headings, links, formulas or HTML in it."""
-    return _MARKDOWN.sub(r"\\\1", html.escape(one_line(text), quote=False))
+    line = _MARKDOWN.sub(r"\\\g<0>", html.escape(one_line(text, longest).strip(), quote=False))
+    return _NUMBERED.sub(r"\1\\", line)
 
 
 def for_csv(cell: Any) -> Any:
@@ -62,16 +65,17 @@ def for_csv(cell: Any) -> Any:
     return f"'{line}" if line.lstrip()[:1] in ("=", "+", "-", "@") and line.strip() != "-" else line
 
 
-def for_rich(text: Any) -> str:
-    """Return a text for rich's console markup, in which ``[`` begins a tag."""
-    return escape(one_line(text))
+def for_json(text: str) -> str:
+    r"""Return JSON with its lone surrogates, which no file can hold, as the escapes that JSON has for them."""
+    return re.sub("[\ud800-\udfff]", lambda letter: f"\\u{ord(letter[0]):04x}", text)
 
 
-def for_matplotlib(text: Any) -> str:
-    """Return a text for a picture of matplotlib, in which ``$`` begins a formula."""
-    return one_line(text).replace("$", r"\$")
+def for_matplotlib(text: Any, longest: int = LONGEST) -> str:
+    """Return a text for a picture of matplotlib, in which ``$`` begins a formula, and ``_`` a name of no legend."""
+    line = one_line(text, longest).replace("$", r"\$")
+    return f" {line}" if line.startswith("_") else line
 
 
 def for_plotly(text: Any) -> str:
-    """Return a text for a picture of Plotly, which reads HTML's tags and entities."""
-    return html.escape(one_line(text), quote=True)
+    """Return a text for a picture of Plotly, which reads HTML's tags, few of its entities, and templates, ``%{x}``."""
+    return html.escape(one_line(text), quote=False).replace('"', "&#34;").replace("'", "&#39;").replace("%{", "%&#123;")

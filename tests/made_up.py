@@ -69,7 +69,7 @@ def made_up_run(
     """A finished run's folder that holds these decisions."""
     folder.mkdir(parents=True)
     config = {"seed": seed, "run": {"dir": str(folder)}, "data": DIGITS, "agent": {"name": agent, **settings}}
-    (folder / "config.yaml").write_text(f"# policyskip train agent={agent}\n{json.dumps(config)}")
+    (folder / "config.yaml").write_text(f"# policyskip train agent={ascii(agent)[1:-1]}\n{json.dumps(config)}")
     from_record = save_decisions(decisions, Run(folder))
     if not recorded:
         (folder / "decisions.safetensors").unlink()

@@ -1,11 +1,12 @@
-"""Find and read finished runs, give each a name of its own, and sort them into groups that can be compared."""
+"""Find and read finished runs, and give each a name of its own."""
 
 from __future__ import annotations
 
 import glob
+import os
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -15,19 +16,17 @@ from policyskip.evaluation import decisions
 from policyskip.evaluation.decisions import Decisions
 from policyskip.runs import lifecycle
 from policyskip.runs.folder import Run
+from policyskip.texts import one_line
 
 NAMES = ("agent", "env", "backbone", "data")
-"""Keys that every summary has, with texts."""
+"""Keys that every summary has, with names."""
 NUMBERS = (
     *("seed", "seconds", "test/accuracy", "test/full_accuracy", "test/macs_mean", "test/full_macs"),
     *("test/macs_fraction", "test/unique_decisions"),
 )
 """Keys that every summary has, with numbers."""
-OPTIONAL_NUMBERS = (
-    *("test/kept_mean", "test/blocks", "test/static_margin", "test/oracle_macs", "test/oracle_accuracy"),
-    "latency_ms",
-)
-"""Keys that a summary may have, with numbers or null."""
+LONGEST_NAME = 100
+"""Letters of the name of a run, at most."""
 NOT_THE_SETTING = ("seed", "device", "run", "tracking", "front", "target")
 """Keys of a configuration in which runs of one setting may differ. (The targets of a run are in its summary.)"""
 
@@ -79,15 +78,6 @@ class Collected:
     warnings: list[str]
 
 
-@dataclass(frozen=True)
-class Group:
-    """Runs that can be compared with each other; ``reason`` says what they have in common and other runs have not."""
-
-    title: str
-    reason: str
-    results: list[Result]
-
-
 def collect(patterns: Iterable[str], decide_again: Callable[[Run], Decisions] | None = None) -> Collected:
     """Read the finished runs that folders and glob patterns name.
 
@@ -95,25 +85,36 @@ def collect(patterns: Iterable[str], decide_again: Callable[[Run], Decisions] | 
         patterns: run folders, folders with run folders in them, and glob patterns.
         decide_again: makes the decisions of a run that has none in its folder. None: such a run is compared without.
 
+    A run that is not finished, or of which a file is damaged, is left out, with the reason: one such run among hundreds
+    shall not keep the others from being compared.
+
     Raises:
-        UserError: there is no finished run, or a run's files are damaged.
+        UserError: a pattern matches no folder, or no run can be compared.
     """
     patterns = list(patterns)
     left_out: list[tuple[Path, str]] = []
-    runs: list[Run] = []
+    results: list[Result] = []
+    errors: list[UserError] = []
     for folder in _folders(patterns):
-        reason = _unfinished(folder)
-        if reason:
+        try:
+            reason = _unfinished(folder)
+            if reason is None:
+                results.append(_read(Run(folder), decide_again))
+        except UserError as error:
+            errors.append(error)
+            reason = f"cannot be used: {str(error).removeprefix(f'{folder}{os.sep}')}"
+        if reason is not None:
             left_out.append((folder, reason))
-        else:
-            runs.append(Run(folder))
-    if not runs:
-        reasons = "".join(f"; {folder} {reason}" for folder, reason in left_out[:3])
+    results, of_other_images = _on_their_images(results)
+    if not results and errors:
+        raise errors[0]
+    if not results:
+        reasons = "".join(f"; {folder} {reason}" for folder, reason in [*left_out, *of_other_images][:3])
         raise UserError(f"no finished run in runs={','.join(patterns)}{reasons}")
-    names = _distinct_names([run.folder for run in runs])
-    results = [_read(run, name, decide_again) for run, name in zip(runs, names, strict=True)]
+    names = _distinct_names([result.folder for result in results])
+    results = [replace(result, name=name) for result, name in zip(results, names, strict=True)]
     results, repeats = _without_repeats(results)
-    return Collected(results, [*left_out, *repeats], _warnings(results))
+    return Collected(results, [*left_out, *of_other_images, *repeats], _warnings(results))
 
 
 def _folders(patterns: list[str]) -> list[Path]:
@@ -147,22 +148,16 @@ def _unfinished(folder: Path) -> str | None:
     return "judges no agent: it is a pretrain run" if pretrained else None
 
 
-def _read(run: Run, name: str, decide_again: Callable[[Run], Decisions] | None) -> Result:
+def _read(run: Run, decide_again: Callable[[Run], Decisions] | None) -> Result:
     """Read and check a finished run's files.
 
     Raises:
         UserError: a file is damaged.
     """
     summary = run.load_json("summary.json")
-    missing = [key for key in (*NAMES, *NUMBERS) if key not in summary]
+    missing = [key for key in (*NAMES, *NUMBERS) if summary.get(key) is None]
     if missing:
         raise UserError(f"{run.folder / 'summary.json'} is damaged or not ours: it has no {missing[0]}")
-    for key in NAMES:
-        if not isinstance(summary[key], str):
-            raise UserError(f"{run.folder / 'summary.json'} is damaged: {key} is {summary[key]!r:.80}, not a name")
-    for key in (*NUMBERS, *(key for key in OPTIONAL_NUMBERS if summary.get(key) is not None)):
-        if not is_number(summary[key]):
-            raise UserError(f"{run.folder / 'summary.json'} is damaged: {key} is {summary[key]!r:.80}, not a number")
     config = lifecycle.saved_config(run)
     own_decisions = decisions.load_decisions(run)
     if own_decisions is None and decide_again is not None:
@@ -170,16 +165,42 @@ def _read(run: Run, name: str, decide_again: Callable[[Run], Decisions] | None) 
             own_decisions = decide_again(run)
         except UserError as error:  # such as a configuration of an older version
             print(f"warning: {run.folder} cannot decide again: {error}", flush=True)
-    return Result(name, run.folder, summary, config, run.metrics(), own_decisions)
+    if own_decisions is not None and abs(own_decisions.accuracy - summary["test/accuracy"]) > 1e-6:
+        raise UserError(
+            f"{run.folder / decisions.FILE} is of other decisions than summary.json: its accuracy is "
+            f"{own_decisions.accuracy:.4f}, and that of summary.json {summary['test/accuracy']:.4f}"
+        )
+    return Result(run.name, run.folder, summary, config, run.metrics(), own_decisions)
 
 
-def is_number(value: Any) -> bool:
-    """Return whether a value is a finite number that a float can hold; True and False are none."""
-    return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < 1e300
+def _on_their_images(results: list[Result]) -> tuple[list[Result], list[tuple[Path, str]]]:
+    """Leave out runs whose labels are not those that most runs on the same test images have.
+
+    Returns: the other runs; and the folders that were left out, with the reason for each.
+    """
+    by_images: dict[str, Counter[bytes]] = defaultdict(Counter)
+    for result in results:
+        if result.decisions is not None:
+            by_images[result.decisions.images][_labels_of(result.decisions)] += 1
+    usual = {images: count.most_common(1)[0][0] for images, count in by_images.items()}
+    kept, left_out = [], []
+    for result in results:
+        decided = result.decisions
+        if decided is None or _labels_of(decided) == usual[decided.images]:
+            kept.append(result)
+        else:
+            reason = f"has a {decisions.FILE} whose labels are not those of the other runs on the same test images"
+            left_out.append((result.folder, reason))
+    return kept, left_out
+
+
+def _labels_of(decided: Decisions) -> bytes:
+    """Return the labels of a record in a form that can be counted."""
+    return decided.label_N.numpy().tobytes()
 
 
 def _distinct_names(folders: list[Path]) -> list[str]:
-    """Name each folder by the end of its path, as long as it takes to tell the folders apart."""
+    """Name each folder by the end of its path, as long as it takes to tell the folders apart, in letters that show."""
     parts = [folder.resolve().parts for folder in folders]
     length = [1] * len(parts)
     while True:
@@ -187,9 +208,19 @@ def _distinct_names(folders: list[Path]) -> list[str]:
         count = Counter(names)
         ambiguous = [i for i, name in enumerate(names) if count[name] > 1 and length[i] < len(parts[i])]
         if not ambiguous:
-            return names
+            return distinct([one_line(name, LONGEST_NAME) for name in names])
         for i in ambiguous:
             length[i] += 1
+
+
+def distinct(names: Sequence[str]) -> list[str]:
+    """Put a number behind every name that another one equals."""
+    count, seen = Counter(names), Counter[str]()
+    made = []
+    for name in names:
+        seen[name] += 1
+        made.append(name if count[name] == 1 else f"{name} ({seen[name]})")
+    return made
 
 
 def _without_repeats(results: list[Result]) -> tuple[list[Result], list[tuple[Path, str]]]:
@@ -221,10 +252,7 @@ def _warnings(results: list[Result]) -> list[str]:
     if long_names:
         listed = ", ".join(long_names[:4]) + (", …" if len(long_names) > 4 else "")
         warnings.append(f"runs in different folders have the same name; they are called {listed}")
-    for result in results:
-        warnings += [f"{result.name}: {text}" for text in result.summary.get("warnings") or []]
-        if result.figure("static_search_finished") is False:
-            warnings.append(f"{result.name}: the search for its fixed choices ran out of front.budget")
+    warnings += _warnings_of_runs(results)
     without = [result.name for result in results if result.decisions is None]
     if without:
         listed = ", ".join(without[:3]) + (", …" if len(without) > 3 else "")
@@ -235,54 +263,22 @@ def _warnings(results: list[Result]) -> list[str]:
     return warnings
 
 
-def groups_of(results: list[Result]) -> list[Group]:
-    """Sort runs into groups that were judged on the same test images, over the same frozen network weights.
-
-    The runs on each set of test images are one group, with this exception: where frozen networks of one name have
-    different weights, the weights that most runs use stay in the group, and each of the other weights is a group of its
-    own, because there it is not the agents alone that differ. Runs that trained their network, and networks of other
-    names, stay in the group, and are compared as whole systems.
-    """
-    by_images: dict[tuple[str, str], list[Result]] = defaultdict(list)
+def _warnings_of_runs(results: list[Result]) -> list[str]:
+    """Return the warnings of the runs; those that begin alike, up to a colon, are one."""
+    alike: dict[str, list[tuple[str, str]]] = defaultdict(list)
     for result in results:
-        by_images[(str(result.summary["data"]), _images(result))].append(result)
-    image_sets = Counter(data for data, _ in by_images)
-    groups = []
-    for (data, images), members in sorted(by_images.items(), key=lambda item: -len(item[1])):
-        on_images = f"test images {images}" if image_sets[data] > 1 else "the same test images"
-        weights = {
-            name: Counter(_frozen_hash(r) for r in members if _network(r) == name and _frozen_hash(r))
-            for name in sorted({_network(r) for r in members})
-        }
-        usual = {name: count.most_common(1)[0][0] for name, count in weights.items() if count}
-        main = [r for r in members if not _frozen_hash(r) or _frozen_hash(r) == usual[_network(r)]]
-        groups.append(Group(data, f"{data}, {on_images}", main))
-        for name, count in weights.items():
-            for hash_ in [h for h in count if h != usual[name]]:
-                other = [r for r in members if _network(r) == name and _frozen_hash(r) == hash_]
-                reason = f"{data}, over {name} with other weights ({hash_[:8]}, not {usual[name][:8]})"
-                groups.append(Group(f"{data}, other {name}", reason, other))
-    return groups
-
-
-def _images(result: Result) -> str:
-    """Return the fingerprint of a run's test images; where it is not known, the configuration that makes them."""
-    known = result.summary.get("test_images") or (result.decisions.images if result.decisions else None)
-    if known:
-        return str(known)
-    data = {key: value for key, value in result.setting.items() if key.startswith("data.") and "batch_size" not in key}
-    return ", ".join(f"{key.removeprefix('data.')}={value}" for key, value in data.items() if key != "data._target_")
-
-
-def _frozen_hash(result: Result) -> str:
-    """Return the content hash of a run's network; "" if the run trained the network, or the hash is not known."""
-    known = result.summary.get("frozen_network")
-    return str(known or (result.decisions.network if result.decisions else "") or "")
-
-
-def _network(result: Result) -> str:
-    """Return the name of a run's network."""
-    return str(result.summary["backbone"])
+        texts = list(result.summary.get("warnings") or [])
+        if result.figure("static_search_finished") is False:
+            texts.append("the search for its fixed choices ran out of front.budget")
+        for text in texts:
+            alike[text.partition(":")[0]].append((result.name, text))
+    warnings = []
+    for beginning, members in alike.items():
+        text = members[0][1] if len({text for _, text in members}) == 1 else beginning
+        names = list(dict.fromkeys(name for name, _ in members))
+        listed = ", ".join(names[:4]) + (", …" if len(names) > 4 else "")
+        warnings.append(f"{names[0]}: {text}" if len(names) == 1 else f"{len(names)} runs: {text} ({listed})")
+    return warnings
 
 
 def _flat(node: dict[str, Any], prefix: str = "") -> Iterable[tuple[str, str]]:

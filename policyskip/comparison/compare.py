@@ -7,7 +7,7 @@ with intervals; the best fixed choices stand beside the rows.
 from __future__ import annotations
 
 import json
-import sys
+import os
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,25 +15,31 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from rich.markup import escape
+from rich.table import Table
 
 from policyskip import __version__
 from policyskip.comparison import formats, plots, tables
-from policyskip.comparison.collect import Collected, Group, Result, collect, groups_of
+from policyskip.comparison.collect import Collected, Result, collect
 from policyskip.comparison.folder import clear_leftovers, replaced
-from policyskip.comparison.page import Section, page
+from policyskip.comparison.groups import Group, groups_of
+from policyskip.comparison.page import EXPLAINED, Section, notes, page
 from policyskip.comparison.series import styles
+from policyskip.comparison.verdict import verdict
 from policyskip.errors import UserError
 from policyskip.evaluation.decisions import Decisions
+from policyskip.evaluation.tables import console
 from policyskip.files import write
 from policyskip.runs.folder import Run
 from policyskip.runs.progress import waiting
+from policyskip.texts import LONGEST_LINE, for_markdown, one_line
 
 MARKER_FILE = "comparison.json"
 """A file that every comparison has: a folder without it is not overwritten."""
 POOL_SIZE = 240
 """How many test images the page holds, from which galleries choose; those that agents disagree on come on top."""
 
+MOST_NOTES = 8
+"""How many warnings, and folders that were left out, are printed at most."""
 ImageLoader = Callable[[Result, Sequence[int]], dict[int, NDArray[np.uint8]]]
 """Returns test images of a run by their indices: uint8 (H, W, 3) each."""
 
@@ -106,13 +112,16 @@ def check_output(output: Path, overwrite: bool) -> None:
         return
     if not overwrite:
         raise UserError(f"{output} is there already; say overwrite=true, or another output=")
-    if not (output / MARKER_FILE).is_file():
-        raise UserError(f"{output} holds no comparison, so it is not overwritten; say another output=")
+    try:
+        Run(output).load_json(MARKER_FILE)
+    except UserError as error:
+        raise UserError(f"{output} holds no comparison, so it is not overwritten; say another output=") from error
 
 
 def _section(group: Group, load_images: ImageLoader | None) -> Section:
     """Compute everything that the page and the files say of one group."""
     rows = tables.rows_of(group.results)
+    differing = tables.differences(rows, group.title)
     disputed = tables.disagreements(rows)
     with_decisions = [r for r in group.results if r.decisions is not None]
     images: dict[int, NDArray[np.uint8]] = {}
@@ -130,12 +139,13 @@ def _section(group: Group, load_images: ImageLoader | None) -> Section:
         rows=rows,
         cells=tables.table(rows, group.title),
         agreed=tables.agreement(rows, group.title),
-        differing=tables.differences(rows, group.title),
+        differing=differing,
         styles=styles(rows),
         disputed=disputed,
         pool=pool,
         images=images,
-        no_images=reason,
+        no_images=one_line(reason),
+        verdict=verdict(rows, differing),
     )
 
 
@@ -154,7 +164,7 @@ def _write(folder: Path, sections: list[Section], collected: Collected, command:
     write(folder / "index.html", page(sections, collected, command, __version__).encode())
     about: dict[str, Any] = {"version": __version__, "command": command, "runs": [r.name for r in collected.results]}
     about |= {"left_out": [[str(path), reason] for path, reason in collected.left_out], "warnings": collected.warnings}
-    write(folder / MARKER_FILE, (json.dumps(about, indent=2, ensure_ascii=False) + "\n").encode())
+    write(folder / MARKER_FILE, (json.dumps(about, indent=2) + "\n").encode())
     return [path.relative_to(folder) for path in pictures]
 
 
@@ -165,6 +175,7 @@ def _tables(sections: list[Section]) -> dict[str, tables.Cells]:
         "runs": [cell for s in sections for cell in tables.run_table(s.rows, s.group.title)],
         "differences": [cell for s in sections for cell in s.differing],
         "agreement": [cell for s in sections for cell in s.agreed],
+        "classes": [cell for s in sections for cell in tables.class_table(s.rows, s.group.title)],
         "disagreements": [
             cell for s in sections for cell in tables.disagreement_table(s.rows, s.disputed, s.group.title)
         ],
@@ -175,35 +186,34 @@ def markdown(sections: list[Section], collected: Collected) -> str:
     """Return the main table of every group in Markdown, with what was left out, for a README or an issue."""
     parts: list[str] = []
     for section in sections:
-        parts.append(f"### {section.group.title}\n\nRuns on {section.group.reason}.\n")
+        title, reason = for_markdown(section.group.title), for_markdown(section.group.reason, LONGEST_LINE)
+        parts.append(f"### {title}\n\nRuns on {reason}.\n")
+        parts.append(for_markdown(" ".join(section.verdict), LONGEST_LINE) + "\n")
         parts.append(formats.as_markdown(*formats.display_table(section.cells)))
-    parts.append(
-        "Means over seeds ± half the 95 % t interval over seeds; accuracy in percent, changes in points. The interval "
-        "over images is a paired bootstrap against each run's full network on the same test images. The fixed choice "
-        "is the best one of equal cost over the run's own network.\n"
-    )
-    notes: list[str] = list(collected.warnings)
-    notes += [f"left out: {folder} {reason}" for folder, reason in collected.left_out]
-    parts += ["".join(f"- {note}\n" for note in notes)] if notes else []
+    parts.append(EXPLAINED + "\n")
+    parts += ["".join(f"- {for_markdown(note, LONGEST_LINE)}\n" for note in notes(collected))]
     return "\n".join(parts)
 
 
 def show(comparison: Comparison) -> None:
-    """Print the main table of every group, warnings, and the runs that were left out."""
-    from rich.console import Console
-    from rich.table import Table
-
-    console = Console() if sys.stdout.isatty() else Console(width=200)
+    """Print what came out of every group and its main table, then the warnings and the runs that were left out."""
+    columns = os.environ.get("COLUMNS", "")
+    out = console(int(columns) if columns.isdecimal() and int(columns[:5]) >= 40 else 200)
     for section in comparison.sections:
+        header, lines, left_out = formats.fitting(*formats.display_table(section.cells), out.width)
         table = Table(title=f"Runs on {section.group.reason}")
-        header, lines = formats.display_table(section.cells)
         for n, column in enumerate(header):
-            table.add_column(column, justify="right" if n else "left")
+            table.add_column(column, justify="right" if n else "left", overflow="fold")
         for line in lines:
-            table.add_row(*(escape(cell) for cell in line))
-        console.print(table)
-    console.print("Means over seeds ± half the 95 % t interval over seeds; 95 % over images: paired bootstrap.")
-    for text in comparison.collected.warnings:
-        print(f"warning: {text}")
-    for folder, reason in comparison.collected.left_out:
-        print(f"left out: {folder} {reason}")
+            table.add_row(*line)
+        for sentence in section.verdict:
+            out.print(sentence)
+        out.print(table)
+        if left_out:
+            out.print(f"For lack of room without: {'; '.join(left_out)} (comparison.csv has them).")
+    out.print("Means over seeds ± half the 95 % t interval over seeds; 95 % over images: paired bootstrap.")
+    found = notes(comparison.collected)
+    for note in found if len(found) <= MOST_NOTES else found[: MOST_NOTES - 1]:
+        out.print(note)
+    if len(found) > MOST_NOTES:
+        out.print(f"and {len(found) - MOST_NOTES + 1} more warnings and folders left out, at the end of comparison.md")

@@ -10,6 +10,7 @@ from typing import Any
 
 from policyskip.comparison.series import (
     CURVES,
+    FEW_STEPS,
     Style,
     curves_of,
     front_of,
@@ -21,6 +22,7 @@ from policyskip.comparison.series import (
 )
 from policyskip.comparison.tables import MEASURES, Cells, Row
 from policyskip.evaluation.plots import STATIC
+from policyskip.texts import for_plotly
 
 Figure = dict[str, Any]
 """``title``, ``note``, ``data`` (traces) and ``layout``; perhaps ``choices``, the values that a heat map can show."""
@@ -38,19 +40,19 @@ def pareto_front(rows: Sequence[Row], cells: Cells, styles: dict[str, Style]) ->
     static = static_front(rows)
     if static:
         marker = {"symbol": "square", "size": 5}
-        data.append(_trace("best fixed choices, mixed, any network", static, STATIC, "lines+markers", marker))
+        data.append(_trace("best fixed choices on these images, mixed", static, STATIC, "lines+markers", marker))
     front = [(cells[n]["macs"], cells[n]["accuracy"], cells[n]["row"]) for n in front_of(cells)]
     line = _trace("Pareto front of the agents", front, "#888888", "lines", {})
     data.append(line | {"line": {"dash": "dash", "shape": "hv", "width": 1, "color": "#888888"}, "hoverinfo": "skip"})
     for row, cell in zip(rows, cells, strict=True):
         style = styles[row.label]
-        name = row.title
+        name = for_plotly(row.title)
         if len(row.results) > 1:
             data.append(_runs(row, style))
         names = [result.name for result in row.results]
         hover = f"<b>{name}</b><br>%{{y:.2f}} % at %{{x:.2f}} M MACs ({cell['macs_share']:.3f} of full)<br>"
-        listed = ", ".join(names[:5]) + (", …" if len(names) > 5 else "")
-        kind = f"mean of {len(names)} runs: {listed}" if len(names) > 1 else f"run {names[0]}"
+        listed = for_plotly(", ".join(names[:5])) + (", …" if len(names) > 5 else "")
+        kind = f"mean of {len(names)} runs: {listed}" if len(names) > 1 else f"run {listed}"
         mean: dict[str, Any] = {"type": "scatter", "mode": "markers", "name": name, "legendgroup": row.label}
         mean |= {"x": [cell["macs"] / 1e6], "y": [100 * cell["accuracy"]], "customdata": [names[0]]}
         mean["marker"] = {"color": style.colour, "symbol": "star" if row.oracle else style.symbol, "size": 12}
@@ -79,19 +81,19 @@ def pareto_front(rows: Sequence[Row], cells: Cells, styles: dict[str, Style]) ->
 def _runs(row: Row, style: Style) -> dict[str, Any]:
     x, y = row.values("macs_mean"), row.values("accuracy")
     names = [result.name for result in row.results]
-    seeds = [str(result.summary["seed"]) for result in row.results]
+    texts = [f"<b>{for_plotly(result.name)}</b>, seed {result.summary['seed']}" for result in row.results]
     return {
         "type": "scatter",
         "mode": "markers",
-        "name": f"{row.label}, runs",
+        "name": for_plotly(f"{row.label}, runs"),
         "legendgroup": row.label,
         "showlegend": False,
         "x": [m / 1e6 for m in x],
         "y": [100 * a for a in y],
         "customdata": names,
-        "text": seeds,
+        "text": texts,
         "marker": {"color": style.colour, "size": 6, "opacity": 0.55},
-        "hovertemplate": "<b>%{customdata}</b>, seed %{text}<br>%{y:.2f} % at %{x:.2f} M MACs<extra></extra>",
+        "hovertemplate": "%{text}<br>%{y:.2f} % at %{x:.2f} M MACs<extra></extra>",
     }
 
 
@@ -102,7 +104,7 @@ def _trace(
         "type": "scatter",
         "mode": mode,
         "name": name,
-        "text": [text for _, _, text in points],
+        "text": [for_plotly(text) for _, _, text in points],
         "x": [macs / 1e6 for macs, _, _ in points],
         "y": [100 * accuracy for _, accuracy, _ in points],
         "marker": {"color": colour, **marker},
@@ -128,7 +130,7 @@ def learning_curves(rows: Sequence[Row], styles: dict[str, Style]) -> Figure | N
         layout["annotations"].append({"text": CURVES[key], **centre})
         for row, curve in curves:
             colour, axes = styles[row.label].colour, {"xaxis": f"x{suffix}", "yaxis": f"y{suffix}"}
-            common = {"type": "scatter", "legendgroup": row.label, "name": row.label, **axes}
+            common = {"type": "scatter", "legendgroup": row.label, "name": for_plotly(row.label), **axes}
             if len(row.results) > 1:
                 outline = {"x": [*curve.step_T, *curve.step_T[::-1]], "y": [*curve.high_T, *curve.low_T[::-1]]}
                 fill = {"fill": "toself", "fillcolor": f"{colour}28", "line": {"width": 0}, "mode": "lines"}
@@ -136,10 +138,11 @@ def learning_curves(rows: Sequence[Row], styles: dict[str, Style]) -> Figure | N
             line = {
                 "x": curve.step_T,
                 "y": curve.mean_T,
-                "mode": "lines",
+                "mode": "lines+markers" if len(curve.step_T) < FEW_STEPS else "lines",
+                "marker": {"color": colour, "size": 5, "symbol": styles[row.label].symbol},
                 "line": {"color": colour, "width": 1.6, "dash": styles[row.label].dash},
             }
-            hover = f"<b>{row.label}</b><br>update %{{x}}: %{{y:.4g}}<extra></extra>"
+            hover = f"<b>{for_plotly(row.label)}</b><br>update %{{x}}: %{{y:.4g}}<extra></extra>"
             data.append({**common, **line, "hovertemplate": hover, "showlegend": row.label not in in_legend})
             in_legend.add(row.label)
     note = (
@@ -156,7 +159,9 @@ def block_use(rows: Sequence[Row]) -> Figure | None:
         return None
     width = max(len(share) for _, share in used)
     z = [[*share, *[None] * (width - len(share))] for _, share in used]
-    heat = _heat([row.label for row, _ in used], list(range(width)), z, "%{y}<br>block %{x}: %{z:.3f} of the images")
+    heat = _heat(
+        [for_plotly(row.label) for row, _ in used], list(range(width)), z, "%{y}<br>block %{x}: %{z:.3f} of the images"
+    )
     heat |= {"colorscale": [[0, "#1b6ca80c"], [1, "#1b6ca8"]], "zmin": 0, "zmax": 1}
     layout = {
         "height": 130 + 30 * len(used),
@@ -175,11 +180,11 @@ def exit_use(rows: Sequence[Row], styles: dict[str, Style]) -> Figure | None:
     data = [
         {
             "type": "bar",
-            "name": row.label,
+            "name": for_plotly(row.label),
             "x": list(range(len(share))),
             "y": share,
             "marker": {"color": styles[row.label].colour},
-            "hovertemplate": f"<b>{row.label}</b><br>exit %{{x}}: %{{y:.3f}} of the images<extra></extra>",
+            "hovertemplate": f"<b>{for_plotly(row.label)}</b><br>exit %{{x}}: %{{y:.3f}} of the images<extra></extra>",
         }
         for row, share in used
     ]
@@ -194,7 +199,7 @@ def agreement(rows: Sequence[Row], cells: Cells) -> Figure | None:
     known = [row for row in rows if row.decided]
     if len(known) < 2:
         return None
-    labels = [row.label for row in known]
+    labels = [for_plotly(row.label) for row in known]
     choices = [{"name": meaning, "z": matrix(known, cells, key)} for key, meaning in MEASURES.items()]
     heat = _heat(labels, labels, choices[2]["z"], "%{y}<br>%{x}<br>%{z:.3f}")
     heat |= {"colorscale": "Viridis", "zmin": 0, "zmax": 1}
@@ -216,10 +221,11 @@ def differences(rows: Sequence[Row], cells: Cells) -> Figure | None:
         i, j = labels.index(cell["row"]), labels.index(cell["less"])
         low, high = 100 * cell["images_low"], 100 * cell["images_high"]
         for a, b, sign, ends in ((i, j, 1, (low, high)), (j, i, -1, (-high, -low))):
-            z[a][b] = sign * 100 * cell["accuracy"]
+            z[a][b] = round(sign * 100 * cell["accuracy"], 2) + 0.0  # and never -0
             clear = "" if ends[0] <= 0 <= ends[1] else ", a clear difference"
-            text[a][b] = f"{z[a][b]:+.2f} points (95 % over images: {ends[0]:+.2f} to {ends[1]:+.2f}){clear}"
-    heat = _heat(labels, labels, z, "%{y}<br>less %{x}<br>%{text}")
+            text[a][b] = f"{z[a][b]:+z.2f} points (95 % over images: {ends[0]:+z.2f} to {ends[1]:+z.2f}){clear}"
+    shown = list(map(for_plotly, labels))
+    heat = _heat(shown, shown, z, "%{y}<br>less %{x}<br>%{text}")
     largest = max(1.0, max(abs(value) for line in z for value in line if value is not None))
     heat |= {"text": text, "colorscale": DIVERGING, "zmin": -largest, "zmax": largest}
     heat |= {"texttemplate": "%{z:+.2f}"} if len(labels) <= FEW else {}

@@ -3,20 +3,20 @@
 from __future__ import annotations
 
 import csv
-import html
 import io
 from collections.abc import Sequence
 from typing import Any
 
 from policyskip.comparison.tables import Cells
+from policyskip.texts import for_csv, for_markdown
 
 
 def as_csv(cells: Cells) -> str:
-    """Write a table as comma-separated values with a header; None is an empty cell."""
+    """Write a table as comma-separated values with a header; None is an empty cell, and no cell is a formula."""
     text = io.StringIO()
     writer = csv.DictWriter(text, list(cells[0]) if cells else [], lineterminator="\n")
     writer.writeheader()
-    writer.writerows(cells)
+    writer.writerows({key: for_csv(cell) for key, cell in line.items()} for line in cells)
     return text.getvalue()
 
 
@@ -35,21 +35,50 @@ def display_table(cells: Cells) -> tuple[list[str], list[list[str]]]:
         [
             f"{line['row']} (sees the label)" if line["sees_the_label"] else str(line["row"]),
             str(line["seeds"]).replace(" ", ", "),
-            _plus_minus(line, "accuracy", 100, "{:.2f}"),
-            _plus_minus(line, "change", 100, "{:+.2f}"),
+            _plus_minus(line, "accuracy", 100, "{:z.2f}"),
+            _plus_minus(line, "change", 100, "{:+z.2f}"),
             _between(line["change_images_low"], line["change_images_high"]),
-            _plus_minus(line, "macs_share", 1, "{:.3f}"),
-            _plus_minus(line, "macs", 1e-6, "{:.2f}"),
+            _plus_minus(line, "macs_share", 1, "{:z.3f}"),
+            _plus_minus(line, "macs", 1e-6, "{:z.2f}"),
             _kept(line),
-            _plus_minus(line, "static_margin", 100, "{:+.2f}"),
+            _plus_minus(line, "static_margin", 100, "{:+z.2f}"),
             _or_dash(line["decisions"], "{:.0f}"),
-            _or_dash(line["latency_ms"], "{:.2f}"),
+            _or_dash(line["latency_ms"], "{:z.2f}"),
             _or_dash(line["seconds"], "{:.0f}"),
         ]
         for line in cells
     ]
     filled = [n for n in range(len(DISPLAYED_COLUMNS)) if any(line[n] != "–" for line in lines)]
     return [DISPLAYED_COLUMNS[n] for n in filled], [[line[n] for n in filled] for line in lines]
+
+
+LEAST_NEEDED_FIRST = (
+    *("training, s", "decisions", "latency, ms", "MACs, M", "95 % over images", "seeds", "kept"),
+    "change to its full network",
+)
+"""The columns that are left out where there is no room, in this order."""
+
+
+def fitting(header: list[str], lines: list[list[str]], width: int) -> tuple[list[str], list[list[str]], list[str]]:
+    """Leave out columns until a table fits into a width, in letters.
+
+    Returns: the header and the lines that are left, and the columns that were left out.
+    """
+
+    def needed(n: int) -> int:
+        words = [word for word in header[n].split() if n] + [line[n] for line in lines]
+        longest = max(map(len, words), default=0)
+        return (min(longest, width // 3) if n == 0 else longest) + 3
+
+    left_out = []
+    for column in LEAST_NEEDED_FIRST:
+        if 1 + sum(map(needed, range(len(header)))) <= width:
+            break
+        if column in header:
+            n = header.index(column)
+            left_out.append(column)
+            header, lines = header[:n] + header[n + 1 :], [line[:n] + line[n + 1 :] for line in lines]
+    return header, lines, left_out
 
 
 def _plus_minus(line: dict[str, Any], key: str, scale: float, form: str) -> str:
@@ -61,7 +90,7 @@ def _plus_minus(line: dict[str, Any], key: str, scale: float, form: str) -> str:
 
 
 def _between(low: float | None, high: float | None) -> str:
-    return "–" if low is None or high is None else f"{100 * low:+.2f} to {100 * high:+.2f}"
+    return "–" if low is None or high is None else f"{100 * low:+z.2f} to {100 * high:+z.2f}"
 
 
 def _kept(line: dict[str, Any]) -> str:
@@ -81,6 +110,6 @@ def as_markdown(header: Sequence[str], lines: list[list[str]]) -> str:
     rows = [
         list(header),
         ["---"] * len(header),
-        *[[html.escape(cell, False).replace("|", "\\|") for cell in line] for line in lines],
+        *[[for_markdown(cell) for cell in line] for line in lines],
     ]
     return "".join("| " + " | ".join(row) + " |\n" for row in rows)

@@ -7,7 +7,6 @@ import io
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
-from html import escape
 from importlib.resources import files
 
 import numpy as np
@@ -15,12 +14,21 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from policyskip.comparison import figures
-from policyskip.comparison.collect import Collected, Group
+from policyskip.comparison.collect import Collected
 from policyskip.comparison.figures import Figure
 from policyskip.comparison.formats import display_table
+from policyskip.comparison.groups import Group
 from policyskip.comparison.series import Style, front_of, gallery
 from policyskip.comparison.tables import Cells, Row
+from policyskip.texts import LONGEST_LINE, for_html
 
+EXPLAINED = (
+    "Means over seeds ± half the 95 % t interval over seeds; accuracy in percent, changes in points. The interval "
+    "over images is a paired bootstrap against each run's full network on the same test images. The fixed choice "
+    "is the best one of equal cost over the run's own network, and was chosen on validation images; the line of "
+    "squares in the picture joins those that are best on the test images themselves, which no one can know before."
+)
+"""What stands below a main table."""
 SIDE = 48
 """The largest width and height of an example image, in pixels."""
 
@@ -38,6 +46,7 @@ class Section:
         pool: indices of the test images from which galleries choose.
         images: test images by index, uint8 (H, W, 3); ``disputed`` and ``pool``, or none.
         no_images: why there are none, or "".
+        verdict: what came out, in sentences.
     """
 
     group: Group
@@ -50,6 +59,7 @@ class Section:
     pool: list[int]
     images: dict[int, NDArray[np.uint8]]
     no_images: str
+    verdict: list[str]
 
 
 def page(sections: Sequence[Section], collected: Collected, command: str, version: str) -> str:
@@ -70,7 +80,7 @@ def page(sections: Sequence[Section], collected: Collected, command: str, versio
         )
         body.append(_section(section, name, drawings, thumbnails[name]))
     content = json.dumps(
-        {"groups": groups, "images": thumbnails}, ensure_ascii=False, allow_nan=False, separators=(",", ":")
+        {"groups": groups, "images": thumbnails}, ensure_ascii=True, allow_nan=False, separators=(",", ":")
     )
     policy = "default-src 'none'; img-src data: blob:; style-src 'unsafe-inline'; script-src 'unsafe-inline'"
     count = len(collected.results)
@@ -81,9 +91,10 @@ def page(sections: Sequence[Section], collected: Collected, command: str, versio
             '<meta name="viewport" content="width=device-width, initial-scale=1"><link rel="icon" href="data:,">',
             f"<title>policyskip: {count} runs compared</title><style>{_asset('page.css')}</style></head><body>",
             f"<h1>{count} run{'s'[: count > 1]} compared</h1>",
-            f'<p class="faint">policyskip {escape(version)} · <code>{escape(command)}</code></p>',
-            _notes(collected),
+            f'<p class="faint">policyskip {for_html(version)} · <code>{for_html(command, LONGEST_LINE)}</code></p>',
+            _summary_of_notes(collected),
             *body,
+            _notes(collected),
             f'<script type="application/json" id="content">{_safe(content)}</script>',
             f"<script>{get_plotlyjs()}</script><script>{_asset('page.js')}</script></body></html>\n",
         ]
@@ -105,15 +116,15 @@ def _figures(section: Section, name: str) -> list[Figure]:
 
 def _section(section: Section, name: str, drawings: Sequence[Figure], images: dict[int, str]) -> str:
     """Write the HTML of one group; ``images`` are data URIs by index."""
-    parts = [f"<h2>{escape(section.group.title)}</h2>", f'<p class="note">Runs on {escape(section.group.reason)}.</p>']
+    title, reason = for_html(section.group.title), for_html(section.group.reason, LONGEST_LINE)
+    parts = [f"<h2>{title}</h2>", f'<p class="note">Runs on {reason}.</p>']
+    parts.append(f'<p class="verdict">{for_html(" ".join(section.verdict), LONGEST_LINE)}</p>')
     parts.append(_table(section.cells))
-    parts.append(
-        '<p class="note">Means over seeds ± half the 95 % t interval over seeds; the change to the full network also '
-        "with its paired bootstrap interval over images. The fixed choice is the best one of equal cost over the run's "
-        "own network. In bold: the Pareto front. Click a heading to sort.</p>"
-    )
+    parts.append(f'<p class="note">{EXPLAINED} In bold: the Pareto front. Click a heading to sort.</p>')
     for n, figure in enumerate(drawings):
-        parts.append(f'<h3>{escape(figure["title"])}</h3><p class="note">{escape(figure["note"])}</p>')
+        parts.append(
+            f'<h3>{for_html(figure["title"])}</h3><p class="note">{for_html(figure["note"], LONGEST_LINE)}</p>'
+        )
         parts.append(f'<div class="plot" id="{figure["id"]}"></div>')
         if n == 0:
             parts.append(f'<div class="gallery" id="{name}-gallery"></div>')
@@ -124,12 +135,12 @@ def _section(section: Section, name: str, drawings: Sequence[Figure], images: di
 def _table(cells: Cells) -> str:
     """Write the HTML of the main table, with the rows on the Pareto front marked."""
     header, lines = display_table(cells)
-    head = "".join(f"<th>{escape(column)}</th>" for column in header)
+    head = "".join(f"<th>{for_html(column)}</th>" for column in header)
     front = {cells[n]["row"] for n in front_of(cells)}
     body = []
     for cell, line in zip(cells, lines, strict=True):
         mark = ' class="front"' if cell["row"] in front else ""
-        body.append(f"<tr{mark}>{''.join(f'<td>{escape(text)}</td>' for text in line)}</tr>")
+        body.append(f"<tr{mark}>{''.join(f'<td>{for_html(text)}</td>' for text in line)}</tr>")
     return f'<div class="scroll"><table><thead><tr>{head}</tr></thead><tbody>{"".join(body)}</tbody></table></div>'
 
 
@@ -144,12 +155,12 @@ def _disputed(section: Section, images: dict[int, str]) -> str:
         right = [row.label for row in decided if row.correct_N[index] >= 0.5]
         wrong = [row.label for row in decided if row.correct_N[index] < 0.5]
         title = f"right: {', '.join(right) or 'none'}; wrong: {', '.join(wrong) or 'none'}"
-        text = f'<span class="right">{len(right)} right</span>: {escape(_few(right))}<br>'
-        text += f'<span class="wrong">{len(wrong)} wrong</span>: {escape(_few(wrong))}'
-        label = escape(decisions.classes[int(decisions.label_N[index])])
+        text = f'<span class="right">{len(right)} right</span>: {for_html(_few(right))}<br>'
+        text += f'<span class="wrong">{len(wrong)} wrong</span>: {for_html(_few(wrong))}'
+        label = for_html(decisions.classes[int(decisions.label_N[index])])
         picture = f'<img src="{images[index]}" alt="test image {index}">'
         cards.append(
-            f'<div class="card wide" title="{escape(title)}">{picture}<b>{label}</b> (image {index})<br>{text}</div>'
+            f'<div class="card wide" title="{for_html(title)}">{picture}<b>{label}</b> (image {index})<br>{text}</div>'
         )
     if not cards:
         return ""
@@ -162,11 +173,24 @@ def _few(labels: list[str], count: int = 3) -> str:
     return ", ".join(labels[:count]) + (", …" if len(labels) > count else "")
 
 
+def notes(collected: Collected) -> list[str]:
+    """Return the warnings of a comparison, and which folders were left out and why, a line each."""
+    warnings = [f"warning: {text}" for text in collected.warnings]
+    return [*warnings, *(f"left out: {folder} {reason}" for folder, reason in collected.left_out)]
+
+
+def _summary_of_notes(collected: Collected) -> str:
+    """Write the HTML of a line that says how many notes stand at the end of the page."""
+    warnings, left_out = len(collected.warnings), len(collected.left_out)
+    texts = [f"{warnings} warning{'s'[: warnings > 1]}"] if warnings else []
+    texts += [f"{left_out} folder{'s'[: left_out > 1]} left out"] if left_out else []
+    return f'<p class="faint">{" and ".join(texts)}: see the end of the page.</p>' if texts else ""
+
+
 def _notes(collected: Collected) -> str:
     """Write the HTML of warnings, and of runs that were left out."""
-    lines = [f'<li class="warning">{escape(text)}</li>' for text in collected.warnings]
-    lines += [f"<li>left out: {escape(str(folder))} {escape(reason)}</li>" for folder, reason in collected.left_out]
-    return f'<ul class="notes">{"".join(lines)}</ul>' if lines else ""
+    lines = [f"<li>{for_html(note, LONGEST_LINE)}</li>" for note in notes(collected)]
+    return f'<h2>Warnings and what was left out</h2><ul class="notes">{"".join(lines)}</ul>' if lines else ""
 
 
 def _data_uri(image: NDArray[np.uint8]) -> str:

@@ -35,9 +35,19 @@ from policyskip.evaluation.plots import (
     shorten,
     write_pictures,
 )
+from policyskip.texts import for_matplotlib
 
 Images = dict[int, Any]
 """Test images by their index in the set: uint8 (H, W, 3)."""
+
+
+LONGEST_LABEL = 44
+"""Letters of a row's label in a picture; the middle of a longer one is left out."""
+
+
+def _shown(label: str) -> str:
+    """Return a row's label as pictures show it."""
+    return for_matplotlib(label, LONGEST_LABEL)
 
 
 def pareto_front(rows: Sequence[Row], cells: Cells, styles: dict[str, Style], path: Path) -> Path:
@@ -47,7 +57,9 @@ def pareto_front(rows: Sequence[Row], cells: Cells, styles: dict[str, Style], pa
     static, front = static_front(rows), front_of(cells)
     if static:
         x, y = [macs / 1e6 for macs, _, _ in static], [100 * accuracy for _, accuracy, _ in static]
-        axes.plot(x, y, "s-", color=STATIC, markersize=3, linewidth=1, label="best fixed choices, mixed, any network")
+        axes.plot(
+            x, y, "s-", color=STATIC, markersize=3, linewidth=1, label="best fixed choices on these images, mixed"
+        )
     axes.step(
         *([cells[n]["macs"] / 1e6 for n in front], [100 * cells[n]["accuracy"] for n in front]),
         *("--",),
@@ -70,7 +82,7 @@ def pareto_front(rows: Sequence[Row], cells: Cells, styles: dict[str, Style], pa
             color=style.colour,
             elinewidth=0.8,
             markersize=10 if row.oracle else 7,
-            label=row.title,
+            label=_shown(row.title),
         )
     oracle_points = [(macs, accuracy) for macs, accuracy, _ in oracles(rows)]
     if oracle_points:
@@ -104,7 +116,7 @@ def learning_curves(rows: Sequence[Row], styles: dict[str, Style], path: Path) -
             drawn.append((points, dict(color=colour, marker=marker, markersize=3, linewidth=1.2)))
             axes.fill_between(curve.step_T, curve.low_T, curve.high_T, color=colour, alpha=0.15, linewidth=0)
         lines = panel_of_curves(axes, CURVES[key], drawn)
-        handles |= {row.label: line for (row, _), line in zip(curves, lines, strict=True)}
+        handles |= {_shown(row.label): line for (row, _), line in zip(curves, lines, strict=True)}
     figure.legend(handles.values(), handles.keys(), fontsize=8, loc="outside right upper")
     caption = (
         "Mean over seeds; the band goes from the lowest seed to the highest. Agents that set thresholds do so after "
@@ -118,7 +130,7 @@ def block_use(rows: Sequence[Row], path: Path) -> Path | None:
     used = rows_using(rows, "blocks")
     if not used:
         return None
-    figure = figure_of(9, 1.9 + 0.34 * len(used))
+    figure = figure_of(6.5 + 0.07 * max(len(_shown(row.label)) for row, _ in used), 1.9 + 0.34 * len(used))
     axes = figure.subplots()
     width = max(len(share) for _, share in used)
     grid = np.full((len(used), width), np.nan)
@@ -127,7 +139,7 @@ def block_use(rows: Sequence[Row], path: Path) -> Path | None:
     picture = axes.imshow(grid, aspect="auto", cmap="Blues", vmin=0, vmax=1)
     figure.colorbar(picture, ax=axes, label="share of images")
     axes.set(xlabel="block", yticks=range(len(used)), xticks=range(0, width, 1 if width <= 20 else 5))
-    axes.set_yticklabels([row.label for row, _ in used], fontsize=8)
+    axes.set_yticklabels([_shown(row.label) for row, _ in used], fontsize=8)
     return save(figure, "How often each block runs on test images, mean over seeds.", path)
 
 
@@ -142,7 +154,7 @@ def exit_use(rows: Sequence[Row], styles: dict[str, Style], path: Path) -> Path 
     grid = figure.subplots(lines, columns, sharey=True, squeeze=False)
     for axes, (row, share) in zip(grid.flat, used, strict=False):
         axes.bar(range(len(share)), share, color=styles[row.label].colour)
-        axes.set_title(shorten(row.label, 34), fontsize=8)
+        axes.set_title(for_matplotlib(row.label, 34), fontsize=8)
         axes.set(xticks=range(len(share)), ylim=(0, 1))
     for axes in grid.flat[len(used) :]:
         axes.set_visible(False)
@@ -154,9 +166,9 @@ def agreement(rows: Sequence[Row], cells: Cells, path: Path) -> Path | None:
     known = [row for row in rows if row.decided]
     if len(known) < 2:
         return None
-    side = 1.6 + 0.34 * len(known)
-    figure = figure_of(3 * side + 1.5, side + 1.6)
-    labels = [row.label for row in known]
+    labels = [_shown(row.label) for row in known]
+    side, room = 1.6 + 0.34 * len(known), 0.06 * max(map(len, labels))
+    figure = figure_of(3 * side + 1.5 + room, side + 1.6 + room)
     for n, (axes, key) in enumerate(zip(figure.subplots(1, len(MEASURES)), MEASURES, strict=True)):
         grid = np.array(matrix(known, cells, key), dtype=np.float64)
         picture = axes.imshow(grid, cmap="viridis", vmin=0, vmax=1, aspect="auto")
@@ -168,7 +180,7 @@ def agreement(rows: Sequence[Row], cells: Cells, path: Path) -> Path | None:
             for (y, x), value in np.ndenumerate(grid):
                 if value == value:
                     colour = "white" if value < 0.6 else "black"
-                    axes.text(x, y, f"{value:.2f}", ha="center", va="center", fontsize=6, color=colour)
+                    axes.text(x, y, f"{value:z.2f}", ha="center", va="center", fontsize=6, color=colour)
     figure.colorbar(picture, ax=figure.axes, shrink=0.8)
     caption = (
         "How alike two rows decide on the same images, mean over pairs of runs; on the diagonal, seeds of one row. "
@@ -186,8 +198,8 @@ def disagreement(
     known = [row for row in rows if row.decided]
     if not shown:
         return None
-    height = 0.2 * len(known)
-    figure = figure_of(1.05 * len(shown) + 2.4, 2.4 + height)
+    height, room = 0.2 * len(known), 0.06 * max(len(_shown(row.label)) for row in known)
+    figure = figure_of(1.05 * len(shown) + 1.2 + room, 2.4 + height)
     top, bottom = figure.subplots(2, len(shown), squeeze=False, height_ratios=[1.0, max(height, 0.4)])
     decided = known[0].decisions[0]
     for n, (above, below, index) in enumerate(zip(top, bottom, shown, strict=True)):
@@ -196,7 +208,7 @@ def disagreement(
         below.imshow(right, cmap="RdYlGn", vmin=-0.15, vmax=1.15, aspect="auto")
         below.set(xticks=[], yticks=range(len(known)) if n == 0 else [])
         if n == 0:
-            below.set_yticklabels([row.label for row in known], fontsize=7)
+            below.set_yticklabels([_shown(row.label) for row in known], fontsize=7)
         below.set_xlabel(f"image {index}", fontsize=7)
     caption = "Test images that divide the agents most. Under each, who is right: green all seeds, red none."
     return save(figure, caption, path)

@@ -13,9 +13,10 @@ from typing import Any
 
 import numpy as np
 
-from policyskip.comparison.collect import Result, is_number
+from policyskip.comparison.collect import Result
 from policyskip.comparison.tables import Cells, Row
 from policyskip.fronts import concave_hull, pareto
+from policyskip.runs.schemas import is_number
 from policyskip.static_front import keep_text
 
 COLOURS = ("#3b82c4", "#d9822b", "#2f9e6e", "#c14f7f", "#8a63c9", "#9a8a1f", "#3fa3ad", "#c2543b", "#64748b", "#6b8e23")
@@ -112,6 +113,10 @@ CURVES = {
 }
 
 
+FEW_STEPS = 40
+"""A curve of fewer steps is drawn with a marker at each."""
+
+
 def band(row: Row, key: str) -> Band | None:
     """Return a row's curve of one metric, at the steps that all its seeds have; None if there is no such step."""
     curves = [
@@ -127,9 +132,12 @@ def band(row: Row, key: str) -> Band | None:
 
 
 def curves_of(rows: Sequence[Row]) -> dict[str, list[tuple[Row, Band]]]:
-    """Return the learning curves of all rows by metric, a key of ``CURVES``; metrics that no row has are left out."""
+    """Return the learning curves of all rows by metric, a key of ``CURVES``.
+
+    A metric of which no row has two steps is left out: there is nothing to be seen of learning.
+    """
     curves = {key: [(row, curve) for row in rows if (curve := band(row, key))] for key in CURVES}
-    return {key: bands for key, bands in curves.items() if bands}
+    return {key: bands for key, bands in curves.items() if any(len(curve.step_T) > 1 for _, curve in bands)}
 
 
 def rows_using(rows: Sequence[Row], kind: str) -> list[tuple[Row, list[float]]]:
@@ -171,7 +179,8 @@ def gallery(result: Result, pool: Sequence[int], count: int = 6) -> list[dict[st
     decided = result.decisions
     if decided is None or not pool:
         return []
-    order = sorted(pool, key=lambda n: (float(decided.macs_N[n]), n))
+    among_ties = np.random.default_rng(0).permutation(len(decided))  # and not in the order of the files
+    order = sorted(pool, key=lambda n: (float(decided.macs_N[n]), among_ties[n]))
     wrong = [n for n in order if not bool(decided.correct_N[n])]
     groups = (
         ("least computed", order[:count]),

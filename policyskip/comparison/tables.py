@@ -5,7 +5,7 @@ Shapes: N images.
 
 from __future__ import annotations
 
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -16,12 +16,18 @@ import numpy as np
 from numpy.typing import NDArray
 
 from policyskip.comparison.agreement import cost_ranks, mean_over_pairs, same_answers, same_choices
-from policyskip.comparison.collect import Result
+from policyskip.comparison.collect import LONGEST_NAME, Result, distinct
 from policyskip.evaluation.decisions import Decisions
+from policyskip.evaluation.figures import class_figures
 from policyskip.intervals import bootstrap, mean_and_half_interval
+from policyskip.texts import one_line
 
 Cells = list[dict[str, Any]]
 """A table: one dictionary for each line, with the same keys in all."""
+CLASS_MEANS = ("accuracy", "full_accuracy", "macs_share")
+"""The figures of a class that are means over seeds."""
+MOST_KEYS, LONGEST_VALUE = 5, 40
+"""How many keys a row's label has at most, and how many letters of a value."""
 MEASURES = {
     "same_choices": "the same choice for an image: share of blocks decided alike, or of images leaving at one exit",
     "same_answers": "the same answer for the same image",
@@ -106,32 +112,47 @@ def rows_of(results: Sequence[Result]) -> list[Row]:
 def _labels(results: list[Result]) -> list[str]:
     """Label each setting, of which there is one run: by its agent, and by keys in which settings of that agent differ.
 
-    A label has as few of these keys as tell the setting apart from the others, and three at most.
+    The keys are those that tell most settings of the agent apart, ``MOST_KEYS`` at most; of these, a label has as many
+    as tell its setting from all others.
     """
-    by_agent: dict[str, list[Result]] = defaultdict(list)
+    by_agent: dict[str, list[dict[str, str]]] = defaultdict(list)
     for result in results:
-        by_agent[str(result.summary["agent"])].append(result)
+        by_agent[str(result.summary["agent"])].append(_label_keys(result))
+    keys_of = {agent: _telling_keys(settings) for agent, settings in by_agent.items()}
     labels = []
     for result in results:
-        same_agent = by_agent[str(result.summary["agent"])]
-        settings = [_label_keys(member) for member in same_agent]
-        keys = {key for setting in settings for key in setting}
-        differing = sorted(key for key in keys if len({setting.get(key) for setting in settings}) > 1)
-        own = _label_keys(result)
-        others = [setting for setting in settings if setting != own]
+        agent, own = str(result.summary["agent"]), _label_keys(result)
+        others = [setting for setting in by_agent[agent] if setting != own]
         label_keys: list[str] = []
-        for key in differing[:3]:
+        for key in keys_of[agent]:
             if any(other.get(key) != own.get(key) for other in others):
                 label_keys.append(key)
                 others = [other for other in others if other.get(key) == own.get(key)]
-        words = [f"{key.rpartition('.')[2]}={own.get(key, 'none')}" for key in label_keys]
-        labels.append(" ".join([str(result.summary["agent"]), *words]))
-    count: dict[str, int] = defaultdict(int)
-    distinct = []
-    for label in labels:
-        count[label] += 1
-        distinct.append(label if labels.count(label) == 1 else f"{label} ({count[label]})")
-    return distinct
+        short = Counter(key.rpartition(".")[2] for key in keys_of[agent])
+        words = []
+        for key in label_keys:
+            name = key.rpartition(".")[2] if short[key.rpartition(".")[2]] == 1 else key
+            words.append(f"{name}={one_line(own.get(key, 'none'), LONGEST_VALUE)}")
+        labels.append(one_line(" ".join([agent, *words]), LONGEST_NAME))
+    return distinct(labels)
+
+
+def _telling_keys(settings: list[dict[str, str]]) -> list[str]:
+    """Choose the keys that tell most settings apart: first one, then the best beside it, and so on.
+
+    Among keys that help alike, the first in the order of the alphabet is chosen.
+    """
+    keys = sorted({key for setting in settings for key in setting})
+    chosen: list[str] = []
+    kinds = 1
+    while len(chosen) < MOST_KEYS:
+        counts = {key: len({tuple(s.get(k) for k in (*chosen, key)) for s in settings}) for key in keys}
+        best = max(keys, key=lambda key: counts[key], default=None)  # the first of several
+        if best is None or counts[best] == kinds:
+            break
+        chosen.append(best)
+        kinds = counts[best]
+    return sorted(chosen)
 
 
 def _label_keys(result: Result) -> dict[str, str]:
@@ -250,6 +271,16 @@ def agreement(rows: list[Row], group: str) -> Cells:
                 measured["same_spending"].append(float(np.mean(rank_a * rank_b)) if ranked else None)  # type: ignore[operator]
             line = {"group": group, "row": row.label, "with": other.label}
             cells.append(line | {name: mean_over_pairs(values) for name, values in measured.items()})
+    return cells
+
+
+def class_table(rows: list[Row], group: str) -> Cells:
+    """Make the table of classes: a line for each class and each row whose decisions are known, means over seeds."""
+    cells = []
+    for row in rows:
+        for lines in zip(*map(class_figures, row.decisions), strict=True):
+            line = {"group": group, "row": row.label, "class": lines[0]["class"], "images": lines[0]["images"]}
+            cells.append(line | {key: float(np.mean([line[key] for line in lines])) for key in CLASS_MEANS})
     return cells
 
 

@@ -6,26 +6,28 @@ Shapes: N images, K blocks (or exits), C classes, F fixed choices, B images show
 from __future__ import annotations
 
 import json
-import math
 from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from safetensors.torch import save
+from safetensors.torch import load, save
 from torch import Tensor
 
 from policyskip import __version__
 from policyskip.data import Images
 from policyskip.errors import UserError, first_line
-from policyskip.files import write
+from policyskip.files import read, write
+from policyskip.runs import schemas
 from policyskip.runs.folder import Run
 from policyskip.runs.tracking import Examples
-from policyskip.sealed import opened
 from policyskip.static_front import keep_text
+from policyskip.texts import for_json, one_line
 
 FILE = "decisions.safetensors"
+LARGEST_FILE = 2**31
+"""Bytes of the largest file of decisions that is read: two million images of ImageNet need less."""
 TABLES = ("label_N", "prediction_N", "full_correct_N", "ran_NK", "macs_N", "static_F2")
 """The tensors in the file of a record."""
 METADATA = ("full_macs", "kind", "images", "network", "classes")
@@ -140,7 +142,9 @@ def examples(decisions: Decisions, images: Images, count: int = 24) -> Examples:
     rows = []
     for index, image in zip(chosen.tolist(), pixels(images, chosen), strict=True):
         ran = decisions.ran_NK[index].tolist()
-        names = [decisions.classes[int(class_N[index])] for class_N in (decisions.label_N, decisions.prediction_N)]
+        names = [
+            one_line(decisions.classes[int(class_N[index])]) for class_N in (decisions.label_N, decisions.prediction_N)
+        ]
         drawn = "".join("·█"[kept] for kept in ran)
         rows.append([image, *names, sum(ran) - (decisions.kind == EXITS), drawn, decisions.macs_N[index].item()])
     titles = ["kept", "blocks that ran"] if decisions.kind == BLOCKS else ["exit", "parts that ran"]
@@ -153,7 +157,7 @@ def save_decisions(decisions: Decisions, run: Run) -> dict[str, Any]:
     Returns: what ``summary.json`` says of the record: the package's version, the images and the network.
     """
     tables = {name: getattr(decisions, name).contiguous() for name in TABLES}
-    metadata = {name: json.dumps(getattr(decisions, name), ensure_ascii=False) for name in METADATA}
+    metadata = {name: for_json(json.dumps(getattr(decisions, name), ensure_ascii=False)) for name in METADATA}
     write(run.folder / FILE, save(tables, metadata=metadata))
     return {"version": __version__, "test_images": decisions.images, "frozen_network": decisions.network or None}
 
@@ -168,9 +172,11 @@ def load_decisions(run: Run) -> Decisions | None:
         return None
     path = run.path(FILE)
     try:
-        with opened(path) as file:
-            metadata = {name: json.loads(value) for name, value in file.metadata().items()}
-            tables = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a mapping
+        content = read(path, LARGEST_FILE)  # safetensors itself opens no path that is not UTF-8
+        tables: dict[str, Any] = load(content)
+        header = json.loads(content[8 : 8 + int.from_bytes(content[:8], "little")])
+        metadata = {name: json.loads(text) for name, text in header["__metadata__"].items()}
+        schemas.check("decisions", metadata)
         if set(tables) != set(TABLES) or set(metadata) != set(METADATA):
             raise ValueError("its tables are not those of decisions")
         metadata["classes"] = tuple(metadata["classes"])
@@ -203,10 +209,15 @@ def _check(decisions: Decisions) -> None:
     for name in ("label_N", "prediction_N"):
         if not ((getattr(decisions, name) >= 0) & (getattr(decisions, name) < C)).all():
             raise ValueError(f"its table {name} names classes that there are not")
-    possible = decisions.macs_N.isfinite().all() and decisions.static_F2.isfinite().all() and N > 0
-    if not possible or not math.isfinite(decisions.full_macs) or decisions.full_macs <= 0:
+    costs = (decisions.macs_N, decisions.static_F2)
+    if not N or any(not ((table >= 0) & (table <= schemas.LARGEST)).all() for table in costs):
         raise ValueError("its costs are no finite numbers")
-    if decisions.kind not in (BLOCKS, EXITS) or not all(
-        isinstance(text, str) for text in (decisions.images, decisions.network, *decisions.classes)
-    ):
-        raise ValueError("its tables do not fit together")
+    if (decisions.static_F2[:, 1] > 1).any():
+        raise ValueError("its table static_F2 has accuracies above 1")
+    if decisions.kind == EXITS and not (decisions.ran_NK[:, :1].all() and _is_falling(decisions.ran_NK)):
+        raise ValueError("its table ran_NK says of an image that it left at no exit")
+
+
+def _is_falling(ran_NK: Tensor) -> bool:
+    """Return whether no segment ran for an image behind one that did not."""
+    return bool((ran_NK[:, 1:] <= ran_NK[:, :-1]).all())

@@ -5,12 +5,14 @@ Shapes: M images of a set, N exits.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from policyskip.data import Images
-from policyskip.evaluation import plots
+from policyskip.evaluation import learning_plots, plots
 from policyskip.evaluation.decisions import Decisions
+from policyskip.evaluation.learning_plots import kept_step, mark_kept
 from policyskip.evaluation.plots import (
     DROPPED,
     FULL,
@@ -19,6 +21,7 @@ from policyskip.evaluation.plots import (
     figure_of,
     finish,
     groups_by_difficulty,
+    order_among_ties,
     panel_of_curves,
     points_of,
     save,
@@ -31,27 +34,45 @@ Pairs = list[list[float]]
 """Points of a curve: MACs and accuracy."""
 
 
-def learning_curves(metrics: list[dict[str, Any]], num_exits: int, path: Path) -> Path:
-    """Draw the loss, and every exit's accuracy on validation images, against updates."""
-    figure = figure_of(9, 3.6)
-    left, right = figure.subplots(1, 2)
+def learning_curves(
+    metrics: list[dict[str, Any]], num_exits: int, path: Path, choose_after: float = 0.0
+) -> Path | None:
+    """Draw the loss, and every exit's accuracy on validation images, against updates; None if nothing was recorded."""
+    loss = points_of(metrics, "train/loss")
     loss_style = dict(color=KEPT, marker=".", linewidth=1, markersize=2)
-    panel_of_curves(left, "training loss", [(points_of(metrics, "train/loss"), loss_style)])
-    left.set_yscale("log")
     curves = []
     for n in range(num_exits):
         shade = 0.25 + 0.75 * n / max(1, num_exits - 1)
         style = dict(color=KEPT, alpha=shade, marker="o", markersize=3, label=f"exit {n}")
         curves.append((points_of(metrics, f"val/accuracy_exit{n}"), style))
+    if not loss and not any(points for points, _ in curves):
+        return None
+    figure = figure_of(9, 3.6)
+    left, right = figure.subplots(1, 2)
+    panel_of_curves(left, "training loss", [(loss, loss_style)])
+    if any(value > 0 for _, value in loss):
+        left.set_yscale("log")
     panel_of_curves(right, "validation accuracy", curves)
+    for axes in (left, right):
+        mark_kept(axes, kept_step(metrics, "mean_accuracy", choose_after))
     finish(right, legend="best")
-    return save(figure, "The joint loss, and how well each exit alone answers, while the network learned.", path)
+    caption = (
+        "The joint loss, and how well each exit alone answers, while the network learned. The weights that were kept "
+        "have the highest mean accuracy of all exits on validation images."
+    )
+    return save(figure, caption, path)
 
 
-def accuracy_against_macs(decisions: Decisions, cache: CachedExits, budgeted: Pairs, path: Path) -> Path:
-    """Draw anytime decisions (each exit for all images) and budgeted ones, the chosen point, and the oracle.
+def accuracy_against_macs(
+    decisions: Decisions,
+    cache: CachedExits,
+    budgeted: Pairs,
+    path: Path,
+    figures: Mapping[str, Any] | None = None,
+) -> Path:
+    """Draw anytime decisions (each exit for all images) and budgeted ones, the chosen point, its rival, and the oracle.
 
-    Without ``budgeted`` a learned policy decided.
+    Without ``budgeted`` a learned policy decided. The rival is the fixed choice of the run's table, in ``figures``.
     """
     figure = figure_of(6.4, 4.8)
     axes = figure.subplots()
@@ -62,14 +83,20 @@ def accuracy_against_macs(decisions: Decisions, cache: CachedExits, budgeted: Pa
     if budgeted:
         axes.plot(*_fractions(budgeted, full), "-", color=KEPT, label="budgeted: each image its own exit")
     axes.plot(*_fractions(anytime, full), "s-", color=STATIC, markersize=4, label="anytime: one exit for all images")
+    lowest = min(decisions.accuracy, *(accuracy for _, accuracy in anytime))
+    if figures and "static_accuracy" in figures:
+        rival = (figures["static_macs"] / full, figures["static_accuracy"])
+        label = "best fixed exits that cost no more, mixed"
+        axes.plot(*rival, "X", color=STATIC, markeredgecolor="white", markersize=10, label=label)
+        lowest = min(lowest, rival[1])
     label = "the chosen thresholds" if budgeted else "the policy"
     axes.plot(decisions.macs_fraction, decisions.accuracy, "o", color=KEPT, markersize=9, label=label)
-    lowest = min(accuracy for _, accuracy in anytime)
-    limits = (max(0, lowest - 0.03), 1.01)
+    limits = (max(-0.02, lowest - 0.03), 1.01)
     finish(axes, xlabel="MACs, share of going to the last exit", ylabel="test accuracy", ylim=limits)
     figure.legend(fontsize=8, loc="outside upper left", ncols=2)
     caption = (
-        "Above the squares, leaving early where it is safe pays. Everything was chosen on validation images; "
+        "Above the squares, leaving early where it is safe pays. Everything was chosen on validation images, so the "
+        "fixed exits, which are mixed to cost what the policy costs, may lie below the line; "
         "the oracle leaves at the first exit that is right and shows the room that is left."
     )
     return save(figure, caption, path)
@@ -118,14 +145,17 @@ def exit_gallery(decisions: Decisions, cache: CachedExits, images: Images, path:
     """Draw the test images that left first, most surely, and those that went furthest."""
     exit_M = decisions.exit_N
     top_M = cache.probability_MNC.amax(-1).cpu().gather(1, exit_M.unsqueeze(1)).squeeze(1)
+    shown = "Test images that left first, or most surely (above), and last (below)"
+    if exit_M.min() == exit_M.max():
+        shown = f"All test images left at exit {int(exit_M[0])}: the surest of them (above) and the least sure (below)"
     caption = (
-        "Test images that left first, or most surely (above), and last (below); under each the exit and how probable "
-        "its answer was there. The title is the label; red where the answer differs."
+        f"{shown}, drawn at random among equals; under each the exit and how probable its answer was there. "
+        " The title is the label; red where the answer differs."
     )
     return plots.gallery(
         decisions,
         images,
-        (exit_M - top_M).argsort(stable=True),
+        order_among_ties(exit_M - top_M),
         path,
         caption=caption,
         height=4.4,
@@ -141,6 +171,8 @@ def exit_pictures(
     cache: CachedExits,
     budgeted: Pairs,
     images: Images,
+    figures: Mapping[str, Any] | None = None,
+    choose_after: float = 0.0,
 ) -> list[Path]:
     """Write every picture of a run over a network with exits.
 
@@ -150,20 +182,22 @@ def exit_pictures(
         cache: outputs of all exits for the test images.
         budgeted: MACs and test accuracy of thresholds for every budget; empty where a learned policy decided.
         images: the test images.
+        figures: those of the summary.
+        choose_after: the first update whose weights may have been kept.
 
     Returns: the paths.
     """
 
-    def curves(path: Path) -> Path:
+    def curves(path: Path) -> Path | None:
         if budgeted:
-            return learning_curves(metrics, cache.num_exits, path)
-        return plots.learning_curves(metrics, None, path)
+            return learning_curves(metrics, cache.num_exits, path, choose_after)
+        return learning_plots.learning_curves(metrics, None, path, choose_after)
 
     return write_pictures(
         folder,
         {
             "learning_curves": curves,
-            "accuracy_against_macs": lambda path: accuracy_against_macs(decisions, cache, budgeted, path),
+            "accuracy_against_macs": lambda path: accuracy_against_macs(decisions, cache, budgeted, path, figures),
             "exit_use": lambda path: exit_use(decisions, cache, path),
             "gallery": lambda path: exit_gallery(decisions, cache, images, path),
             "exit_by_difficulty": lambda path: exit_by_difficulty(decisions, cache, path),

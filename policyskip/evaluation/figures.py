@@ -7,6 +7,8 @@ from __future__ import annotations
 
 from typing import Any
 
+from torch import Tensor
+
 from policyskip.evaluation.decisions import Decisions
 from policyskip.exits.cache import CachedExits
 from policyskip.exits.references import (
@@ -46,6 +48,30 @@ def block_figures(decisions: Decisions) -> dict[str, Any]:
     if decisions.difficulty_N is not None:
         figures["kept_by_difficulty"] = decisions.kept_by_difficulty
     return figures
+
+
+def class_figures(decisions: Decisions) -> list[dict[str, Any]]:
+    """Compute what was decided for the images of each class, a dictionary each; classes without images are left out.
+
+    Each has the class, the number of its images, accuracy, that of the full network (None if it did not run), and the
+    MACs as a share of the full network's.
+    """
+    label_N, C = decisions.label_N, len(decisions.classes)
+    images_C = label_N.bincount(minlength=C)
+
+    def means(value_N: Tensor | None) -> list[float | None]:
+        if value_N is None:
+            return [None] * C
+        return (label_N.bincount(value_N.double(), C) / images_C).tolist()
+
+    columns = (
+        means(decisions.correct_N),
+        means(decisions.full_correct_N),
+        means(decisions.macs_N / decisions.full_macs),
+    )
+    lines = zip(decisions.classes, images_C.tolist(), *columns, strict=True)
+    keys = ("class", "images", "accuracy", "full_accuracy", "macs_share")
+    return [dict(zip(keys, line, strict=True)) for line in lines if line[1]]
 
 
 def exit_figures(decisions: Decisions, cache: CachedExits, validation: CachedExits) -> dict[str, Any]:

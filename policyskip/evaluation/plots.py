@@ -1,4 +1,4 @@
-"""Drawing functions that all pictures share, and the pictures of policies that skip blocks and of a network's profile.
+"""Drawing functions that all pictures share, and the picture of a network's profile.
 
 Each function that is given a path writes one PNG whose caption says what is to be seen.
 
@@ -9,24 +9,30 @@ from __future__ import annotations
 
 import io
 import textwrap
+import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
+import torch
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
-from matplotlib.ticker import ScalarFormatter
+from matplotlib.ticker import MaxNLocator, ScalarFormatter
 from numpy.typing import NDArray
 from torch import Tensor
 
 from policyskip.data import Images
 from policyskip.evaluation.decisions import Decisions, pixels
 from policyskip.files import write
+from policyskip.texts import LONGEST_LINE, for_matplotlib, one_line
 
 KEPT, DROPPED, FULL, STATIC, WRONG = "#1b6ca8", "#e4e4e4", "#444444", "#c8701a", "#b3261e"
+
+FEW_POINTS = 40
+"""A curve of fewer points is drawn with a marker at each."""
 
 Points = Sequence[tuple[float, float]]
 """Points of a curve, x and y."""
@@ -48,13 +54,16 @@ def save(figure: Figure, caption: str, path: Path) -> Path:
     Returns: the path.
     """
     width = int(figure.get_figwidth() * 14)
-    figure.supxlabel(textwrap.fill(caption, width), fontsize=9, color="#333333", x=0.02, ha="left")
+    lines = textwrap.fill(one_line(caption, LONGEST_LINE), width).replace("$", r"\$")
+    figure.supxlabel(lines, fontsize=9, color="#333333", x=0.02, ha="left")
     engine = figure.get_layout_engine()
     assert engine is not None
-    engine.execute(figure)
-    figure.set_layout_engine(None)  # savefig would lay everything out again, twice, and draw it for that
     buffer = io.BytesIO()
-    figure.savefig(buffer, format="png")
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Glyph .* missing|constrained_layout not applied", UserWarning)
+        engine.execute(figure)
+        figure.set_layout_engine(None)  # savefig would lay everything out again, twice, and draw it for that
+        figure.savefig(buffer, format="png")
     write(path, buffer.getvalue())
     return path
 
@@ -83,6 +92,7 @@ def finish(axes: Axes, legend: Literal["best", "lower right"] | None = None, **s
 def panel_of_curves(axes: Axes, title: str, curves: Iterable[tuple[Points, dict[str, Any]]]) -> list[Line2D]:
     """Draw values against updates: for each curve its points and its style. Curves without points are left out."""
     lines = [line for points, style in curves if points for line in axes.plot(*zip(*points, strict=True), **style)]
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     finish(axes, title=title, xlabel="update")
     return lines
 
@@ -97,22 +107,32 @@ def groups_by_difficulty(difficulty_N: Tensor, count: int = 20) -> list[Tensor]:
     return [group for group in difficulty_N.argsort().tensor_split(count) if len(group)]
 
 
-def shorten(name: str, length: int = 12) -> str:
-    """Cut a name to a length, for print only: different names may be cut to the same text."""
-    return name if len(name) <= length else name[: length - 1] + "…"
+def shorten(name: str, length: int = 12, end: bool = False) -> str:
+    """Cut a name to a length, to its start or its ``end``, for print only: different names may become one text."""
+    line = one_line(name)
+    if len(line) > length:
+        line = f"…{line[1 - length :]}" if end else f"{line[: length - 1]}…"
+    return for_matplotlib(line)
 
 
 def title_of(decisions: Decisions, index: int, before_prediction: str) -> tuple[str, str]:
     """Return an image's title and its colour: the label, and in red also the prediction if that is another class."""
-    label, prediction = (
-        decisions.classes[int(class_N[index])] for class_N in (decisions.label_N, decisions.prediction_N)
-    )
+    names = [decisions.classes[int(class_N[index])] for class_N in (decisions.label_N, decisions.prediction_N)]
     if bool(decisions.correct_N[index]):
-        return shorten(label), FULL
-    texts = [shorten(label), shorten(prediction)]
+        return shorten(names[0]), FULL
+    texts = [shorten(name) for name in names]
     if texts[0] == texts[1]:  # the names begin alike, so their ends tell them apart
-        texts = [f"…{name[-11:]}" for name in (label, prediction)]
+        texts = [shorten(name, end=True) for name in names]
     return f"{texts[0]}\n{before_prediction} {texts[1]}", WRONG
+
+
+def order_among_ties(value_N: Tensor) -> Tensor:
+    """Return the indices, int64, of the images in the order of a value; those of equal value in a random order.
+
+    Otherwise the order of the files would decide, and in a sorted folder that is one class.
+    """
+    order_N = torch.randperm(len(value_N), generator=torch.Generator().manual_seed(0))
+    return order_N[value_N[order_N].argsort(stable=True)]
 
 
 def draw_image(axes: Axes, image: NDArray[np.uint8], title: str, colour: str) -> None:
@@ -162,164 +182,6 @@ def gallery(
                     spine.set_visible(False)
             below.set_xlabel(text_below(index), fontsize=8)
     return save(figure, caption, path)
-
-
-# Policies that skip blocks
-
-
-def learning_curves(metrics: list[dict[str, Any]], blocks: int | None, path: Path) -> Path:
-    """Draw reward, accuracy and kept blocks (``blocks`` None: MACs) against updates, in training and on validation."""
-    figure = figure_of(10, 3.6)
-    cost_key, cost_title, cost = (
-        ("macs_fraction", "MACs, share of all", "MACs")
-        if blocks is None
-        else ("kept", "kept blocks", "number of kept blocks")
-    )
-    training = dict(color=KEPT, alpha=0.45, linewidth=1, label="training images")
-    validation = dict(color=FULL, marker="o", markersize=3, linewidth=1.5, label="validation images")
-    panels = (("reward", "reward"), ("accuracy", "accuracy"), (cost_key, cost_title))
-    for axes, (key, title) in zip(figure.subplots(1, 3), panels, strict=True):
-        val_key = "val/kept_mean" if key == "kept" else f"val/{key}"
-        curves = [(points_of(metrics, f"train/{key}"), training), (points_of(metrics, val_key), validation)]
-        panel_of_curves(axes, title, curves)
-    finish(axes, legend="best", ylim=(0, 1.04 * (blocks or 1)))
-    caption = f"Reward, accuracy and {cost} while the policy learned; on validation images, when it is greedy."
-    return save(figure, caption, path)
-
-
-def accuracy_against_macs(decisions: Decisions, path: Path) -> Path:
-    """Draw the policy beside the full network and the static front."""
-    figure = figure_of(6, 4.6)
-    axes = figure.subplots()
-    lowest = min(decisions.accuracy - 0.1, 0.8)
-    front = sorted((macs / decisions.full_macs, a) for macs, a in decisions.static_F2.tolist() if a >= lowest)
-    if front:
-        axes.plot(*zip(*front, strict=True), "s-", color=STATIC, markersize=4, label="best fixed keep-set of each size")
-    if decisions.full_correct_N is not None:
-        axes.plot(1, decisions.full_correct_N.double().mean(), "D", color=FULL, label="full network")
-    label = "oracle, sees the label" if decisions.sees_the_label else "policy, its own cost included"
-    axes.plot(decisions.macs_fraction, decisions.accuracy, "o", color=KEPT, markersize=9, label=label)
-    finish(axes, legend="lower right", xlabel="MACs, share of the full network's", ylabel="test accuracy")
-    caption = (
-        "Above the line, deciding per image pays: no fixed choice of blocks that was found reaches that accuracy at "
-        "that cost. The sets were chosen on validation images."
-    )
-    return save(figure, caption, path)
-
-
-def block_use(decisions: Decisions, stages: tuple[int, ...], path: Path) -> Path:
-    """Draw the share of the images that keep each block."""
-    figure = figure_of(8, 3.4)
-    axes = figure.subplots()
-    use_K = decisions.ran_NK.double().mean(0)
-    axes.bar(range(len(use_K)), use_K.tolist(), color=KEPT)
-    _mark_stages(axes, stages)
-    axes.set(xlabel="block", ylabel="share of images", ylim=(0, 1.09), xlim=(-0.6, len(use_K) - 0.4))
-    return save(figure, "How often each block runs on test images; dotted lines part the network's stages.", path)
-
-
-def block_use_by_class(decisions: Decisions, stages: tuple[int, ...], path: Path) -> Path:
-    """Draw the share of each class's images that keep each block, as a heat map of at most 40 classes."""
-    classes = decisions.classes
-    shown = classes[:40]
-    figure = figure_of(8, 1.8 + 0.26 * len(shown))
-    axes = figure.subplots()
-    use_CK = decisions.block_use_CK(len(classes))[: len(shown)]
-    picture = axes.imshow(use_CK.numpy(), aspect="auto", cmap="Blues", vmin=0, vmax=1)
-    figure.colorbar(picture, ax=axes, label="share of images")
-    _mark_stages(axes, stages)
-    axes.set(xlabel="block", yticks=range(len(shown)))
-    axes.set_yticklabels([shorten(name, 18) for name in shown])
-    more = f" The first {len(shown)} of {len(classes)} classes." if len(classes) > len(shown) else ""
-    return save(figure, f"How often each block runs for the test images of each class.{more}", path)
-
-
-def _mark_stages(axes: Axes, stages: tuple[int, ...]) -> None:
-    for edge in np.cumsum(stages)[:-1]:
-        axes.axvline(edge - 0.5, color="#555555", linestyle=":", linewidth=1)
-    K = sum(stages)
-    axes.set_xticks(range(0, K, 1 if K <= 20 else 5))
-
-
-def kept_by_difficulty(decisions: Decisions, path: Path) -> Path | None:
-    """Draw kept blocks and accuracy against the data set's measure of difficulty; None if there is no measure."""
-    if decisions.difficulty_N is None:
-        return None
-    figure = figure_of(7, 4)
-    axes = figure.subplots()
-    groups = groups_by_difficulty(decisions.difficulty_N)
-
-    def means(value_N: Tensor) -> list[float]:
-        return [value_N[group].mean().item() for group in groups]
-
-    x, kept_N = means(decisions.difficulty_N), decisions.ran_NK.sum(1).double()
-    low, high = ([kept_N[group].quantile(q).item() for group in groups] for q in (0.1, 0.9))
-    axes.fill_between(x, low, high, color=KEPT, alpha=0.2, label="kept blocks, 10th to 90th percentile")
-    axes.plot(x, means(kept_N), "o-", color=KEPT, markersize=4, label="kept blocks, mean")
-    axes.set(xlabel="difficulty of the image", ylabel="kept blocks", ylim=(0, decisions.ran_NK.shape[1] * 1.04))
-    accuracy = axes.twinx()
-    accuracy.plot(x, means(decisions.correct_N.double()), color=STATIC, label="accuracy of the policy")
-    if decisions.full_correct_N is not None:
-        full = means(decisions.full_correct_N.double())
-        accuracy.plot(x, full, "--", color=FULL, label="accuracy of the full network")
-    accuracy.set(ylabel="test accuracy", ylim=(0, 1.04))
-    figure.legend(fontsize=8, loc="outside upper left", ncols=2)
-    caption = (
-        "Test images in 20 groups from easy to hard. A policy that decides per image spends more where it is hard."
-    )
-    return save(figure, caption, path)
-
-
-def block_gallery(decisions: Decisions, images: Images, path: Path) -> Path:
-    """Draw the test images that got the fewest and the most blocks, each over the strip of blocks that ran."""
-    kept_N = decisions.ran_NK.sum(1)
-    K = decisions.ran_NK.shape[1]
-
-    def strip(axes: Axes, index: int) -> None:
-        colours = [KEPT if kept else DROPPED for kept in decisions.ran_NK[index].tolist()]
-        axes.broken_barh([(k - 0.41, 0.82) for k in range(K)], (0, 1), facecolors=colours)
-
-    caption = (
-        "Test images that got the fewest blocks (above) and the most (below). Under each, its blocks from first to "
-        "last: blue ran, grey was skipped. The title is the label; red where the prediction differs."
-    )
-    return gallery(
-        decisions,
-        images,
-        kept_N.argsort(stable=True),
-        path,
-        caption=caption,
-        height=5.2,
-        before_prediction="not",
-        text_below=lambda index: f"{int(kept_N[index])} of {K}",
-        strip=strip,
-    )
-
-
-def block_pictures(
-    folder: Path, metrics: list[dict[str, Any]], decisions: Decisions, images: Images, stages: tuple[int, ...]
-) -> list[Path]:
-    """Write every picture of a run that skips blocks.
-
-    Args:
-        metrics: the records of ``metrics.jsonl``.
-        decisions: the record of the test images, with static front and classes.
-        images: the test images.
-        stages: number of blocks in each stage of the network.
-
-    Returns: the paths.
-    """
-    return write_pictures(
-        folder,
-        {
-            "learning_curves": lambda path: learning_curves(metrics, decisions.ran_NK.shape[1], path),
-            "accuracy_against_macs": lambda path: accuracy_against_macs(decisions, path),
-            "block_use": lambda path: block_use(decisions, stages, path),
-            "block_use_by_class": lambda path: block_use_by_class(decisions, stages, path),
-            "gallery": lambda path: block_gallery(decisions, images, path),
-            "kept_by_difficulty": lambda path: kept_by_difficulty(decisions, path),
-        },
-    )
 
 
 # A network's profile

@@ -30,7 +30,7 @@ from policyskip.evaluation.tables import console
 from policyskip.files import reporting_write_errors, write
 from policyskip.runs.folder import Run
 from policyskip.runs.progress import waiting
-from policyskip.texts import for_rich, one_line
+from policyskip.texts import one_line
 
 MEASURED = 1000
 """The number of batches that are measured one by one, about, for the percentiles of their times."""
@@ -201,7 +201,7 @@ def show(content: dict[str, Any]) -> None:
     """Print the sums of a profile for each batch size, and how much time a run saves: one table for each unit."""
     batches: dict[str, Any] = content["batches"]
     exits = all("break_even" not in times for times in batches.values())
-    title = for_rich(f"{content['network']} on {content['device']}, {content['threads']} threads")
+    title = f"{content['network']} on {content['device']}, {content['threads']} threads"
     milliseconds: Columns = {
         "whole network": lambda times: f"{times['whole_ms']:.3f}",
         "stem and head": lambda times: f"{times['always_ms']:.3f}",
@@ -241,5 +241,5 @@ def _table(title: str, batches: dict[str, Any], columns: Columns) -> Table:
     for column in ("batch", *columns):
         table.add_column(column, justify="right")
     for batch, times in batches.items():
-        table.add_row(for_rich(batch), *(cell(times) for cell in columns.values()))
+        table.add_row(batch, *(cell(times) for cell in columns.values()))
     return table

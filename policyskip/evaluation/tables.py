@@ -3,28 +3,55 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 from policyskip.exits.references import LABEL_NATS
+from policyskip.texts import LONGEST_LINE, one_line
 
 
-def console() -> Console:
-    """Make the console that tables are printed on; wide enough for them where the output is no terminal."""
-    return Console(width=None if sys.stdout.isatty() else 110)
+class PlainConsole(Console):
+    """A console on which every text is one line, shown as it is: no markup, and what cannot be seen is escaped."""
+
+    def render_str(self, text: str, **options: Any) -> Text:
+        """Return a line of a table, a cell, a title or a heading, ready to be printed."""
+        options |= {"markup": False, "emoji": False}
+        return super().render_str(one_line(text, LONGEST_LINE), **options)
+
+
+def console(width: int = 110) -> Console:
+    """Make the console that everything is printed on which can hold text of strangers.
+
+    Args:
+        width: of the lines, where the output is no terminal.
+    """
+    return PlainConsole(width=None if sys.stdout.isatty() else width)
 
 
 def verdict(summary: dict[str, Any]) -> tuple[str, str]:
     """Say whether deciding per image pays against the best fixed choice, and by how many points: two texts."""
     margin, half = 100 * summary["test/static_margin"], summary["test/static_margin_ci95"]
     if half is None:
-        return "cannot be judged by one image", f"{margin:+.2f} ± –"
+        return "cannot be judged by one image", f"{margin:+z.2f} ± –"
     half *= 100
     text = "pays" if margin > half else "does not pay" if margin < -half else "makes no clear difference"
-    return text, f"{margin:+.2f} ± {half:.2f}"
+    return text, f"{margin:+z.2f} ± {half:.2f}"
+
+
+def static_choice(test: Mapping[str, Any]) -> str:
+    """Name the static choice that a policy is compared with: its cost is equal only if no end of the front is nearer.
+
+    Args:
+        test: figures of a split.
+    """
+    cost, policy = test["static_macs"], test["macs_mean"]
+    if abs(cost - policy) <= 0.005 * policy:
+        return "best static choice of equal cost"
+    return "best static choice, which costs less" if cost < policy else "cheapest static choice, which costs more"
 
 
 def show_blocks(summary: dict[str, Any]) -> None:
@@ -40,15 +67,16 @@ def show_blocks(summary: dict[str, Any]) -> None:
     if "static_accuracy" in test:
         fixed = (_percent(test["static_accuracy"]), f"{test['static_blocks']:.2f}")
         cost = _cost(test["static_macs"], full_macs)
-        rows.append(("best static choice of equal cost", *fixed, *cost, str(len(test["static_sets"]))))
+        rows.append((static_choice(test), *fixed, *cost, str(len(test["static_sets"]))))
     columns = ("", "accuracy", "blocks kept", "MACs (millions)", "of full", "decisions")
     lines = []
     if "static_accuracy" in test:
         text, margin = verdict(summary)
         subject = f"Deciding per image {text}" if summary["steps"] else f"{summary['agent']}, which learns nothing"
         subject += ", but sees the label" if sees_the_label else ""
+        name = static_choice(test)
         end = "." if test["static_search_finished"] else " (its search ran out of front.budget)."
-        lines.append(f"{subject}: {margin} points against the best static choice of equal cost{end}")
+        lines.append(f"{subject}: {margin} points against the {name}{end}")
     if "kept_by_difficulty" in test:
         quarters = ", ".join("–" if kept is None else f"{kept:.1f}" for kept in test["kept_by_difficulty"])
         lines.append(f"Blocks kept, from the easiest quarter of the images to the hardest: {quarters}.")
@@ -88,6 +116,26 @@ def show_exits(summary: dict[str, Any]) -> None:
         f"Images that left at each exit: {leaving}; of these, right: {right}.",
     ]
     _show(summary, ("", "accuracy", "MACs (millions)", "of full"), rows, lines)
+
+
+def show_classes(figures: Sequence[Mapping[str, Any]], most: int = 20) -> None:
+    """Print accuracy and cost of each class; of many classes, those that are most often wrong.
+
+    Args:
+        figures: those of :func:`~policyskip.evaluation.figures.class_figures`.
+        most: how many classes are printed at most.
+    """
+    shown, count = list(figures), len(figures)
+    if count > most:
+        shown = sorted(shown, key=lambda line: float(line["accuracy"]))[:most]
+    table = Table(title="by class" if count <= most else f"the {most} of {count} classes that are most often wrong")
+    for column in ("class", "images", "accuracy", "full network", "MACs of full"):
+        table.add_column(column, justify="left" if column == "class" else "right", overflow="fold")
+    for line in shown:
+        full = "–" if line["full_accuracy"] is None else _percent(line["full_accuracy"])
+        cells = (str(line["images"]), _percent(line["accuracy"]), full, f"{line['macs_share']:.3f}")
+        table.add_row(one_line(line["class"], 60), *cells)
+    console().print(table)
 
 
 def _figures_on_test(summary: dict[str, Any]) -> dict[str, Any]:

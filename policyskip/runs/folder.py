@@ -24,7 +24,7 @@ from torch import Tensor
 
 from policyskip.errors import UserError
 from policyskip.files import check_regular, damaged, open_log, read, reporting_write_errors, write
-from policyskip.runs import generations
+from policyskip.runs import generations, schemas
 from policyskip.runs.archives import checked_checkpoint
 from policyskip.runs.generations import BEST, BEST_SO_FAR
 from policyskip.runs.locks import lock_folder
@@ -140,7 +140,7 @@ class Run:
         Raises:
             UserError: there is no such file, or it is damaged.
         """
-        content: object = self._read(name, lambda path: json.loads(read(path)))
+        content: object = self._read(name, lambda path: schemas.check(name, json.loads(read(path))))
         if not isinstance(content, dict):
             raise UserError(f"{self.folder / name} is damaged: it holds no JSON object")
         return content
@@ -218,14 +218,10 @@ class Run:
         records = []
         for line in self._read("metrics.jsonl", _lines) if self.has("metrics.jsonl") else []:
             try:
-                record = json.loads(line)
+                records.append(schemas.record(json.loads(line)))
             except (ValueError, RecursionError):
                 continue
-            if isinstance(record, dict) and isinstance(record.get("step"), int):
-                records.append(
-                    {key: value for key, value in record.items() if isinstance(value, int | float | list | None)}
-                )
-        return records
+        return [record for record in records if record is not None]
 
     def rewind_metrics(self, step: int) -> None:
         """Delete the records after ``step`` from ``metrics.jsonl``, because a resumed run writes them again."""

@@ -24,9 +24,9 @@ from policyskip.deployment.loading import load_best_so_far, load_weights
 from policyskip.deployment.policy_files import describe_blocks
 from policyskip.envs.base import DecisionEnv
 from policyskip.errors import UserError
+from policyskip.evaluation.block_plots import block_pictures
 from policyskip.evaluation.evaluate import evaluate
 from policyskip.evaluation.figures import block_figures
-from policyskip.evaluation.plots import block_pictures
 from policyskip.evaluation.tables import show_blocks
 from policyskip.parallel import processes
 from policyskip.policies.networks import KeepPolicy
@@ -80,7 +80,7 @@ class BlockTask(FamilyTask):
         judgement = judge_policy(setup, self.learner, self.front, "test")
         macs = judgement.decisions.policy_macs
         described = describe_blocks(policy, macs, setup.backbone, setup.config["backbone"], setup.config["seed"])
-        draw = partial(block_pictures, stages=setup.backbone.stages)
+        draw = partial(block_pictures, stages=setup.backbone.stages, hull=self.front.hull)
         head = head_of(setup, self.names, seconds)
 
         def write_more(new: Run) -> None:

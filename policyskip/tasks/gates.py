@@ -21,9 +21,9 @@ from policyskip.deployment.loading import load_best_so_far, load_weights
 from policyskip.deployment.policy_files import describe_gates
 from policyskip.envs.layer_skip import LayerSkipVectorEnv
 from policyskip.errors import UserError
+from policyskip.evaluation.block_plots import block_pictures
 from policyskip.evaluation.evaluate import evaluate_gates
 from policyskip.evaluation.figures import block_figures
-from policyskip.evaluation.plots import block_pictures
 from policyskip.evaluation.tables import show_blocks
 from policyskip.runs.folder import Run
 from policyskip.runs.progress import waiting
@@ -76,7 +76,7 @@ class GateTask(FamilyTask):
         front = static_front(with_network_of(agent, setup), self.front_settings, self._sets_in_use())
         judgement = judge_gates(setup, agent, front, "test")
         described = describe_gates(agent.network)
-        draw = partial(block_pictures, stages=setup.backbone.stages)
+        draw = partial(block_pictures, stages=setup.backbone.stages, hull=front.hull)
         head = head_of(setup, self.names, seconds)
 
         def write_more(new: Run) -> None:

@@ -65,8 +65,8 @@ def write_finished(
         judgement: of the best weights on test.
         family: of the run's agent.
         described: the entries ``policy`` and ``network`` of ``policy.json`` (see ``deployment/policy_files.py``).
-        draw: draws every picture, and returns their paths; it takes a folder, and ``metrics``, ``decisions`` and
-            ``images`` by keyword.
+        draw: draws every picture, and returns their paths; it takes a folder, and ``metrics``, ``decisions``,
+            ``images``, ``figures`` and ``choose_after`` (the first update whose weights may be kept) by keyword.
         write_more: writes the files that only some families have, such as the network; it takes a run whose files
             become those of the finished one, together with all others.
         chosen: what was chosen on validation images, for the summary.
@@ -75,6 +75,8 @@ def write_finished(
     """
     data, record = setup.data, judgement.decisions
     figures = {f"test/{key}": value for key, value in judgement.figures.items()}
+    schedule = setup.config["train"]
+    shown = {"figures": judgement.figures, "choose_after": schedule.get("choose_after", 0.0) * schedule["steps"]}
     policy = PolicyFile(family, **described, classes=data.classes, image_shape=data.image_shape)
     with run.generation() as new:
         write_more(new)
@@ -86,7 +88,7 @@ def write_finished(
         new.save_json("summary.json", summary)
         policy.save(new, head["steps"])
         with waiting("drawing pictures"):
-            drawn = draw(new.folder / "plots", metrics=run.metrics(), decisions=record, images=data.test)
+            drawn = draw(new.folder / "plots", metrics=run.metrics(), decisions=record, images=data.test, **shown)
         names = [path.relative_to(new.folder) for path in drawn]
     files = [run.folder / name for name in (*policy.files, "policy.json", "summary.json", "config.yaml")]
     tracker.finish(summary, [run.folder / name for name in names], files, examples(record, data.test))

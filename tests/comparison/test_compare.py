@@ -13,9 +13,10 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from policyskip.comparison.collect import collect, groups_of
+from policyskip.comparison.collect import collect
 from policyskip.comparison.compare import compare
 from policyskip.comparison.formats import display_table
+from policyskip.comparison.groups import groups_of
 from policyskip.comparison.series import band, static_front, styles, use
 from policyskip.comparison.tables import differences, disagreements, rows_of, table
 from policyskip.data import digits
@@ -53,7 +54,7 @@ def lines(path: Path) -> list[dict[str, str]]:
 def test_everything_is_written(workshop):
     names = {path.name for path in (workshop / "out").iterdir()}
     assert names == {
-        *("comparison.csv", "runs.csv", "differences.csv", "agreement.csv", "disagreements.csv"),
+        *("comparison.csv", "runs.csv", "differences.csv", "agreement.csv", "disagreements.csv", "classes.csv"),
         *("comparison.md", "comparison.json", "index.html", "plots"),
     }
     assert {path.name for path in (workshop / "out/plots").iterdir()} == {
@@ -182,14 +183,17 @@ def test_what_is_refused(tmp_path, monkeypatch):
     (tmp_path / "torn/a0/decisions.safetensors").write_bytes(b"\x00" * 40)
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine/thesis.txt").write_text("years of work")
+    (tmp_path / "others").mkdir()
+    (tmp_path / "others/comparison.json").write_text('{"theirs": 1}')
     (tmp_path / "file").write_text("")
     before = sorted(str(path) for path in tmp_path.rglob("*"))
     for arguments, message in (
         (["runs=nowhere"], "no run folder matches nowhere"),
         (["runs=nothing"], "no finished run in runs=nothing"),
-        (["runs=[damaged,runs]"], "damaged/a0/summary.json is damaged or not ours"),
-        (["runs=lacking"], "lacking/a0/summary.json is damaged or not ours: it has no env"),
-        (["runs=torn"], "torn/a0/decisions.safetensors is damaged or not ours"),
+        (["runs=damaged/a0"], "damaged/a0/summary.json is damaged or not ours"),
+        (["runs=lacking/a0"], "lacking/a0/summary.json is damaged or not ours: it has no env"),
+        (["runs=torn/a0"], "torn/a0/decisions.safetensors is damaged or not ours"),
+        (["runs=runs", "output=others", "overwrite=true"], "others holds no comparison, so it is not overwritten"),
         (["runs=runs", "output=mine"], "mine is there already; say overwrite=true"),
         (["runs=runs", "output=mine", "overwrite=true"], "mine holds no comparison, so it is not overwritten"),
         (["runs=runs", "output=file/out"], "cannot write file/out"),
@@ -247,8 +251,15 @@ DAMAGE = {
     "classes that there are not": {"prediction_N": torch.tensor([0, 70])},
     "no bool": {"ran_NK": torch.tensor([[1, 0], [1, 1]])},
     "costs without end": {"macs_N": torch.tensor([1.0, torch.inf], dtype=torch.float64)},
+    "costs below nothing": {"macs_N": torch.tensor([1.0, -1.0], dtype=torch.float64)},
+    "accuracies above one": {"static_F2": torch.tensor([[1.0, 1.5]], dtype=torch.float64)},
+    "an image that left nowhere": {"kind": "exits", "ran_NK": torch.tensor([[False, False], [True, True]])},
+    "an image that left and went on": {"kind": "exits", "ran_NK": torch.tensor([[True, True], [False, True]])},
     "a network that costs nothing": {"full_macs": 0.0},
     "images of no name": {"images": 3},
+    "a class of no name": {"classes": ("0", 1)},
+    "a class of 10^5 letters": {"classes": ("0", "1" * 10**5)},
+    "no kind": {"kind": "both"},
 }
 
 
@@ -257,19 +268,40 @@ def test_damaged_decisions_are_refused_by_name(damage, tmp_path):
     made_up_run(tmp_path / "a", made_up_decisions([[1, 0], [1, 1]]), "a")
     damaged = dataclasses.replace(made_up_decisions([[1, 0], [1, 1]]), **damage)
     decisions.save_decisions(damaged, Run(tmp_path / "a"))
-    with pytest.raises(UserError, match=r"a/decisions\.safetensors is damaged or not ours: its"):
+    with pytest.raises(UserError, match=r"a/decisions\.safetensors is damaged or not ours: "):
         collect([str(tmp_path)])
 
 
 @pytest.mark.parametrize(
     ("key", "value"),
     [("seed", float("nan")), ("agent", ["x"]), ("test/accuracy", float("inf")), ("test/kept_mean", "many"),
-     ("test/macs_mean", 10**400)],
+     ("test/macs_mean", 10**400), ("warnings", 5), ("latency_device", ["x"]), ("agent", "x" * 10**5)],
 )  # fmt: skip
 def test_damaged_summaries_are_refused_by_name(key, value, tmp_path):
     made_up_run(tmp_path / "a", made_up_decisions([[1, 0]]), "a", summary={key: value})
-    with pytest.raises(UserError, match=rf"a/summary\.json is damaged: {key} is"):
+    with pytest.raises(UserError, match=rf"a/summary\.json is damaged or not ours: {key}.* is"):
         collect([str(tmp_path)])
+
+
+def test_a_run_that_cannot_be_used_is_left_out_with_the_reason(tmp_path):
+    """One of a summary that is damaged, one of decisions of another policy, one of other labels; the others go on."""
+    two_agents(tmp_path)
+    made_up_run(tmp_path / "damaged", made_up_decisions([[1, 0]] * 4), "c", summary={"seed": "none"})
+    made_up_run(tmp_path / "other", made_up_decisions([[1, 0]] * 4), "d", summary={"test/accuracy": 0.123})
+    made_up_run(tmp_path / "short", made_up_decisions([[1, 0]] * 3), "e")
+    found = collect([str(tmp_path)])
+    assert sorted({result.summary["agent"] for result in found.results}) == ["a", "b"]
+    reasons = {folder.name: reason for folder, reason in found.left_out}
+    assert reasons["damaged"].startswith("cannot be used: summary.json is damaged or not ours: seed is 'none'")
+    assert "is of other decisions than summary.json" in reasons["other"]
+    assert "whose labels are not those of the other runs" in reasons["short"]
+
+
+def test_warnings_that_many_runs_have_are_one(tmp_path):
+    for n in range(6):
+        summary = {"warnings": [f"the policy has collapsed: it decides {n}"]}
+        made_up_run(tmp_path / f"a{n}", made_up_decisions([[1, 0]]), "a", n, summary=summary)
+    assert collect([str(tmp_path)]).warnings == ["6 runs: the policy has collapsed (a0, a1, a2, a3, …)"]
 
 
 def test_warnings_of_runs_are_passed_on(tmp_path):

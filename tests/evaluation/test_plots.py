@@ -3,14 +3,19 @@
 from __future__ import annotations
 
 import dataclasses
+from functools import partial
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
 
+from policyskip.comparison import series
 from policyskip.data import TensorImages
-from policyskip.evaluation import exit_plots, plots
+from policyskip.evaluation import block_plots, exit_plots, learning_plots, plots
 from policyskip.evaluation.decisions import Decisions
 from policyskip.evaluation.evaluate import exit_decisions
+from policyskip.evaluation.tables import static_choice
 from policyskip.exits.cache import CachedExits
 from policyskip.exits.references import static_pairs
 from tests.exits.test_references import answers
@@ -47,7 +52,7 @@ def test_a_wrong_answer_is_red_however_alike_the_names_of_two_classes_begin(kind
     titles: list[tuple[str, str]] = []
     monkeypatch.setattr(plots, "draw_image", lambda axes, image, title, colour: titles.append((title, colour)))
     if kind == "blocks":
-        plots.block_gallery(blocks(), images(), tmp_path / "gallery.png")
+        block_plots.block_gallery(blocks(), images(), tmp_path / "gallery.png")
         word = "not"
     else:
         exit_plots.exit_gallery(*exits(), images(), tmp_path / "gallery.png")
@@ -74,13 +79,14 @@ METRICS = [{"step": n, "train/reward": 0.1 * n, "val/accuracy": 0.5, "train/loss
 @pytest.mark.parametrize("metrics", [METRICS, []], ids=["records", "no records"])
 @pytest.mark.parametrize("difficulty", [torch.tensor([0.1, 0.5, 0.2, 0.9]), None], ids=["difficulty", "none"])
 def test_every_run_has_its_pictures(metrics, difficulty, tmp_path):
-    names = ["learning_curves", "accuracy_against_macs", "block_use", "block_use_by_class", "gallery"]
+    learning = ["learning_curves"] if metrics else []
+    names = [*learning, "accuracy_against_macs", "block_use", "block_use_by_class", "gallery"]
     names += [] if difficulty is None else ["kept_by_difficulty"]
     decisions = dataclasses.replace(blocks(), difficulty_N=difficulty)
-    paths = plots.block_pictures(tmp_path / "blocks", metrics, decisions, images(), (1, 1))
+    paths = block_plots.block_pictures(tmp_path / "blocks", metrics, decisions, images(), (1, 1))
     assert [path.name for path in paths] == [f"{name}.png" for name in names] and all(p.is_file() for p in paths)
 
-    names = ["learning_curves", "accuracy_against_macs", "exit_use", "gallery"]
+    names = [*learning, "accuracy_against_macs", "exit_use", "gallery"]
     names += [] if difficulty is None else ["exit_by_difficulty"]
     decisions, cache = exits()
     decisions = dataclasses.replace(decisions, difficulty_N=difficulty)
@@ -94,3 +100,99 @@ def test_groups_go_from_easy_to_hard_and_none_is_empty():
     difficulty_N = torch.tensor([0.3, 0.1, 0.2, 0.5, 0.4])
     assert [group.tolist() for group in plots.groups_by_difficulty(difficulty_N, 2)] == [[1, 2, 0], [4, 3]]
     assert [group.tolist() for group in plots.groups_by_difficulty(difficulty_N)] == [[1], [2], [0], [4], [3]]
+
+
+@pytest.mark.parametrize("keep", [[[1, 0]] * 80, [[1, 0]] * 10 + [[1, 1]] * 60 + [[0, 0]] * 10])
+def test_ties_are_drawn_at_random_and_not_in_the_order_of_the_files(keep, monkeypatch, tmp_path):
+    """In a sorted set of which all images get as many blocks, a gallery has several classes in each line."""
+    label = [n // 20 for n in range(80)]
+    titles: list[str] = []
+    captions: list[str] = []
+    monkeypatch.setattr(plots, "draw_image", lambda axes, image, title, colour: titles.append(title))
+    monkeypatch.setattr(plots, "save", lambda figure, caption, path: captions.append(caption))
+    shown = TensorImages(torch.zeros(80, 3, 8, 8, dtype=torch.uint8), torch.tensor(label))
+    block_plots.block_gallery(made_up_decisions(keep, label, label), shown, tmp_path / "gallery.png")
+    alike = keep == [[1, 0]] * 80
+    assert len(set(titles[8:])) > 1 and (not alike or len(set(titles[:8])) > 1)
+    assert captions[0].startswith("All test images got 1 of 2 blocks" if alike else "Test images that got the fewest")
+
+
+def test_examples_of_a_comparison_are_drawn_among_ties():
+    decisions = made_up_decisions([[1, 0]] * 80, [0] * 80, [n // 20 for n in range(80)])
+    result = SimpleNamespace(decisions=decisions)
+    least, most, _ = series.gallery(result, range(80))
+    assert all(len({item["label"] for item in part["items"]}) > 1 for part in (least, most))
+
+
+def drawn_axes(monkeypatch, draw) -> tuple[Any, str]:
+    """The first axes of a picture and its caption."""
+    kept: list[tuple[Any, str]] = []
+    for module in (block_plots, exit_plots, learning_plots):
+        monkeypatch.setattr(module, "save", lambda figure, caption, path: kept.append((figure, caption)))
+    draw()
+    ((figure, caption),) = kept
+    return figure.axes[0], caption
+
+
+@pytest.mark.parametrize("accuracy", [0.02, 0.5, 0.97])
+def test_the_picture_shows_the_fixed_choice_of_the_table_and_all_rivals_are_on_it(accuracy, monkeypatch, tmp_path):
+    """The front has two sets that are best on validation, so the static choice lies on the line that joins them."""
+    front_F2 = torch.tensor([[0.0, 0.1], [1.0, 0.98], [2.0, 0.9]], dtype=torch.float64)
+    decisions = dataclasses.replace(blocks(), static_F2=front_F2)
+    figures = {"static_accuracy": accuracy, "static_macs": 1.0, "macs_mean": decisions.macs_N.mean().item()}
+    draw = lambda: block_plots.accuracy_against_macs(decisions, tmp_path / "x.png", figures, [0, 2])  # noqa: E731
+    axes, _ = drawn_axes(monkeypatch, draw)
+    lines = {line.get_label(): line for line in axes.lines}
+    assert lines["fixed choices, and two mixed"].get_xydata().tolist() == [[0.0, 0.1], [1.0, 0.9]]
+    assert lines["best static choice of equal cost"].get_xydata().tolist() == [[0.5, accuracy]]
+    assert lines["fixed choices of other sizes"].get_xydata().tolist() == [[0.5, 0.98]]
+    (left, right), (low, high) = axes.get_xlim(), axes.get_ylim()
+    for label in ("best static choice of equal cost", "full network", "policy, its own cost included"):
+        ((x, y),) = lines[label].get_xydata()
+        assert left <= x <= right and low <= y <= high, label
+
+
+@pytest.mark.parametrize(
+    ("static_macs", "name"),
+    [(1.0, "of equal cost"), (0.8, "which costs less"), (1.2, "which costs more")],
+)
+def test_a_static_choice_of_another_cost_is_not_called_equal(static_macs, name):
+    assert static_choice({"static_macs": static_macs, "macs_mean": 1.001}).endswith(name)
+
+
+REWARDS = [0.1, 0.5, 0.3, 0.2]
+
+
+@pytest.mark.parametrize(
+    ("train", "reason"),
+    [
+        ({"price": [1, 2, 3, 4]}, "the price of computing rose"),
+        ({"free_blocks": [1, 5, 9, 15]}, "the curriculum let the policy decide about more blocks"),
+        ({"reward": [0.1, 0.2, 0.3, 0.4]}, "fits those better"),
+        ({"reward": [0.4, 0.3, 0.2, 0.1]}, "did not rise either"),
+    ],
+)
+def test_learning_curves_mark_the_weights_that_were_kept_and_say_why_reward_fell(train, reason, monkeypatch, tmp_path):
+    records = [{"step": 10 * (n + 1), "val/reward": reward, "val/accuracy": 0.5} for n, reward in enumerate(REWARDS)]
+    records += [
+        {"step": 10 * (n + 1), f"train/{key}": v} for key, values in train.items() for n, v in enumerate(values)
+    ]
+    for choose_after, kept in ((0.0, 20), (25.0, 30)):
+        draw = partial(learning_plots.learning_curves, records, 3, tmp_path / "x.png", choose_after)
+        axes, caption = drawn_axes(monkeypatch, draw)
+        (mark,) = [line for line in axes.lines if line.get_label() == "weights that were kept"]
+        assert mark.get_xdata()[0] == kept and axes.get_xlim()[0] == 0
+        assert f"Kept are the weights of update {kept}," in caption and reason in caption
+
+
+def test_a_reward_that_does_not_fall_needs_no_reason():
+    assert learning_plots.why_it_falls([{"step": n, "val/reward": 0.1 * n} for n in range(4)]) == ""
+
+
+@pytest.mark.parametrize(
+    "records",
+    [[{"step": 1, "train/loss": 0.0}], [{"step": 0, "val/accuracy_exit0": 0.5}], [{"step": 1, "train/loss": -1}]],
+)
+def test_short_or_odd_records_draw_without_a_warning_of_the_library(records, tmp_path, recwarn):
+    exit_plots.learning_curves(records, 2, tmp_path / "x.png")
+    assert not list(recwarn)

@@ -1,0 +1,97 @@
+"""The learning curves of policies, with the update whose weights were kept, and why validation reward falls."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from matplotlib.axes import Axes
+
+from policyskip.evaluation.plots import (
+    FEW_POINTS,
+    FULL,
+    KEPT,
+    STATIC,
+    figure_of,
+    finish,
+    panel_of_curves,
+    points_of,
+    save,
+)
+
+
+def kept_step(metrics: list[dict[str, Any]], choose_by: str, choose_after: float) -> float | None:
+    """Return the update whose weights were kept: the first of those with the highest figure on validation images.
+
+    Args:
+        metrics: the records of ``metrics.jsonl``.
+        choose_by: the figure.
+        choose_after: the first update that counts.
+
+    Returns: None if there is no such record.
+    """
+    points = [(step, value) for step, value in points_of(metrics, f"val/{choose_by}") if step >= choose_after]
+    return max(points, key=lambda point: point[1])[0] if points else None
+
+
+def mark_kept(axes: Axes, step: float | None) -> None:
+    """Let the axis of updates begin at 0, before the first one, and mark the update whose weights were kept."""
+    axes.set_xlim(left=0)
+    if step is not None:
+        axes.axvline(step, color=STATIC, linestyle=":", linewidth=1.5, label="weights that were kept")
+
+
+def why_it_falls(metrics: list[dict[str, Any]]) -> str:
+    """Say why the reward on validation images ends below its highest, as far as the records tell; "" if it does not."""
+    reward = [value for _, value in points_of(metrics, "val/reward")]
+    if not reward or max(reward) - reward[-1] <= 0.02 * max(1.0, abs(max(reward))):
+        return ""
+
+    def rises(key: str) -> bool:
+        values = [value for _, value in points_of(metrics, f"train/{key}")]
+        quarter = -(-len(values) // 4)
+        return len(values) > 1 and sum(values[-quarter:]) > sum(values[:quarter]) + 1e-9
+
+    reasons = {
+        "price": "the price of computing rose, so the same decisions earn less",
+        "free_blocks": "the curriculum let the policy decide about more blocks",
+        "reward": "on training images it rose, so the policy fits those better than others",
+    }
+    found = [reason for key, reason in reasons.items() if rises(key)]
+    reason = "; ".join(found) or "on training images it did not rise either; a smaller learning rate may help"
+    return f" Validation reward fell in the end: {reason}."
+
+
+def learning_curves(
+    metrics: list[dict[str, Any]], blocks: int | None, path: Path, choose_after: float = 0.0
+) -> Path | None:
+    """Draw reward, accuracy and kept blocks (``blocks`` None: MACs) against updates, in training and on validation.
+
+    Returns: the path; None if nothing was recorded.
+    """
+    cost_key, cost_title, cost = (
+        ("macs_fraction", "MACs, share of all", "MACs")
+        if blocks is None
+        else ("kept", "kept blocks", "number of kept blocks")
+    )
+    training = dict(color=KEPT, alpha=0.45, linewidth=1, label="training images")
+    validation = dict(color=FULL, marker="o", markersize=3, linewidth=1.5, label="validation images")
+    panels = []
+    for key, title in (("reward", "reward"), ("accuracy", "accuracy"), (cost_key, cost_title)):
+        val_key = "val/kept_mean" if key == "kept" else f"val/{key}"
+        train_points = points_of(metrics, f"train/{key}")
+        marked = training | ({"marker": ".", "markersize": 4} if len(train_points) < FEW_POINTS else {})
+        panels.append((title, [(train_points, marked), (points_of(metrics, val_key), validation)]))
+    if not any(points for _, curves in panels for points, _ in curves):
+        return None
+    figure = figure_of(10, 3.6)
+    kept = kept_step(metrics, "reward", choose_after)
+    for axes, (title, curves) in zip(figure.subplots(1, 3), panels, strict=True):
+        panel_of_curves(axes, title, curves)
+        mark_kept(axes, kept)
+    finish(axes, legend="best", ylim=(0, 1.04 * (blocks or 1)))
+    caption = f"Reward, accuracy and {cost} while the policy learned; on validation images, when it is greedy."
+    if kept:
+        caption += f" Kept are the weights of update {kept}, which have the highest reward on validation images"
+        caption += f" from update {choose_after:.0f} on." if choose_after > 0 else "."
+    return save(figure, caption + why_it_falls(metrics), path)

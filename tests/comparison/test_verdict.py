@@ -1,0 +1,92 @@
+"""What a comparison says in words, in cases that are small enough to work out by hand."""
+
+from __future__ import annotations
+
+import pytest
+
+from policyskip.comparison.collect import collect
+from policyskip.comparison.formats import display_table, fitting
+from policyskip.comparison.tables import differences, rows_of, table
+from policyskip.comparison.verdict import against_fixed, verdict
+from tests.made_up import made_up_decisions, made_up_run
+
+
+def said(folder) -> list[str]:
+    rows = rows_of(collect([str(folder)]).results)
+    return verdict(rows, differences(rows, "g"))
+
+
+def run(folder, right, blocks=2, **summary):
+    """A run that is right on so many of 100 images, and computes 1 or 2 of 2 blocks."""
+    keep = [[1, int(blocks == 2)]] * 100
+    figures = {f"test/{key}": value for key, value in summary.items()}
+    made_up_run(folder, made_up_decisions(keep, [0] * right + [1] * (100 - right)), folder.name, summary=figures)
+
+
+def test_the_cheapest_row_that_is_not_shown_to_be_worse_is_named(tmp_path):
+    run(tmp_path / "a", 96)
+    run(tmp_path / "b", 95, blocks=1)
+    run(tmp_path / "c", 50, blocks=1)
+    first, second, _ = said(tmp_path)
+    assert first == "Most accurate is a: 96.00 % at 1.000 of its network's MACs."
+    assert second.startswith("That it is more accurate than b (95.00 % at 0.500 of its network's MACs) is not shown")
+
+
+def test_rows_that_are_shown_to_be_worse_are_not_called_as_good(tmp_path):
+    run(tmp_path / "a", 96)
+    run(tmp_path / "c", 50, blocks=1)
+    assert said(tmp_path)[1] == "Every cheaper row is less accurate, by intervals over the same images."
+
+
+def test_an_oracle_is_not_the_most_accurate(tmp_path):
+    run(tmp_path / "a", 90)
+    run(tmp_path / "oracle", 100, sees_the_label=True)
+    assert said(tmp_path)[0].startswith("a: 90.00 %")
+
+
+@pytest.mark.parametrize(
+    ("margin", "half", "answer"),
+    [(0.02, 0.01, "better"), (-0.02, 0.01, "worse"), (0.02, 0.03, "open"), (0.02, None, "open")],
+)
+def test_deciding_per_image_pays_only_where_the_interval_says_so(margin, half, answer, tmp_path):
+    run(tmp_path / "a", 90, static_margin=margin, static_margin_ci95=half)
+    (row,) = rows_of(collect([str(tmp_path)]).results)
+    assert against_fixed(row) == answer
+    words = {"better": "better for 1 (a)", "worse": "worse for 1 (a)", "open": "not shown to be better or worse for 1"}
+    assert words[answer] in said(tmp_path)[-1]
+
+
+def test_seeds_that_disagree_show_nothing(tmp_path):
+    for seed, margin in enumerate((0.01, 0.20)):
+        summary = {"test/static_margin": margin, "test/static_margin_ci95": 0.001}
+        made_up_run(tmp_path / f"a{seed}", made_up_decisions([[1, 0]] * 4), "a", seed, summary=summary)
+    (row,) = rows_of(collect([str(tmp_path)]).results)
+    assert against_fixed(row) == "open"
+
+
+def test_rows_are_told_apart_by_the_keys_that_differ_and_by_no_others(tmp_path):
+    """Three settings differ in `a` and `b` alike, and all six in `penalty`; the many other keys are the same."""
+    same = {f"key{n}": n for n in range(20)}
+    for n in range(6):
+        made_up_run(tmp_path / f"{n}", made_up_decisions([[1, 0]] * 4), a=n // 2, b=n // 2, z={"penalty": n}, **same)
+    labels = {row.label for row in rows_of(collect([str(tmp_path)]).results)}
+    assert labels == {f"blockdrop penalty={n}" for n in range(6)}
+
+
+def test_two_keys_of_one_name_are_written_in_full(tmp_path):
+    for n in range(4):
+        settings = {"net": {"width": n % 2}, "policy": {"width": n // 2}}
+        made_up_run(tmp_path / f"{n}", made_up_decisions([[1, 0]] * 4), **settings)
+    labels = {row.label for row in rows_of(collect([str(tmp_path)]).results)}
+    expected = {f"blockdrop agent.net.width={n % 2} agent.policy.width={n // 2}" for n in range(4)}
+    assert labels == expected
+
+
+def test_nothing_is_printed_as_minus_zero_and_a_narrow_table_keeps_what_matters(tmp_path):
+    made_up_run(tmp_path / "a", made_up_decisions([[1, 0]] * 4), summary={"test/static_margin": -0.00001})
+    shown = display_table(table(rows_of(collect([str(tmp_path)]).results), "g"))
+    assert "-0.00" not in str(shown)
+    header, (line,), left_out = fitting(*shown, 80)
+    assert {"row", "accuracy, %", "MACs, share", "against fixed choice"} <= set(header) and left_out
+    assert 1 + sum(max(len(cell), 5) + 3 for cell in line) <= 80
+    assert fitting(*shown, 1000)[0] == shown[0]
