@@ -181,9 +181,14 @@ class StaticFront:
         Raises:
             OSError, ValueError: the file is not there, or holds no front.
         """
-        content: dict[str, Any] = schemas.check("front.json", json.loads(read(path, MOST_BYTES)))
+        try:
+            content: dict[str, Any] = schemas.check("front.json", json.loads(read(path, MOST_BYTES)))
+        except RecursionError as error:
+            raise ValueError("it is nested too deeply") from error
         content["sets"] = [tuple(mark == "1" for mark in keep) for keep in content["sets"]]
-        front = StaticFront(**{field.name: content[field.name] for field in fields(StaticFront)})
+        if unknown := sorted(set(content) - {field.name for field in fields(StaticFront)}):
+            raise ValueError(f"it has a key {unknown[0]!r:.80}")
+        front = StaticFront(**content)
         lengths = {len(front.sets), len(front.accuracy), len(front.macs)}
         if len(lengths) > 1 or len({len(keep) for keep in front.sets}) > 1:
             raise ValueError("its sets, accuracies and costs do not belong together")

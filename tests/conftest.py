@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import io
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -99,6 +100,11 @@ def images() -> Tensor:
 def blank_picture(figure: Figure, path: BinaryIO, **options: Any) -> None:
     """Write a picture of one pixel in the figure's place."""
     Image.new("RGB", (1, 1)).save(path, "PNG")
+
+
+def without_waits(stderr: str) -> list[str]:
+    """The lines of what a process wrote on its standard error, but for those that say what is waited for."""
+    return [line for line in stderr.splitlines() if not re.search(r" (so far …|left|took \d.*)$", line)]
 
 
 def typed(*arguments: str, cwd: Path, drawn: bool = False) -> subprocess.CompletedProcess[str]:

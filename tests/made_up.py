@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -69,7 +70,8 @@ def made_up_run(
     """A finished run's folder that holds these decisions."""
     folder.mkdir(parents=True)
     config = {"seed": seed, "run": {"dir": str(folder)}, "data": DIGITS, "agent": {"name": agent, **settings}}
-    (folder / "config.yaml").write_text(f"# policyskip train agent={ascii(agent)[1:-1]}\n{json.dumps(config)}")
+    written = re.sub(r"\\ud[89a-f]\w\w", "?", json.dumps(config))  # YAML has no lone surrogates
+    (folder / "config.yaml").write_text(f"# policyskip train agent={ascii(agent)[1:-1]}\n{written}")
     from_record = save_decisions(decisions, Run(folder))
     if not recorded:
         (folder / "decisions.safetensors").unlink()

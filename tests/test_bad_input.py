@@ -194,7 +194,7 @@ ALONE = {
     "evaluate run=.": "the run folder . is not a run folder: it has no config.yaml",
     "evaluate run=nowhere thrust=true": "there is no key thrust; there are device, .*split, trust",
     "train data=imagefolder": "data.root is not set; add data.root=… to the command",
-    "train data=imagefolder data.root=nowhere": "there is no folder nowhere/train; data.root must hold",
+    "train data=imagefolder data.root=nowhere": "there is no folder 'nowhere'; data.root must hold",
     "train backbone=cifar_resnet": "backbone.depth is not set; add backbone.depth=… to the command",
 }
 

@@ -178,5 +178,5 @@ def test_a_cache_that_is_no_file_of_ours_is_no_front(content, tmp_path):
 def test_a_file_too_large_for_a_front_is_not_read(tmp_path):
     with (tmp_path / "front.json").open("wb") as file:
         file.truncate(2**40)
-    with pytest.raises(ValueError, match="no file of at most"):
+    with pytest.raises(ValueError, match="a file of its kind has at most"):
         StaticFront.load(tmp_path / "front.json")

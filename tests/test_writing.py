@@ -35,6 +35,9 @@ ALLOWED = {
     ("parallel.processes", "open(os.devnull, 'w', encoding='utf-8')"),
     ("evaluation.plots", "figure.savefig(buffer, format='png')"),
     ("runs.folder", "torch.save(state, buffer)"),
+    ("typed.streams", "os.open(os.devnull, os.O_RDWR)"),
+    ("typed.streams", "os.open(os.devnull, os.O_WRONLY)"),
+    ("backbones.translation", "rename(name)"),  # a function of its own, of names of tensors
 }
 
 

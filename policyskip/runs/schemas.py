@@ -124,7 +124,7 @@ class Times(BaseModel):
 
 _FRONT: dict[str, Any] = {
     "sets": Annotated[
-        list[Annotated[str, Field(pattern="^[01]*$", max_length=MOST_BLOCKS)]],
+        list[Annotated[str, Field(pattern="^[01]+$", max_length=MOST_BLOCKS)]],
         Field(min_length=1, max_length=MOST_BLOCKS),
     ],
     "accuracy": Shares,

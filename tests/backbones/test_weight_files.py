@@ -107,7 +107,7 @@ FILES: dict[str, tuple[Callable[[], bytes], str]] = {
     "noise": (lambda: bytes(range(255, 127, -1)) * 4, "cut off or damaged"),
     "what inflates": (inflating, r"fill 50,0\d\d,\d\d\d in memory, more than 10 times as many"),
     "half a safetensors file": (lambda: struct.pack("<Q", 200) + b'{"a":' + bytes(20), "cut off or damaged"),
-    "a header without end": (lambda: struct.pack("<Q", 2**62) + b'{"a":' + bytes(20), "cut off or damaged"),
+    "a header without end": (lambda: struct.pack("<Q", 2**62) + b'{"a":' + bytes(20), "its header is too large"),
 }
 
 

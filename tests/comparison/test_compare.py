@@ -196,7 +196,7 @@ def test_what_is_refused(tmp_path, monkeypatch):
         (["runs=runs", "output=others", "overwrite=true"], "others holds no comparison, so it is not overwritten"),
         (["runs=runs", "output=mine"], "mine is there already; say overwrite=true"),
         (["runs=runs", "output=mine", "overwrite=true"], "mine holds no comparison, so it is not overwritten"),
-        (["runs=runs", "output=file/out"], "cannot write file/out"),
+        (["runs=runs", "output=file/out"], "output cannot be below file"),
         (["runs=3"], "runs"),
         ([], "runs is not set"),
     ):

@@ -80,7 +80,7 @@ CHANGES: list[tuple[str, str, Any, str]] = [
     ("blockdrop", "policy/arguments/width", 10**9, "width: no number may be above 10,000"),
     ("blockdrop", "policy/arguments/width", 10**4, "does not fit policy.json: it holds"),
     ("blockdrop", "policy/arguments/initial_keep", float("nan"), "initial_keep: numbers must be finite"),
-    ("blockdrop", "policy/arguments/initial_keep", 2, "between 0 and 1"),
+    ("blockdrop", "policy/arguments/initial_keep", 2, "above 0 and below 1"),
     ("blockdrop", "policy/arguments/family", "other", "family: input should be 'cifar' or 'imagenet'"),
     ("blockdrop", "policy/arguments/depth", 3, "depth: there is no such argument"),
     ("blockdrop", "policy/arguments", [], r"policy\.arguments: input should be a valid dictionary"),

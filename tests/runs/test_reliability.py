@@ -19,7 +19,7 @@ from policyskip.backbones.checkpoints import save
 from policyskip.errors import UserError
 from policyskip.evaluation.decisions import collapse_warnings
 from policyskip.runs.folder import Run, create, open_run
-from tests.conftest import typed
+from tests.conftest import typed, without_waits
 from tests.learners import exits, learn
 from tests.made_up import made_up_decisions
 from tests.test_cli import SMALL
@@ -116,7 +116,7 @@ def test_a_backbone_for_a_run_that_brings_its_own_is_refused(moved):
     ("words", "message"),
     [
         (["calibrate", "run=x", "+agent.rule=entropy"], "there is no key agent"),
-        (["evaluate", "run=x", "+data.test=3"], "there is no key data"),
+        (["evaluate", "run=x", "+env.name=3"], "env"),
         (["pretrain", "+agent.width=3"], "there is no key agent"),
         (["train", "agent=msdnet", *DATA, "+env.speed=3"], "env.speed has no effect"),
         (["train", "agent=branchynet", *DATA, "env.cached=false"], "env.cached has no effect"),
@@ -214,7 +214,7 @@ def test_an_interruption_that_waits_for_nothing_claims_nothing(saved, tmp_path, 
 
     monkeypatch.setattr(BlockDrop, "update", interrupted)
     result = typed("train", "+experiment=debug", "front.budget=2e3", "device=cpu", "run.dir=x", cwd=tmp_path)
-    assert result.returncode == 130 and result.stderr == ""
+    assert result.returncode == 130 and not without_waits(result.stderr)
     printed = "Stopped at once; what came after update 3 is not kept" if saved else "before anything was saved"
     assert printed in result.stdout and "policyskip train run.resume=x" in result.stdout
     assert "Stopped and saved" not in result.stdout
@@ -233,7 +233,7 @@ def test_sigterm_saves_first(tmp_path):
         time.sleep(0.1)
     process.send_signal(signal.SIGTERM)
     printed, errors = process.communicate(timeout=60)
-    assert process.returncode == 130 and errors == "" and "Stopped and saved." in printed
+    assert process.returncode == 130 and not without_waits(errors) and "Stopped and saved." in printed
     assert Run(tmp_path / "x").load_checkpoint()["step"] >= 2
 
 
