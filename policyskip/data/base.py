@@ -21,6 +21,7 @@ from torch import Tensor
 
 from policyskip.errors import UserError
 from policyskip.parallel import processes
+from policyskip.parallel.devices import usual_defaults
 from policyskip.texts import one_line
 
 SPLIT_SEED = 0
@@ -130,6 +131,7 @@ def _shape(value: Any) -> str:
         return "unknown shape" if isinstance(value, Tensor) else ""
 
 
+@usual_defaults()
 def batch_at(images: Images, index_B: Tensor) -> Batch:
     """Read the images with these indices, int64 (B,) on the CPU, as one batch; a random augmentation uses seed 0."""
     return next(iter(images.stream([(index_B, 0)])))
