@@ -16,6 +16,7 @@ from torch import Tensor
 from policyskip.data.base import Data, described, hold_out
 from policyskip.data.tensors import FROM_FLOATS, TensorImages, crop_and_flip, is_dense
 from policyskip.errors import UserError, check_choice, in_one_line
+from policyskip.parallel.devices import usual_defaults
 from policyskip.runs.schemas import MOST_CLASSES
 from policyskip.texts import one_line
 
@@ -25,6 +26,7 @@ LARGEST_ARRAYS = 2**33
 LAYOUTS = "(N, H, W), (N, H, W, 3), (N, 3, H, W), (N, H, W, 1) or (N, 1, H, W)"
 
 
+@usual_defaults()
 def from_arrays(
     images: Any,
     labels: Any,

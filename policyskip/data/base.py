@@ -21,6 +21,7 @@ from torch import Tensor
 
 from policyskip.errors import UserError
 from policyskip.parallel import processes
+from policyskip.parallel.devices import usual_defaults
 from policyskip.runs.schemas import LONGEST_NAME
 from policyskip.texts import one_line
 
@@ -136,6 +137,7 @@ def _is_name(value: Any) -> bool:
     return isinstance(value, str) and 0 < len(value) <= LONGEST_NAME
 
 
+@usual_defaults()
 def batch_at(images: Images, index_B: Tensor) -> Batch:
     """Read the images with these indices, int64 (B,) on the CPU, as one batch; a random augmentation uses seed 0."""
     return next(iter(images.stream([(index_B, 0)])))

@@ -29,6 +29,7 @@ from policyskip.runs.archives import checked_checkpoint
 from policyskip.runs.generations import BEST, BEST_SO_FAR
 from policyskip.runs.locks import lock_folder
 from policyskip.sealed import sealed, unsealed
+from policyskip.texts import for_json
 
 T = TypeVar("T")
 REWARD = "reward.json"
@@ -132,7 +133,7 @@ class Run:
     def save_json(self, name: str, content: dict[str, Any]) -> None:
         """Write a JSON file; numbers that are NaN or infinite, which JSON does not have, become null."""
         text = json.dumps(_without_nonfinite(content), indent=2, ensure_ascii=False, allow_nan=False)
-        write(self.folder / name, f"{text}\n".encode())
+        write(self.folder / name, f"{for_json(text)}\n".encode())
 
     def load_json(self, name: str) -> dict[str, Any]:
         """Return the content of a JSON file.
