@@ -254,6 +254,8 @@ def profile(config: DictConfig) -> int:
         UserError: what the settings name cannot be built.
     """
     settings = settings_of(config, ProfileSettings)
+    if settings.output:
+        lifecycle.check_new_file("output", settings.output)
     device, content = find_device(settings.device), plain(config)
     if settings.run is None:
         data, _ = build_data(group_of(content, "data"), device)

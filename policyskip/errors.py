@@ -8,25 +8,33 @@ import sysconfig
 import traceback
 from collections.abc import Iterable, Iterator
 from functools import cache
+from typing import Any
 
-from policyskip.texts import one_line
+from policyskip.texts import LONGEST_LINE, one_line
 
 TRACEBACK = "POLICYSKIP_TRACEBACK"
 """The environment variable that asks for tracebacks: any value but "" and "0"."""
 
 
 class UserError(ValueError):
-    """An error whose message says what was given and what is allowed; the command line prints it and exits with 2."""
+    """An error whose message says what was given and what is allowed; the command line prints it and exits with 2.
+
+    Its text is one line that is safe to print, whatever was given.
+    """
+
+    def __str__(self) -> str:
+        return one_line(super().__str__(), LONGEST_LINE)
 
 
-def check_choice(key: str, value: str, allowed: Iterable[str]) -> None:
+def check_choice(key: str, value: Any, allowed: Iterable[str]) -> None:
     """Refuse a value of a configuration key that is none of the allowed ones.
 
     Raises:
         UserError: naming the key, what is allowed and the value.
     """
-    if value not in (choices := tuple(allowed)):
-        raise UserError(f"{key} must be one of {', '.join(choices)}, got {value!r}")
+    choices = tuple(allowed)
+    if not isinstance(value, str) or value not in choices:
+        raise UserError(f"{key} must be one of {', '.join(choices)}, got {one_line(repr(value), 80)}")
 
 
 def first_line(error: BaseException) -> str:

@@ -86,10 +86,15 @@ def write(path: Path, content: bytes) -> None:
     A link of the file's name is replaced by the file, so nothing is written through it.
 
     Raises:
-        UserError: the disk is full, or the folder cannot be written; the file keeps its former content.
+        UserError: the disk is full, the folder cannot be written, or a folder, device or pipe has the file's name; what
+            is there stays.
     """
     if not path.name:
         raise UserError(f"{path} is a folder; name a file to write")
+    with suppress(OSError):  # nothing of that name
+        mode = os.lstat(path).st_mode
+        if not (stat.S_ISREG(mode) or stat.S_ISLNK(mode)):
+            raise UserError(f"cannot write {path}: it is a {_kind(mode)}, not a file")
     temporary = path.with_name(hidden_name())
     with reporting_write_errors(path):
         try:

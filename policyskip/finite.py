@@ -1,7 +1,8 @@
-"""Checks of numbers: that they are an ordinary tensor, and neither NaN nor infinite, before anything is computed."""
+"""Checks of numbers before anything is computed: a whole number, an ordinary tensor, neither NaN nor infinite."""
 
 from __future__ import annotations
 
+import operator
 import warnings
 from collections.abc import Iterator
 from typing import Any
@@ -49,6 +50,22 @@ def _of_read_only(array: np.ndarray) -> Tensor:
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "The given NumPy array is not writable")
         return torch.from_numpy(array)
+
+
+def whole_number(name: str, given: Any, least: int, most: int | None = None) -> int:
+    """Return a whole number that a user gave, of Python or numpy, as an int.
+
+    Raises:
+        UserError: it is something else, below ``least`` or above ``most``.
+    """
+    try:
+        number = None if isinstance(given, bool | np.bool_) else operator.index(given)
+    except TypeError:
+        number = None
+    if number is None or number < least or (most is not None and number > most):
+        allowed = f"{least} or more" if most is None else f"from {least} to {most}"
+        raise UserError(f"{name} must be a whole number, {allowed}, got {one_line(repr(given), 60)}")
+    return number
 
 
 def unusual(tensor: Tensor) -> str | None:

@@ -34,7 +34,7 @@ from omegaconf import OmegaConf
 
 import policyskip
 from policyskip import rewards
-from policyskip.data import TensorImages
+from policyskip.data import TensorImages, from_arrays, from_dataset
 from policyskip.errors import UserError
 from tests.conftest import small_backbone, small_images, typed
 from tests.hostile import BOMBS, DAMAGE, IMAGES, NUMBERS, SECRET, TEXTS, WEIGHTS, contents, values_in
@@ -512,86 +512,80 @@ def test_many_arguments(runs, what):
     try_argument(runs, *what)
 
 
-WORDS = [
-    *(["evaluate", "run=null"], ["train", "run.resume=0"], ["train", "run.resume=[a]"], ["train", "run.resume=true"]),
-    *(
-        ["evaluate", "run=[x]"],
-        ["evaluate", "run=true"],
-        ["train", "--config-name", "evaluate"],
-        ["train", "--config-dir", "."],
-    ),
-    *(
-        ["train", "--config-path", "/"],
-        ["train", "agent=../agent/full"],
-        ["train", "agent=full.yaml"],
-        ["train", "agent={}"],
-    ),
-    *(
-        ["train", "hydra.searchpath=[file://nowhere]"],
-        ["train", "hydra.verbose=nonsense"],
-        ["train", "hydra.verbose=true"],
-    ),
-    *(["train", "hydra.output_subdir=here"], ["train", "hydra.run.dir=elsewhere"], ["train", "hydra.job.chdir=true"]),
-    *(["compare", "runs=*"], ["compare", "runs=nothing"], ["compare", "runs=[]"], ["compare", "runs=x", "output=/"]),
-    *(["front", "output=/"], ["front", "output=/dev/null"], ["train", "run.dir=.."], ["train", "run.dir=a/.."]),
-    *(
-        ["train", "run.dir=/dev/null"],
-        ["train", "run.dir=."],
-        ["train", "run.dir=/"],
-        ["train", "run.dir="],
-        ["train", "run.dir=x/y/../.."],
-    ),
-    *(["train", "data.name=[/b]"], ["train", "data=cifar10", "data.name=[/b]"], ["train", "data.workers=-1"]),
-    *(
-        ["train", "data=imagefolder", "data.root=x", "data.image_size=-5"],
-        ["train", "data=imagefolder", "data.workers=-1"],
-    ),
-    *(
-        ["train", "data=imagefolder", "data.root=x", "data.workers=500"],
-        ["train", "run.dir=\udcff"],
-        ["train", "data.root=\udcff"],
-    ),
-    *(
-        ["train", "agent._target_=\udcff.A"],
-        ["train", "reward._target_=a.\udcff"],
-        ["evaluate", "run=\udcff"],
-        ["--seed=1"],
-    ),
-    *(
-        ["train", "--seed=1"],
-        ["train", "--agent=full"],
-        ["train", "seed=1", "seed=2"],
-        ["train", "agent"],
-        ["train", "=1"],
-    ),
-    *(
-        ["profile", "run=x", "data=digits"],
-        ["evaluate", "run=x", "data.train=5"],
-        ["evaluate", "run=x", "seed=1"],
-        ["train", "-m"],
-    ),
-    *(
-        ["train", "tracking.project=a/b", "tracking.mode=offline"],
-        ["train", "--package", "x"],
-        ["train", "--info", "nonsense"],
-    ),
-    *(
-        ["train", "--multirun", "seed="],
-        ["train", "--multirun", "run.dir=x", "seed=1,2"],
-        ["train", "hydra/launcher=nothing"],
-    ),
-]
-"""Commands that have to be refused, each whole."""
-NOT_REFUSED = [["train", "seed=1", "seed=2"], ["train", "hydra.verbose=true"]]
+WORDS = """
+evaluate run=null
+evaluate run=[x]
+evaluate run=true
+evaluate run=\udcff
+evaluate run=x data.train=5
+evaluate run=x seed=1
+profile run=x data=digits
+profile output=pipe
+front output=pipe
+front output=/
+compare runs=*
+compare runs=nothing
+compare runs=[]
+compare runs=x output=/
+train run.resume=0
+train run.resume=[a]
+train run.resume=true
+train run.dir=
+train run.dir=.
+train run.dir=..
+train run.dir=/
+train run.dir=a/..
+train run.dir=x/y/../..
+train run.dir=/dev/null
+train run.dir=\udcff
+train --config-name evaluate
+train --config-dir .
+train --config-path /
+train --package x
+train --info nonsense
+train agent
+train =1
+--seed=1
+train agent=../agent/full
+train agent=full.yaml
+train agent={}
+train agent._target_=\udcff.A
+train reward._target_=a.\udcff
+train hydra.searchpath=[file://nowhere]
+train hydra.verbose=nonsense
+train hydra.output_subdir=here
+train hydra.run.dir=elsewhere
+train hydra.job.chdir=true
+train hydra/launcher=nothing
+train --multirun run.dir=x seed=1,2
+train --resolve
+train data.name=[/b]
+train data=cifar10 data.name=[/b]
+train data.workers=-1
+train data.root=\udcff
+train data=imagefolder data.root=x data.image_size=-5
+train data=imagefolder data.root=x data.workers=-1
+train data=imagefolder data.root=x data.workers=500
+train tracking.project=a/b tracking.mode=offline
+train tracking.mode=sideways
+train tracking.tags=[""]
+train tracking.name=XXX
+WANDB_MODE=sideways train
+WANDB_RUN_ID=a/b train tracking.mode=offline
+WANDB_PROJECT=a/b train tracking.mode=offline
+""".strip().replace("XXX", "x" * 129)
+"""Commands that have to be refused, each a line; variables of the environment may stand before the command."""
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("words", WORDS, ids=" ".join)
-def test_odd_words_are_refused(runs, words):
+@pytest.mark.parametrize("line", WORDS.splitlines(), ids=ascii)
+def test_odd_words_are_refused(runs, line, monkeypatch):
     here = emptied(runs / "here")
-    if words in NOT_REFUSED:
-        pytest.skip("may be taken")
-    assert judge(words, here, tuple(words), "words") == 2
+    os.mkfifo(here / "pipe")
+    words = line.split(" ")
+    while words[0].startswith("WANDB_"):
+        monkeypatch.setenv(*words.pop(0).split("="))
+    assert judge(words, here, line, "words") == 2
 
 
 # D. Python
@@ -653,12 +647,56 @@ def test_an_odd_object_in_python(name, odd):
     given = ODD_OBJECTS[odd]
     network = "network" if name == "EarlyExit" else "backbone"
     for key in ("num_envs", "images", "reward", "order", "seed", "device", network, "unknown"):
+        if key == "images" and given is None:
+            continue  # all digits, which take seconds to draw
         refuse_or_work(lambda key=key: environment(name, **{key: given}), (name, odd, key), "environments")
     env = environment(name)
     env.reset(seed=0)
     refuse_or_work(lambda: env.step(given), (name, odd, "step"), "steps")
     refuse_or_work(lambda: env.unwrapped.score(given), (name, odd, "score"), "steps")
     refuse_or_work(lambda: env.reset(seed=given), (name, odd, "reset"), "steps")
+    refuse_or_work(lambda: env.seek(given), (name, odd, "seek"), "steps")
+
+
+class Pairs:
+    """A data set of images and labels 0 and 1; ``image`` or ``label`` stands in every item in the usual one's place."""
+
+    def __init__(self, count: int, **instead: Any) -> None:
+        self.images, self.instead = small_images(count), instead
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        if not 0 <= index < len(self):
+            raise IndexError(index)
+        return {"image": self.images.images[index].numpy(), "label": index % 2, **self.instead}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+@pytest.mark.parametrize("device", ["cpu", "meta"])
+@pytest.mark.parametrize("name", RUNS)
+def test_torch_s_defaults_change_nothing(runs, name, dtype, device):
+    """What a user's own program has set, before a run is loaded, an environment is made, or data are."""
+    run, images = finished(runs, name), torch.randint(0, 256, (3, 3, 20, 20), dtype=torch.uint8)
+
+    def work() -> tuple[torch.Tensor, ...]:
+        data = from_arrays(np.zeros((20, 3, 12, 12), np.uint8), [0, 1] * 10)
+        steps = [environment(env).step([1] * 4 if env != "BlockSelection" else [[1] * 6] * 4)[:2] for env in ENVS]
+        found = policyskip.load(run).predict(images)
+        return found.logits_BC, found.macs_B, data.train.images, *(value for step in steps for value in step)
+
+    expected, given = work(), (torch.get_default_dtype(), torch.get_default_device())
+    torch.set_default_dtype(dtype)
+    torch.set_default_device(device)
+    try:
+        answers = work()
+    finally:
+        torch.set_default_dtype(given[0])
+        torch.set_default_device(None)
+    note("defaults", (name, dtype, device), False)
+    assert all(torch.equal(answer, usual) and answer.dtype == usual.dtype for answer, usual in zip(answers, expected))
 
 
 @pytest.mark.slow
@@ -675,7 +713,18 @@ def test_odd_images_and_rewards_in_python(runs, odd):
         )
     refuse_or_work(lambda: TensorImages(given, torch.zeros(4, dtype=torch.int64)), ("images", odd), "images in memory")
     refuse_or_work(lambda: TensorImages(small_images(4).images, given), ("labels", odd), "images in memory")
-    for make in (rewards.Utilization, rewards.Linear, rewards.Macs):
+    images, labels = small_images(8).images, torch.arange(8) % 2
+    for place, arguments in {"images": (given, labels), "labels": (images, given)}.items():
+        refuse_or_work(lambda a=arguments: from_arrays(*a), (place, odd), "from_arrays")
+    for key in ("validation", "test", "classes", "channels", "augment", "device"):
+        refuse_or_work(lambda key=key: from_arrays(images, labels, **{key: given}), (key, odd), "from_arrays")
+        refuse_or_work(lambda key=key: from_dataset(Pairs(8), **{key: given}), (key, odd), "from_dataset")
+    for key in ("image_key", "label_key", "image_size", "workers"):
+        refuse_or_work(lambda key=key: from_dataset(Pairs(8), **{key: given}), (key, odd), "from_dataset")
+    sets = {"set": given, "items": [given] * 8, "images": Pairs(8, image=given), "labels": Pairs(8, label=given)}
+    for place, dataset in sets.items():
+        refuse_or_work(lambda dataset=dataset: from_dataset(dataset), (place, odd), "from_dataset")
+    for make in (rewards.Utilization, rewards.Linear, rewards.Macs, rewards.Budget):
         refuse_or_work(lambda make=make: make(given), (make.__name__, odd), "rewards")
     refuse_or_work(lambda: policyskip.load(given), ("load", odd), "load")
     refuse_or_work(lambda: policyskip.load(finished(runs, "blocks"), device=given), ("device", odd), "load")

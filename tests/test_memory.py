@@ -41,7 +41,7 @@ def test_batches_are_halved_until_they_fit_and_stay_so(capsys):
 
 def test_no_images_are_one_batch_and_one_image_too_large_is_an_error():
     assert BatchSplitter()(lambda rows: torch.ones(0)[rows].shape, 0, 4) == [(0,)]
-    with pytest.raises(UserError, match="batch_size must be a whole number, 1 at least, got 0"):
+    with pytest.raises(UserError, match="batch_size must be a whole number, 1 or more, got 0"):
         BatchSplitter()(lambda rows: rows, 3, 0)
     with pytest.raises(torch.OutOfMemoryError):
         BatchSplitter()(lambda rows: scarce(lambda network, batch: batch, 0, [])(None, torch.ones(4)[rows]), 4, 4)

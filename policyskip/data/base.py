@@ -19,7 +19,8 @@ from typing import Any, Literal, Protocol
 import torch
 from torch import Tensor
 
-from policyskip.errors import UserError
+from policyskip.errors import UserError, check_choice
+from policyskip.finite import whole_number
 from policyskip.parallel import processes
 from policyskip.parallel.devices import usual_defaults
 from policyskip.runs.schemas import LONGEST_NAME
@@ -203,8 +204,7 @@ class Data:
         Raises:
             UserError: another name.
         """
-        if name not in ("train", "validation", "test"):
-            raise UserError(f"split must be train, validation or test, got {name!r}")
+        check_choice("split", name, ("train", "validation", "test"))
         split: Images = getattr(self, name)
         return split
 
@@ -257,8 +257,7 @@ class Feed:
     def __init__(self, images: Images, batch_size: int, order: Order = "shuffled", seed: int = 0) -> None:
         if batch_size < 1:
             raise UserError(f"a batch must hold at least 1 image, got {batch_size}")
-        if order not in ("shuffled", "sequential"):
-            raise UserError(f"order must be shuffled or sequential, got {order!r}")
+        check_choice("order", order, ("shuffled", "sequential"))
         self.images, self.batch_size, self.order, self.seed = images, batch_size, order, seed
         self._rows = WHOLE
         self.seek(0)
@@ -274,11 +273,18 @@ class Feed:
         self.seek(self.cursor)
 
     def seek(self, cursor: int, seed: int | None = None) -> None:
-        """Show batch number ``cursor``, in the order of ``seed``, or in the present order if that is None."""
-        self.seed = self.seed if seed is None else seed
+        """Show batch number ``cursor``, in the order of ``seed``, or in the present order if that is None; behind the
+        last batch of a sequential order, an empty one.
+
+        Raises:
+            UserError: ``cursor`` or ``seed`` is no whole number, or negative.
+        """
+        cursor = whole_number("cursor", cursor, 0)
+        self.seed = self.seed if seed is None else whole_number("seed", seed, 0)
         self.cursor = cursor
         self._stream = self._from(cursor)
-        self.batch = next(self._stream)
+        batch = next(self._stream, None)
+        self.batch = batch_at(self.images, torch.tensor([0])).empty() if batch is None else batch
 
     def _from(self, cursor: int) -> Iterator[Batch]:
         """Yield the batches from number ``cursor`` on."""

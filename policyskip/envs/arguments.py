@@ -8,19 +8,17 @@ from __future__ import annotations
 import functools
 import inspect
 import math
-import operator
 from collections.abc import Callable
 from typing import Any
 
 import gymnasium
-import numpy as np
 import torch
 from torch import Tensor
 
 from policyskip.backbones import Backbone, ExitNetwork
 from policyskip.data.base import described
 from policyskip.errors import UserError
-from policyskip.finite import plain_tensor
+from policyskip.finite import plain_tensor, whole_number
 from policyskip.texts import one_line
 
 MOST_IMAGES = 2**20
@@ -52,22 +50,6 @@ def naming_arguments(constructor: Constructor) -> Constructor:
         constructor(self, *args, **kwargs)
 
     return checked
-
-
-def whole_number(name: str, given: Any, least: int, most: int | None = None) -> int:
-    """Return a whole number that a user gave, of Python or numpy, as an int.
-
-    Raises:
-        UserError: it is something else, below ``least`` or above ``most``.
-    """
-    try:
-        number = None if isinstance(given, bool | np.bool_) else operator.index(given)
-    except TypeError:
-        number = None
-    if number is None or number < least or (most is not None and number > most):
-        allowed = f"{least} or more" if most is None else f"from {least} to {most}"
-        raise UserError(f"{name} must be a whole number, {allowed}, got {one_line(repr(given), 60)}")
-    return number
 
 
 def seed_or_none(given: Any) -> int | None:

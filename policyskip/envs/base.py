@@ -27,10 +27,9 @@ from policyskip.envs.arguments import (
     decisions,
     naming_arguments,
     seed_or_none,
-    whole_number,
 )
 from policyskip.envs.step_tensors import for_numpy
-from policyskip.finite import plain_tensor
+from policyskip.finite import plain_tensor, whole_number
 from policyskip.memory import BatchSplitter
 from policyskip.parallel.devices import device_named, usual_defaults
 from policyskip.rewards import Outcome, Reward, Utilization, reward_of

@@ -27,7 +27,6 @@ from policyskip.envs.arguments import (
     decisions,
     naming_arguments,
     seed_or_none,
-    whole_number,
 )
 from policyskip.envs.base import Step
 from policyskip.envs.exit_sources import CacheIndices, ExitSource, Live, Queue, Replay
@@ -36,6 +35,7 @@ from policyskip.envs.step_tensors import for_numpy
 from policyskip.errors import UserError
 from policyskip.exits.cache import CachedExits, cache_exits
 from policyskip.exits.rules import decisions_at
+from policyskip.finite import whole_number
 from policyskip.parallel.devices import device_named, usual_defaults
 from policyskip.rewards import Macs, Outcome, Reward, reward_of
 from policyskip.texts import one_line

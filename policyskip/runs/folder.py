@@ -305,7 +305,7 @@ def open_run(folder: str) -> Run:
         UserError: there is no folder of that name, or it is no run folder, or its ``config.yaml`` is a link out of it.
     """
     run = Run(Path(folder))
-    if not run.has("config.yaml"):
+    if "\0" in folder or not run.has("config.yaml"):  # no path of a system has that letter
         what = "is not a run folder: it has no config.yaml" if run.folder.is_dir() else "does not exist"
         raise UserError(f"the run folder {folder} {what}")
     return run

@@ -67,7 +67,7 @@ def test_what_is_no_batch_of_images_is_refused_in_one_line(predictor, name):
 
 @pytest.mark.parametrize("batch_size", [0, -1, 2.5, True, "3", None])
 def test_a_batch_size_is_a_positive_whole_number(predictor, batch_size):
-    with pytest.raises(UserError, match="batch_size must be a whole number, 1 at least, got"):
+    with pytest.raises(UserError, match="batch_size must be a whole number, 1 or more, got"):
         predictor.predict(IMAGES, batch_size)
 
 
