@@ -92,7 +92,8 @@ class Run:
         was killed has left is put in order.
 
         Raises:
-            UserError: another process has locked the folder, or it cannot be put in order.
+            UserError: another process has locked the folder, it cannot be put in order, or something else is in the
+                place of a file that a run writes.
         """
         if self._close_lock is None:
             try:
@@ -104,6 +105,7 @@ class Run:
                 _LOCKED_RUNS.add(self)
                 generations.clear_leftovers(self.folder)
             generations.move_into_place(self.folder)
+            generations.check_can_be_written(self.folder)
 
     def unlock(self) -> None:
         """Let other processes write into the folder."""
