@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from functools import cache
 from typing import Any
@@ -104,6 +105,14 @@ def test_only_a_network_of_the_package_is_a_network(kind, given):
     other = network(EarlyExitVectorEnv if key == "backbone" else BlockSelectionVectorEnv)
     refused(lambda: make(kind, **{key: next(iter(other.values()))}), r"\(\w+-v0 .*takes? a network ")
     assert make(kind, **{key: right}).num_envs == B
+
+
+@pytest.mark.parametrize("kind", VECTOR)
+def test_a_network_that_was_made_in_float64_is_named_so(kind):
+    key, right = next(iter(network(kind).items()))
+    double = copy.deepcopy(right).double()
+    refused(lambda: make(kind, **{key: double}), r"has weights of float64: give network\.float\(\)")
+    assert make(kind, **{key: double.float()}).num_envs == B
 
 
 @pytest.mark.parametrize("kind", VECTOR)
