@@ -310,7 +310,7 @@ def _setup_of(run: Run, settings: Any, typed: dict[str, Any]) -> Setup:
     saved = lifecycle.saved_config(run)
     settings_of(saved, Settings)
     setup = _set_up_saved(saved, run, find_device(settings.device), settings.trust, groups := _groups(typed))
-    if "checkpoint" in groups.get("backbone", {}) and (run.folder / "policy.json").is_file():
+    if "checkpoint" in groups.get("backbone", {}) and run.has("policy.json"):
         network = read_policy(run).network
         if "config" in network and network["hash"] != setup.backbone.content_hash():
             named = groups["backbone"]["checkpoint"]

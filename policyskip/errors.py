@@ -113,13 +113,21 @@ def place_in_users_code(error: BaseException) -> str:
     Returns: a text to append to the error's message, such as " (my_rewards.py, line 12)"; "" if there is none.
     """
     places = [
-        f" ({one_line(os.path.relpath(frame.f_code.co_filename))}, line {line})"
+        f" ({one_line(_short_path(frame.f_code.co_filename))}, line {line})"
         for cause in _chain(error)
         if not isinstance(cause, UserError)
         for frame, line in traceback.walk_tb(cause.__traceback__)
         if is_users_file(frame.f_code.co_filename)
     ]
     return places[-1] if places else ""
+
+
+def _short_path(file: str) -> str:
+    """Return a path from the current folder; the path as it is, if that folder is gone or on another drive."""
+    try:
+        return os.path.relpath(file)
+    except (OSError, ValueError):
+        return file
 
 
 def is_users_file(file: str) -> bool:

@@ -27,14 +27,19 @@ _HIDDEN = ".policyskip-"
 def reporting_write_errors(path: Path) -> Iterator[None]:
     """Turn an OSError of the body into a UserError that says that ``path`` cannot be written, and why.
 
+    Exceptions of a user's own class pass, as in :func:`damaged`.
+
     Raises:
         UserError: the body raised an OSError.
     """
     try:
         yield
     except OSError as error:
+        if users_problem(error):
+            raise
         shown = Path(*(part for part in path.parts if not is_hidden_name(part)))
-        raise UserError(f"cannot write {shown}: {error.strerror}; what was saved before is intact") from error
+        reason = error.strerror or in_one_line(error)
+        raise UserError(f"cannot write {shown}: {reason}; what was saved before is intact") from error
 
 
 @contextmanager

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import operator
+import warnings
 from collections.abc import Iterator
 from typing import Any
 
@@ -33,15 +34,22 @@ def plain_tensor(given: Any, name: str) -> Tensor:
             raise UserError(f"{name} must be a tensor or an array of numbers, got {one_line(repr_of(given), 80)}")
         try:
             array = np.asarray(given)
-            if not array.flags.writeable or min(array.strides, default=0) < 0:
-                array = array.copy()  # torch takes neither read-only nor mirrored arrays
-            given = torch.from_numpy(array)
+            if min(array.strides, default=0) < 0:
+                array = array.copy()  # torch takes no mirrored arrays
+            given = torch.from_numpy(array) if array.flags.writeable else _of_read_only(array)
         except Exception as error:  # a stranger's array may raise anything
             raise UserError(f"{name} cannot be read as numbers: {one_line(in_one_line(error))}") from error
     if (kind := unusual(given)) is not None:
         raise UserError(f"{name} must be an ordinary dense tensor of real numbers, got a {kind} one")
     tensor: Tensor = given
     return tensor
+
+
+def _of_read_only(array: np.ndarray) -> Tensor:
+    """Return a tensor over an array that is read-only, such as a file mapped to memory; nobody may write into it."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "The given NumPy array is not writable")
+        return torch.from_numpy(array)
 
 
 def whole_number(name: str, given: Any, least: int, most: int | None = None) -> int:

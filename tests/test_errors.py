@@ -8,9 +8,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from policyskip import training
+from policyskip import errors, training
 from policyskip.errors import UserError, check_choice, first_line, in_one_line, is_users_file, place_in_users_code
-from policyskip.files import damaged
+from policyskip.files import damaged, reporting_write_errors
 from tests.conftest import typed
 
 SMALL = [
@@ -158,6 +158,25 @@ def test_a_bug_of_policyskip_itself_is_no_bad_input(folder, monkeypatch):
     monkeypatch.setattr(training, "train", lambda *arguments, **keywords: [][0])
     with pytest.raises(IndexError):
         typed("train", *SMALL, "agent=blockdrop", "agent.width=4", cwd=folder)
+
+
+def test_a_place_is_named_from_a_folder_that_is_gone(tmp_path, monkeypatch):
+    try:
+        json.loads("{")
+    except ValueError as error:
+        (tmp_path / "here").mkdir()
+        monkeypatch.chdir(tmp_path / "here")
+        (tmp_path / "here").rmdir()
+        assert place_in_users_code(error).startswith(f" ({__file__}, line ")
+
+
+def test_what_a_class_of_one_s_own_cannot_read_is_not_called_a_failure_to_write(monkeypatch):
+    cannot = "^cannot write x: image file is truncated; what"
+    with pytest.raises(UserError, match=cannot), reporting_write_errors(Path("x")):
+        raise OSError("image file is truncated")
+    monkeypatch.setitem(errors._users_classes, __name__, "data: my_data.Mine")
+    with pytest.raises(FileNotFoundError), reporting_write_errors(Path("x")):
+        Path("no such file").read_bytes()
 
 
 def test_only_what_could_not_be_read_is_called_damaged(tmp_path):

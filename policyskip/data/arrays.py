@@ -16,16 +16,17 @@ from torch import Tensor
 from policyskip.data.base import Data, described, hold_out
 from policyskip.data.tensors import FROM_FLOATS, TensorImages, crop_and_flip, is_dense
 from policyskip.errors import UserError, check_choice, in_one_line
+from policyskip.parallel.devices import usual_defaults
+from policyskip.runs.schemas import MOST_CLASSES
 from policyskip.texts import one_line
 
 Channels = Literal["first", "last"]
 LARGEST_ARRAYS = 2**33
 """The most bytes of a data set in memory, three channels to a pixel."""
-MOST_CLASSES = 100_000
-"""The most classes that a data set may have."""
 LAYOUTS = "(N, H, W), (N, H, W, 3), (N, 3, H, W), (N, H, W, 1) or (N, 1, H, W)"
 
 
+@usual_defaults()
 def from_arrays(
     images: Any,
     labels: Any,

@@ -22,6 +22,8 @@ from torch import Tensor
 from policyskip.errors import UserError, check_choice
 from policyskip.finite import whole_number
 from policyskip.parallel import processes
+from policyskip.parallel.devices import usual_defaults
+from policyskip.runs.schemas import LONGEST_NAME
 from policyskip.texts import one_line
 
 SPLIT_SEED = 0
@@ -131,6 +133,12 @@ def _shape(value: Any) -> str:
         return "unknown shape" if isinstance(value, Tensor) else ""
 
 
+def _is_name(value: Any) -> bool:
+    """Return whether a value can be the name of a class, as the files of a run hold it."""
+    return isinstance(value, str) and 0 < len(value) <= LONGEST_NAME
+
+
+@usual_defaults()
 def batch_at(images: Images, index_B: Tensor) -> Batch:
     """Read the images with these indices, int64 (B,) on the CPU, as one batch; a random augmentation uses seed 0."""
     return next(iter(images.stream([(index_B, 0)])))
@@ -164,8 +172,9 @@ class Data:
     def __post_init__(self) -> None:
         for name in ("train", "validation", "test"):
             check_images(getattr(self, name), name)
-        if isinstance(self.classes, str) or not all(isinstance(name, str) for name in self.classes):
-            raise UserError(f"classes must be names, such as ('cat', 'dog'), got {one_line(repr(self.classes), 80)}")
+        if isinstance(self.classes, str) or not all(map(_is_name, self.classes)):
+            found, allowed = one_line(repr(self.classes), 80), f"1 to {LONGEST_NAME} letters each"
+            raise UserError(f"classes must be names, such as ('cat', 'dog'), {allowed}, got {found}")
         shape, least = tuple(self.image_shape), SMALLEST_SIDE
         if len(shape) != 3 or shape[0] != 3 or min(shape[1:]) < least:
             found = f"{shape[2]}×{shape[1]} pixels" if len(shape) == 3 and shape[0] == 3 else f"the shape {shape}"

@@ -19,8 +19,10 @@ from policyskip.data.items import SAMPLE, Items
 from policyskip.data.reading import ReadImages, check_size
 from policyskip.data.tensors import crop_and_flip
 from policyskip.data.workers import check_workers
+from policyskip.parallel.devices import usual_defaults
 
 
+@usual_defaults()
 def from_dataset(
     dataset: Any,
     *,

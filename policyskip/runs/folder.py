@@ -29,6 +29,7 @@ from policyskip.runs.archives import checked_checkpoint
 from policyskip.runs.generations import BEST, BEST_SO_FAR
 from policyskip.runs.locks import lock_folder
 from policyskip.sealed import sealed, unsealed
+from policyskip.texts import for_json
 
 T = TypeVar("T")
 REWARD = "reward.json"
@@ -91,7 +92,8 @@ class Run:
         was killed has left is put in order.
 
         Raises:
-            UserError: another process has locked the folder, or it cannot be put in order.
+            UserError: another process has locked the folder, it cannot be put in order, or something else is in the
+                place of a file that a run writes.
         """
         if self._close_lock is None:
             try:
@@ -103,6 +105,7 @@ class Run:
                 _LOCKED_RUNS.add(self)
                 generations.clear_leftovers(self.folder)
             generations.move_into_place(self.folder)
+            generations.check_can_be_written(self.folder)
 
     def unlock(self) -> None:
         """Let other processes write into the folder."""
@@ -132,7 +135,7 @@ class Run:
     def save_json(self, name: str, content: dict[str, Any]) -> None:
         """Write a JSON file; numbers that are NaN or infinite, which JSON does not have, become null."""
         text = json.dumps(_without_nonfinite(content), indent=2, ensure_ascii=False, allow_nan=False)
-        write(self.folder / name, f"{text}\n".encode())
+        write(self.folder / name, f"{for_json(text)}\n".encode())
 
     def load_json(self, name: str) -> dict[str, Any]:
         """Return the content of a JSON file.

@@ -20,13 +20,12 @@ from policyskip.errors import UserError
 from policyskip.files import shell_argument
 from policyskip.runs import stored_config
 from policyskip.runs.folder import Run, create, open_run
+from policyskip.typed.words import MOVED
 
 INITIAL_NETWORK = "start.safetensors"
 """The network that a run started from, in the folder of a run that trains it."""
 CHANGEABLE = ("run.trust", "train.steps", "device", "tracking.mode")
-"""The keys that can be typed when a run is resumed."""
-MOVED = ("data.root", "data.download", "backbone.checkpoint")
-"""The keys that can be typed, too, for data and weights that are no longer where they were."""
+"""The keys that can be typed when a run is resumed, beside those of :data:`~policyskip.typed.words.MOVED`."""
 
 
 def typed_changes() -> list[str]:

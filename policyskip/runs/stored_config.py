@@ -72,6 +72,13 @@ class _PlainLoader(get_yaml_loader()):  # type: ignore[misc]  # as OmegaConf rea
         return node
 
 
+class _PlainDumper(get_omega_conf_dumper()):  # type: ignore[misc]
+    """Writes YAML as OmegaConf does, with a list that stands at two places written twice."""
+
+    def ignore_aliases(self, data: Any) -> bool:
+        return True
+
+
 def read(path: Path) -> dict[str, Any]:
     """Read a run's ``config.yaml`` as plain dictionaries, lists, texts, numbers, true, false and null.
 
@@ -110,7 +117,7 @@ def _leaves(node: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
 def to_yaml(content: dict[str, Any]) -> str:
     """Return a configuration as YAML that :func:`read` reads as the same values."""
     written: str = yaml.dump(
-        content, Dumper=get_omega_conf_dumper(), default_flow_style=False, allow_unicode=True, sort_keys=False
+        content, Dumper=_PlainDumper, default_flow_style=False, allow_unicode=True, sort_keys=False
     )
     return written
 

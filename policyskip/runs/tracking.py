@@ -5,6 +5,7 @@ This is the only module that imports wandb.
 
 from __future__ import annotations
 
+import contextlib
 import http.client
 import os
 import re
@@ -128,6 +129,7 @@ class Tracker:
 
         folder = self.run.folder.resolve()
         try:
+            _read_settings()
             if (folder / "wandb").resolve() != folder / "wandb":
                 raise UserError(f"{self.run.folder / 'wandb'} is a link, and nothing of a run is written through one")
             self.wandb_run = self._begun(mode, config, labels)
@@ -268,6 +270,17 @@ def _server_answers(host: str, seconds: float = 8.0) -> bool:
         return isinstance(error.reason, ssl.SSLError)  # W&B has its own settings for certificates
     except (OSError, ValueError, http.client.HTTPException):
         return False
+
+
+def _read_settings() -> None:
+    """Let W&B read the user's settings, but no ``wandb/settings`` of the current folder, which may be a stranger's.
+
+    Such a file can name another server, to which W&B would then send the user's key.
+    """
+    import wandb
+
+    with contextlib.chdir(Path(wandb.__file__).parent):
+        wandb.setup()
 
 
 def _pick_mode() -> str:

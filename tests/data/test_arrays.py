@@ -321,6 +321,8 @@ def test_data_hold_images_that_networks_can_take():
     for wrong, message in (
         ({"train": GREY}, "train must be a policyskip.data.Images"),
         ({"classes": "ab"}, "classes must be names"),
+        ({"classes": ("", "b")}, "classes must be names, .* 1 to 300 letters each"),  # policy.json has no such class
+        ({"classes": ("a", "b" * 301)}, "classes must be names, .* 1 to 300 letters each"),
         (
             {"image_shape": (3, 1, 1)},
             r"the images of pets have 1×1 pixels; they must be \(3, H, W\), of at least 4×4 pixels",

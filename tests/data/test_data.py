@@ -20,6 +20,8 @@ from policyskip.data import (
     batch_at,
     crop_and_flip,
     digits,
+    from_arrays,
+    from_dataset,
     hold_out,
     imagefolder,
     load_data,
@@ -491,3 +493,29 @@ def test_a_fingerprint_tells_sets_apart():
     same = TensorImages(images.images.clone(), images.label_N)
     same.images[0, 0, 0, 0] ^= 1
     assert images.fingerprint() != same.fingerprint()
+
+
+def test_torch_s_defaults_do_not_change_data(tmp_path):
+    """A program may have set another default dtype or device before it asks for data."""
+    pictures = np.random.default_rng(0).integers(0, 256, (12, 9, 9, 3), dtype="uint8")
+    for number, pixels in enumerate(pictures):
+        folder = tmp_path / ("test" if number % 3 else "train") / "ab"[number % 2]
+        folder.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(pixels).save(folder / f"{number}.png")
+    pairs = [(pixels, number % 2) for number, pixels in enumerate(pictures)]
+    makers = (
+        lambda: digits(torch.device("cpu"), 32, 16, 16),
+        lambda: from_arrays(pictures, np.arange(12) % 2),
+        lambda: from_dataset(pairs),
+        lambda: imagefolder(torch.device("cpu"), str(tmp_path)),
+    )
+    expected = [batch_at(make().train, torch.arange(2)) for make in makers]
+    torch.set_default_dtype(torch.float64)
+    torch.set_default_device("meta")
+    try:
+        found = [batch_at(make().train, torch.arange(2, device="cpu")) for make in makers]
+    finally:
+        torch.set_default_device(None)
+        torch.set_default_dtype(torch.float32)
+    for one, other in zip(expected, found, strict=True):
+        assert torch.equal(one.images, other.images) and torch.equal(one.label_B, other.label_B)

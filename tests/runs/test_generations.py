@@ -135,6 +135,20 @@ def test_a_commit_that_is_not_ours_is_refused(what, tmp_path):
             run.has("a")
 
 
+@pytest.mark.parametrize("place", ["decisions.safetensors", "plots/learning_curves.png", "metrics.jsonl", "plots"])
+def test_what_could_not_be_written_in_the_end_is_refused_before_anything_is_changed(place, tmp_path):
+    """Else a run would learn for hours, and fail as it writes what came out."""
+    run = old_run(tmp_path / "x")
+    if place == "plots":
+        shutil.rmtree(run.folder / place)
+        (run.folder / place).write_text("")
+    else:
+        (run.folder / place).mkdir()
+    with pytest.raises(UserError, match=f"{place} is (a folder|no folder)"):
+        run.lock()
+    run.unlock()
+
+
 # Commands
 
 

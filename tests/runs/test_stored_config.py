@@ -190,3 +190,11 @@ def test_weights_of_another_network_are_refused(tmp_path):
     assert (
         gone.returncode == 2 and "gone.safetensors is not there any more; say backbone.checkpoint=FILE" in gone.stderr
     )
+
+
+def test_what_is_written_is_read_again(tmp_path):
+    """A list at two places too, which YAML would write once, with an anchor."""
+    exits = [1, 2]
+    content = {"a": exits, "b": {"c": exits}, "d": "${oc.env:HOME}", "e": 1e-3, "f": "1e-3", "g": "on", "h": None}
+    content |= {"i": "2026-01-01", "j": "é\n", "k": float("inf"), "l": {}, "m": [], "n": "", "o": "a: b # c"}
+    assert stored_config.read(written(tmp_path, stored_config.to_yaml(content))) == content
