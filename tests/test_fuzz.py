@@ -551,7 +551,6 @@ train hydra.output_subdir=here
 train hydra.run.dir=elsewhere
 train hydra.job.chdir=true
 train hydra/launcher=nothing
-train --multirun run.dir=x seed=1,2
 train --resolve
 train data.name=[/b]
 train data=cifar10 data.name=[/b]
@@ -570,13 +569,13 @@ WANDB_RUN_ID=a/b
 WANDB_PROJECT=a/b
 WANDB_BASE_URL=nonsense
 WANDB_TAGS=,,
-WANDB_DIR=/dev/null
 tracking.tags=['']
 tracking.tags=[{"x" * 65}]
 tracking.name={"x" * 129}
 tracking.group={"x" * 129}
 tracking.entity=a/b
 tracking.notes=\u202e
+WANDB_DIR=/dev/null
 """.strip()
 """What is said to W&B by the environment or by a word: a run is refused at once, or ends whole without it."""
 
