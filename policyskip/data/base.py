@@ -108,6 +108,13 @@ def check_images(images: Any, name: str = "images") -> None:
         raise UserError(f"{name} must hold at least one image, got none")
 
 
+def check_types(**arguments: tuple[Any, Any]) -> None:
+    """Refuse (UserError) an argument, by its name, whose value is not of its type."""
+    for name, (value, kind) in arguments.items():
+        if not isinstance(value, kind):
+            raise UserError(f"{name} must be of type {getattr(kind, '__name__', kind)}, got {described(value)}")
+
+
 def described(value: Any) -> str:
     """Describe a value in a few words: the type and shape of an array, the type and length of a collection, ….
 

@@ -106,6 +106,10 @@ def check_fit(network: Backbone | ExitNetwork, image: Tensor, label_N: Tensor) -
         with torch.no_grad():
             network(image)
     except RuntimeError as error:
+        other = [str(weight.dtype) for weight in network.parameters() if weight.dtype != torch.float32]
+        if other:
+            kind = other[0].removeprefix("torch.")
+            raise UserError(f"{network.name} has weights of {kind}: give network.float()") from error
         raise UserError(f"{network.name} does not take images of {size}; give images=… that it was made for") from error
     if len(label_N) and int(label_N.max()) >= network.num_classes:
         raise UserError(f"{network.name} has {network.num_classes} classes, the images have more; give its own images")

@@ -106,6 +106,17 @@ def test_only_a_network_of_the_package_is_a_network(kind, given):
     assert make(kind, **{key: right}).num_envs == B
 
 
+@pytest.mark.parametrize("kind", VECTOR[:2])
+def test_a_network_that_was_made_where_float64_is_usual_is_named_so(kind):
+    torch.set_default_dtype(torch.float64)
+    try:
+        made = small_backbone(8)
+    finally:
+        torch.set_default_dtype(torch.float32)
+    refused(lambda: make(kind, backbone=made), r"has weights of float64: give network\.float\(\)")
+    assert make(kind, backbone=made.float()).num_envs == B
+
+
 @pytest.mark.parametrize("kind", VECTOR)
 @pytest.mark.parametrize("three", [np.int64(3), torch.tensor(3)], ids=["numpy", "torch"])
 def test_whole_numbers_of_other_libraries_are_numbers(kind, three):
