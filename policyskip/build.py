@@ -38,9 +38,6 @@ from policyskip.runs.progress import waiting
 from policyskip.runs.stored_config import check_paths
 from policyskip.static_front import Keep, StaticFront
 
-LOWEST = {"data.workers": 0, "data.image_size": 1}
-"""The lowest number of keys that several data sets have."""
-
 
 @dataclass(frozen=True)
 class Call:
@@ -90,10 +87,6 @@ def check_call(group: str, node: dict[str, Any], optional: dict[str, Any] | None
     """
     from_settings = {str(key): value for key, value in node.items() if key != "_target_"}
     check_paths({group: node})
-    for key, lowest in LOWEST.items():
-        value = from_settings.get(key.rpartition(".")[2]) if key.startswith(f"{group}.") else None
-        if isinstance(value, int) and value < lowest:
-            raise UserError(f"{key} must be at least {lowest}, got {value}")
     target = _target_of(group, node)
     function = registry.resolve(group, target)
     try:

@@ -21,6 +21,7 @@ from torch import Tensor
 from policyskip.data.base import Data
 from policyskip.data.tensors import TensorImages
 from policyskip.errors import UserError
+from policyskip.parallel.devices import usual_defaults
 
 VERSION = 2
 """Number of the recipe below; a figure measured on these images holds for one version of them."""
@@ -40,6 +41,7 @@ _SPLIT_SEED = 1998
 _CHUNK = 4096
 
 
+@usual_defaults()
 def digits(device: torch.device, train: int = 20000, validation: int = 2000, test: int = 4000) -> Data:
     """Render a data set of cluttered digits, with any number of images in each split, in seconds.
 

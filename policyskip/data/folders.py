@@ -26,6 +26,7 @@ from policyskip.data.tensors import crop_and_flip, in_memory
 from policyskip.data.workers import check_workers
 from policyskip.errors import UserError, check_choice
 from policyskip.parallel import processes
+from policyskip.parallel.devices import usual_defaults
 from policyskip.runs.progress import waiting
 from policyskip.texts import one_line
 
@@ -37,6 +38,7 @@ LARGE_SIDE = 512
 """Images of more pixels a side that are not scaled are worth a warning: networks become slow."""
 
 
+@usual_defaults()
 def imagefolder(
     device: torch.device,
     root: str,
@@ -118,7 +120,7 @@ def _root(root: str) -> Path:
         UserError: there is no folder of that name.
     """
     try:
-        folder = Path(root).expanduser()
+        folder = Path(os.path.expanduser(root))
         if root and folder.is_dir():
             return folder
     except (RuntimeError, TypeError, OSError):  # ~ of an unknown user, no text, or no permission

@@ -12,10 +12,12 @@ from policyskip.data.base import Data
 from policyskip.data.tensors import crop_and_flip, in_memory
 from policyskip.errors import UserError, first_line
 from policyskip.parallel import processes
+from policyskip.parallel.devices import usual_defaults
 
 TORCHVISION = {"cifar10": "CIFAR10", "cifar100": "CIFAR100", "fashion_mnist": "FashionMNIST", "mnist": "MNIST"}
 
 
+@usual_defaults()
 def torchvision_data(
     device: torch.device,
     name: str,

@@ -15,7 +15,7 @@ import math
 import os
 import weakref
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, TextIO, TypeVar
 
@@ -29,6 +29,7 @@ from policyskip.runs.archives import checked_checkpoint
 from policyskip.runs.generations import BEST, BEST_SO_FAR
 from policyskip.runs.locks import lock_folder
 from policyskip.sealed import sealed, unsealed
+from policyskip.texts import for_json
 
 T = TypeVar("T")
 REWARD = "reward.json"
@@ -64,11 +65,11 @@ class Run:
         Raises:
             UserError: there is something that is no file in its place; and as for :meth:`path`.
         """
-        try:
-            check_regular(self.path(name))
-        except OSError:
-            return False
-        return True
+        for _ in range(2):  # while it is looked at, another process may move it from ``.commit`` to its place
+            with suppress(OSError):
+                check_regular(self.path(name))
+                return True
+        return False
 
     @contextmanager
     def generation(self) -> Iterator[Run]:
@@ -115,7 +116,8 @@ class Run:
 
     @property
     def name(self) -> str:
-        return self.folder.name
+        """Return the folder's name, also where it was typed as "." or ".."."""
+        return self.folder.name if self.folder.name not in ("", "..") else self.folder.resolve().name
 
     @property
     def command(self) -> str:
@@ -134,7 +136,7 @@ class Run:
     def save_json(self, name: str, content: dict[str, Any]) -> None:
         """Write a JSON file; numbers that are NaN or infinite, which JSON does not have, become null."""
         text = json.dumps(_without_nonfinite(content), indent=2, ensure_ascii=False, allow_nan=False)
-        write(self.folder / name, f"{text}\n".encode())
+        write(self.folder / name, f"{for_json(text)}\n".encode())
 
     def load_json(self, name: str) -> dict[str, Any]:
         """Return the content of a JSON file.
@@ -239,7 +241,10 @@ class Run:
         if not self.has(name):
             raise UserError(f"there is no {self.folder / name}; the run did not get that far")
         with damaged(self.folder / name):
-            return reader(self.path(name))
+            try:
+                return reader(self.path(name))
+            except FileNotFoundError:  # another process has just moved it from ``.commit`` to its place
+                return reader(self.path(name))
 
 
 class ReadOnlyRun(Run):
@@ -306,7 +311,7 @@ def open_run(folder: str) -> Run:
         UserError: there is no folder of that name, or it is no run folder, or its ``config.yaml`` is a link out of it.
     """
     run = Run(Path(folder))
-    if not run.has("config.yaml"):
+    if "\0" in folder or not run.has("config.yaml"):  # no path of a system has that letter
         what = "is not a run folder: it has no config.yaml" if run.folder.is_dir() else "does not exist"
         raise UserError(f"the run folder {folder} {what}")
     return run

@@ -5,6 +5,7 @@ This is the only module that imports wandb.
 
 from __future__ import annotations
 
+import contextlib
 import http.client
 import os
 import re
@@ -128,10 +129,11 @@ class Tracker:
 
         folder = self.run.folder.resolve()
         try:
+            _read_settings()
             if (folder / "wandb").resolve() != folder / "wandb":
                 raise UserError(f"{self.run.folder / 'wandb'} is a link, and nothing of a run is written through one")
             self.wandb_run = self._begun(mode, config, labels)
-        except (wandb.errors.Error, ValueError, OSError) as error:  # of a variable such as WANDB_MODE=sideways
+        except Exception as error:  # of a variable such as WANDB_MODE=sideways, or because W&B's process has ended
             reason = first_problem("", error) if isinstance(error, ValidationError) else in_one_line(error)
             self.where = f"not tracked: {one_line(reason)}"
             print(f"This run is {self.where}", flush=True)
@@ -174,7 +176,7 @@ class Tracker:
             "entity": labels.entity,
             "group": labels.group,
             "job_type": labels.job_type,
-            "name": labels.name_of(self.run.folder),
+            "name": labels.name_of(Path(self.run.name)),
             "notes": labels.notes,
             "tags": labels.all_tags,
         }
@@ -268,6 +270,17 @@ def _server_answers(host: str, seconds: float = 8.0) -> bool:
         return isinstance(error.reason, ssl.SSLError)  # W&B has its own settings for certificates
     except (OSError, ValueError, http.client.HTTPException):
         return False
+
+
+def _read_settings() -> None:
+    """Let W&B read the user's settings, but no ``wandb/settings`` of the current folder, which may be a stranger's.
+
+    Such a file can name another server, to which W&B would then send the user's key.
+    """
+    import wandb
+
+    with contextlib.chdir(Path(wandb.__file__).parent):
+        wandb.setup()
 
 
 def _pick_mode() -> str:

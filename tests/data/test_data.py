@@ -20,6 +20,8 @@ from policyskip.data import (
     batch_at,
     crop_and_flip,
     digits,
+    from_arrays,
+    from_dataset,
     hold_out,
     imagefolder,
     load_data,
@@ -99,7 +101,7 @@ def test_the_digits_data_set_is_the_same_in_every_run():
             UserError, match=rf"data\.test must be at least 1 image, and at most 2,000,000, got {count}"
         ):
             digits(CPU, train=1, validation=1, test=count)
-    with pytest.raises(UserError, match="split must be train, validation or test, got 'val'"):
+    with pytest.raises(UserError, match="split must be one of train, validation, test, got 'val'"):
         data.split("val")
 
 
@@ -192,7 +194,7 @@ def test_indices_are_spread_over_the_whole_set():
 def test_a_feed_refuses_what_it_cannot_do():
     with pytest.raises(UserError, match="at least 1 image, got 0"):
         Feed(numbered(3), 0)
-    with pytest.raises(UserError, match="shuffled or sequential, got 'random'"):
+    with pytest.raises(UserError, match="shuffled, sequential, got 'random'"):
         Feed(numbered(3), 1, "random")  # type: ignore[arg-type]
 
 
@@ -491,3 +493,29 @@ def test_a_fingerprint_tells_sets_apart():
     same = TensorImages(images.images.clone(), images.label_N)
     same.images[0, 0, 0, 0] ^= 1
     assert images.fingerprint() != same.fingerprint()
+
+
+def test_torch_s_defaults_do_not_change_data(tmp_path):
+    """A program may have set another default dtype or device before it asks for data."""
+    pictures = np.random.default_rng(0).integers(0, 256, (12, 9, 9, 3), dtype="uint8")
+    for number, pixels in enumerate(pictures):
+        folder = tmp_path / ("test" if number % 3 else "train") / "ab"[number % 2]
+        folder.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(pixels).save(folder / f"{number}.png")
+    pairs = [(pixels, number % 2) for number, pixels in enumerate(pictures)]
+    makers = (
+        lambda: digits(torch.device("cpu"), 32, 16, 16),
+        lambda: from_arrays(pictures, np.arange(12) % 2),
+        lambda: from_dataset(pairs),
+        lambda: imagefolder(torch.device("cpu"), str(tmp_path)),
+    )
+    expected = [batch_at(make().train, torch.arange(2)) for make in makers]
+    torch.set_default_dtype(torch.float64)
+    torch.set_default_device("meta")
+    try:
+        found = [batch_at(make().train, torch.arange(2, device="cpu")) for make in makers]
+    finally:
+        torch.set_default_device(None)
+        torch.set_default_dtype(torch.float32)
+    for one, other in zip(expected, found, strict=True):
+        assert torch.equal(one.images, other.images) and torch.equal(one.label_B, other.label_B)

@@ -232,6 +232,25 @@ def test_wandb_that_fails_meanwhile_does_not_stop_a_run(tmp_path, capsys):
     assert capsys.readouterr().out == "not complete, because W&B failed: the service is gone\n"
 
 
+def test_no_settings_of_the_current_folder_are_read(tmp_path):
+    """They can name a server to which W&B would send the user's key."""
+    for folder in ("wandb", ".wandb"):
+        (tmp_path / folder).mkdir()
+        (tmp_path / folder / "settings").write_text("[default]\nbase_url = http://127.0.0.1:9\nmode = online\n")
+    code = """
+import wandb
+from pathlib import Path
+from policyskip.runs.folder import create
+from policyskip.runs.tracking import Tracker
+tracker = Tracker(create("x", "policyskip train", ""), "offline", {})
+print(tracker.wandb_run.settings.base_url, wandb.setup().settings.base_url, tracker.where)
+tracker.close()
+"""
+    result = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True)
+    assert result.returncode == 0 and "127.0.0.1" not in result.stdout, result.stdout + result.stderr
+    assert str(tmp_path / "x" / "wandb") in result.stdout
+
+
 def test_a_run_that_is_not_tracked_never_imports_wandb(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "wandb", None)  # an import would fail
     tracker = Tracker(Run(tmp_path), "none", {}, labels_of(TrackingSection(mode="none"), None, "train"))

@@ -52,13 +52,34 @@ def test_classes_in_another_order_are_noticed_and_named():
     network, images, label_N = trained()
     for net in (network, ResNetExits(network, [1], image_shape=(3, 12, 12)).eval()):
         warnings = network_warnings(setup_of(net, images, (label_N + 1) % 5))
-        assert len(warnings) == 1 and "0.0% of 300 validation images rightly, which is chance" in warnings[0]
+        assert len(warnings) == 1 and "0.0 % of 300 validation images rightly, which is chance" in warnings[0]
         assert (
             "the order of the classes" in warnings[0]
-            and "with the classes in another order it would be 100.0%" in warnings[0]
+            and "with the classes in another order it would be 100.0 %" in warnings[0]
         )
         assert "a, b, c, d" in warnings[0]
     assert network_warnings(setup_of(network, images, (label_N + 1) % 5, "random")) == []
+
+
+def test_the_other_order_of_class_folders_is_named():
+    """Folders 1 to 10 as texts are 1, 10, 2, …: what the network calls its class 1 is the folder 2."""
+    names = tuple(sorted(str(number) for number in range(8, 13)))  # 10, 11, 12, 8, 9
+    network, images, label_N = trained()
+    in_numbers = torch.tensor([names.index(str(number)) for number in range(8, 13)])
+    data = TensorImages(images, in_numbers[label_N])
+    config = {"backbone": {"checkpoint": "net.th"}, "data": {"class_order": "text"}}
+    setup = Setup(config, torch.device("cpu"), Data("x", data, data, data, names, (3, 12, 12)), network, None, 64)
+    [warning] = network_warnings(setup)
+    assert "; with data.class_order=numbers it would be 100.0 %" in warning
+
+
+def test_a_network_that_is_hardly_trained_is_called_so_if_its_file_is_ours():
+    network, images, _ = trained()
+    label_N = torch.randint(0, 5, (len(images),), generator=torch.Generator().manual_seed(1))
+    [ours] = network_warnings(setup_of(network, images, label_N))
+    network.remark = "net.th is read as …"
+    [others] = network_warnings(setup_of(network, images, label_N))
+    assert "it is hardly trained, or the order of the classes" in ours and "hardly trained" not in others
 
 
 @pytest.mark.parametrize("changes", [dict(shortcut="pool"), dict(mean=[0.0] * 3, std=[1.0] * 3), dict(std=[9.0] * 3)])
@@ -69,7 +90,7 @@ def test_another_shortcut_or_normalisation_is_found(changes):
     other.load_state_dict(weights, strict=False)
     other.remark, other.stated_accuracy = "net.th is read as …", 0.99
     [warning] = network_warnings(setup_of(other, images, label_N))
-    assert "it would be 100.0%" in warning and remark(other) in ("net.th is read as …",)
+    assert "it would be 100.0 %" in warning and remark(other) in ("net.th is read as …",)
     for key in changes:
         assert f"backbone.{key}={'A' if key == 'shortcut' else '['}" in warning
 
@@ -82,7 +103,7 @@ def test_far_below_what_the_file_says():
     assert network_warnings(setup_of(network, images, half)) == []
     network.stated_accuracy = 0.9
     [warning] = network_warnings(setup_of(network, images, half))
-    assert "50.0% of 300 validation images rightly, and its file says 90.0%" in warning and "normalisation" in warning
+    assert "50.0 % of 300 validation images rightly, and its file says 90.0 %" in warning and "normalisation" in warning
 
 
 @pytest.mark.parametrize("count", [1, 2])
@@ -97,7 +118,7 @@ def test_one_answer_for_every_image_is_chance_however_frequent_the_class_is():
         network.head.linear.bias[2] += 1e6
     label_N = torch.where(torch.arange(300) % 5 == 0, 1, 2)  # 80 % are of class 2
     [warning] = network_warnings(setup_of(network, images, label_N))
-    assert "80.0% of 300 validation images rightly, which is chance" in warning
+    assert "80.0 % of 300 validation images rightly, which is chance" in warning
 
 
 def test_the_random_numbers_of_a_run_stay_what_they_are():
