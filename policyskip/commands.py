@@ -39,7 +39,7 @@ from policyskip.evaluation import speed
 from policyskip.evaluation.figures import class_figures
 from policyskip.evaluation.tables import show_classes
 from policyskip.files import shell_argument
-from policyskip.memory import keep_freed_memory
+from policyskip.memory import is_out_of_memory, keep_freed_memory
 from policyskip.parallel import processes
 from policyskip.parallel.data_parallel import divide
 from policyskip.parallel.devices import find_device
@@ -70,6 +70,10 @@ def run_command(name: str, config: DictConfig) -> int:
         return COMMANDS[name](config)
     except SystemExit as error:  # no command raises it; to the shell, it would look like success
         raise UserError(users_problem(error) or f"something called sys.exit({error.code!r})") from error
+    except (MemoryError, RuntimeError) as error:
+        if not is_out_of_memory(error):
+            raise
+        raise UserError("the memory does not suffice; smaller batches, images or networks need less") from error
     finally:
         unlock_all()
 

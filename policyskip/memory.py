@@ -44,6 +44,13 @@ def release_freed_memory() -> None:
         ctypes.CDLL(None).malloc_trim(0)
 
 
+def is_out_of_memory(error: BaseException) -> bool:
+    """Return whether an error says that the memory of the GPU or of the machine does not suffice."""
+    if isinstance(error, torch.OutOfMemoryError | MemoryError):
+        return True
+    return isinstance(error, RuntimeError) and "can't allocate memory" in str(error)
+
+
 class BatchSplitter:
     """Halves the batch when the GPU runs out of memory and warns once.
 

@@ -161,7 +161,10 @@ def of_another_state(content: bytes, chance: random.Random) -> bytes:
         holder, key = chance.choice(list(_places(state)))
         odd: list[Any] = [*JUNK, torch.tensor(float("nan")), torch.ones(3, 5), torch.ones(2).to_sparse()]
         odd += [torch.ones(1, dtype=torch.complex64), torch.zeros(0), 1e-300]
+        odd += [torch.zeros(1).expand(10**6, 10**4), torch.zeros(1, device="meta")]
         holder[key] = chance.choice(odd)
+    if chance.random() < 0.1:
+        holder[key] = state  # a tree without an end
     buffer = io.BytesIO()
     torch.save(state, buffer)
     return buffer.getvalue()

@@ -113,3 +113,8 @@ def test_all_tables_are_printed_on_the_plain_console():
     sources = {str(path.relative_to(package)): path.read_text("utf-8") for path in package.rglob("*.py")}
     users = [name for name, source in sources.items() if re.search(r"rich(\.console|\.markup| import print)", source)]
     assert sorted(users) == ["evaluation/tables.py", "runs/progress.py"]  # which writes rich's Text, without markup
+
+
+def test_a_number_of_thousands_of_digits_is_no_error():
+    assert texts.one_line(16**5000) == texts.represented(16**5000) == "a number of thousands of digits"
+    assert texts.represented("a\n") == "'a\\n'"

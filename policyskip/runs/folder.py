@@ -15,7 +15,7 @@ import math
 import os
 import weakref
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, TextIO, TypeVar
 
@@ -65,11 +65,11 @@ class Run:
         Raises:
             UserError: there is something that is no file in its place; and as for :meth:`path`.
         """
-        try:
-            check_regular(self.path(name))
-        except OSError:
-            return False
-        return True
+        for _ in range(2):  # while it is looked at, another process may move it from ``.commit`` to its place
+            with suppress(OSError):
+                check_regular(self.path(name))
+                return True
+        return False
 
     @contextmanager
     def generation(self) -> Iterator[Run]:
@@ -116,7 +116,8 @@ class Run:
 
     @property
     def name(self) -> str:
-        return self.folder.name
+        """Return the folder's name, also where it was typed as "." or ".."."""
+        return self.folder.name if self.folder.name not in ("", "..") else self.folder.resolve().name
 
     @property
     def command(self) -> str:
@@ -240,7 +241,10 @@ class Run:
         if not self.has(name):
             raise UserError(f"there is no {self.folder / name}; the run did not get that far")
         with damaged(self.folder / name):
-            return reader(self.path(name))
+            try:
+                return reader(self.path(name))
+            except FileNotFoundError:  # another process has just moved it from ``.commit`` to its place
+                return reader(self.path(name))
 
 
 class ReadOnlyRun(Run):

@@ -5,6 +5,7 @@ Nothing here knows what a run learns. What a run's folder holds, and how it is w
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -89,7 +90,7 @@ def check_new_folder(key: str, folder: Any) -> None:
     """
     if not isinstance(folder, str) or not folder.strip():
         raise UserError(f"{key} must be a folder to make, got {folder!r}")
-    path = Path(folder).expanduser()
+    path = Path(os.path.expanduser(folder))
     if path.resolve() in (here := Path.cwd().resolve(), *here.parents):
         raise UserError(f"{key}={folder} is no folder of its own; name one that is to be made")
     _check_parents(key, path)
@@ -226,7 +227,7 @@ def with_initial_network(content: dict[str, Any], run: Run, own_files: Sequence[
     if (
         not isinstance(named, str)
         or named in (checkpoints.RANDOM, *checkpoints.shipped())
-        or Path(named).expanduser().is_file()
+        or Path(os.path.expanduser(named)).is_file()
     ):
         return content
     for name in filter(run.has, (INITIAL_NETWORK, *own_files)):

@@ -181,7 +181,7 @@ class Tracker:
             "entity": labels.entity,
             "group": labels.group,
             "job_type": labels.job_type,
-            "name": labels.name_of(self.run.folder),
+            "name": labels.name_of(Path(self.run.name)),
             "notes": labels.notes,
             "tags": labels.all_tags,
         }
