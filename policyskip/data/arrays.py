@@ -93,7 +93,7 @@ def separate(validation: Any, test: Any) -> tuple[dict[str, Any], dict[str, floa
         if not isinstance(value, Real):
             given[split] = value
             continue
-        if not 0 < value < 1:  # type: ignore[operator] - the numbers of Real have an order, whatever typeshed says
+        if not 0 < value < 1:  # type: ignore[operator]
             found = one_line(value, 40)
             raise UserError(f"{split} must be a share above 0 and below 1, or images of its own; got {found}")
         shares[split] = float(value)
