@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
@@ -12,6 +11,7 @@ from rich.text import Text
 
 from policyskip.exits.references import LABEL_NATS
 from policyskip.texts import LONGEST_LINE, one_line
+from policyskip.typed.streams import line_width
 
 
 class PlainConsole(Console):
@@ -27,9 +27,9 @@ def console(width: int = 110) -> Console:
     """Make the console that everything is printed on which can hold text of strangers.
 
     Args:
-        width: of the lines, where the output is no terminal.
+        width: of the lines, where the output is no terminal and ``COLUMNS`` says nothing.
     """
-    return PlainConsole(width=None if sys.stdout.isatty() else width)
+    return PlainConsole(width=line_width(width))
 
 
 def verdict(summary: dict[str, Any]) -> tuple[str, str]:
