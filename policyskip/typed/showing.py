@@ -50,7 +50,7 @@ def _folded(line: str, width: int) -> list[str]:
     assert comment is not None  # the second matches every line
     (head, mark), end = comment.groups(), line[comment.end() :]
     indent = " " * len(head)
-    if width - len(head + mark) < LEAST_ROOM:
+    if head.strip() and width - len(head + mark) < LEAST_ROOM:
         indent = " " * (len(line) - len(line.lstrip()) + 2)
         return [head.rstrip(), *_folded(indent + mark + end, width)]
     options = {"break_long_words": False, "break_on_hyphens": False}
