@@ -200,8 +200,8 @@ def show(comparison: Comparison) -> None:
     for section in comparison.sections:
         header, lines, left_out = formats.fitting(*formats.display_table(section.cells), out.width)
         table = Table(title=f"Runs on {section.group.reason}")
-        for n, column in enumerate(header):
-            table.add_column(column, justify="right" if n else "left", overflow="fold")
+        for n, least in enumerate(formats.least_widths(header, lines, out.width)):
+            table.add_column(header[n], justify="right" if n else "left", overflow="fold", width=least)
         for line in lines:
             table.add_row(*line)
         for sentence in section.verdict:

@@ -173,10 +173,11 @@ def _disputed(section: Section, images: dict[int, str]) -> str:
 
 def _right_and_wrong(rows: Sequence[Row], index: int) -> dict[str, list[str]]:
     """Sort the labels of rows by whether all seeds, some or none are right on an image; no list is empty."""
-    kinds = ("right", "right in some seeds", "wrong")
-    shares = {row.label: float(row.correct_N[index]) for row in rows}
-    kind_of = {label: kinds[0] if right == 1 else kinds[1] if right > 0 else kinds[2] for label, right in shares.items()}
-    return {kind: its for kind in kinds if (its := [label for label, own in kind_of.items() if own == kind])}
+    found: dict[str, list[str]] = {"right": [], "right in some seeds": [], "wrong": []}
+    for row in rows:
+        share = row.correct_N[index]
+        found["right" if share == 1 else "right in some seeds" if share > 0 else "wrong"].append(row.label)
+    return {kind: labels for kind, labels in found.items() if labels}
 
 
 def _few(labels: list[str], count: int = 3) -> str:

@@ -60,7 +60,9 @@ def test_rows_that_are_alike_are_said_to_be_alike_and_cost_decides_openly(tmp_pa
     for name, blocks in (("a", 1), ("b", 2), ("c", 2), ("d", 2)):
         run(tmp_path / name, 96, blocks)
     first, few, last = said(tmp_path)
-    assert first == "All 4 rows are equally accurate: 96.00 %; the cheapest of them is a, at 0.500 of its network's MACs."
+    assert (
+        first == "All 4 rows are equally accurate: 96.00 %; the cheapest of them is a, at 0.500 of its network's MACs."
+    )
     assert few == "The test images are few: one of 100 is 1.00 points."
     assert last.endswith("deciding per image is not shown to be better or worse for any of the 4 rows that learned.")
     run(tmp_path / "e", 90, 1)
