@@ -73,7 +73,7 @@ def accuracy_against_macs(
     room = max(0.25 * (high - low), 0.02)
     left, right = max(0.0, min(macs for macs, _ in rivals) - 0.15), 1.04 * max(macs for macs, _ in rivals)
     if mixed and mixed[-1][0] < right:
-        label = "the dearest of these: no fixed choice that costs more is better"
+        label = "the best of these, if more is spent"
         axes.plot([mixed[-1][0], right], [mixed[-1][1]] * 2, ":", color=STATIC, linewidth=1, label=label)
     limits: dict[str, Any] = {"xlim": (left, right), "ylim": (low - room, min(high + room, 1.01))}
     finish(axes, xlabel="MACs, share of the full network's", ylabel="test accuracy", **limits)

@@ -22,6 +22,7 @@ from policyskip.evaluation.plots import (
     finish,
     groups_by_difficulty,
     in_percent,
+    logarithmic_if_wide,
     order_among_ties,
     panel_of_curves,
     points_of,
@@ -51,8 +52,7 @@ def learning_curves(
     figure = figure_of(9, 3.6)
     left, right = figure.subplots(1, 2)
     panel_of_curves(left, "training loss", [(loss, loss_style)])
-    if any(value > 0 for _, value in loss):
-        left.set_yscale("log")
+    logarithmic_if_wide(left, [value for _, value in loss])
     panel_of_curves(right, "validation accuracy", curves)
     in_percent(right.yaxis)
     for axes in (left, right):

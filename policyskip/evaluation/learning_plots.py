@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from math import hypot, inf, sqrt
+from math import hypot, sqrt
 from pathlib import Path
 from statistics import mean, stdev
 from typing import Any
@@ -61,32 +61,32 @@ def why_it_falls(metrics: list[dict[str, Any]]) -> str:
     if best - last <= 0.02 * max(1.0, abs(best)):
         return ""
 
-    def change(key: str) -> tuple[float, float]:
-        """Return how much a training figure has changed since the best step, and the standard error of that."""
+    def around_best(key: str) -> tuple[list[float], list[float]]:
+        """Return a training figure's values after the best step, and at most as many up to it."""
         points = points_of(metrics, f"train/{key}")
         after = [value for step, value in points if step > best_step]
-        before = [value for step, value in points if step <= best_step][-len(after) :]
-        if not after or not before:
-            return 0.0, 0.0
-        return mean(after) - mean(before), hypot(_standard_error(after), _standard_error(before))
+        before = [value for step, value in points if step <= best_step]
+        return after, before[-max(1, len(after)) :]
 
     reasons = {
         "price": "the price of computing rose, so the same decisions earn less",
         "free_blocks": "the curriculum let the policy decide about more blocks",
     }
-    found = [reason for key, reason in reasons.items() if change(key)[0] > 1e-9]
-    rise, error = change("reward")
-    if rise > 2 * error:
-        found.append("on training images it rose since, so the policy fits those better than others")
-    elif rise < -2 * error and not found:
-        found.append("on training images it fell too; a smaller learning rate may help")
+    sides = {key: around_best(key) for key in ("reward", *reasons)}
+    found = [reason for key, reason in reasons.items() if all(sides[key]) and sides[key][0][-1] > sides[key][1][-1]]
+    after, before = sides["reward"]
+    if min(len(after), len(before)) >= FEWEST_RECORDS:
+        rise, clear = mean(after) - mean(before), 2 * hypot(_standard_error(after), _standard_error(before))
+        if rise > clear:
+            found.append("on training images it rose since, so the policy fits those better than others")
+        elif rise < -clear and not found:
+            found.append("on training images it fell too; a smaller learning rate may help")
     why = "; ".join(found) or "the records do not show why"
     return f" Validation reward ends below its highest ({last:.3f} after {best:.3f}): {why}."
 
 
 def _standard_error(values: list[float]) -> float:
-    """Return the standard error of a mean; infinity if the values are too few to know it."""
-    return stdev(values) / sqrt(len(values)) if len(values) >= FEWEST_RECORDS else inf
+    return stdev(values) / sqrt(len(values))
 
 
 def learning_curves(

@@ -103,14 +103,9 @@ def in_percent(axis: Axis, decimals: int | None = None) -> None:
     axis.set_major_formatter(PercentFormatter(1, decimals, " %"))
 
 
-def spread_out(axes: Axes, values: Sequence[float]) -> None:
-    """Let the vertical axis be logarithmic where the values need it, with few labels, which stand apart.
-
-    Args:
-        values: what is drawn.
-    """
-    if min(values) <= 0 or max(values) < 5 * min(values):
-        axes.set_ylim(bottom=0)
+def logarithmic_if_wide(axes: Axes, values: Sequence[float]) -> None:
+    """Let the vertical axis be logarithmic if the values that are drawn need it, with few labels, which stand apart."""
+    if not values or min(values) <= 0 or max(values) < 5 * min(values):
         return
     axes.set_yscale("log")
     axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5) if max(values) < 1000 * min(values) else (1,)))
@@ -221,7 +216,7 @@ def profile(content: dict[str, Any], path: Path) -> Path:
         left.plot(block_K, 1000 * kept_K, **style)
         right.plot(block_K, kept_K / kept_K.sum(), **style)
     right.plot(block_K, macs_K / macs_K.sum(), color=STATIC, linestyle="--", label="of the MACs")
-    spread_out(left, [1000 * time for times in content["batches"].values() for time in times["kept_ms"]])
+    logarithmic_if_wide(left, [1000 * time for times in content["batches"].values() for time in times["kept_ms"]])
     finish(left, legend="best", title="time of a block that runs", xlabel="block", ylabel="microseconds an image")
     in_percent(right.yaxis)
     finish(right, legend="best", title="share of all blocks", xlabel="block", ylim=(0, None))

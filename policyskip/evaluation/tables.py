@@ -112,7 +112,7 @@ def show_exits(summary: dict[str, Any]) -> None:
         f"Deciding per image {text}: {margin} points against the best fixed exits that cost no more, chosen on "
         "validation.",
         f"Without early exits the network costs {alone / 1e6:.2f} M MACs; "
-        f"this is {test['macs_mean'] / alone:.3f} of it.",
+        f"the policy's {test['macs_mean'] / 1e6:.2f} M are {test['macs_mean'] / alone:.3f} of that.",
         f"Images that left at each exit: {leaving}; of these, right: {right}.",
     ]
     _show(summary, ("", "accuracy", "MACs (millions)", "of full"), rows, lines)
