@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from policyskip import training
+from policyskip import errors, training
 from policyskip.errors import UserError, first_line, in_one_line, is_users_file, place_in_users_code
 from policyskip.files import damaged
 from tests.conftest import typed
@@ -166,3 +166,15 @@ def test_a_sweep_s_log_has_the_traceback_of_a_class_of_one_s_own(folder):
     (log,) = folder.glob("runs/sweep-*/logs/001.txt")
     assert "IndexError: list index out of range" in log.read_text()
     assert len(list(folder.glob("runs/sweep-*/*/summary.json"))) == 1
+
+
+def test_an_exception_without_text_is_its_name_alone():
+    assert errors.named(AssertionError()) == "AssertionError" and errors.named(KeyError(3)) == "KeyError: 3"
+    errors.remember_users_class(__name__, "reward: mine.R")
+    try:
+        try:
+            raise AssertionError
+        except AssertionError as error:
+            assert errors.users_problem(error) == "reward: mine.R failed with AssertionError"
+    finally:
+        errors.forget_users_classes()

@@ -24,7 +24,7 @@ from policyskip.build import Setup
 from policyskip.config import group_of
 from policyskip.data import batch_at, spread_indices
 from policyskip.errors import UserError
-from policyskip.texts import one_line
+from policyskip.texts import one_line, percent
 
 FIRST, MOST = 64, 500
 """Validation images that are looked at first, and at most, where these few leave a doubt."""
@@ -68,17 +68,18 @@ def _judged(setup: Setup, network: Network, images: Tensor, label_B: Tensor, ans
     inner: Network = getattr(network, "backbone", network)
     accuracy, count, classes = _share(answer_B, label_B), len(label_B), setup.data.classes
     stated = inner.stated_accuracy
-    found = f"{network.name} answers {accuracy:.1%} of {count} validation images rightly"
+    found = f"{network.name} answers {percent(accuracy)} of {count} validation images rightly"
     best, better = _better_choice(inner, images, label_B, accuracy, setup)
     hint = f"; {better}" if better else ""
     if _by_chance(answer_B, label_B) > CHANCE and _could_be_told(answer_B, label_B):
         reordered = _reordered(answer_B, label_B, len(classes))
         if reordered > max(best, 0.5) and count >= 10 * len(classes):
             names = one_line(", ".join(classes[:4]), 80)
-            hint = f"; with the classes in another order it would be {reordered:.1%}: look at their names ({names}, …)"
+            hint = f"; with the classes in another order it would be {percent(reordered)}: "
+            hint += f"look at their names ({names}, …)"
         return [f"{found}, which is chance: {CAUSES} are probably others than it was trained with{hint}"]
     if stated is not None and _far_below(answer_B, label_B, stated):
-        return [f"{found}, and its file says {stated:.1%}: {CAUSES} may be others than it was trained with{hint}"]
+        return [f"{found}, and its file says {percent(stated)}: {CAUSES} may be others than it was trained with{hint}"]
     return [f"{found}, as its file was read; {better}"] if better else []
 
 
@@ -158,7 +159,7 @@ def _better_choice(
         share = _share(_answers(other.to(setup.device), images, setup), label_B)
         if share > max(best, accuracy + 0.1):
             typed = " ".join(f"backbone.{key}={_typed(value)}" for key, value in changes.items())
-            best, choice = share, f"with {typed} it would be {share:.1%}"
+            best, choice = share, f"with {typed} it would be {percent(share)}"
     return best, choice
 
 

@@ -53,8 +53,8 @@ def _folded(line: str, width: int) -> list[str]:
     if head.strip() and width - len(head + mark) < LEAST_ROOM:
         indent = " " * (len(line) - len(line.lstrip()) + 2)
         return [head.rstrip(), *_folded(indent + mark + end, width)]
-    options = {"break_long_words": False, "break_on_hyphens": False}
-    return textwrap.wrap(end, width, initial_indent=head + mark, subsequent_indent=indent + mark, **options)
+    wrapper = textwrap.TextWrapper(width, head + mark, indent + mark, break_long_words=False, break_on_hyphens=False)
+    return wrapper.wrap(end)
 
 
 def help_of(command: str) -> str:

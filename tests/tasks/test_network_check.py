@@ -52,10 +52,10 @@ def test_classes_in_another_order_are_noticed_and_named():
     network, images, label_N = trained()
     for net in (network, ResNetExits(network, [1], image_shape=(3, 12, 12)).eval()):
         warnings = network_warnings(setup_of(net, images, (label_N + 1) % 5))
-        assert len(warnings) == 1 and "0.0% of 300 validation images rightly, which is chance" in warnings[0]
+        assert len(warnings) == 1 and "0.0 % of 300 validation images rightly, which is chance" in warnings[0]
         assert (
             "the order of the classes" in warnings[0]
-            and "with the classes in another order it would be 100.0%" in warnings[0]
+            and "with the classes in another order it would be 100.0 %" in warnings[0]
         )
         assert "a, b, c, d" in warnings[0]
     assert network_warnings(setup_of(network, images, (label_N + 1) % 5, "random")) == []
@@ -69,7 +69,7 @@ def test_another_shortcut_or_normalisation_is_found(changes):
     other.load_state_dict(weights, strict=False)
     other.remark, other.stated_accuracy = "net.th is read as …", 0.99
     [warning] = network_warnings(setup_of(other, images, label_N))
-    assert "it would be 100.0%" in warning and remark(other) in ("net.th is read as …",)
+    assert "it would be 100.0 %" in warning and remark(other) in ("net.th is read as …",)
     for key in changes:
         assert f"backbone.{key}={'A' if key == 'shortcut' else '['}" in warning
 
@@ -82,7 +82,7 @@ def test_far_below_what_the_file_says():
     assert network_warnings(setup_of(network, images, half)) == []
     network.stated_accuracy = 0.9
     [warning] = network_warnings(setup_of(network, images, half))
-    assert "50.0% of 300 validation images rightly, and its file says 90.0%" in warning and "normalisation" in warning
+    assert "50.0 % of 300 validation images rightly, and its file says 90.0 %" in warning and "normalisation" in warning
 
 
 @pytest.mark.parametrize("count", [1, 2])
@@ -97,7 +97,7 @@ def test_one_answer_for_every_image_is_chance_however_frequent_the_class_is():
         network.head.linear.bias[2] += 1e6
     label_N = torch.where(torch.arange(300) % 5 == 0, 1, 2)  # 80 % are of class 2
     [warning] = network_warnings(setup_of(network, images, label_N))
-    assert "80.0% of 300 validation images rightly, which is chance" in warning
+    assert "80.0 % of 300 validation images rightly, which is chance" in warning
 
 
 def test_the_random_numbers_of_a_run_stay_what_they_are():
