@@ -37,6 +37,7 @@ from policyskip.rewards import Reward
 from policyskip.runs.progress import waiting
 from policyskip.runs.stored_config import check_paths
 from policyskip.static_front import Keep, StaticFront
+from policyskip.texts import a_type
 
 
 @dataclass(frozen=True)
@@ -338,4 +339,4 @@ def _check_agent(label: str, agent: Agent) -> None:
 
 def wrong_kind(group: str, node: dict[str, Any], made: Any, kind: str) -> str:
     """Return the message for a target that made an object of another class than its group needs."""
-    return f"{group}._target_={node['_target_']} gave a {type(made).__name__}; it must be a {kind}"
+    return f"{group}._target_={node['_target_']} gave {a_type(made)}; it must be a {kind}"

@@ -44,9 +44,11 @@ policyskip: decide for each image how much of a network to run.
   policyskip compare runs=runs        many runs side by side: tables with intervals, pictures, one HTML page
   policyskip front                    search the best fixed keep-sets of a network
 
-Arguments are key=value, as in `policyskip train reward.penalty=2 seed=1`. `policyskip train --help` shows its
-groups and keys, `policyskip train --cfg job` every key with its value, `--multirun seed=0,1,2` runs several.
-`eval "$(policyskip --shell-completion bash)"` lets bash complete these words (or zsh, or fish)."""
+Arguments are key=value, as in `policyskip train reward.penalty=2 seed=1`.
+`policyskip train --help` shows its groups and keys, `--cfg job` instead of
+`--help` every key with its value; `--multirun seed=0,1,2` runs several.
+`eval "$(policyskip --shell-completion bash)"` lets bash complete these words
+(or zsh, or fish)."""
 COMMANDS = ("train", "pretrain", "evaluate", "calibrate", "profile", "compare", "front")
 TOGETHER = ("train", "pretrain")
 """The commands that several processes, started by torchrun, can run together."""
@@ -75,7 +77,7 @@ def _main(arguments: list[str]) -> int:
     """Show what was asked for, or run a command; return the exit code."""
     command = arguments[0] if arguments else "help"
     if command in ("-h", "--help", "help"):
-        print(USAGE)
+        print(showing.folded(USAGE))
     elif command == "--version":
         print(f"policyskip {__version__}")
     elif command == "--shell-completion":

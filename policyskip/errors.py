@@ -47,6 +47,12 @@ def in_one_line(error: BaseException, most: int = 200) -> str:
     return " ".join(str(error).split())[:most] or type(error).__name__
 
 
+def named(error: BaseException, most: int = 200) -> str:
+    """Return the name of an exception's type, and its text in one line, cut to ``most`` characters, if it has any."""
+    kind, text = type(error).__name__, in_one_line(error, most)
+    return kind if text == kind else f"{kind}: {text}"
+
+
 _users_classes: dict[str, str] = {}
 
 
@@ -80,7 +86,7 @@ def users_problem(error: BaseException) -> str | None:
         return None
     modules = [str(frame.f_globals.get("__name__")) for frame, _ in traceback.walk_tb(error.__traceback__)]
     description = next((_users_classes[name] for name in reversed(modules) if name in _users_classes), None)
-    return f"{description} failed with {type(error).__name__}: {in_one_line(error)}" if description else None
+    return f"{description} failed with {named(error)}" if description else None
 
 
 def problem_beside_users_classes(error: BaseException) -> str | None:
@@ -93,7 +99,7 @@ def problem_beside_users_classes(error: BaseException) -> str | None:
     if isinstance(error, UserError) or not _users_classes:
         return None
     classes = ", ".join(dict.fromkeys(_users_classes.values()))
-    return f"{type(error).__name__}: {in_one_line(error)}; the run has classes of your own ({classes}){_how_to_see()}"
+    return f"{named(error)}; the run has classes of your own ({classes}){_how_to_see()}"
 
 
 def users_class_failed(error: BaseException) -> bool:

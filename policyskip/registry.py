@@ -20,7 +20,7 @@ from importlib.metadata import EntryPoint, distributions
 from pathlib import Path
 from typing import Any, get_type_hints
 
-from policyskip.errors import UserError, remember_users_class
+from policyskip.errors import UserError, named, remember_users_class
 from policyskip.typed import current_folder
 
 GROUPS = {
@@ -183,7 +183,7 @@ def naming_failures(label: str) -> Iterator[None]:
     except UserError:
         raise
     except (Exception, SystemExit) as error:  # sys.exit would end the command, and look like success
-        raise UserError(f"{label} failed with {type(error).__name__}: {error}") from error
+        raise UserError(f"{label} failed with {named(error, 1000)}") from error
 
 
 def _installed_point(group: str, target: str) -> EntryPoint | None:
@@ -231,9 +231,7 @@ def _naming_import(group: str, target: str, source: _Source) -> Iterator[None]:
         what = f"{_key(group)}={target}"
         if source.stored:
             what = f"{target}, this {WORDS.get(group, group)}"
-        raise UserError(
-            f"could not import {what}: {type(error).__name__}: {error} (current folder: {os.getcwd()})"
-        ) from error
+        raise UserError(f"could not import {what}: {named(error, 1000)} (current folder: {os.getcwd()})") from error
 
 
 def _locate(path: str, nested: bool) -> Any:

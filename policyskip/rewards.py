@@ -18,7 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from policyskip.errors import UserError
+from policyskip.errors import UserError, named
 from policyskip.finite import described, repr_of, unusual
 from policyskip.texts import one_line
 
@@ -285,7 +285,7 @@ def reward_of(reward: Reward, outcome: Outcome) -> Tensor:
     except UserError:
         raise
     except Exception as error:
-        raise UserError(f"the reward {name} raised {type(error).__name__}: {one_line(error)}") from error
+        raise UserError(f"the reward {name} raised {one_line(named(error))}") from error
     expected = f"a float tensor of shape {tuple(outcome.correct_B.shape)}"
     if not isinstance(reward_B, Tensor):
         raise UserError(f"the reward {name} must return {expected}, not {one_line(repr_of(reward_B), 80)}")

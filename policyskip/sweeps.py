@@ -25,7 +25,14 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
 
-from policyskip.errors import in_one_line, place_in_users_code, traceback_wanted, users_class_failed, users_problem
+from policyskip.errors import (
+    in_one_line,
+    named,
+    place_in_users_code,
+    traceback_wanted,
+    users_class_failed,
+    users_problem,
+)
 from policyskip.files import open_log, reporting_write_errors, shell_argument
 from policyskip.texts import one_line
 
@@ -143,7 +150,7 @@ def run_job(command: Callable[[DictConfig], int], config: DictConfig, is_refusal
             status = 2
             refusal = is_refusal(error)
             text = in_one_line(error, most=300)
-            problem = text if refusal else users_problem(error) or f"{type(error).__name__}: {text}"
+            problem = text if refusal else users_problem(error) or named(error)
             problem += place_in_users_code(error)
             if not refusal or users_class_failed(error) or traceback_wanted():
                 traceback.print_exc(file=file)

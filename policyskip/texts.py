@@ -57,6 +57,17 @@ def _visible(letter: str) -> str:
     return letter
 
 
+def a_type(value: Any) -> str:
+    """Return the name of a value's type with its article: "a list", "an ndarray"."""
+    name = type(value).__name__
+    return f"{'an' if name[0] in 'AEIOaeio' or name.startswith('nd') else 'a'} {name}"
+
+
+def percent(share: float, decimals: int = 1) -> str:
+    """Return a share as all messages and tables write it: 0.975 as "97.5 %"."""
+    return f"{100 * share:z.{decimals}f} %"
+
+
 def for_html(text: Any, longest: int = LONGEST) -> str:
     """Return a text for HTML, as content or as a quoted attribute."""
     return html.escape(one_line(text, longest), quote=True)

@@ -169,8 +169,8 @@ WRONG = {
     "train reward=custom": "reward._target_ is not set",
     "train run.dir=.": "run.dir=. is no folder of its own",
     "train data.root=ö": r"data.root=ö cannot be read; unusual letters go in quotes",
-    "train reward=budget reward.rate=nan": "reward.rate positive",
-    "train reward=budget reward.multiplier=inf": "reward.multiplier from 0 to 10",
+    "train reward=budget reward.rate=nan": "reward.rate must be a number from",
+    "train reward=budget reward.multiplier=inf": "reward.multiplier must be a number from",
     "train run.resume=nowhere": "the run folder nowhere does not exist",
     "train run.resume=.": "the run folder . is not a run folder: it has no config.yaml",
 }  # fmt: skip

@@ -196,3 +196,15 @@ def test_a_sweep_s_log_has_the_traceback_of_a_class_of_one_s_own(folder):
     (log,) = folder.glob("runs/sweep-*/logs/001.txt")
     assert "IndexError: list index out of range" in log.read_text()
     assert len(list(folder.glob("runs/sweep-*/*/summary.json"))) == 1
+
+
+def test_an_exception_without_text_is_its_name_alone():
+    assert errors.named(AssertionError()) == "AssertionError" and errors.named(KeyError(3)) == "KeyError: 3"
+    errors.remember_users_class(__name__, "reward: mine.R")
+    try:
+        try:
+            raise AssertionError
+        except AssertionError as error:
+            assert errors.users_problem(error) == "reward: mine.R failed with AssertionError"
+    finally:
+        errors.forget_users_classes()

@@ -254,7 +254,7 @@ def test_names_within_an_agent_s_arguments_are_trusted_as_the_agent_is(folder, k
     ):
         build("agent", node, trusted=False, env=env, network=network, total_steps=2, seed=0)
     assert not imported()
-    with pytest.raises(UserError, match=r"my_module\.mine|exit rule my_module\.mine is a int"):
+    with pytest.raises(UserError, match=r"my_module\.mine|exit rule my_module\.mine is an int"):
         build("agent", node, trusted=True, env=env, network=network, total_steps=2, seed=0)
     assert imported()
 
@@ -268,7 +268,7 @@ def test_metadata_of_weights_import_nothing(folder):
         with pytest.raises(UserError, match=r"this network is my_module\.mine, which is not installed here"):
             load("net.safetensors")
         assert not imported()
-    with pytest.raises(UserError, match=r"my_module\.mine gave a int; it must be a Backbone"):
+    with pytest.raises(UserError, match=r"my_module\.mine gave an int; it must be a Backbone"):
         checkpoints.load("net.safetensors", trusted=True)
     assert imported()
 
@@ -284,7 +284,7 @@ def test_a_stranger_s_file_cannot_trust_itself(folder, function):
     with pytest.raises(UserError, match=r"my_module\.mine"):
         build("backbone", node, trusted=False)
     assert not imported()
-    with pytest.raises(UserError, match="gave a int"):
+    with pytest.raises(UserError, match="gave an int"):
         build("backbone", node)
     assert imported()
 

@@ -7,6 +7,7 @@ import json
 import re
 from pathlib import Path
 
+import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -17,6 +18,7 @@ from rich.table import Table
 from policyskip import texts
 from policyskip.evaluation.tables import console
 
+PACKAGE = Path(texts.__file__).parent
 HOSTILE = (
     *("[/x]", "[link=file:///x]a[/link]", "\\[x]", "\\\\[x]", "a\\", "$\\frac{$", "a$b", "\\$", "<script>x</script>"),
     *("# a\n# b", "[a](http://b)", "|", "\x1b[2J", "\x9b31m", "\u202eabc", "\ud800", "=HYPERLINK(1)", "\t=1", "@x"),
@@ -118,3 +120,18 @@ def test_all_tables_are_printed_on_the_plain_console():
 def test_a_number_of_thousands_of_digits_is_no_error():
     assert texts.one_line(16**5000) == texts.represented(16**5000) == "a number of thousands of digits"
     assert texts.represented("a\n") == "'a\\n'"
+
+
+def test_articles_and_percent():
+    values: tuple[object, ...] = (np.zeros(1), [], 3, ValueError(), 0.5)
+    assert list(map(texts.a_type, values)) == ["an ndarray", "a list", "an int", "a ValueError", "a float"]
+    assert [texts.percent(0.97654, n) for n in (0, 1, 2)] == ["98 %", "97.7 %", "97.65 %"]
+    assert texts.percent(-1e-9) == "0.0 %"
+
+
+def test_messages_have_one_way_to_write_percent_and_no_article_before_a_type_s_name():
+    for path in PACKAGE.rglob("*.py"):
+        source = path.read_text("utf-8")
+        assert not re.search(r":\.\d%\}", source), path
+        assert not re.search(r"\ban? \{type\(\w+\)\.__name__\}", source), path
+        assert not re.search(r"\{type\(error\)\.__name__\}: \{", source), path

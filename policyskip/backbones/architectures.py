@@ -17,6 +17,7 @@ from policyskip.backbones.msdnet import MSDNet
 from policyskip.backbones.resnet import CifarResNet, TorchvisionResNet
 from policyskip.backbones.resnet_exits import ResNetExits
 from policyskip.errors import UserError
+from policyskip.texts import a_type
 
 RANDOM = "random"
 """The checkpoint that is none: random weights, for trying things out."""
@@ -66,7 +67,7 @@ def build_again(architecture: dict[str, Any], trusted: bool | None = None) -> Ne
     kept_exits = arguments.pop("kept_exits", None)
     network = registry.resolve("backbone", str(name), trusted)(**arguments)
     if not isinstance(network, Backbone | ExitNetwork):
-        raise UserError(f"{name} gave a {type(network).__name__}; it must be a Backbone or an ExitNetwork")
+        raise UserError(f"{name} gave {a_type(network)}; it must be a Backbone or an ExitNetwork")
     return network if kept_exits is None else network.only(kept_exits)  # type: ignore[operator]
 
 

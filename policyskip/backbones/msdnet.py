@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from policyskip.backbones.base import IMAGENET_MEAN, IMAGENET_STD, he_init
 from policyskip.backbones.exits import ExitCosts, ExitNetwork, State, count_exit_costs, in_millions
 from policyskip.errors import UserError
+from policyskip.texts import percent
 
 Node = tuple[int, int]
 StepMode = Literal["even", "lin_grow"]
@@ -278,7 +279,7 @@ class MSDNet(ExitNetwork):
 
     def remarks(self, image_shape: tuple[int, int, int]) -> list[str]:
         lazy, eager = count_with_and_without_lazy(self, image_shape)
-        saved = ", ".join(f"{1 - fraction:.0%}" for fraction in (lazy.cumulative_N / eager.cumulative_N).tolist())
+        saved = ", ".join(percent(1 - fraction, 0) for fraction in (lazy.cumulative_N / eager.cumulative_N).tolist())
         return [
             f"without lazy evaluation: {in_millions(eager.cumulative_N)}; it saves {saved}"
             + ("" if self.lazy else ", and is switched off (backbone.lazy=true)")

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from policyskip.errors import UserError, first_line
 from policyskip.sealed import read_metadata, unsealed
-from policyskip.texts import one_line
+from policyskip.texts import a_type, one_line
 
 State = dict[str, Tensor]
 
@@ -225,7 +225,7 @@ def _named_tensors(content: Any, source: str) -> State:
         UserError: there are none, two have the same name, or one of them is no plain tensor of numbers.
     """
     if not isinstance(content, dict):
-        kind = "a tensor without a name" if isinstance(content, Tensor) else f"a {type(content).__name__}"
+        kind = "a tensor without a name" if isinstance(content, Tensor) else a_type(content)
         raise UserError(f"{source} holds no state dict but {kind}: tensors must be in a dictionary, by their names")
     tensors: State = {}
     for key, value in content.items():
@@ -259,7 +259,7 @@ def _holds_tensors(content: dict[Any, Any]) -> bool:
 def _not_plain(value: Tensor) -> str | None:
     """Say why a tensor is no plain tensor of numbers that are all there; None if it is one."""
     if type(value) not in (Tensor, nn.Parameter):
-        return f"is a {type(value).__name__} and no plain tensor"
+        return f"is {a_type(value)} and no plain tensor"
     if value.is_nested or value.layout is not torch.strided:
         return "is sparse or nested; make it dense with to_dense()"
     if value.is_quantized:

@@ -7,7 +7,6 @@ with intervals; the best fixed choices stand beside the rows.
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -197,20 +196,19 @@ def markdown(sections: list[Section], collected: Collected) -> str:
 
 def show(comparison: Comparison) -> None:
     """Print what came out of every group and its main table, then the warnings and the runs that were left out."""
-    columns = os.environ.get("COLUMNS", "")
-    out = console(int(columns) if columns.isdecimal() and int(columns[:5]) >= 40 else 200)
+    out = console(200)
     for section in comparison.sections:
         header, lines, left_out = formats.fitting(*formats.display_table(section.cells), out.width)
         table = Table(title=f"Runs on {section.group.reason}")
-        for n, column in enumerate(header):
-            table.add_column(column, justify="right" if n else "left", overflow="fold")
+        for n, least in enumerate(formats.least_widths(header, lines, out.width)):
+            table.add_column(header[n], justify="right" if n else "left", overflow="fold", width=least)
         for line in lines:
             table.add_row(*line)
         for sentence in section.verdict:
             out.print(sentence)
         out.print(table)
         if left_out:
-            out.print(f"For lack of room without: {'; '.join(left_out)} (comparison.csv has them).")
+            out.print(f"Not shown for lack of room: {'; '.join(left_out)} (comparison.csv has them).")
     out.print("Means over seeds ± half the 95 % t interval over seeds; 95 % over images: paired bootstrap.")
     found = notes(comparison.collected)
     for note in found if len(found) <= MOST_NOTES else found[: MOST_NOTES - 1]:

@@ -182,14 +182,14 @@ def exit_use(rows: Sequence[Row], styles: dict[str, Style]) -> Figure | None:
             "type": "bar",
             "name": for_plotly(row.label),
             "x": list(range(len(share))),
-            "y": share,
+            "y": [100 * part for part in share],
             "marker": {"color": styles[row.label].colour},
-            "hovertemplate": f"<b>{for_plotly(row.label)}</b><br>exit %{{x}}: %{{y:.3f}} of the images<extra></extra>",
+            "hovertemplate": f"<b>{for_plotly(row.label)}</b><br>exit %{{x}}: %{{y:.1f}} % of images<extra></extra>",
         }
         for row, share in used
     ]
     layout = {"height": 340, "xaxis": {"title": {"text": "exit"}, "dtick": 1}}
-    layout["yaxis"] = {"title": {"text": "share of images"}, "rangemode": "tozero"}
+    layout["yaxis"] = {"title": {"text": "share of images, %"}, "rangemode": "tozero"}
     note = "Share of the test images that leave at each exit, mean over seeds."
     return {"title": "Where images leave", "note": note, "data": data, "layout": layout}
 

@@ -65,20 +65,28 @@ def fitting(header: list[str], lines: list[list[str]], width: int) -> tuple[list
     Returns: the header and the lines that are left, and the columns that were left out.
     """
 
-    def needed(n: int) -> int:
-        words = [word for word in header[n].split() if n] + [line[n] for line in lines]
-        longest = max(map(len, words), default=0)
-        return (min(longest, width // 3) if n == 0 else longest) + 3
-
     left_out = []
     for column in LEAST_NEEDED_FIRST:
-        if 1 + sum(map(needed, range(len(header)))) <= width:
+        if 1 + sum(3 + least for least in least_widths(header, lines, width)) <= width:
             break
         if column in header:
             n = header.index(column)
             left_out.append(column)
             header, lines = header[:n] + header[n + 1 :], [line[:n] + line[n + 1 :] for line in lines]
     return header, lines, left_out
+
+
+def least_widths(header: list[str], lines: list[list[str]], width: int) -> list[int]:
+    """Return how many letters each column of a table needs.
+
+    Words of a heading may stand below each other; of the cells only those of the first column are folded, to a third of
+    the ``width``.
+    """
+    cells = [max((len(line[n]) for line in lines), default=0) for n in range(len(header))]
+    words = [max(map(len, title.split()), default=0) for title in header]
+    return [
+        max(cell, word) if n else min(cell, width // 3) for n, (cell, word) in enumerate(zip(cells, words, strict=True))
+    ]
 
 
 def _plus_minus(line: dict[str, Any], key: str, scale: float, form: str) -> str:

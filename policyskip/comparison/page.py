@@ -152,11 +152,12 @@ def _disputed(section: Section, images: dict[int, str]) -> str:
         if index not in images:
             continue
         decisions = decided[0].decisions[0]
-        right = [row.label for row in decided if row.correct_N[index] >= 0.5]
-        wrong = [row.label for row in decided if row.correct_N[index] < 0.5]
-        title = f"right: {', '.join(right) or 'none'}; wrong: {', '.join(wrong) or 'none'}"
-        text = f'<span class="right">{len(right)} right</span>: {for_html(_few(right))}<br>'
-        text += f'<span class="wrong">{len(wrong)} wrong</span>: {for_html(_few(wrong))}'
+        parts = _right_and_wrong(decided, index)
+        title = "; ".join(f"{kind}: {', '.join(labels)}" for kind, labels in parts.items())
+        text = "<br>".join(
+            f'<span class="{kind.replace(" ", "-")}">{len(labels)} {kind}</span>: {for_html(_few(labels))}'
+            for kind, labels in parts.items()
+        )
         label = for_html(decisions.classes[int(decisions.label_N[index])])
         picture = f'<img src="{images[index]}" alt="test image {index}">'
         cards.append(
@@ -165,12 +166,23 @@ def _disputed(section: Section, images: dict[int, str]) -> str:
     if not cards:
         return ""
     note = "First the images on which about half of the rows are right; then those on which rows spend differently."
+    if any(len(row.results) > 1 for row in decided):
+        note += " A row is right, or wrong, where all its seeds are."
     return f'<h3>Images they disagree on</h3><p class="note">{note}</p><div class="cards">{"".join(cards)}</div>'
 
 
+def _right_and_wrong(rows: Sequence[Row], index: int) -> dict[str, list[str]]:
+    """Sort the labels of rows by whether all seeds, some or none are right on an image; no list is empty."""
+    found: dict[str, list[str]] = {"right": [], "right in some seeds": [], "wrong": []}
+    for row in rows:
+        share = row.correct_N[index]
+        found["right" if share == 1 else "right in some seeds" if share > 0 else "wrong"].append(row.label)
+    return {kind: labels for kind, labels in found.items() if labels}
+
+
 def _few(labels: list[str], count: int = 3) -> str:
-    """Join the first ``count`` labels, with an ellipsis if there are more."""
-    return ", ".join(labels[:count]) + (", …" if len(labels) > count else "")
+    """Join the first ``count`` labels, and say how many more there are."""
+    return ", ".join(labels[:count]) + (f" and {len(labels) - count} more" if len(labels) > count else "")
 
 
 def notes(collected: Collected) -> list[str]:

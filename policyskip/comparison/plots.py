@@ -5,6 +5,7 @@ Shapes: K blocks or exits.
 
 from __future__ import annotations
 
+import textwrap
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -30,6 +31,7 @@ from policyskip.evaluation.plots import (
     draw_image,
     figure_of,
     finish,
+    in_percent,
     panel_of_curves,
     save,
     shorten,
@@ -137,7 +139,7 @@ def block_use(rows: Sequence[Row], path: Path) -> Path | None:
     for n, (_, share) in enumerate(used):
         grid[n, : len(share)] = share
     picture = axes.imshow(grid, aspect="auto", cmap="Blues", vmin=0, vmax=1)
-    figure.colorbar(picture, ax=axes, label="share of images")
+    in_percent(figure.colorbar(picture, ax=axes, label="share of images").ax.yaxis, 0)
     axes.set(xlabel="block", yticks=range(len(used)), xticks=range(0, width, 1 if width <= 20 else 5))
     axes.set_yticklabels([_shown(row.label) for row, _ in used], fontsize=8)
     return save(figure, "How often each block runs on test images, mean over seeds.", path)
@@ -156,9 +158,23 @@ def exit_use(rows: Sequence[Row], styles: dict[str, Style], path: Path) -> Path 
         axes.bar(range(len(share)), share, color=styles[row.label].colour)
         axes.set_title(for_matplotlib(row.label, 34), fontsize=8)
         axes.set(xticks=range(len(share)), ylim=(0, 1))
+        in_percent(axes.yaxis, 0)
     for axes in grid.flat[len(used) :]:
         axes.set_visible(False)
     return save(figure, "Share of the test images that leave at each exit, mean over seeds.", path)
+
+
+NOT_KNOWN = {
+    "same_choices": "no two runs choose among the same blocks or exits",
+    "same_answers": "no row has two runs",
+    "same_spending": "all images cost the same in some run of each pair",
+}
+"""Why a measure of agreement is known of no pair of rows."""
+
+
+def _sentence_case(name: str) -> str:
+    """Return the name of a measure as a title begins."""
+    return name.replace("_", " ").capitalize()
 
 
 def agreement(rows: Sequence[Row], cells: Cells, path: Path) -> Path | None:
@@ -172,20 +188,23 @@ def agreement(rows: Sequence[Row], cells: Cells, path: Path) -> Path | None:
     for n, (axes, key) in enumerate(zip(figure.subplots(1, len(MEASURES)), MEASURES, strict=True)):
         grid = np.array(matrix(known, cells, key), dtype=np.float64)
         picture = axes.imshow(grid, cmap="viridis", vmin=0, vmax=1, aspect="auto")
-        axes.set_title(key.replace("_", " "), fontsize=10)
+        axes.set_title(_sentence_case(key), fontsize=10)
         axes.set(xticks=range(len(labels)), yticks=range(len(labels)))
         axes.set_xticklabels(labels, rotation=90, fontsize=7)
         axes.set_yticklabels(labels if n == 0 else [], fontsize=7)
-        if len(labels) <= 12:
+        if np.isnan(grid).all():
+            text = textwrap.fill(f"not known: {NOT_KNOWN[key]}", 28)
+            axes.text(0.5, 0.5, text, ha="center", va="center", fontsize=8, transform=axes.transAxes)
+        elif len(labels) <= 12:
             for (y, x), value in np.ndenumerate(grid):
                 if value == value:
                     colour = "white" if value < 0.6 else "black"
                     axes.text(x, y, f"{value:z.2f}", ha="center", va="center", fontsize=6, color=colour)
     figure.colorbar(picture, ax=figure.axes, shrink=0.8)
+    meanings = ". ".join(f"{_sentence_case(key)}: {meaning}" for key, meaning in MEASURES.items())
     caption = (
         "How alike two rows decide on the same images, mean over pairs of runs; on the diagonal, seeds of one row. "
-        + "; ".join(f"{key.replace('_', ' ')}: {meaning}" for key, meaning in MEASURES.items())
-        + ". Empty where it cannot be said."
+        f"{meanings}. Empty where it cannot be said."
     )
     return save(figure, caption, path)
 
@@ -206,11 +225,18 @@ def disagreement(
         draw_image(above, images[index], shorten(decided.classes[int(decided.label_N[index])]), "black")
         right = np.array([[row.correct_N[index]] for row in known])
         below.imshow(right, cmap="RdYlGn", vmin=-0.15, vmax=1.15, aspect="auto")
+        for edge in range(1, len(known)):
+            below.axhline(edge - 0.5, color="white", linewidth=1.5)
         below.set(xticks=[], yticks=range(len(known)) if n == 0 else [])
         if n == 0:
             below.set_yticklabels([_shown(row.label) for row in known], fontsize=7)
         below.set_xlabel(f"image {index}", fontsize=7)
-    caption = "Test images that divide the agents most. Under each, who is right: green all seeds, red none."
+    several = any(len(row.results) > 1 for row in known)
+    meanings = "right in all seeds; yellow or orange, right in some seeds" if several else "right"
+    caption = (
+        "Test images that divide the agents most, each under its label. Below each image is a field for every row: "
+        f"green, {meanings}; red, wrong."
+    )
     return save(figure, caption, path)
 
 

@@ -108,7 +108,7 @@ class Band:
 
 
 CURVES = {
-    "val/accuracy": "accuracy on validation images",
+    "val/accuracy": "accuracy on validation images, %",
     "val/macs_fraction": "MACs, share of the full network's",
 }
 
@@ -118,7 +118,10 @@ FEW_STEPS = 40
 
 
 def band(row: Row, key: str) -> Band | None:
-    """Return a row's curve of one metric, at the steps that all its seeds have; None if there is no such step."""
+    """Return a row's curve of one metric, at the steps that all its seeds have; None if there is no such step.
+
+    Accuracy is in percent.
+    """
     curves = [
         {r["step"]: r[key] for r in result.records if is_number(r.get(key)) and is_number(r.get("step"))}
         for result in row.results
@@ -127,6 +130,7 @@ def band(row: Row, key: str) -> Band | None:
     if not steps:
         return None
     value_RT = np.array([[curve[step] for step in steps] for curve in curves], dtype=np.float64)
+    value_RT *= 100 if key == "val/accuracy" else 1
     summary = (value_RT.mean(0), value_RT.min(0), value_RT.max(0))
     return Band([float(step) for step in steps], *(column.tolist() for column in summary))
 

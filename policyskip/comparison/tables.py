@@ -29,9 +29,9 @@ CLASS_MEANS = ("accuracy", "full_accuracy", "macs_share")
 MOST_KEYS, LONGEST_VALUE = 5, 40
 """How many keys a row's label has at most, and how many letters of a value."""
 MEASURES = {
-    "same_choices": "the same choice for an image: share of blocks decided alike, or of images leaving at one exit",
-    "same_answers": "the same answer for the same image",
-    "same_spending": "spending on the same images: rank correlation of their cost",
+    "same_choices": "share of blocks that are decided alike, or of images that leave at the same exit",
+    "same_answers": "share of images that get the same answer",
+    "same_spending": "rank correlation of what images cost",
 }
 """How alike two runs decide: the names of three measures, and what the page says of each."""
 

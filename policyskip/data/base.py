@@ -24,7 +24,7 @@ from policyskip.finite import whole_number
 from policyskip.parallel import processes
 from policyskip.parallel.devices import usual_defaults
 from policyskip.runs.schemas import LONGEST_NAME
-from policyskip.texts import one_line
+from policyskip.texts import a_type, one_line
 
 SPLIT_SEED = 0
 """Decides which images are held out for validation. It is the same in every run, whatever the run's seed, because
@@ -120,16 +120,16 @@ def described(value: Any) -> str:
 
     Returns: one line that is safe to print.
     """
-    kind = type(value).__name__
+    kind = a_type(value)
     if value is None or isinstance(value, bool | int | float | str | Path):
         return one_line(repr(value), 80)
     if shape := _shape(value):
         dtype = str(getattr(value, "dtype", "")).removeprefix("torch.")
-        return one_line(" ".join(filter(None, [f"a {kind} of", dtype, shape])), 120)
+        return one_line(" ".join(filter(None, [f"{kind} of", dtype, shape])), 120)
     try:
-        return one_line(f"a {kind} of length {len(value)}", 120)
+        return one_line(f"{kind} of length {len(value)}", 120)
     except Exception:  # a stranger's __len__ may raise anything
-        return one_line(f"a {kind}", 120)
+        return one_line(kind, 120)
 
 
 def _shape(value: Any) -> str:

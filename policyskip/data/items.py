@@ -18,8 +18,8 @@ from policyskip.data.arrays import Channels, as_images
 from policyskip.data.base import described, spread_indices
 from policyskip.data.files import in_rgb
 from policyskip.data.reading import scaled
-from policyskip.errors import UserError, in_one_line
-from policyskip.texts import one_line
+from policyskip.errors import UserError, in_one_line, named
+from policyskip.texts import a_type, one_line
 
 IMAGE_KEYS = ("image", "img", "pixel_values")
 LABEL_KEYS = ("label", "labels", "fine_label")
@@ -51,7 +51,7 @@ class Items:
         if isinstance(items, Mapping):
             some = ", ".join(one_line(repr(key), 20) for key in list(items)[:4])
             raise UserError(
-                f"a data set is one split, got a {type(items).__name__} of {some}; "
+                f"a data set is one split, got {a_type(items)} of {some}; "
                 "from_dataset(splits['train'], test=splits['test']) takes two of them"
             )
         if isinstance(items, str | bytes | type) or not all(
@@ -155,7 +155,7 @@ class Items:
         try:
             item = self.items[index]
         except Exception as error:
-            raise UserError(f"{where} cannot be read: {type(error).__name__}: {in_one_line(error)}") from error
+            raise UserError(f"{where} cannot be read: {named(error)}") from error
         if isinstance(item, Mapping):
             return self._value(item, "image", IMAGE_KEYS, where), self._value(item, "label", LABEL_KEYS, where)
         if isinstance(item, tuple | list) and len(item) == 2:

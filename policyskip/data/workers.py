@@ -19,7 +19,7 @@ from typing import Any
 
 import torch
 
-from policyskip.errors import UserError, in_one_line
+from policyskip.errors import UserError, in_one_line, named
 
 MOST_WORKERS = 512
 """The most processes that ``data.workers`` may ask for; of these, four a CPU are used at most."""
@@ -129,5 +129,5 @@ def _work(answer: Callable[[Any], Any], requests: Connection, answers_: Connecti
             except UserError as error:
                 result = error
             except Exception as error:  # which may be one that cannot be pickled
-                result = RuntimeError(f"{type(error).__name__}: {in_one_line(error)}")
+                result = RuntimeError(named(error))
             answers_.send(result)

@@ -14,7 +14,7 @@ from policyskip.backbones import Backbone, Network, checkpoints, cifar_resnet, l
 from policyskip.backbones.gated import GatedNetwork
 from policyskip.deployment.policy_files import Family, PolicyFile, damaged_policy
 from policyskip.deployment.policy_schema import check_arguments
-from policyskip.errors import UserError, in_one_line
+from policyskip.errors import UserError, in_one_line, named
 from policyskip.files import damaged
 from policyskip.finite import find_nonfinite
 from policyskip.runs.folder import Run
@@ -110,7 +110,7 @@ def built(run: Run, name: str, make: Callable[..., Any], arguments: dict[str, An
     except Exception as error:
         if registry.is_own(make.__module__):
             raise damaged_policy(run, error) from error
-        raise UserError(f"{name} failed with {type(error).__name__}: {error}") from error
+        raise UserError(f"{name} failed with {named(error, 1000)}") from error
 
 
 def load_state(

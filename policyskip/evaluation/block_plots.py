@@ -25,6 +25,7 @@ from policyskip.evaluation.plots import (
     finish,
     gallery,
     groups_by_difficulty,
+    in_percent,
     order_among_ties,
     save,
     shorten,
@@ -49,13 +50,11 @@ def accuracy_against_macs(
     mixed = [sets[n] for n in hull] or sorted(sets)
     if mixed:
         axes.plot(*zip(*mixed, strict=True), "s-", color=STATIC, markersize=4, label="fixed choices, and two mixed")
-        most, best = mixed[-1]
-        axes.plot([most, 2.0], [best, best], ":", color=STATIC, linewidth=1)  # to cost more does not help them
     if others := [point for point in sets if point not in mixed]:
         axes.plot(
             *zip(*others, strict=True),
             "s",
-            label="fixed choices of other sizes",
+            label="other fixed choices",
             color="none",
             markeredgecolor=STATIC,
             markersize=4,
@@ -72,17 +71,18 @@ def accuracy_against_macs(
     axes.plot(*rivals[0], "o", color=KEPT, markersize=9, label=label)
     low, high = min(accuracy for _, accuracy in rivals), max(accuracy for _, accuracy in rivals)
     room = max(0.25 * (high - low), 0.02)
-    left = max(0.0, min(macs for macs, _ in rivals) - 0.15)
-    limits: dict[str, Any] = {
-        "xlim": (left, 1.04 * max(macs for macs, _ in rivals)),
-        "ylim": (low - room, min(high + room, 1.01)),
-    }
+    left, right = max(0.0, min(macs for macs, _ in rivals) - 0.15), 1.04 * max(macs for macs, _ in rivals)
+    if mixed and mixed[-1][0] < right:
+        label = "the best of these, if more is spent"
+        axes.plot([mixed[-1][0], right], [mixed[-1][1]] * 2, ":", color=STATIC, linewidth=1, label=label)
+    limits: dict[str, Any] = {"xlim": (left, right), "ylim": (low - room, min(high + room, 1.01))}
     finish(axes, xlabel="MACs, share of the full network's", ylabel="test accuracy", **limits)
+    in_percent(axes.yaxis)
     figure.legend(fontsize=8, loc="outside upper left", ncols=2)
     caption = (
         "Above the line, deciding per image pays. All fixed choices were made on validation images, and are judged "
-        "here on test images. Filled squares were the best there, and two of them can be mixed to cost what the "
-        "policy costs; hollow ones are other sizes, which may be better here by luck. What is far below is cut off."
+        "here on test images. Filled squares were the best of their cost there, and two of them can be mixed to cost "
+        "what the policy costs; hollow squares were not, and may be better here by luck. What is far below is cut off."
     )
     return save(figure, caption, path)
 
@@ -95,6 +95,7 @@ def block_use(decisions: Decisions, stages: tuple[int, ...], path: Path) -> Path
     axes.bar(range(len(use_K)), use_K.tolist(), color=KEPT)
     _mark_stages(axes, stages)
     axes.set(xlabel="block", ylabel="share of images", ylim=(0, 1.09), xlim=(-0.6, len(use_K) - 0.4))
+    in_percent(axes.yaxis, 0)
     return save(figure, "How often each block runs on test images; dotted lines part the network's stages.", path)
 
 
@@ -106,9 +107,9 @@ def block_use_by_class(decisions: Decisions, stages: tuple[int, ...], path: Path
     axes = figure.subplots()
     use_CK = decisions.block_use_CK(len(classes))[: len(shown)]
     picture = axes.imshow(use_CK.numpy(), aspect="auto", cmap="Blues", vmin=0, vmax=1)
-    figure.colorbar(picture, ax=axes, label="share of images")
+    in_percent(figure.colorbar(picture, ax=axes, label="share of images").ax.yaxis, 0)
     _mark_stages(axes, stages)
-    axes.set(xlabel="block", yticks=range(len(shown)))
+    axes.set(xlabel="block", ylabel="class of the image", yticks=range(len(shown)))
     axes.set_yticklabels([shorten(name, 18) for name in shown])
     more = f" The first {len(shown)} of {len(classes)} classes." if len(classes) > len(shown) else ""
     return save(figure, f"How often each block runs for the test images of each class.{more}", path)
@@ -143,6 +144,7 @@ def kept_by_difficulty(decisions: Decisions, path: Path) -> Path | None:
         full = means(decisions.full_correct_N.double())
         accuracy.plot(x, full, "--", color=FULL, label="accuracy of the full network")
     accuracy.set(ylabel="test accuracy", ylim=(0, 1.04))
+    in_percent(accuracy.yaxis, 0)
     figure.legend(fontsize=8, loc="outside upper left", ncols=2)
     caption = (
         "Test images in 20 groups from easy to hard. A policy that decides per image spends more where it is hard."

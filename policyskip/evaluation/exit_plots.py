@@ -21,6 +21,8 @@ from policyskip.evaluation.plots import (
     figure_of,
     finish,
     groups_by_difficulty,
+    in_percent,
+    logarithmic_if_wide,
     order_among_ties,
     panel_of_curves,
     points_of,
@@ -50,9 +52,9 @@ def learning_curves(
     figure = figure_of(9, 3.6)
     left, right = figure.subplots(1, 2)
     panel_of_curves(left, "training loss", [(loss, loss_style)])
-    if any(value > 0 for _, value in loss):
-        left.set_yscale("log")
+    logarithmic_if_wide(left, [value for _, value in loss])
     panel_of_curves(right, "validation accuracy", curves)
+    in_percent(right.yaxis)
     for axes in (left, right):
         mark_kept(axes, kept_step(metrics, "mean_accuracy", choose_after))
     finish(right, legend="best")
@@ -93,6 +95,7 @@ def accuracy_against_macs(
     axes.plot(decisions.macs_fraction, decisions.accuracy, "o", color=KEPT, markersize=9, label=label)
     limits = (max(-0.02, lowest - 0.03), 1.01)
     finish(axes, xlabel="MACs, share of going to the last exit", ylabel="test accuracy", ylim=limits)
+    in_percent(axes.yaxis)
     figure.legend(fontsize=8, loc="outside upper left", ncols=2)
     caption = (
         "Above the squares, leaving early where it is safe pays. Everything was chosen on validation images, so the "
@@ -121,6 +124,7 @@ def exit_use(decisions: Decisions, cache: CachedExits, path: Path) -> Path:
     axes.plot(range(N), alone_N, "_", color=FULL, markersize=18, label="accuracy here if all left here")
     labels = [f"exit {n}\n{macs / 1e6:.2f} M" for n, macs in enumerate(cache.macs_N.tolist())]
     axes.set(xticks=range(N), xticklabels=labels, ylim=(0, 1.06), ylabel="share of test images; accuracy")
+    in_percent(axes.yaxis, 0)
     figure.legend(fontsize=8, loc="outside upper left", ncols=3)
     return save(
         figure, "Where test images leave, and how often they are right; under each exit what leaving costs.", path
@@ -150,7 +154,7 @@ def exit_gallery(decisions: Decisions, cache: CachedExits, images: Images, path:
         shown = f"All test images left at exit {int(exit_M[0])}: the surest of them (above) and the least sure (below)"
     caption = (
         f"{shown}, drawn at random among equals; under each the exit and how probable its answer was there. "
-        " The title is the label; red where the answer differs."
+        "The title is the label; red where the answer differs."
     )
     return plots.gallery(
         decisions,
@@ -160,7 +164,7 @@ def exit_gallery(decisions: Decisions, cache: CachedExits, images: Images, path:
         caption=caption,
         height=4.4,
         before_prediction="answer",
-        text_below=lambda index: f"exit {int(exit_M[index])}, {top_M[index]:.2f}",
+        text_below=lambda index: f"exit {int(exit_M[index])}, {100 * top_M[index]:.0f} %",
     )
 
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from math import hypot, sqrt
 from pathlib import Path
+from statistics import mean, stdev
 from typing import Any
 
 from matplotlib.axes import Axes
@@ -14,10 +16,14 @@ from policyskip.evaluation.plots import (
     STATIC,
     figure_of,
     finish,
+    in_percent,
     panel_of_curves,
     points_of,
     save,
 )
+
+FEWEST_RECORDS = 4
+"""Records of training, before and after the highest validation reward, from which a change of reward is judged."""
 
 
 def kept_step(metrics: list[dict[str, Any]], choose_by: str, choose_after: float) -> float | None:
@@ -42,24 +48,45 @@ def mark_kept(axes: Axes, step: float | None) -> None:
 
 
 def why_it_falls(metrics: list[dict[str, Any]]) -> str:
-    """Say why the reward on validation images ends below its highest, as far as the records tell; "" if it does not."""
-    reward = [value for _, value in points_of(metrics, "val/reward")]
-    if not reward or max(reward) - reward[-1] <= 0.02 * max(1.0, abs(max(reward))):
+    """Say why the reward on validation images ends below its highest, as far as the records tell; "" if it does not.
+
+    What training images say after the highest reward is compared with what they said up to it. Their rewards are noisy,
+    so a change counts only if it is twice its standard error.
+    """
+    reward = points_of(metrics, "val/reward")
+    if not reward:
+        return ""
+    best_step, best = max(reward, key=lambda point: point[1])
+    last = reward[-1][1]
+    if best - last <= 0.02 * max(1.0, abs(best)):
         return ""
 
-    def rises(key: str) -> bool:
-        values = [value for _, value in points_of(metrics, f"train/{key}")]
-        quarter = -(-len(values) // 4)
-        return len(values) > 1 and sum(values[-quarter:]) > sum(values[:quarter]) + 1e-9
+    def around_best(key: str) -> tuple[list[float], list[float]]:
+        """Return a training figure's values after the best step, and at most as many up to it."""
+        points = points_of(metrics, f"train/{key}")
+        after = [value for step, value in points if step > best_step]
+        before = [value for step, value in points if step <= best_step]
+        return after, before[-max(1, len(after)) :]
 
     reasons = {
         "price": "the price of computing rose, so the same decisions earn less",
         "free_blocks": "the curriculum let the policy decide about more blocks",
-        "reward": "on training images it rose, so the policy fits those better than others",
     }
-    found = [reason for key, reason in reasons.items() if rises(key)]
-    reason = "; ".join(found) or "on training images it did not rise either; a smaller learning rate may help"
-    return f" Validation reward fell in the end: {reason}."
+    sides = {key: around_best(key) for key in ("reward", *reasons)}
+    found = [reason for key, reason in reasons.items() if all(sides[key]) and sides[key][0][-1] > sides[key][1][-1]]
+    after, before = sides["reward"]
+    if min(len(after), len(before)) >= FEWEST_RECORDS:
+        rise, clear = mean(after) - mean(before), 2 * hypot(_standard_error(after), _standard_error(before))
+        if rise > clear:
+            found.append("on training images it rose since, so the policy fits those better than others")
+        elif rise < -clear and not found:
+            found.append("on training images it fell too; a smaller learning rate may help")
+    why = "; ".join(found) or "the records do not show why"
+    return f" Validation reward ends below its highest ({last:.3f} after {best:.3f}): {why}."
+
+
+def _standard_error(values: list[float]) -> float:
+    return stdev(values) / sqrt(len(values))
 
 
 def learning_curves(
@@ -88,10 +115,13 @@ def learning_curves(
     kept = kept_step(metrics, "reward", choose_after)
     for axes, (title, curves) in zip(figure.subplots(1, 3), panels, strict=True):
         panel_of_curves(axes, title, curves)
+        if title == "accuracy":
+            in_percent(axes.yaxis)
         mark_kept(axes, kept)
     finish(axes, legend="best", ylim=(0, 1.04 * (blocks or 1)))
     caption = f"Reward, accuracy and {cost} while the policy learned; on validation images, when it is greedy."
     if kept:
         caption += f" Kept are the weights of update {kept}, which have the highest reward on validation images"
-        caption += f" from update {choose_after:.0f} on." if choose_after > 0 else "."
+        after = f" from update {choose_after:.0f} on: before it, weights can look good by luck"
+        caption += f"{after}." if choose_after > 0 else "."
     return save(figure, caption + why_it_falls(metrics), path)

@@ -17,10 +17,11 @@ from typing import Any, Literal
 import numpy as np
 import torch
 from matplotlib.axes import Axes
+from matplotlib.axis import Axis
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
-from matplotlib.ticker import MaxNLocator, ScalarFormatter
+from matplotlib.ticker import LogLocator, MaxNLocator, NullLocator, PercentFormatter, ScalarFormatter
 from numpy.typing import NDArray
 from torch import Tensor
 
@@ -95,6 +96,21 @@ def panel_of_curves(axes: Axes, title: str, curves: Iterable[tuple[Points, dict[
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     finish(axes, title=title, xlabel="update")
     return lines
+
+
+def in_percent(axis: Axis, decimals: int | None = None) -> None:
+    """Write the shares along an axis as percentages; matplotlib chooses the decimals if None are given."""
+    axis.set_major_formatter(PercentFormatter(1, decimals, " %"))
+
+
+def logarithmic_if_wide(axes: Axes, values: Sequence[float]) -> None:
+    """Let the vertical axis be logarithmic if the values that are drawn need it, with few labels, which stand apart."""
+    if not values or min(values) <= 0 or max(values) < 5 * min(values):
+        return
+    axes.set_yscale("log")
+    axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5) if max(values) < 1000 * min(values) else (1,)))
+    axes.yaxis.set_major_formatter(ScalarFormatter())
+    axes.yaxis.set_minor_locator(NullLocator())
 
 
 def points_of(records: list[dict[str, Any]], name: str) -> list[tuple[float, float]]:
@@ -200,10 +216,9 @@ def profile(content: dict[str, Any], path: Path) -> Path:
         left.plot(block_K, 1000 * kept_K, **style)
         right.plot(block_K, kept_K / kept_K.sum(), **style)
     right.plot(block_K, macs_K / macs_K.sum(), color=STATIC, linestyle="--", label="of the MACs")
-    microseconds = dict(xlabel="block", ylabel="microseconds an image", yscale="log")
-    finish(left, legend="best", title="time of a block that runs", **microseconds)
-    for set_formatter in (left.yaxis.set_major_formatter, left.yaxis.set_minor_formatter):
-        set_formatter(ScalarFormatter())
+    logarithmic_if_wide(left, [1000 * time for times in content["batches"].values() for time in times["kept_ms"]])
+    finish(left, legend="best", title="time of a block that runs", xlabel="block", ylabel="microseconds an image")
+    in_percent(right.yaxis)
     finish(right, legend="best", title="share of all blocks", xlabel="block", ylim=(0, None))
     caption = (
         f"{content['network']} on {content['device']}: what each block takes, and whether MACs tell. "

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
@@ -12,6 +11,7 @@ from rich.text import Text
 
 from policyskip.exits.references import LABEL_NATS
 from policyskip.texts import LONGEST_LINE, one_line
+from policyskip.typed.streams import line_width
 
 
 class PlainConsole(Console):
@@ -27,9 +27,9 @@ def console(width: int = 110) -> Console:
     """Make the console that everything is printed on which can hold text of strangers.
 
     Args:
-        width: of the lines, where the output is no terminal.
+        width: of the lines, where the output is no terminal and ``COLUMNS`` says nothing.
     """
-    return PlainConsole(width=None if sys.stdout.isatty() else width)
+    return PlainConsole(width=line_width(width))
 
 
 def verdict(summary: dict[str, Any]) -> tuple[str, str]:
@@ -112,7 +112,7 @@ def show_exits(summary: dict[str, Any]) -> None:
         f"Deciding per image {text}: {margin} points against the best fixed exits that cost no more, chosen on "
         "validation.",
         f"Without early exits the network costs {alone / 1e6:.2f} M MACs; "
-        f"this is {test['macs_mean'] / alone:.3f} of it.",
+        f"the policy's {test['macs_mean'] / 1e6:.2f} M are {test['macs_mean'] / alone:.3f} of that.",
         f"Images that left at each exit: {leaving}; of these, right: {right}.",
     ]
     _show(summary, ("", "accuracy", "MACs (millions)", "of full"), rows, lines)

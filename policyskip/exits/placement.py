@@ -18,6 +18,7 @@ from policyskip.backbones.resnet_exits import ResNetExits
 from policyskip.data import Images, batch_at, spread_indices
 from policyskip.errors import UserError
 from policyskip.runs.progress import waiting
+from policyskip.texts import percent
 
 
 @dataclass(frozen=True)
@@ -155,9 +156,9 @@ def propose_exits(
     for block in blocks:
         gained, paid = accuracy_K[block] - accuracy_before, macs_K[block] - macs_before
         reason = (
-            f"after block {block}: {accuracy_K[block]:.1%} right at {macs_K[block] / full_macs:.2f} of the full cost "
-            f"(the network: {full_accuracy:.1%}), {100 * gained:+.1f} points for {paid / 1e6:.3g} million MACs "
-            f"more than {'a guess' if block == blocks[0] else 'the exit before'}"
+            f"after block {block}: {percent(accuracy_K[block])} right at {macs_K[block] / full_macs:.2f} of the full "
+            f"cost (the network: {percent(full_accuracy)}), {100 * gained:+.1f} points for {paid / 1e6:.3g} million "
+            f"MACs more than {'a guess' if block == blocks[0] else 'the exit before'}"
         )
         proposals.append(Proposal(block, reason))
         accuracy_before, macs_before = accuracy_K[block], macs_K[block]

@@ -22,6 +22,7 @@ from torch import Tensor
 
 from policyskip import registry
 from policyskip.errors import UserError
+from policyskip.texts import a_type
 
 
 def top_probability(probability: Tensor) -> Tensor:
@@ -180,7 +181,7 @@ def _check_rule(name: str, rule: Any) -> None:
     """Check that an object has what :class:`Rule` asks for, and that no image leaves at the first of its extremes."""
     missing = [attribute for attribute in ("extremes", "leaves", "turning_points") if not hasattr(rule, attribute)]
     if missing:
-        raise UserError(f"the exit rule {name} is a {type(rule).__name__} without {missing[0]}; a rule needs it")
+        raise UserError(f"the exit rule {name} is {a_type(rule)} without {missing[0]}; a rule needs it")
     extremes = tuple(rule.extremes)
     if not extremes or not all(isinstance(extreme, int | float) for extreme in extremes):
         raise UserError(f"extremes of the exit rule {name} must be a tuple of one or two numbers, got {extremes}")

@@ -18,6 +18,7 @@ from policyskip.backbones.base import IMAGENET_MEAN, IMAGENET_STD
 from policyskip.backbones.resnet import basic_block
 from policyskip.errors import UserError
 from policyskip.policies.base import Policy
+from policyskip.texts import a_type
 
 
 class KeepPolicy(Policy):
@@ -140,7 +141,7 @@ def check_policy(policy: KeepPolicy, images: Tensor, num_blocks: int) -> int:
     with torch.no_grad(), registry.naming_failures(f"agent: the policy network {kind}"):
         returned: Any = policy.eval().features_and_logits(images)
     if not isinstance(returned, tuple | list) or len(returned) != 2 or not all(isinstance(x, Tensor) for x in returned):
-        what = f"{len(returned)} values" if isinstance(returned, tuple | list) else f"a {type(returned).__name__}"
+        what = f"{len(returned)} values" if isinstance(returned, tuple | list) else a_type(returned)
         raise UserError(
             f"features_and_logits of the policy network {kind} must return features (B, D) and logits (B, K), got "
             f"{what}; a network without features may define forward, which returns the logits"

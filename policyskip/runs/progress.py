@@ -11,9 +11,11 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
+from itertools import accumulate
 from typing import Any
 
 from policyskip.texts import one_line
+from policyskip.typed.streams import line_width
 
 PATIENCE = 2.0
 """Seconds for which a wait says nothing."""
@@ -101,7 +103,27 @@ class Wait:
 
     def line(self) -> str:
         """Describe it in a line that is not changed later."""
-        return "  ".join(filter(None, (self.what, self.amount_text(), *self.figures, self.time_text())))
+        return ", ".join([self._begin, *self.figures, self.time_text()])
+
+    def last_line(self, width: int | None = None) -> str:
+        """Describe it at its end, with as many figures as there is room for, and the time that it took.
+
+        Args:
+            width: letters that there is room for; None: any number.
+        """
+        parts = [self._begin, f"took {duration(self.seconds)}"]
+        shown = self.figures if width is None else self._fitting(width - len("  ".join(parts)))
+        return "  ".join([parts[0], *shown, parts[1]])
+
+    @property
+    def _begin(self) -> str:
+        """Return what it is and how much is done."""
+        return " ".join(filter(None, (self.what, self.amount_text())))
+
+    def _fitting(self, room: int) -> list[str]:
+        """Return the first figures that fit into ``room`` letters, with two spaces before each."""
+        ends = accumulate(len(figure) + 2 for figure in self.figures)
+        return [figure for figure, end in zip(self.figures, ends, strict=True) if end <= room]
 
     def bar_line(self, width: int, full: str = "━", empty: str = "─") -> str:
         """Describe it in a line of at most ``width`` letters, with a bar and with as many figures as there is room for.
@@ -111,17 +133,14 @@ class Wait:
         Args:
             full, empty: what the bar is made of.
         """
-        begin = " ".join(filter(None, (self.what, self.amount_text())))
         bar = SHORTEST_BAR if self.share is not None else 0
-        parts = [begin, self.time_text()]
+        parts = [self._begin, self.time_text()]
         room = width - len("  ".join(parts)) - (bar + 2 if bar else 0)
         if room < 0:
             bar, room = 0, 0
-        for figure in self.figures:
-            if len(figure) + 2 > room:
-                break
-            parts.append(figure)
-            room -= len(figure) + 2
+        shown = self._fitting(room)
+        parts += shown
+        room -= sum(len(figure) + 2 for figure in shown)
         if bar:
             bar = min(LONGEST_BAR, bar + room)
             filled = round(bar * (self.share or 0))
@@ -194,14 +213,16 @@ def updates(steps: int, done: int) -> Iterator[ShowUpdate]:
     if _shown and _is_terminal(sys.stdout) and _is_terminal(sys.stderr):
         with _reported(wait):
             yield note
-        print(wait.line(), flush=True)  # the bar is gone, and its last figures are worth keeping
+        print(wait.last_line(line_width(80) - 1), flush=True)  # the bar is gone, and its last figures are worth keeping
         return
     interval = max(1, steps // 20)
 
     def print_some(step: int, metrics: dict[str, float]) -> None:
         note(step, metrics)
-        if step % interval == 0 or step == steps:
-            print(f"step {step}/{steps}  {'  '.join(wait.figures)}  {wait.seconds_left or 0:.0f} s left", flush=True)
+        if step == steps:
+            print(wait.last_line(), flush=True)
+        elif step % interval == 0:
+            print("  ".join([f"step {step}/{steps}", *wait.figures, wait.time_text()]), flush=True)
 
     yield print_some
 

@@ -152,7 +152,7 @@ class Tracker:
         offline = Path(str(wandb_run.settings.sync_dir))
         parts = sorted(offline.parent.glob(f"offline-run-*-{wandb_run.id}")) or [offline]
         folders = " ".join(shlex.quote(str(part)) for part in parts)
-        self.where = wandb_run.url or f"offline; `wandb sync {folders}` brings it up"
+        self.where = wandb_run.url or f"offline; `wandb sync {folders}` uploads it"
 
     def _begun(self, mode: str, config: dict[str, Any], labels: Labels) -> wandb.Run | None:
         """Begin or go on with a W&B run; None if the user has disabled W&B."""

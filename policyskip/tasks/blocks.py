@@ -36,6 +36,7 @@ from policyskip.static_front import StaticFront
 from policyskip.tasks.base import FamilyTask, Judgement, check_batch, names_of
 from policyskip.tasks.fronts import best_set, load_front, remembered_front, static_figures, static_front
 from policyskip.tasks.report import completed, head_of, write_finished
+from policyskip.texts import a_type
 
 
 class BlockTask(FamilyTask):
@@ -134,8 +135,7 @@ def _check_policy(agent: Agent, env: DecisionEnv) -> None:
         action = agent.decide(env)
     expected = (len(env.observation), *(env.single_action_space.shape or ()))
     if not isinstance(action, Tensor) or (action.dtype, tuple(action.shape)) != (torch.bool, expected):
-        kind = type(action).__name__
-        found = f"{action.dtype} {tuple(action.shape)}" if isinstance(action, Tensor) else f"a {kind}"
+        found = f"{action.dtype} {tuple(action.shape)}" if isinstance(action, Tensor) else a_type(action)
         raise UserError(f"the agent {agent.name} must decide with a tensor torch.bool {expected} here, got {found}")
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -73,15 +74,32 @@ def show_curve(setup: Setup, run: Run, rows: int = 16) -> None:
     columns = ("MACs, of full", "accuracy", "meets accuracy_drop", "a threshold for each exit but the last")
     for column in columns:
         table.add_column(column, justify="left" if column == columns[-1] else "right")
-    for place in (front.macs_P - wanted_R.unsqueeze(1)).abs().argmin(1).unique().tolist():
+    places = (front.macs_P - wanted_R.unsqueeze(1)).abs().argmin(1).unique().tolist()
+    deployed = tuple(predictor.policy.threshold_E.tolist())
+    *threshold_texts, deployed_text = distinct_texts([*(front[place].thresholds for place in places), deployed])
+    for place, thresholds in zip(places, threshold_texts, strict=True):
         point = front[place]
         table.add_row(
             f"{point.macs_fraction:.3f}",
             f"{100 * point.accuracy:.2f} %",
             f"{math.ceil(1e4 * float(front.drop_P[place])) / 1e4:.4f}",
-            " ".join(f"{threshold:.3g}" for threshold in point.thresholds),
+            thresholds,
         )
     console().print(table)
     last = f"The last exit: {100 * curve.last_accuracy:.2f} % on validation."
     print(f"{last} Knee at {knee.macs_fraction:.3f} of the MACs.")
-    print(f"Deployed: {' '.join(f'{threshold:.3g}' for threshold in predictor.policy.threshold_E.tolist())}")
+    print(f"Deployed: {deployed_text}")
+
+
+def distinct_texts(points: Sequence[Sequence[float]], fewest: int = 3) -> list[str]:
+    """Write thresholds with as few digits, ``fewest`` at least, as tell different points apart.
+
+    Args:
+        points: the thresholds of each point.
+    """
+    texts: list[str] = []
+    for digits in range(fewest, 18):  # 17 digits tell any two numbers apart
+        texts = [" ".join(f"{threshold:.{digits}g}" for threshold in thresholds) for thresholds in points]
+        if len(set(texts)) == len(set(map(tuple, points))):
+            break
+    return texts

@@ -24,7 +24,7 @@ from policyskip.build import Setup
 from policyskip.config import group_of
 from policyskip.data import batch_at, spread_indices
 from policyskip.errors import UserError
-from policyskip.texts import one_line
+from policyskip.texts import one_line, percent
 
 FIRST, MOST = 64, 500
 """Validation images that are looked at first, and at most, where these few leave a doubt."""
@@ -70,7 +70,7 @@ def _judged(setup: Setup, network: Network, images: Tensor, label_B: Tensor, ans
     inner: Network = getattr(network, "backbone", network)
     accuracy, count, classes = _share(answer_B, label_B), len(label_B), setup.data.classes
     stated = inner.stated_accuracy
-    found = f"{network.name} answers {_percent(accuracy)} of {count} validation images rightly"
+    found = f"{network.name} answers {percent(accuracy)} of {count} validation images rightly"
     best, better = _better_order(answer_B, label_B, setup)
     if not better:
         best, better = _better_choice(inner, images, label_B, accuracy, setup)
@@ -79,14 +79,14 @@ def _judged(setup: Setup, network: Network, images: Tensor, label_B: Tensor, ans
         reordered = _reordered(answer_B, label_B, len(classes))
         if reordered > max(best, 0.5) and count >= 10 * len(classes):
             names = one_line(", ".join(classes[:4]), 80)
-            would_be = f"with the classes in another order it would be {_percent(reordered)}"
+            would_be = f"with the classes in another order it would be {percent(reordered)}"
             hint = f"; {would_be}: look at their names ({names}, …)"
         by_chance = accuracy < 1.5 * _rate(answer_B, label_B)
         even = "which is chance" if by_chance else "which so few images do not tell from chance"
         untrained = "" if inner.remark else "it is hardly trained, or "
         return [f"{found}, {even}: {untrained}{CAUSES} are others than it was trained with{hint}"]
     if stated is not None and _far_below(answer_B, label_B, stated):
-        return [f"{found}, and its file says {_percent(stated)}: {CAUSES} may be others than it was trained with{hint}"]
+        return [f"{found}, and its file says {percent(stated)}: {CAUSES} may be others than it was trained with{hint}"]
     return [f"{found}, as its file was read; {better}"] if better else []
 
 
@@ -168,7 +168,7 @@ def _better_order(answer_B: Tensor, label_B: Tensor, setup: Setup) -> tuple[floa
     share = _share(other_B, label_B)
     if share <= _share(answer_B, label_B) + 0.1 or _by_chance(other_B, label_B) > MUCH_BELOW_CHANCE:
         return 0.0, ""
-    return share, f"with data.class_order={other} it would be {_percent(share)}"
+    return share, f"with data.class_order={other} it would be {percent(share)}"
 
 
 def _better_choice(
@@ -185,7 +185,7 @@ def _better_choice(
         share = _share(answer_B, label_B)
         if share > max(best, accuracy + 0.1) and _by_chance(answer_B, label_B) < MUCH_BELOW_CHANCE:
             typed = " ".join(f"backbone.{key}={_typed(value)}" for key, value in changes.items())
-            best, choice = share, f"with {typed} it would be {_percent(share)}"
+            best, choice = share, f"with {typed} it would be {percent(share)}"
     return best, choice
 
 
@@ -210,7 +210,3 @@ def _alternatives(network: Network) -> Iterator[tuple[dict[str, Any], Network]]:
 
 def _typed(value: Any) -> str:
     return f"[{','.join(map(str, value))}]" if isinstance(value, list) else str(value)
-
-
-def _percent(share: float) -> str:
-    return f"{100 * share:.1f} %"

@@ -275,14 +275,22 @@ def budgeted_pairs(test: CachedExits, policy: ThresholdPolicy, curve: Curve) -> 
 def show_table(summary: dict[str, Any]) -> None:
     """Print the figures of a run, and what came of its target."""
     show_exits(summary)
+    console().print(outcome(summary))
+
+
+def outcome(summary: dict[str, Any]) -> str:
+    """Say what the thresholds were to reach, and what they reach on test."""
     drop = 100 * (summary["test/full_accuracy"] - summary["test/accuracy"])
     if "target/macs_fraction" in summary:
-        budget = summary["target/macs_fraction"]
-        used = summary["test/macs_fraction"]
-        console().print(f"Budget asked for {budget:.3f} of the full cost, used on test {used:.3f}.")
-    elif "target/accuracy_drop" in summary:
+        budget, used = summary["target/macs_fraction"], summary["test/macs_fraction"]
+        return f"Budget asked for {budget:.3f} of the full cost, used on test {used:.3f}."
+    reached = f"on test it is {_against_last(drop)}."
+    if "target/accuracy_drop" in summary:
         allowed = 100 * summary["target/accuracy_drop"]
-        line = f"Asked for: at most {allowed:.2f} points below the last exit; on test it is {drop:.2f} below."
-        console().print(line)
-    else:
-        console().print(f"The knee of the validation curve; on test it is {drop:.2f} points below the last exit.")
+        return f"Asked for: {'at most' if allowed >= 0 else 'at least'} {_against_last(allowed)}; {reached}"
+    return f"The knee of the validation curve; {reached}"
+
+
+def _against_last(drop: float) -> str:
+    """Say how far an accuracy is below the last exit's, in points; if ``drop`` is negative, above."""
+    return f"{abs(drop):.2f} points {'below' if round(drop, 2) >= 0 else 'above'} the last exit"

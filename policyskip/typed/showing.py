@@ -8,6 +8,7 @@ import textwrap
 from importlib import resources
 
 from policyskip.typed import words
+from policyskip.typed.streams import line_width
 
 SCRIPTS = {
     "bash": """\
@@ -31,6 +32,31 @@ compdef _policyskip policyskip""",
 """What a shell reads to complete policyskip's words, as in ``eval "$(policyskip --shell-completion bash)"``."""
 
 
+LEAST_ROOM = 30
+"""Letters that a folded column needs; where there are fewer, its text begins on a line of its own."""
+
+
+def folded(text: str) -> str:
+    """Fold the lines of a text that are wider than the screen, each below the column that it ends with."""
+    width = line_width(100)
+    return "\n".join(part for line in text.splitlines() for part in _folded(line, width))
+
+
+def _folded(line: str, width: int) -> list[str]:
+    """Fold a line; a comment, or text behind two spaces, goes on in its own column."""
+    if len(line) <= width:
+        return [line]
+    comment = re.match(r"(\s*|.*?\s)(# )", line) or re.match(r"( *\S.*? {2,}| *)()", line)
+    assert comment is not None  # the second matches every line
+    (head, mark), end = comment.groups(), line[comment.end() :]
+    indent = " " * len(head)
+    if head.strip() and width - len(head + mark) < LEAST_ROOM:
+        indent = " " * (len(line) - len(line.lstrip()) + 2)
+        return [head.rstrip(), *_folded(indent + mark + end, width)]
+    wrapper = textwrap.TextWrapper(width, head + mark, indent + mark, break_long_words=False, break_on_hyphens=False)
+    return wrapper.wrap(end)
+
+
 def help_of(command: str) -> str:
     """Return what ``policyskip COMMAND --help`` prints: the command's groups and keys, with defaults and comments."""
     text = resources.files("policyskip.configs").joinpath(f"{command}.yaml").read_text("utf-8")
@@ -51,13 +77,13 @@ def help_of(command: str) -> str:
     lines += ["Keys, with their defaults:", textwrap.indent(keys, "  "), ""]
     several = "; --multirun seed=0,1,2 makes several runs" if command in words.RESUMABLE else ""
     lines.append(f"`policyskip {command} --cfg job` shows every key of the groups, too{several}.")
-    return "\n".join(lines)
+    return folded("\n".join(lines))
 
 
 def _group_line(group: str, first: str) -> str:
-    """Return a line, folded if it is long, with the names of a group, the default first."""
+    """Return a line with the names of a group, the default first."""
     names = [first] * bool(first) + [name for name in words.groups()[group.lstrip("+")] if name != first]
-    return textwrap.fill(", ".join(names), 100, initial_indent=f"  {group:12}", subsequent_indent=" " * 14)
+    return f"  {group:11}  {', '.join(names)}"
 
 
 def completions(commands: tuple[str, ...]) -> list[str]:

@@ -14,6 +14,26 @@ EXIT_OUTPUT_LOST = 74
 """The exit code of a command that did all its work and could not print all of it; sysexits.h calls it EX_IOERR."""
 
 
+NARROWEST = 40
+"""A width that ``COLUMNS`` states and that is less than this is ignored."""
+
+
+def line_width(elsewhere: int) -> int:
+    """Return how many letters a line of the standard output may have.
+
+    It is what ``COLUMNS`` says, or else the width of the terminal.
+
+    Args:
+        elsewhere: the width where the output is no terminal, and ``COLUMNS`` says nothing.
+    """
+    columns = os.environ.get("COLUMNS", "")
+    if columns.isascii() and columns.isdecimal() and int(columns[:6]) >= NARROWEST:
+        return int(columns[:6])
+    with suppress(AttributeError, ValueError, OSError):  # no stream, a closed one, no terminal
+        return max(NARROWEST, os.get_terminal_size(sys.stdout.fileno()).columns)
+    return elsewhere
+
+
 class PatientStream:
     """A text stream that drops what cannot be written, and remembers why in ``problem``.
 

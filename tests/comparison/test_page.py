@@ -94,3 +94,14 @@ def test_a_browser_draws_it_hovers_and_clicks(page, scheme):
         browser.close()
     assert [url for url in requests if not url.startswith(("data:", "blob:"))] == [page.as_uri()]
     assert messages == []
+
+
+def test_a_row_is_right_on_an_image_only_if_all_its_seeds_are_and_no_list_is_empty(page):
+    """Of blockdrop's two seeds, one is right on some of these images, the other wrong."""
+    html = page.read_text()
+    cards = re.findall(r'<div class="card wide" title="([^"]*)">(.*?)</div>', html)
+    assert any(">1 right in some seeds</span>: blockdrop<" in card for _, card in cards)
+    for title, card in cards:
+        assert ">0 " not in card and "none" not in title and not re.search(r"</span>: *(<br>|$)", card)
+        assert sum(map(int, re.findall(r">(\d+) (?:right|wrong)", card))) == 3
+    assert "A row is right, or wrong, where all its seeds are." in html

@@ -52,8 +52,36 @@ def test_deciding_per_image_pays_only_where_the_interval_says_so(margin, half, a
     run(tmp_path / "a", 90, static_margin=margin, static_margin_ci95=half)
     (row,) = rows_of(collect([str(tmp_path)]).results)
     assert against_fixed(row) == answer
-    words = {"better": "better for 1 (a)", "worse": "worse for 1 (a)", "open": "not shown to be better or worse for 1"}
-    assert words[answer] in said(tmp_path)[-1]
+    words = {"better": "is better for a", "worse": "is worse for a", "open": "is not shown to be better or worse for a"}
+    assert said(tmp_path)[-1].endswith(f"deciding per image {words[answer]}, the one row that learned.")
+
+
+def test_rows_that_are_alike_are_said_to_be_alike_and_cost_decides_openly(tmp_path):
+    for name, blocks in (("a", 1), ("b", 2), ("c", 2), ("d", 2)):
+        run(tmp_path / name, 96, blocks)
+    first, few, last = said(tmp_path)
+    assert (
+        first == "All 4 rows are equally accurate: 96.00 %; the cheapest of them is a, at 0.500 of its network's MACs."
+    )
+    assert few == "The test images are few: one of 100 is 1.00 points."
+    assert last.endswith("deciding per image is not shown to be better or worse for any of the 4 rows that learned.")
+    run(tmp_path / "e", 90, 1)
+    assert said(tmp_path)[0].startswith("Most accurate are a, b, c and d, alike: 96.00 %; the cheapest of them is a,")
+    assert not any("No other row" in sentence for sentence in said(tmp_path))
+
+
+def test_a_row_that_learned_nothing_and_is_most_accurate_is_called_that(tmp_path):
+    run(tmp_path / "a", 95)
+    made_up_run(tmp_path / "r", made_up_decisions([[1, 1]] * 100, [0] * 97 + [1] * 3), "r", summary={"steps": 0})
+    first, few, *_ = said(tmp_path)
+    assert first.startswith("Most accurate is r, which learned nothing: 97.00 %") and "one of 100" in few
+
+
+def test_of_a_few_rows_all_are_named_and_of_many_it_is_said_how_many_more(tmp_path):
+    for n in range(7):
+        run(tmp_path / f"r{n}", 90 - n, static_margin=0.02 if n else -0.02, static_margin_ci95=0.01)
+    better = "better for 6 (r1, r2, r3, r4 and 2 more), worse for 1 (r0) of 7 rows that learned."
+    assert said(tmp_path)[-1].endswith(better)
 
 
 def test_seeds_that_disagree_show_nothing(tmp_path):

@@ -87,15 +87,15 @@ def test_training_images_alone_are_augmented_and_only_if_asked():
 WRONG_ARRAYS: dict[str, tuple[dict[str, Any], str]] = {
     "floats": (
         {"images": GREY / 255},
-        r"uint8, 0 to 255, got a ndarray of float64 \(40, 8, 9\): for values from 0 to 1",
+        r"uint8, 0 to 255, got an ndarray of float64 \(40, 8, 9\): for values from 0 to 1",
     ),
-    "whole numbers": ({"images": GREY.astype(int)}, "must be uint8, 0 to 255, got a ndarray of int64"),
+    "whole numbers": ({"images": GREY.astype(int)}, "must be uint8, 0 to 255, got an ndarray of int64"),
     "two readings": ({"images": FIRST[..., :3]}, r"\(40, 3, 8, 3\) can be read in two ways; say channels='first' or"),
     "four channels": (
         {"images": np.zeros((40, 8, 9, 4), np.uint8)},
         r"must be of shape \(N, H, W\), .*\(40, 8, 9, 4\)",
     ),
-    "one image": ({"images": COLOUR[0]}, r"must be of shape .*, got a ndarray of uint8 \(8, 9, 3\)"),
+    "one image": ({"images": COLOUR[0]}, r"must be of shape .*, got an ndarray of uint8 \(8, 9, 3\)"),
     "no image": ({"images": GREY[:0], "labels": []}, r"must be of shape .*\(0, 8, 9\)"),
     "one pixel": ({"images": np.zeros((40, 1, 1), np.uint8)}, "must be of shape"),
     "three pixels": (
@@ -134,7 +134,7 @@ WRONG_ARRAYS: dict[str, tuple[dict[str, Any], str]] = {
     "a share of NaN": ({"validation": float("nan")}, "validation must be a share above 0 and below 1.* got nan"),
     "a share of 10⁴⁰⁰": ({"test": 10**400}, "test must be a share above 0 and below 1.* got 1000"),
     "no test": ({"test": None}, r"test must be a pair \(images, labels\) or a share, got None"),
-    "test without labels": ({"test": GREY}, r"test must be a pair .*, got a ndarray of uint8 \(40, 8, 9\)"),
+    "test without labels": ({"test": GREY}, r"test must be a pair .*, got an ndarray of uint8 \(40, 8, 9\)"),
     "test of another size": (
         {"test": (GREY[:, :7], LABELS)},
         r"test images are \(3, 7, 9\), training images \(3, 8, 9\)",
@@ -307,7 +307,7 @@ def test_a_set_is_made_of_uint8_images_and_their_labels(images, labels, message)
 @pytest.mark.parametrize(
     ("images", "message"),
     [
-        (GREY, r"from_arrays\(images, labels\)\.train is one\), got a ndarray of uint8 \(40, 8, 9\)"),
+        (GREY, r"from_arrays\(images, labels\)\.train is one\), got an ndarray of uint8 \(40, 8, 9\)"),
         (PAIRS, r"from_dataset\(dataset\)\.train is one\), got a list of length 40"),
         ("digits", "got 'digits'"),
         (None, "got None"),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 from functools import partial
 from types import SimpleNamespace
 from typing import Any
@@ -145,7 +146,7 @@ def test_the_picture_shows_the_fixed_choice_of_the_table_and_all_rivals_are_on_i
     lines = {line.get_label(): line for line in axes.lines}
     assert lines["fixed choices, and two mixed"].get_xydata().tolist() == [[0.0, 0.1], [1.0, 0.9]]
     assert lines["best static choice of equal cost"].get_xydata().tolist() == [[0.5, accuracy]]
-    assert lines["fixed choices of other sizes"].get_xydata().tolist() == [[0.5, 0.98]]
+    assert lines["other fixed choices"].get_xydata().tolist() == [[0.5, 0.98]]
     (left, right), (low, high) = axes.get_xlim(), axes.get_ylim()
     for label in ("best static choice of equal cost", "full network", "policy, its own cost included"):
         ((x, y),) = lines[label].get_xydata()
@@ -163,19 +164,34 @@ def test_a_static_choice_of_another_cost_is_not_called_equal(static_macs, name):
 REWARDS = [0.1, 0.5, 0.3, 0.2]
 
 
+NOISE = (0.02, -0.03, 0.01, 0.04, -0.04, 0.03, -0.02, -0.01)
+
+
+def noisy(before: float, after: float) -> list[float]:
+    """Eight training rewards up to update 20, the best on validation, and eight after it."""
+    return [level + noise for level in (before, after) for noise in NOISE]
+
+
 @pytest.mark.parametrize(
     ("train", "reason"),
     [
-        ({"price": [1, 2, 3, 4]}, "the price of computing rose"),
-        ({"free_blocks": [1, 5, 9, 15]}, "the curriculum let the policy decide about more blocks"),
-        ({"reward": [0.1, 0.2, 0.3, 0.4]}, "fits those better"),
-        ({"reward": [0.4, 0.3, 0.2, 0.1]}, "did not rise either"),
+        ({"price": [1] * 8 + [2] * 8}, "the price of computing rose"),
+        ({"free_blocks": [1] * 8 + [9] * 8}, "the curriculum let the policy decide about more blocks"),
+        ({"reward": noisy(0.3, 0.4)}, "fits those better"),
+        ({"reward": noisy(0.4, 0.3)}, "on training images it fell too"),
+        ({"reward": noisy(0.367, 0.349)}, "the records do not show why"),
+        ({"reward": noisy(0.349, 0.367)}, "the records do not show why"),
+        ({"reward": [0.1, 0.4]}, "the records do not show why"),
+        ({"price": [1] * 2 + [3] * 6 + [3] * 8}, "the records do not show why"),
+        ({}, "the records do not show why"),
     ],
 )
 def test_learning_curves_mark_the_weights_that_were_kept_and_say_why_reward_fell(train, reason, monkeypatch, tmp_path):
     records = [{"step": 10 * (n + 1), "val/reward": reward, "val/accuracy": 0.5} for n, reward in enumerate(REWARDS)]
     records += [
-        {"step": 10 * (n + 1), f"train/{key}": v} for key, values in train.items() for n, v in enumerate(values)
+        {"step": 40 * (n + 1) / len(values), f"train/{key}": v}
+        for key, values in train.items()
+        for n, v in enumerate(values)
     ]
     for choose_after, kept in ((0.0, 20), (25.0, 30)):
         draw = partial(learning_plots.learning_curves, records, 3, tmp_path / "x.png", choose_after)
@@ -183,6 +199,7 @@ def test_learning_curves_mark_the_weights_that_were_kept_and_say_why_reward_fell
         (mark,) = [line for line in axes.lines if line.get_label() == "weights that were kept"]
         assert mark.get_xdata()[0] == kept and axes.get_xlim()[0] == 0
         assert f"Kept are the weights of update {kept}," in caption and reason in caption
+        assert caption.count("reward ends below") == 1 and ("good by luck" in caption) == (choose_after > 0)
 
 
 def test_a_reward_that_does_not_fall_needs_no_reason():
@@ -196,3 +213,47 @@ def test_a_reward_that_does_not_fall_needs_no_reason():
 def test_short_or_odd_records_draw_without_a_warning_of_the_library(records, tmp_path, recwarn):
     exit_plots.learning_curves(records, 2, tmp_path / "x.png")
     assert not list(recwarn)
+
+
+@pytest.mark.parametrize("values", [(75, 1400), (75, 90), (0.0012, 0.9), (1e-3, 1e4), (7.3, 36.6), (0, 5), ()])
+def test_labels_of_a_time_or_loss_axis_stand_apart_however_wide_it_is(values):
+    figure = plots.figure_of(5, 3.8)
+    axes = figure.subplots()
+    axes.plot(values)
+    plots.logarithmic_if_wide(axes, values)
+    figure.canvas.draw()
+    low, high = axes.get_ylim()
+    labels = [*axes.yaxis.get_ticklabels(), *axes.yaxis.get_ticklabels(minor=True)]
+    boxes = [t.get_window_extent() for t in labels if t.get_text() and low <= t.get_position()[1] <= high]
+    assert len(boxes) >= 2
+    assert not any(a.overlaps(b) for n, a in enumerate(boxes) for b in boxes[:n])
+
+
+def test_every_accuracy_of_a_picture_is_in_percent(monkeypatch, tmp_path):
+    """Tables say 50.00 %, so pictures do not say 0.5."""
+    drawn: dict[str, Any] = {}
+    for module in (block_plots, exit_plots, learning_plots):
+        monkeypatch.setattr(module, "save", lambda figure, caption, path: drawn.setdefault(str(path), figure) and path)
+    decisions, cache = exits()
+    difficulty = torch.tensor([0.1, 0.5, 0.2, 0.9])
+    with_difficulty = dataclasses.replace(blocks(), difficulty_N=difficulty)
+    block_plots.block_pictures(tmp_path / "blocks", METRICS, with_difficulty, images(), (1, 1))
+    exit_plots.exit_pictures(tmp_path / "exits", METRICS, decisions, cache, [[3.0, 0.5], [9.0, 0.5]], images())
+    shares = [
+        axes
+        for figure in drawn.values()
+        for axes in figure.axes
+        if re.search("accuracy|share of (test )?images", f"{axes.get_ylabel()} {axes.get_title()}")
+    ]
+    assert len(shares) >= 7
+    assert all(axes.yaxis.get_major_formatter()(0.5, 0).endswith(" %") for axes in shares)
+
+
+def test_a_map_of_classes_names_both_axes_and_every_line_of_the_costs_is_in_the_legend(monkeypatch, tmp_path):
+    axes, _ = drawn_axes(monkeypatch, lambda: block_plots.block_use_by_class(blocks(), (1, 1), tmp_path / "x.png"))
+    assert axes.get_xlabel() == "block" and axes.get_ylabel() == "class of the image"
+    front_F2 = torch.tensor([[0.0, 0.1], [1.0, 0.98]], dtype=torch.float64)
+    decisions = dataclasses.replace(blocks(), static_F2=front_F2)
+    axes, _ = drawn_axes(monkeypatch, lambda: block_plots.accuracy_against_macs(decisions, tmp_path / "x.png"))
+    assert "the best of these, if more is spent" in {line.get_label() for line in axes.lines}
+    assert not any(line.get_label().startswith("_") for line in axes.lines)

@@ -85,7 +85,7 @@ def test_a_proposal_names_its_reason():
     (one,) = propose_exits(ACCURACY, MACS, 0.9, 10e6, 1, chance=0.1)
     assert one.block == 1
     assert one.reason == (
-        "after block 1: 55.0% right at 0.20 of the full cost (the network: 90.0%), "
+        "after block 1: 55.0 % right at 0.20 of the full cost (the network: 90.0 %), "
         "+45.0 points for 2 million MACs more than a guess"
     )
     first, second = propose_exits(ACCURACY, MACS, 0.9, 10e6, 2, chance=0.1)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import contextlib
 import io
+import re
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -59,7 +60,7 @@ def test_a_long_wait_says_what_it_is_how_far_it_has_come_and_how_long_it_took(ea
         wait.advance(50)
         until(screen.getvalue)
     lines = screen.getvalue().splitlines()
-    assert lines[0] == "searching sets  25 %  0 s left" and lines[-1] == "searching sets took 0 s"
+    assert lines[0] == "searching sets 25 %, 0 s left" and lines[-1] == "searching sets took 0 s"
     assert capsys.readouterr().out == ""
 
 
@@ -73,7 +74,7 @@ def test_a_short_wait_says_nothing_and_a_long_one_not_too_much(eager, monkeypatc
             until(screen.getvalue)
         with waiting("validating"):  # soon after the first
             time.sleep(0.05)
-    assert screen.getvalue().splitlines() == ["validating  0 s so far …", "validating took 0 s"]
+    assert screen.getvalue().splitlines() == ["validating, 0 s so far …", "validating took 0 s"]
 
 
 def test_waits_that_nobody_asked_to_see_are_silent(eager, monkeypatch):
@@ -115,7 +116,7 @@ def test_on_a_terminal_a_line_for_each_wait_is_updated_and_taken_away(monkeypatc
     shown = sys.stderr.getvalue()
     assert "step 12/600" in shown and "reward 0.500" in shown and "validating" in shown
     assert "\x1b[2K" in shown  # what was there is erased
-    assert sys.stdout.getvalue().startswith("step  12/600  reward 0.500  loss 0.250")
+    assert sys.stdout.getvalue() == "step 12/600  reward 0.500  loss 0.250  took 0 s\n"
 
 
 def test_updates_are_about_twenty_plain_lines_elsewhere(capsys):
@@ -124,7 +125,8 @@ def test_updates_are_about_twenty_plain_lines_elsewhere(capsys):
             show(step, {"reward": 1.0})
     lines = capsys.readouterr().out.splitlines()
     assert [line.split()[1] for line in lines] == [f"{step}/100" for step in range(45, 101, 5)]
-    assert all("reward 1.000" in line and line.endswith(" s left") for line in lines)
+    assert all("reward 1.000" in line for line in lines)
+    assert all(line.endswith(" s left") for line in lines[:-1]) and lines[-1].endswith("  took 0 s")
 
 
 def test_a_line_fits_every_width_and_keeps_what_matters_most():
@@ -137,6 +139,10 @@ def test_a_line_fits_every_width_and_keeps_what_matters_most():
         assert len(line) <= width
         if width >= 40:
             assert line.startswith("step 12/600") and "19 min 36 s left" in line and "─" in line
+        last = wait.last_line(width)
+        assert len(last) <= max(width, len("step 12/600  took 24 s")) and last.endswith("  took 24 s")
+        assert re.fullmatch(r"step 12/600  (\w+ 0\.123  )*took 24 s", last)  # a figure is whole, or left out
+    assert all(figure in wait.last_line() for figure in wait.figures)
     assert "reward 0.123" in wait.bar_line(80) and all(figure in wait.bar_line(140) for figure in wait.figures)
 
 

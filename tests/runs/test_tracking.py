@@ -306,5 +306,5 @@ def test_a_key_without_a_network_goes_on_offline_and_says_so(tmp_path, mode):
         command, cwd=tmp_path, env=clean | set_, capture_output=True, text=True, timeout=30, check=True
     )
     assert "W&B cannot be reached (no answer from http://127.0.0.1:9); this run is written offline" in result.stdout
-    assert "brings it up" in result.stdout
+    assert "uploads it" in result.stdout
     assert any(record["type"] == "history" for record in read_back(tmp_path / "run"))

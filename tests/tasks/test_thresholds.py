@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import shutil
 from pathlib import Path
 
@@ -17,6 +18,7 @@ from policyskip.errors import UserError
 from policyskip.exits.cache import cache_exits
 from policyskip.exits.rules import exit_of
 from policyskip.tasks import thresholds as exits
+from policyskip.tasks.calibrate import distinct_texts
 from tests.conftest import typed
 
 SMALL = ["data.train=300", "data.validation=120", "data.test=90", "data.batch_size=32", "device=cpu", "tracking=none"]
@@ -232,3 +234,26 @@ def test_thresholds_of_another_network_are_refused(workshop, tmp_path):
     shutil.copy(WEIGHTS / "msdnet_digits.safetensors", tmp_path / "x" / "network.safetensors")
     result = typed("evaluate", "run=x", "device=cpu", cwd=tmp_path)
     assert result.returncode == 2 and "were chosen for another network" in result.stderr
+
+
+@pytest.mark.parametrize(
+    ("target", "accuracy", "sentence"),
+    [
+        ({"accuracy_drop": 0.002}, 0.75, "Asked for: at most 0.20 points below the last exit; on test it is 15.00 points above"),
+        ({"accuracy_drop": -0.01}, 0.55, "Asked for: at least 1.00 points above the last exit; on test it is 5.00 points below"),
+        ({"knee": True}, 0.599999999, "The knee of the validation curve; on test it is 0.00 points below the last exit."),
+        ({"knee": True}, 0.7, "it is 10.00 points above the last exit."),
+        ({"macs_fraction": 0.5}, 0.7, "Budget asked for 0.500 of the full cost, used on test 0.510."),
+    ],
+)  # fmt: skip
+def test_what_came_of_a_target_is_said_without_negative_points(target, accuracy, sentence):
+    figures = {"test/full_accuracy": 0.6, "test/accuracy": accuracy, "test/macs_fraction": 0.51}
+    assert sentence in exits.outcome(figures | {f"target/{key}": value for key, value in target.items()})
+
+
+def test_thresholds_have_as_many_digits_as_tell_them_apart():
+    close = [(2.3021, 2.29), (2.3022, 2.29), (2.3022, 2.29), (math.inf, 0.5)]
+    assert distinct_texts(close) == ["2.3021 2.29", "2.3022 2.29", "2.3022 2.29", "inf 0.5"]
+    assert distinct_texts([(1 / 3,)]) == ["0.333"] and distinct_texts([]) == []
+    next_one = math.nextafter(0.1, 1)
+    assert len(set(distinct_texts([(0.1,), (next_one,)]))) == 2

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from policyskip import cli
 from policyskip.errors import UserError
 from policyskip.typed import showing, words
 from tests.conftest import typed
@@ -135,3 +136,23 @@ def test_the_script_for_bash_replaces_what_stands_behind_the_equals_sign(tmp_pat
             ["bash", "-c", f"COMP_WORDBREAKS='{breaks}'\n{code}"], env=environment, capture_output=True
         )
         assert run.stdout.decode().strip() == expected, run.stderr
+
+
+@pytest.mark.parametrize("width", [40, 80, 100, 300])
+def test_help_fits_the_width_and_loses_no_word(width, monkeypatch):
+    monkeypatch.setenv("COLUMNS", str(width))
+    shown = {command: showing.help_of(command) for command in cli.COMMANDS} | {"": showing.folded(cli.USAGE)}
+    monkeypatch.setenv("COLUMNS", "999")
+    for command, text in shown.items():
+        whole = showing.help_of(command) if command else cli.USAGE
+        assert text.replace("#", "").split() == whole.replace("#", "").split()
+        longest_word = max(map(len, text.split()))
+        assert max(map(len, text.splitlines())) <= max(width, 4 + longest_word)
+
+
+def test_a_comment_that_is_folded_goes_on_as_a_comment(monkeypatch):
+    monkeypatch.setenv("COLUMNS", "50")
+    line = "  steps: 600   # learning updates; every schedule scales with their number"
+    first, *others = showing.folded(line).splitlines()
+    assert first.startswith("  steps: 600   # learning") and others
+    assert all(other.startswith(" " * 15 + "# ") for other in others)
