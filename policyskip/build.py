@@ -39,9 +39,6 @@ from policyskip.runs.stored_config import check_paths
 from policyskip.static_front import Keep, StaticFront
 from policyskip.texts import a_type
 
-LOWEST = {"data.workers": 0, "data.image_size": 1}
-"""The lowest number of keys that several data sets have."""
-
 
 @dataclass(frozen=True)
 class Call:
@@ -91,10 +88,6 @@ def check_call(group: str, node: dict[str, Any], optional: dict[str, Any] | None
     """
     from_settings = {str(key): value for key, value in node.items() if key != "_target_"}
     check_paths({group: node})
-    for key, lowest in LOWEST.items():
-        value = from_settings.get(key.rpartition(".")[2]) if key.startswith(f"{group}.") else None
-        if isinstance(value, int) and value < lowest:
-            raise UserError(f"{key} must be at least {lowest}, got {value}")
     target = _target_of(group, node)
     function = registry.resolve(group, target)
     try:

@@ -39,7 +39,7 @@ from policyskip.evaluation import speed
 from policyskip.evaluation.figures import class_figures
 from policyskip.evaluation.tables import show_classes
 from policyskip.files import shell_argument
-from policyskip.memory import keep_freed_memory
+from policyskip.memory import is_out_of_memory, keep_freed_memory
 from policyskip.parallel import processes
 from policyskip.parallel.data_parallel import divide
 from policyskip.parallel.devices import find_device
@@ -70,6 +70,10 @@ def run_command(name: str, config: DictConfig) -> int:
         return COMMANDS[name](config)
     except SystemExit as error:  # no command raises it; to the shell, it would look like success
         raise UserError(users_problem(error) or f"something called sys.exit({error.code!r})") from error
+    except (MemoryError, RuntimeError) as error:
+        if not is_out_of_memory(error):
+            raise
+        raise UserError("the memory does not suffice; smaller batches, images or networks need less") from error
     finally:
         unlock_all()
 
@@ -254,6 +258,8 @@ def profile(config: DictConfig) -> int:
         UserError: what the settings name cannot be built.
     """
     settings = settings_of(config, ProfileSettings)
+    if settings.output:
+        lifecycle.check_new_file("output", settings.output)
     device, content = find_device(settings.device), plain(config)
     if settings.run is None:
         data, _ = build_data(group_of(content, "data"), device)
@@ -308,7 +314,7 @@ def _setup_of(run: Run, settings: Any, typed: dict[str, Any]) -> Setup:
     saved = lifecycle.saved_config(run)
     settings_of(saved, Settings)
     setup = _set_up_saved(saved, run, find_device(settings.device), settings.trust, groups := _groups(typed))
-    if "checkpoint" in groups.get("backbone", {}) and (run.folder / "policy.json").is_file():
+    if "checkpoint" in groups.get("backbone", {}) and run.has("policy.json"):
         network = read_policy(run).network
         if "config" in network and network["hash"] != setup.backbone.content_hash():
             named = groups["backbone"]["checkpoint"]

@@ -17,7 +17,7 @@ from pydantic import (
 )
 
 from policyskip.errors import UserError
-from policyskip.texts import one_line
+from policyskip.texts import represented
 
 
 class _Section(BaseModel):
@@ -216,4 +216,4 @@ def first_problem(prefix: str, error: ValidationError) -> str:
         return f"there is no key {key}"
     if problem["type"] == "missing":
         return f"there must be a key {key}"
-    return f"{key}: {problem['msg'][0].lower()}{problem['msg'][1:]}, got {one_line(repr(problem['input']))}"
+    return f"{key}: {problem['msg'][0].lower()}{problem['msg'][1:]}, got {represented(problem['input'])}"

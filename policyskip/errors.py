@@ -8,25 +8,33 @@ import sysconfig
 import traceback
 from collections.abc import Iterable, Iterator
 from functools import cache
+from typing import Any
 
-from policyskip.texts import one_line
+from policyskip.texts import LONGEST_LINE, one_line
 
 TRACEBACK = "POLICYSKIP_TRACEBACK"
 """The environment variable that asks for tracebacks: any value but "" and "0"."""
 
 
 class UserError(ValueError):
-    """An error whose message says what was given and what is allowed; the command line prints it and exits with 2."""
+    """An error whose message says what was given and what is allowed; the command line prints it and exits with 2.
+
+    Its text is one line that is safe to print, whatever was given.
+    """
+
+    def __str__(self) -> str:
+        return one_line(super().__str__(), LONGEST_LINE)
 
 
-def check_choice(key: str, value: str, allowed: Iterable[str]) -> None:
+def check_choice(key: str, value: Any, allowed: Iterable[str]) -> None:
     """Refuse a value of a configuration key that is none of the allowed ones.
 
     Raises:
         UserError: naming the key, what is allowed and the value.
     """
-    if value not in (choices := tuple(allowed)):
-        raise UserError(f"{key} must be one of {', '.join(choices)}, got {value!r}")
+    choices = tuple(allowed)
+    if not isinstance(value, str) or value not in choices:
+        raise UserError(f"{key} must be one of {', '.join(choices)}, got {one_line(repr(value), 80)}")
 
 
 def first_line(error: BaseException) -> str:
@@ -111,13 +119,21 @@ def place_in_users_code(error: BaseException) -> str:
     Returns: a text to append to the error's message, such as " (my_rewards.py, line 12)"; "" if there is none.
     """
     places = [
-        f" ({one_line(os.path.relpath(frame.f_code.co_filename))}, line {line})"
+        f" ({one_line(_short_path(frame.f_code.co_filename))}, line {line})"
         for cause in _chain(error)
         if not isinstance(cause, UserError)
         for frame, line in traceback.walk_tb(cause.__traceback__)
         if is_users_file(frame.f_code.co_filename)
     ]
     return places[-1] if places else ""
+
+
+def _short_path(file: str) -> str:
+    """Return a path from the current folder; the path as it is, if that folder is gone or on another drive."""
+    try:
+        return os.path.relpath(file)
+    except (OSError, ValueError):
+        return file
 
 
 def is_users_file(file: str) -> bool:

@@ -27,14 +27,19 @@ _HIDDEN = ".policyskip-"
 def reporting_write_errors(path: Path) -> Iterator[None]:
     """Turn an OSError of the body into a UserError that says that ``path`` cannot be written, and why.
 
+    Exceptions of a user's own class pass, as in :func:`damaged`.
+
     Raises:
         UserError: the body raised an OSError.
     """
     try:
         yield
     except OSError as error:
+        if users_problem(error):
+            raise
         shown = Path(*(part for part in path.parts if not is_hidden_name(part)))
-        raise UserError(f"cannot write {shown}: {error.strerror}; what was saved before is intact") from error
+        reason = error.strerror or in_one_line(error)
+        raise UserError(f"cannot write {shown}: {reason}; what was saved before is intact") from error
 
 
 @contextmanager
@@ -81,10 +86,15 @@ def write(path: Path, content: bytes) -> None:
     A link of the file's name is replaced by the file, so nothing is written through it.
 
     Raises:
-        UserError: the disk is full, or the folder cannot be written; the file keeps its former content.
+        UserError: the disk is full, the folder cannot be written, or a folder, device or pipe has the file's name; what
+            is there stays.
     """
     if not path.name:
         raise UserError(f"{path} is a folder; name a file to write")
+    with suppress(OSError):  # nothing of that name
+        mode = os.lstat(path).st_mode
+        if not (stat.S_ISREG(mode) or stat.S_ISLNK(mode)):
+            raise UserError(f"cannot write {path}: it is a {_kind(mode)}, not a file")
     temporary = path.with_name(hidden_name())
     with reporting_write_errors(path):
         try:

@@ -1,7 +1,9 @@
-"""Checks of numbers: that they are an ordinary tensor, and neither NaN nor infinite, before anything is computed."""
+"""Checks of numbers before anything is computed: a whole number, an ordinary tensor, neither NaN nor infinite."""
 
 from __future__ import annotations
 
+import operator
+import warnings
 from collections.abc import Iterator
 from typing import Any
 
@@ -32,15 +34,38 @@ def plain_tensor(given: Any, name: str) -> Tensor:
             raise UserError(f"{name} must be a tensor or an array of numbers, got {one_line(repr_of(given), 80)}")
         try:
             array = np.asarray(given)
-            if not array.flags.writeable or min(array.strides, default=0) < 0:
-                array = array.copy()  # torch takes neither read-only nor mirrored arrays
-            given = torch.from_numpy(array)
+            if min(array.strides, default=0) < 0:
+                array = array.copy()  # torch takes no mirrored arrays
+            given = torch.from_numpy(array) if array.flags.writeable else _of_read_only(array)
         except Exception as error:  # a stranger's array may raise anything
             raise UserError(f"{name} cannot be read as numbers: {one_line(in_one_line(error))}") from error
     if (kind := unusual(given)) is not None:
         raise UserError(f"{name} must be an ordinary dense tensor of real numbers, got a {kind} one")
     tensor: Tensor = given
     return tensor
+
+
+def _of_read_only(array: np.ndarray) -> Tensor:
+    """Return a tensor over an array that is read-only, such as a file mapped to memory; nobody may write into it."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "The given NumPy array is not writable")
+        return torch.from_numpy(array)
+
+
+def whole_number(name: str, given: Any, least: int, most: int | None = None) -> int:
+    """Return a whole number that a user gave, of Python or numpy, as an int.
+
+    Raises:
+        UserError: it is something else, below ``least`` or above ``most``.
+    """
+    try:
+        number = None if isinstance(given, bool | np.bool_) else operator.index(given)
+    except TypeError:
+        number = None
+    if number is None or number < least or (most is not None and number > most):
+        allowed = f"{least} or more" if most is None else f"from {least} to {most}"
+        raise UserError(f"{name} must be a whole number, {allowed}, got {one_line(repr(given), 60)}")
+    return number
 
 
 def unusual(tensor: Tensor) -> str | None:

@@ -16,7 +16,7 @@ from typing import TypeVar
 
 import torch
 
-from policyskip.errors import UserError
+from policyskip.finite import whole_number
 
 TRIM_THRESHOLD, MMAP_THRESHOLD = -1, -3
 """Names of two parameters in glibc's malloc.h."""
@@ -44,6 +44,13 @@ def release_freed_memory() -> None:
         ctypes.CDLL(None).malloc_trim(0)
 
 
+def is_out_of_memory(error: BaseException) -> bool:
+    """Return whether an error says that the memory of the GPU or of the machine does not suffice."""
+    if isinstance(error, torch.OutOfMemoryError | MemoryError):
+        return True
+    return isinstance(error, RuntimeError) and "can't allocate memory" in str(error)
+
+
 class BatchSplitter:
     """Halves the batch when the GPU runs out of memory and warns once.
 
@@ -63,8 +70,7 @@ class BatchSplitter:
             UserError: ``batch_size`` is no positive whole number.
             torch.OutOfMemoryError: a single image is too much.
         """
-        if type(batch_size) is not int or batch_size < 1:
-            raise UserError(f"batch_size must be a whole number, 1 at least, got {batch_size!r}")
+        batch_size = whole_number("batch_size", batch_size, 1)
         results: list[Result] = []
         begin = 0
         while begin < count or not results:

@@ -73,6 +73,11 @@ def trusting(trusted: bool, stored: bool = True) -> Iterator[None]:
         _source.reset(token)
 
 
+def is_trusted() -> bool:
+    """Return whether what is named now was typed, or comes from a folder that the user trusts."""
+    return _source.get().trusted
+
+
 def resolve(group: str, target: str, trusted: bool | None = None) -> Callable[..., Any]:
     """Import the class or function of a group that ``target`` names.
 

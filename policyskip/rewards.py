@@ -233,6 +233,8 @@ class Budget:
     """
 
     def __init__(self, target: float, rate: float = 0.05, gain: float = 2.0, multiplier: float = 0.2) -> None:
+        for key, value in {"target": target, "rate": rate, "gain": gain, "multiplier": multiplier}.items():
+            check_weight(key, value)
         if not (0 < target < 1 and 0 < rate <= 1e3 and 0 <= gain <= 1e3 and 0 <= multiplier <= 10):  # no NaN either
             raise UserError(
                 f"reward.target must be above 0 and below 1, reward.rate positive, reward.gain not negative, neither "

@@ -28,11 +28,24 @@ def one_line(text: Any, longest: int = LONGEST) -> str:
         text: anything; what is not a text is taken as ``str`` gives it.
         longest: letters of the result; the middle of a longer text becomes ``…``.
     """
-    letters = str(text)
+    letters = text if isinstance(text, str) else _as_text(text)
     if len(letters) > longest:
         half = (longest - 1) // 2
         letters = f"{letters[:half]}…{letters[len(letters) - (longest - 1 - half) :]}"
     return "".join(map(_visible, letters))
+
+
+def _as_text(value: Any) -> str:
+    """Return ``str`` of a value, also of a whole number that has more digits than Python writes."""
+    try:
+        return str(value)
+    except ValueError:
+        return "a number of thousands of digits" if isinstance(value, int) else a_type(value)
+
+
+def represented(value: Any, longest: int = LONGEST) -> str:
+    """Return ``repr`` of a value as one line, also of a whole number that has more digits than Python writes."""
+    return one_line(repr(value) if not isinstance(value, int) or value.bit_length() < 9999 else value, longest)
 
 
 def _visible(letter: str) -> str:

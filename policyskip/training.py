@@ -12,12 +12,11 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, Protocol, TypeVar
 
-import torch
 from torch import Tensor
 
 from policyskip.errors import UserError, users_problem
 from policyskip.finite import NotFiniteError, find_nonfinite
-from policyskip.memory import release_freed_memory
+from policyskip.memory import is_out_of_memory, release_freed_memory
 from policyskip.parallel import processes
 from policyskip.rewards import Adaptive
 from policyskip.runs import progress as screen
@@ -261,7 +260,7 @@ def _problem(error: Exception) -> str | None:
     """Describe an exception of an update that the user can do something about; None for every other one."""
     if isinstance(error, UserError):
         return str(error)
-    if isinstance(error, torch.OutOfMemoryError):
+    if is_out_of_memory(error):
         return "the device ran out of memory; a smaller data.batch_size needs less"
     if isinstance(error, RuntimeError) and processes.is_lost_process(error):
         return processes.lost_process_message(error)

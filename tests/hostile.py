@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import io
 import json
+import os
 import pickle
 import random
+import socket
 import struct
 import zipfile
 import zlib
 from collections.abc import Callable
+from contextlib import chdir
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +20,8 @@ import torch
 import yaml
 from PIL import Image
 from safetensors.torch import save
+
+from policyskip.files import is_hidden_name
 
 TEXTS = (
     *(
@@ -156,7 +161,10 @@ def of_another_state(content: bytes, chance: random.Random) -> bytes:
         holder, key = chance.choice(list(_places(state)))
         odd: list[Any] = [*JUNK, torch.tensor(float("nan")), torch.ones(3, 5), torch.ones(2).to_sparse()]
         odd += [torch.ones(1, dtype=torch.complex64), torch.zeros(0), 1e-300]
+        odd += [torch.zeros(1).expand(10**6, 10**4), torch.zeros(1, device="meta")]
         holder[key] = chance.choice(odd)
+    if chance.random() < 0.1:
+        holder[key] = state  # a tree without an end
     buffer = io.BytesIO()
     torch.save(state, buffer)
     return buffer.getvalue()
@@ -207,10 +215,58 @@ DAMAGE: dict[str, Callable[[bytes, random.Random], bytes]] = {
 }
 
 
-def contents(folder: Path) -> dict[str, bytes | None]:
-    """Every file and folder below, with what is in it."""
-    paths = [path for path in folder.rglob("*") if "__pycache__" not in path.parts]
-    return {str(path.relative_to(folder)): path.read_bytes() if path.is_file() else None for path in sorted(paths)}
+LINKS = ["../../outside/victim", "../../outside", "../../outside/new", "/etc/passwd", "/dev/zero", "config.yaml"]
+OBSTACLES: dict[str, Callable[[Path], object]] = {
+    **{f"a link to {target}": lambda path, target=target: path.symlink_to(target) for target in LINKS},
+    "a link to itself": lambda path: path.symlink_to(path.name),
+    "a pipe": os.mkfifo,
+    "a socket": lambda path: _socket(path),
+    "a folder": lambda path: path.mkdir(),
+    "a folder of a link": lambda path: _folder(path, "victim", OBSTACLES["a link to ../../outside/victim"]),
+    "a folder of a folder": lambda path: _folder(path, "best.safetensors", OBSTACLES["a link to ../../outside"]),
+    "a folder of a pipe": lambda path: _folder(path, "policy.json", OBSTACLES["a pipe"]),
+    "a file": lambda path: path.write_text("{}"),
+    "a terabyte": lambda path: _sparse(path, 2**40),
+    "a gigabyte": lambda path: _sparse(path, 2**30),
+}
+"""What can lie in the place of a run's file or folder."""
+
+
+def _folder(path: Path, name: str, fill: Callable[[Path], object]) -> None:
+    path.mkdir()
+    fill(path / name)
+
+
+def _sparse(path: Path, size: int) -> None:
+    """Make a file of zeros that takes no room on the disk."""
+    path.touch()
+    os.truncate(path, size)
+
+
+def _socket(path: Path) -> None:
+    """Make a socket; its path may be longer than sockets allow."""
+    with socket.socket(socket.AF_UNIX) as listener, chdir(path.parent):
+        listener.bind(path.name)
+
+
+def contents(folder: Path) -> dict[str, bytes | int | str | None]:
+    """Every file and folder below, with what is in it: a link has its target, a very large file its size.
+
+    What a process that was killed has left is passed over: the next command deletes it.
+    """
+    found: dict[str, bytes | int | str | None] = {}
+    for path in sorted(folder.rglob("*")):
+        name = path.relative_to(folder)
+        if "__pycache__" in name.parts or any(map(is_hidden_name, name.parts)):
+            continue
+        if path.is_symlink():
+            found[str(name)] = os.readlink(path)
+        elif path.is_file():
+            size = path.stat().st_size
+            found[str(name)] = path.read_bytes() if size < 2**28 else size
+        else:
+            found[str(name)] = None
+    return found
 
 
 def values_in(content: bytes, chance: random.Random, text: str) -> bytes:

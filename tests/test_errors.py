@@ -9,8 +9,8 @@ import pytest
 import torch
 
 from policyskip import errors, training
-from policyskip.errors import UserError, first_line, in_one_line, is_users_file, place_in_users_code
-from policyskip.files import damaged
+from policyskip.errors import UserError, check_choice, first_line, in_one_line, is_users_file, place_in_users_code
+from policyskip.files import damaged, reporting_write_errors
 from tests.conftest import typed
 
 SMALL = [
@@ -71,6 +71,17 @@ def test_an_exception_s_text_in_one_line():
     assert first_line(error) == "first" and in_one_line(error) == "first second"
     assert in_one_line(error, most=7) == "first s"
     assert first_line(ValueError()) == in_one_line(ValueError()) == "ValueError"
+
+
+@pytest.mark.parametrize(
+    "given", [torch.zeros(3, 3), "\x1b[2J\n\u202ea", "x" * 10**5], ids=["tensor", "escapes", "long"]
+)
+def test_the_text_of_a_user_error_is_one_line_that_is_safe_to_print(given):
+    text = str(UserError(f"images must be uint8, got {given}"))
+    assert text.startswith("images must be uint8, got ") and text.isprintable() and len(text) <= 3_000
+    with pytest.raises(UserError, match=r"order must be one of a, b, got .*") as error:
+        check_choice("order", given, ("a", "b"))
+    assert str(error.value).isprintable() and len(str(error.value)) < 200
 
 
 def test_an_agent_of_one_s_own_that_fails_is_named_with_the_last_checkpoint(folder):
@@ -147,6 +158,25 @@ def test_a_bug_of_policyskip_itself_is_no_bad_input(folder, monkeypatch):
     monkeypatch.setattr(training, "train", lambda *arguments, **keywords: [][0])
     with pytest.raises(IndexError):
         typed("train", *SMALL, "agent=blockdrop", "agent.width=4", cwd=folder)
+
+
+def test_a_place_is_named_from_a_folder_that_is_gone(tmp_path, monkeypatch):
+    try:
+        json.loads("{")
+    except ValueError as error:
+        (tmp_path / "here").mkdir()
+        monkeypatch.chdir(tmp_path / "here")
+        (tmp_path / "here").rmdir()
+        assert place_in_users_code(error).startswith(f" ({__file__}, line ")
+
+
+def test_what_a_class_of_one_s_own_cannot_read_is_not_called_a_failure_to_write(monkeypatch):
+    cannot = "^cannot write x: image file is truncated; what"
+    with pytest.raises(UserError, match=cannot), reporting_write_errors(Path("x")):
+        raise OSError("image file is truncated")
+    monkeypatch.setitem(errors._users_classes, __name__, "data: my_data.Mine")
+    with pytest.raises(FileNotFoundError), reporting_write_errors(Path("x")):
+        Path("no such file").read_bytes()
 
 
 def test_only_what_could_not_be_read_is_called_damaged(tmp_path):

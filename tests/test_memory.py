@@ -12,7 +12,7 @@ from policyskip.deployment.predictors import Predictor
 from policyskip.envs import base
 from policyskip.envs.block_selection import BlockSelectionVectorEnv
 from policyskip.errors import UserError
-from policyskip.memory import BatchSplitter
+from policyskip.memory import BatchSplitter, is_out_of_memory
 from policyskip.policies.networks import ConstantPolicy
 from tests.conftest import small_backbone, small_images
 
@@ -41,7 +41,7 @@ def test_batches_are_halved_until_they_fit_and_stay_so(capsys):
 
 def test_no_images_are_one_batch_and_one_image_too_large_is_an_error():
     assert BatchSplitter()(lambda rows: torch.ones(0)[rows].shape, 0, 4) == [(0,)]
-    with pytest.raises(UserError, match="batch_size must be a whole number, 1 at least, got 0"):
+    with pytest.raises(UserError, match="batch_size must be a whole number, 1 or more, got 0"):
         BatchSplitter()(lambda rows: rows, 3, 0)
     with pytest.raises(torch.OutOfMemoryError):
         BatchSplitter()(lambda rows: scarce(lambda network, batch: batch, 0, [])(None, torch.ones(4)[rows]), 4, 4)
@@ -65,3 +65,8 @@ def test_environments_and_predictors_go_on(monkeypatch):
     monkeypatch.setattr("policyskip.policies.base.sparse", scarce(execution.sparse, 5, sizes))
     torch.testing.assert_close(predictor.predict(images).logits_BC, expected.logits_BC)
     assert sizes == [9, 4, 4, 1] and predictor.predict(images[:0]).logits_BC.shape == (0, backbone.num_classes)
+
+
+def test_memory_that_does_not_suffice_is_recognised():
+    allocator = RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes")
+    assert is_out_of_memory(allocator) and is_out_of_memory(MemoryError()) and not is_out_of_memory(RuntimeError("x"))

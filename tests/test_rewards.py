@@ -203,6 +203,13 @@ def test_a_budget_that_makes_no_sense_is_refused(arguments):
         Budget(**arguments)
 
 
+@pytest.mark.parametrize("key", ["target", "rate", "gain", "multiplier"])
+@pytest.mark.parametrize("value", ["0.5", None, [0.5], True, torch.ones(2)], ids=str)
+def test_what_a_budget_is_made_of_are_numbers(key, value):
+    with pytest.raises(UserError, match=rf"reward\.{key} must be a number from .*, got"):
+        Budget(**{"target": 0.5, key: value})
+
+
 def test_a_target_out_of_reach_does_not_wind_the_multiplier_up():
     for target, share, end in ((0.05, 0.9, 10.0), (0.95, 0.1, 0.0)):
         reward = Budget(target)

@@ -130,3 +130,8 @@ def test_messages_have_one_way_to_write_percent_and_no_article_before_a_type_s_n
         assert not re.search(r":\.\d%\}", source), path
         assert not re.search(r"\ban? \{type\(\w+\)\.__name__\}", source), path
         assert not re.search(r"\{type\(error\)\.__name__\}: \{", source), path
+
+
+def test_a_number_of_thousands_of_digits_is_no_error():
+    assert texts.one_line(16**5000) == texts.represented(16**5000) == "a number of thousands of digits"
+    assert texts.represented("a\n") == "'a\\n'"

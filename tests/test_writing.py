@@ -116,6 +116,19 @@ def test_a_file_is_made_under_a_name_that_nobody_foresees_and_never_through_a_li
         write(Path("/"), b"")
 
 
+def test_neither_a_pipe_nor_a_device_is_replaced_by_a_file(tmp_path, monkeypatch):
+    """Whoever may write in /dev would lose /dev/null for all programs."""
+    os.mkfifo(tmp_path / "pipe")
+    (tmp_path / "folder").mkdir()
+    for kind in ("pipe", "folder"):
+        with pytest.raises(UserError, match=f"cannot write .*{kind}: it is a {kind}, not a file"):
+            write(tmp_path / kind, b"ours")
+    for command in ("front", "profile"):
+        result = typed(command, "output=pipe", cwd=tmp_path)
+        assert result.returncode == 2 and "output=pipe is there, and is no file; say a file" in result.stderr
+    assert (tmp_path / "pipe").is_fifo() and sorted(path.name for path in tmp_path.iterdir()) == ["folder", "pipe"]
+
+
 # Links, pipes and giants in a run folder
 
 FILES = ("config.yaml", "policy.json", "summary.json", "checkpoint.pt", "metrics.jsonl", "best.safetensors")

@@ -6,6 +6,7 @@ No file is ever unpickled freely: safetensors, or ``torch.load(weights_only=True
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
@@ -97,7 +98,7 @@ def torchvision_resnet(
     if checkpoint == RANDOM:
         with seeded(seed):
             return TorchvisionResNet(depth, num_classes)
-    if (path := Path(checkpoint).expanduser()).is_file():
+    if (path := Path(os.path.expanduser(checkpoint))).is_file():
         weights = read_weights(path)
         backbone = TorchvisionResNet(depth, num_classes)
         found = from_torchvision_names(weights.tensors, backbone, checkpoint)
@@ -186,7 +187,7 @@ def find(checkpoint: str) -> Path:
     Raises:
         UserError: there is none.
     """
-    for path in (Path(checkpoint).expanduser(), WEIGHTS / f"{checkpoint}.safetensors"):
+    for path in (Path(os.path.expanduser(checkpoint)), WEIGHTS / f"{checkpoint}.safetensors"):
         if path.is_file():
             return path
     raise UserError(f"there is no checkpoint {checkpoint}: neither a file nor one of {', '.join(shipped())}")

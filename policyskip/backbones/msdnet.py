@@ -199,13 +199,13 @@ class MSDNet(ExitNetwork):
                 f"got {growth_rate} and {list(growth_factors)}"
             )
         super().__init__(num_classes, num_exits, mean, std)
-        longest = num_exits * (step if step_mode == "even" else step * num_exits)
-        if base + longest > 2 * MOST_LAYERS or S > MOST_SCALES:
+        counted = range(1, min(num_exits, MOST_LAYERS + 1))
+        layers = [base, *(step if step_mode == "even" else step * n + 1 for n in counted)]
+        if sum(layers) > MOST_LAYERS or S > MOST_SCALES:
             raise UserError(
                 f"an MSDNet of {num_exits} exits, base {base}, step {step} and {S} scales is too large; it may have "
                 f"{MOST_LAYERS} layers and {MOST_SCALES} scales"
             )
-        layers = [base, *(step if step_mode == "even" else step * n + 1 for n in range(1, num_exits))]
         self.grid = Grid(tuple(sum(layers[: n + 1]) for n in range(num_exits)), S, prune)
         self.lazy = lazy
         self._plans = {choice: self.grid.plan(choice) for choice in (False, True)}

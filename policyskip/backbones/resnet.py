@@ -7,11 +7,14 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any, Literal
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from policyskip import registry
 from policyskip.backbones.base import IMAGENET_MEAN, IMAGENET_STD, Backbone, Block, he_init
 from policyskip.errors import UserError
 
@@ -156,6 +159,8 @@ class TorchvisionResNet(Backbone):
             raise UserError(
                 f"torchvision's weights have 1000 classes, the data has {num_classes}; give backbone.checkpoint=FILE"
             )
+        if weights and not registry.is_trusted():
+            _check_is_here(weights, known[weights].url)
         net = get_model(f"resnet{depth}", weights=weights, num_classes=num_classes)
         stem = nn.Sequential(OrderedDict(conv=net.conv1, bn=net.bn1, relu=net.relu, maxpool=net.maxpool))
         head = nn.Sequential(OrderedDict(pool=net.avgpool, flatten=nn.Flatten(), linear=net.fc))
@@ -164,6 +169,19 @@ class TorchvisionResNet(Backbone):
         super().__init__(stem, blocks, head, num_classes, IMAGENET_MEAN, IMAGENET_STD, [len(s) for s in stages])
         self.name = f"torchvision_resnet{depth}"
         self.architecture = dict(network="torchvision_resnet", depth=depth, num_classes=num_classes)
+
+
+def _check_is_here(weights: str, url: str) -> None:
+    """Refuse weights that a run folder names and that would have to be downloaded.
+
+    Raises:
+        UserError: they are not where torchvision keeps what it has downloaded.
+    """
+    if not Path(torch.hub.get_dir(), "checkpoints", url.rpartition("/")[2]).is_file():
+        raise UserError(
+            f"torchvision's weights {weights} are not on this machine, and nothing is downloaded because a run folder "
+            "names it; say trust=true (when resuming: run.trust=true) to download them"
+        )
 
 
 def _from_torchvision(block: nn.Module) -> Block:

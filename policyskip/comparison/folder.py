@@ -77,7 +77,7 @@ def _switch(new: Path, output: Path) -> None:
 def _exchange(first: Path, second: Path) -> bool:
     """Let two folders exchange their names in one step; return False where the system cannot."""
     name, flag = ("renamex_np", 2) if sys.platform == "darwin" else ("renameat2", 2)
-    with suppress(OSError, AttributeError):
+    with suppress(OSError, AttributeError, TypeError):  # TypeError: Windows
         exchange = getattr(ctypes.CDLL(None), name)
         paths = os.fsencode(first), os.fsencode(second)
         here = -100  # the current folder, from which relative paths go

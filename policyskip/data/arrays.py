@@ -13,17 +13,16 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from policyskip.data.base import Data, described, hold_out
+from policyskip.data.base import Data, check_types, described, hold_out
 from policyskip.data.tensors import FROM_FLOATS, TensorImages, crop_and_flip, is_dense
 from policyskip.errors import UserError, check_choice, in_one_line
-from policyskip.parallel.devices import usual_defaults
+from policyskip.parallel.devices import find_device, usual_defaults
+from policyskip.runs.schemas import MOST_CLASSES
 from policyskip.texts import one_line
 
 Channels = Literal["first", "last"]
 LARGEST_ARRAYS = 2**33
 """The most bytes of a data set in memory, three channels to a pixel."""
-MOST_CLASSES = 100_000
-"""The most classes that a data set may have."""
 LAYOUTS = "(N, H, W), (N, H, W, 3), (N, 3, H, W), (N, H, W, 1) or (N, 1, H, W)"
 
 
@@ -55,8 +54,10 @@ def from_arrays(
         device: where the images are held.
 
     Raises:
-        UserError: images, labels, classes or shares are not as described above, or take too much memory.
+        UserError: an argument is not as described above, images take too much memory, or there is no such device.
     """
+    check_types(name=(name, str), augment=(augment, bool))
+    where = find_device(str(device))
     given, shares = separate(validation, test)
     sets = {}
     for split, pair in {"train": (images, labels), **given}.items():
@@ -73,7 +74,7 @@ def from_arrays(
         sets[split] = all_pixels[index_N], all_labels[index_N]
     splits = {
         split: TensorImages(
-            pixels.to(device), label_N.to(device), augment=crop_and_flip if augment and split == "train" else None
+            pixels.to(where), label_N.to(where), augment=crop_and_flip if augment and split == "train" else None
         )
         for split, (pixels, label_N) in sets.items()
     }

@@ -19,9 +19,11 @@ from typing import Any, Literal, Protocol
 import torch
 from torch import Tensor
 
-from policyskip.errors import UserError
+from policyskip.errors import UserError, check_choice
+from policyskip.finite import whole_number
 from policyskip.parallel import processes
 from policyskip.parallel.devices import usual_defaults
+from policyskip.runs.schemas import LONGEST_NAME
 from policyskip.texts import a_type, one_line
 
 SPLIT_SEED = 0
@@ -106,6 +108,13 @@ def check_images(images: Any, name: str = "images") -> None:
         raise UserError(f"{name} must hold at least one image, got none")
 
 
+def check_types(**arguments: tuple[Any, Any]) -> None:
+    """Refuse (UserError) an argument, by its name, whose value is not of its type."""
+    for name, (value, kind) in arguments.items():
+        if not isinstance(value, kind):
+            raise UserError(f"{name} must be of type {getattr(kind, '__name__', kind)}, got {described(value)}")
+
+
 def described(value: Any) -> str:
     """Describe a value in a few words: the type and shape of an array, the type and length of a collection, ….
 
@@ -129,6 +138,11 @@ def _shape(value: Any) -> str:
         return str(tuple(value.shape))
     except Exception:  # a nested tensor raises a RuntimeError, and a stranger's class can have anything
         return "unknown shape" if isinstance(value, Tensor) else ""
+
+
+def _is_name(value: Any) -> bool:
+    """Return whether a value can be the name of a class, as the files of a run hold it."""
+    return isinstance(value, str) and 0 < len(value) <= LONGEST_NAME
 
 
 @usual_defaults()
@@ -165,8 +179,9 @@ class Data:
     def __post_init__(self) -> None:
         for name in ("train", "validation", "test"):
             check_images(getattr(self, name), name)
-        if isinstance(self.classes, str) or not all(isinstance(name, str) for name in self.classes):
-            raise UserError(f"classes must be names, such as ('cat', 'dog'), got {one_line(repr(self.classes), 80)}")
+        if isinstance(self.classes, str) or not all(map(_is_name, self.classes)):
+            found, allowed = one_line(repr(self.classes), 80), f"1 to {LONGEST_NAME} letters each"
+            raise UserError(f"classes must be names, such as ('cat', 'dog'), {allowed}, got {found}")
         shape, least = tuple(self.image_shape), SMALLEST_SIDE
         if len(shape) != 3 or shape[0] != 3 or min(shape[1:]) < least:
             found = f"{shape[2]}×{shape[1]} pixels" if len(shape) == 3 and shape[0] == 3 else f"the shape {shape}"
@@ -196,8 +211,7 @@ class Data:
         Raises:
             UserError: another name.
         """
-        if name not in ("train", "validation", "test"):
-            raise UserError(f"split must be train, validation or test, got {name!r}")
+        check_choice("split", name, ("train", "validation", "test"))
         split: Images = getattr(self, name)
         return split
 
@@ -250,8 +264,7 @@ class Feed:
     def __init__(self, images: Images, batch_size: int, order: Order = "shuffled", seed: int = 0) -> None:
         if batch_size < 1:
             raise UserError(f"a batch must hold at least 1 image, got {batch_size}")
-        if order not in ("shuffled", "sequential"):
-            raise UserError(f"order must be shuffled or sequential, got {order!r}")
+        check_choice("order", order, ("shuffled", "sequential"))
         self.images, self.batch_size, self.order, self.seed = images, batch_size, order, seed
         self._rows = WHOLE
         self.seek(0)
@@ -267,11 +280,18 @@ class Feed:
         self.seek(self.cursor)
 
     def seek(self, cursor: int, seed: int | None = None) -> None:
-        """Show batch number ``cursor``, in the order of ``seed``, or in the present order if that is None."""
-        self.seed = self.seed if seed is None else seed
+        """Show batch number ``cursor``, in the order of ``seed``, or in the present order if that is None; behind the
+        last batch of a sequential order, an empty one.
+
+        Raises:
+            UserError: ``cursor`` or ``seed`` is no whole number, or negative.
+        """
+        cursor = whole_number("cursor", cursor, 0)
+        self.seed = self.seed if seed is None else whole_number("seed", seed, 0)
         self.cursor = cursor
         self._stream = self._from(cursor)
-        self.batch = next(self._stream)
+        batch = next(self._stream, None)
+        self.batch = batch_at(self.images, torch.tensor([0])).empty() if batch is None else batch
 
     def _from(self, cursor: int) -> Iterator[Batch]:
         """Yield the batches from number ``cursor`` on."""

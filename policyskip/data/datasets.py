@@ -14,12 +14,12 @@ import torch
 from torch import Tensor
 
 from policyskip.data.arrays import Channels, class_names, divided, from_arrays, separate
-from policyskip.data.base import IN_MEMORY_BYTES, Data, mix, spread_indices
+from policyskip.data.base import IN_MEMORY_BYTES, Data, check_types, mix, spread_indices
 from policyskip.data.items import SAMPLE, Items
 from policyskip.data.reading import ReadImages, check_size
 from policyskip.data.tensors import crop_and_flip
 from policyskip.data.workers import check_workers
-from policyskip.parallel.devices import usual_defaults
+from policyskip.parallel.devices import find_device, usual_defaults
 
 
 @usual_defaults()
@@ -57,9 +57,11 @@ def from_dataset(
         device: where the images are used.
 
     Raises:
-        UserError: the set is none, or images or labels are not as described.
+        UserError: the set is none, an argument is not as described, or there is no such device.
     """
-    size, workers = check_size(image_size), check_workers(workers)
+    check_types(image_key=(image_key, str | None), label_key=(label_key, str | None), name=(name, str))
+    check_types(augment=(augment, bool))
+    size, workers, where = check_size(image_size), check_workers(workers), find_device(str(device))
     given, shares = separate(validation, test)
     sets = {
         split: Items(items, split, image_key, label_key, size, channels)
@@ -80,7 +82,7 @@ def from_dataset(
     def chosen(split: str) -> DatasetImages:
         source = split if split in given else "train"
         label_N, augmented = labels_of[source][rows[split]], augment and split == "train"
-        return DatasetImages(sets[source], rows[split], label_N, torch.device(device), augmented, workers)
+        return DatasetImages(sets[source], rows[split], label_N, where, augmented, workers)
 
     splits = {split: chosen(split) for split in ("train", "validation", "test")}
     return Data(name, **splits, classes=names, image_shape=(3, shape[0], shape[1]))

@@ -120,7 +120,7 @@ def _root(root: str) -> Path:
         UserError: there is no folder of that name.
     """
     try:
-        folder = Path(root).expanduser()
+        folder = Path(os.path.expanduser(root))
         if root and folder.is_dir():
             return folder
     except (RuntimeError, TypeError, OSError):  # ~ of an unknown user, no text, or no permission

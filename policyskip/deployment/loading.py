@@ -16,12 +16,13 @@ import torch
 from torch import nn
 
 from policyskip import registry
+from policyskip.data.base import check_types
 from policyskip.deployment.networks import built, load_state, network_of
 from policyskip.deployment.policy_files import Family, PolicyFile, damaged_policy, read_policy
 from policyskip.deployment.policy_schema import check_agreement, check_arguments
 from policyskip.deployment.predictors import ExitPredictor, GatedPredictor, Predictor, ThresholdPredictor
 from policyskip.deployment.profiling import device_name
-from policyskip.errors import UserError, first_line, in_one_line, users_problem
+from policyskip.errors import UserError, check_choice, first_line, in_one_line, users_problem
 from policyskip.exits.rules import check_thresholds
 from policyskip.memory import keep_freed_memory
 from policyskip.parallel.devices import usual_defaults
@@ -70,9 +71,9 @@ def load(
         UserError: there is no run folder, a file is damaged, something that the run names is not installed here, the
             precision or device does not exist, or the network's weights are not those the policy was trained with.
     """
-    _check_types(backbone=(backbone, str | Path | None), planned=(planned, bool), trust=(trust, bool))
-    if precision not in PRECISIONS:
-        raise UserError(f"precision must be one of {', '.join(PRECISIONS)}, got {precision!r}")
+    check_types(run=(run, str | Path), backbone=(backbone, str | Path | None))
+    check_types(planned=(planned, bool), trust=(trust, bool))
+    check_choice("precision", precision, PRECISIONS)
     _check_device(device)
     keep_freed_memory()
     opened = open_run(os.path.expanduser(run))
@@ -92,13 +93,6 @@ def _check_device(device: str | torch.device) -> None:
         raise UserError(f"there is no device {one_line(device, 60)} here: {one_line(first_line(error))}") from error
     if kind == "meta":
         raise UserError("the device meta holds no numbers, so nothing can be predicted there; say cpu or cuda")
-
-
-def _check_types(**arguments: tuple[Any, Any]) -> None:
-    """Refuse (UserError) an argument, by its name, whose value is not of its type."""
-    for name, (value, kind) in arguments.items():
-        if not isinstance(value, kind):
-            raise UserError(f"{name} must be of type {getattr(kind, '__name__', kind)}, got {value!r}")
 
 
 def load_predictor(

@@ -14,6 +14,7 @@ from typing import Annotated, Any, Literal, get_type_hints
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
 
 from policyskip.backbones import Backbone, ExitNetwork, Network
+from policyskip.runs.schemas import MOST_CLASSES
 from policyskip.sealed import largest_number
 from policyskip.texts import one_line
 
@@ -94,7 +95,7 @@ class Head(Entry):
     """Describes what every family's ``policy.json`` has."""
 
     version: Literal[1]
-    classes: Annotated[list[Name], Field(min_length=1, max_length=100_000)]
+    classes: Annotated[list[Name], Field(min_length=1, max_length=MOST_CLASSES)]
     image_shape: Annotated[list[Side], Field(min_length=3, max_length=3)]
     steps: Annotated[int, Field(ge=0)] | None = None
 

@@ -21,7 +21,7 @@ from policyskip.errors import UserError
 from policyskip.exits.rules import decisions_at
 from policyskip.finite import described, plain_tensor
 from policyskip.memory import BatchSplitter
-from policyskip.parallel.devices import find_device, usual_defaults
+from policyskip.parallel.devices import device_named, usual_defaults
 from policyskip.policies.base import Policy
 from policyskip.policies.perceptrons import ExitPolicy
 from policyskip.policies.thresholds import ThresholdPolicy
@@ -95,7 +95,7 @@ class BasePredictor(ABC):
         Raises:
             UserError: there is no such device.
         """
-        where = find_device(str(device))
+        where = device_named(str(device))
         for part in self._parts():
             part.to(where)
         self.splitter = BatchSplitter()

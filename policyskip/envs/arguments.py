@@ -8,19 +8,17 @@ from __future__ import annotations
 import functools
 import inspect
 import math
-import operator
 from collections.abc import Callable
 from typing import Any
 
 import gymnasium
-import numpy as np
 import torch
 from torch import Tensor
 
 from policyskip.backbones import Backbone, ExitNetwork
 from policyskip.data.base import described
 from policyskip.errors import UserError
-from policyskip.finite import plain_tensor
+from policyskip.finite import plain_tensor, whole_number
 from policyskip.texts import one_line
 
 MOST_IMAGES = 2**20
@@ -52,22 +50,6 @@ def naming_arguments(constructor: Constructor) -> Constructor:
         constructor(self, *args, **kwargs)
 
     return checked
-
-
-def whole_number(name: str, given: Any, least: int, most: int | None = None) -> int:
-    """Return a whole number that a user gave, of Python or numpy, as an int.
-
-    Raises:
-        UserError: it is something else, below ``least`` or above ``most``.
-    """
-    try:
-        number = None if isinstance(given, bool | np.bool_) else operator.index(given)
-    except TypeError:
-        number = None
-    if number is None or number < least or (most is not None and number > most):
-        allowed = f"{least} or more" if most is None else f"from {least} to {most}"
-        raise UserError(f"{name} must be a whole number, {allowed}, got {one_line(repr(given), 60)}")
-    return number
 
 
 def seed_or_none(given: Any) -> int | None:
@@ -124,6 +106,10 @@ def check_fit(network: Backbone | ExitNetwork, image: Tensor, label_N: Tensor) -
         with torch.no_grad():
             network(image)
     except RuntimeError as error:
+        other = [str(weight.dtype) for weight in network.parameters() if weight.dtype != torch.float32]
+        if other:
+            kind = other[0].removeprefix("torch.")
+            raise UserError(f"{network.name} has weights of {kind}: give network.float()") from error
         raise UserError(f"{network.name} does not take images of {size}; give images=… that it was made for") from error
     if len(label_N) and int(label_N.max()) >= network.num_classes:
         raise UserError(f"{network.name} has {network.num_classes} classes, the images have more; give its own images")

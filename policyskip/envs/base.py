@@ -27,12 +27,11 @@ from policyskip.envs.arguments import (
     decisions,
     naming_arguments,
     seed_or_none,
-    whole_number,
 )
 from policyskip.envs.step_tensors import for_numpy
-from policyskip.finite import plain_tensor
+from policyskip.finite import plain_tensor, whole_number
 from policyskip.memory import BatchSplitter
-from policyskip.parallel.devices import find_device, usual_defaults
+from policyskip.parallel.devices import device_named, usual_defaults
 from policyskip.rewards import Outcome, Reward, Utilization, reward_of
 
 PIXELS_AT_ONCE = 2**23
@@ -182,7 +181,7 @@ class ImageVectorEnv(VectorEnv[Tensor, Tensor, Tensor]):
         device: str | None = None,
     ) -> None:
         num_envs, seed = whole_number("num_envs", num_envs, 1, MOST_IMAGES), whole_number("seed", seed, 0)
-        where = None if device is None else find_device(str(device))
+        where = None if device is None else device_named(str(device))
         if isinstance(backbone, str):
             backbone = load(backbone).to(where or "cpu")
         check_network("backbone", backbone, Backbone)

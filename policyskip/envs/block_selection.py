@@ -36,7 +36,7 @@ class BlockSelectionVectorEnv(ImageVectorEnv):
     def __init__(self, num_envs: int = 256, **kwargs: Any) -> None:
         super().__init__(num_envs, **kwargs)
         self.single_action_space = gymnasium.spaces.MultiBinary(self.backbone.num_blocks)
-        self.action_space = batch_space(self.single_action_space, num_envs)
+        self.action_space = batch_space(self.single_action_space, self.num_envs)
 
     @usual_defaults()
     @torch.no_grad()

@@ -27,7 +27,6 @@ from policyskip.envs.arguments import (
     decisions,
     naming_arguments,
     seed_or_none,
-    whole_number,
 )
 from policyskip.envs.base import Step
 from policyskip.envs.exit_sources import CacheIndices, ExitSource, Live, Queue, Replay
@@ -36,7 +35,8 @@ from policyskip.envs.step_tensors import for_numpy
 from policyskip.errors import UserError
 from policyskip.exits.cache import CachedExits, cache_exits
 from policyskip.exits.rules import decisions_at
-from policyskip.parallel.devices import find_device, usual_defaults
+from policyskip.finite import whole_number
+from policyskip.parallel.devices import device_named, usual_defaults
 from policyskip.rewards import Macs, Outcome, Reward, reward_of
 from policyskip.texts import one_line
 
@@ -104,7 +104,7 @@ class EarlyExitVectorEnv(VectorEnv[Tensor, Tensor, Tensor]):
         device: str | None = None,
     ) -> None:
         num_envs, seed = whole_number("num_envs", num_envs, 1, MOST_IMAGES), whole_number("seed", seed, 0)
-        where = None if device is None else find_device(str(device))
+        where = None if device is None else device_named(str(device))
         self.num_envs = num_envs
         self.reward = reward if reward is not None else Macs()
         check_reward(self.reward)

@@ -18,6 +18,7 @@ from policyskip.data import Batch, Feed
 from policyskip.data.base import WHOLE
 from policyskip.exits.cache import CachedExits
 from policyskip.exits.rules import entropy, top_two
+from policyskip.finite import whole_number
 
 
 class ExitObservation(NamedTuple):
@@ -207,7 +208,12 @@ class Queue:
         return self.feed.cursor * self.feed.batch_size + self._taken
 
     def seek(self, position: int, seed: int | None = None) -> None:
-        """Go to a position in the order of ``seed``, or in the present order if that is None."""
+        """Go to a position in the order of ``seed``, or in the present order if that is None.
+
+        Raises:
+            UserError: ``position`` or ``seed`` is no whole number, or negative.
+        """
+        position = whole_number("cursor", position, 0)
         self.feed.seek(position // self.feed.batch_size, seed)
         self._taken = position % self.feed.batch_size
 

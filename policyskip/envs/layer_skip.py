@@ -55,9 +55,9 @@ class LayerSkipVectorEnv(ImageVectorEnv):
         low_D = -high_D
         low_D[self.width :], high_D[self.width :] = 0, 1
         self.single_observation_space = gymnasium.spaces.Box(low_D, high_D, dtype=np.float32)
-        self.observation_space = batch_space(self.single_observation_space, num_envs)
+        self.observation_space = batch_space(self.single_observation_space, self.num_envs)
         self.single_action_space = gymnasium.spaces.Discrete(2)
-        self.action_space = batch_space(self.single_action_space, num_envs)
+        self.action_space = batch_space(self.single_action_space, self.num_envs)
         self._begin()
 
     @property

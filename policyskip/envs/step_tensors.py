@@ -35,6 +35,13 @@ class StepTensor(Tensor):
     def __iter__(self) -> Iterator[Tensor]:
         return (self[row] for row in range(len(self)))
 
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        """Return what a pickled copy is made of, which is an ordinary tensor: checkpoints hold no other."""
+        return self.as_subclass(Tensor).__reduce_ex__(protocol)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Tensor:
+        return self.as_subclass(Tensor).__deepcopy__(memo)
+
     def __rsub__(self, other: Any) -> Any:
         whole = self.int() if self.dtype == torch.bool else self  # as numpy does with bool
         return torch.rsub(whole, other).as_subclass(StepTensor)

@@ -16,15 +16,15 @@ import torch
 from torch import Tensor
 
 from policyskip.files import open_regular
+from policyskip.runs.schemas import is_number
 
 LARGEST_STEP = 2**40
 """Above any number of updates or batches that a run comes to."""
-LARGEST_NUMBER = 2**64
-"""Above any whole number that a state holds; seeds are below."""
+LARGEST_NUMBER = 2**128
+"""Above any whole number that a state holds: NumPy's random generators have numbers of 128 bits."""
 MOST_VALUES, DEEPEST, MOST_UPDATES = 2**20, 64, 2**16
 """Bounds of a state: how many values, how deeply nested, and how many updates since the last record."""
 PLAIN = (type(None), bool, int, float, str, bytes)
-Number = int | float
 
 
 def checked_checkpoint(path: Path) -> dict[str, Any]:
@@ -95,10 +95,10 @@ def check_state(state: dict[str, Any]) -> None:
     for key in ("step", "cursor"):
         if type(state.get(key)) is not int or not 0 <= state[key] < LARGEST_STEP:
             raise ValueError(f"its {key} is {state.get(key)!r:.80}")
-    if not is_finite(state.get("seconds")) or state["seconds"] < 0:
+    if not is_number(state.get("seconds")) or state["seconds"] < 0:
         raise ValueError(f"its seconds are {state.get('seconds')!r:.80}")
     best = state.get("best", -math.inf)
-    if not is_finite(best) and best != -math.inf:
+    if not is_number(best) and best != -math.inf:
         raise ValueError(f"its best score is {best!r:.80}")
     for key in ("learner", "reward"):
         if not isinstance(state.get(key, {}), dict):
@@ -110,14 +110,9 @@ def check_state(state: dict[str, Any]) -> None:
         raise ValueError("its figures of the last updates are no numbers by name")
 
 
-def is_finite(value: Any) -> bool:
-    """Return whether a value is a finite number that a float can hold; True and False are none."""
-    return isinstance(value, Number) and not isinstance(value, bool) and abs(value) < 1e300
-
-
 def _are_figures(figures: Any) -> bool:
-    """Return whether figures of an update are numbers by name."""
+    """Return whether figures of an update are numbers by name; they may be infinite."""
     return isinstance(figures, dict) and all(
-        isinstance(key, str) and isinstance(value, Number) and not abs(value) > LARGEST_NUMBER
+        isinstance(key, str) and (isinstance(value, float) or is_number(value) or isinstance(value, bool))
         for key, value in figures.items()
     )

@@ -15,7 +15,7 @@ import math
 import os
 import weakref
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, TextIO, TypeVar
 
@@ -65,11 +65,11 @@ class Run:
         Raises:
             UserError: there is something that is no file in its place; and as for :meth:`path`.
         """
-        try:
-            check_regular(self.path(name))
-        except OSError:
-            return False
-        return True
+        for _ in range(2):  # while it is looked at, another process may move it from ``.commit`` to its place
+            with suppress(OSError):
+                check_regular(self.path(name))
+                return True
+        return False
 
     @contextmanager
     def generation(self) -> Iterator[Run]:
@@ -92,7 +92,8 @@ class Run:
         was killed has left is put in order.
 
         Raises:
-            UserError: another process has locked the folder, or it cannot be put in order.
+            UserError: another process has locked the folder, it cannot be put in order, or something else is in the
+                place of a file that a run writes.
         """
         if self._close_lock is None:
             try:
@@ -104,6 +105,7 @@ class Run:
                 _LOCKED_RUNS.add(self)
                 generations.clear_leftovers(self.folder)
             generations.move_into_place(self.folder)
+            generations.check_can_be_written(self.folder)
 
     def unlock(self) -> None:
         """Let other processes write into the folder."""
@@ -114,7 +116,8 @@ class Run:
 
     @property
     def name(self) -> str:
-        return self.folder.name
+        """Return the folder's name, also where it was typed as "." or ".."."""
+        return self.folder.name if self.folder.name not in ("", "..") else self.folder.resolve().name
 
     @property
     def command(self) -> str:
@@ -238,7 +241,10 @@ class Run:
         if not self.has(name):
             raise UserError(f"there is no {self.folder / name}; the run did not get that far")
         with damaged(self.folder / name):
-            return reader(self.path(name))
+            try:
+                return reader(self.path(name))
+            except FileNotFoundError:  # another process has just moved it from ``.commit`` to its place
+                return reader(self.path(name))
 
 
 class ReadOnlyRun(Run):
@@ -305,7 +311,7 @@ def open_run(folder: str) -> Run:
         UserError: there is no folder of that name, or it is no run folder, or its ``config.yaml`` is a link out of it.
     """
     run = Run(Path(folder))
-    if not run.has("config.yaml"):
+    if "\0" in folder or not run.has("config.yaml"):  # no path of a system has that letter
         what = "is not a run folder: it has no config.yaml" if run.folder.is_dir() else "does not exist"
         raise UserError(f"the run folder {folder} {what}")
     return run

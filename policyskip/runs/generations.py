@@ -22,6 +22,8 @@ COMMITTED = ".commit"
 """The folder of a generation that has been switched to, and whose files are not all in their places yet."""
 BEST, BEST_SO_FAR = "best.safetensors", "best-so-far.safetensors"
 """The weights that a finished run deploys; and the best weights of a run that learns, until it is finished."""
+PLOTS, ENDINGS = "plots", (".json", ".jsonl", ".png", ".pt", ".safetensors", ".yaml")
+"""The folder of a run's pictures; and the endings of the files in a run's folder."""
 
 
 def find(folder: Path, name: str) -> Path:
@@ -129,6 +131,20 @@ def _check_places(generation: Path, folder: Path) -> None:
         if os.path.lexists(place.parent) and not place.parent.is_dir():
             raise UserError(f"cannot write {place}: {place.parent} is no folder")
         _check_inside(place.parent, folder)
+
+
+def check_can_be_written(folder: Path) -> None:
+    """Refuse a folder in which something else is in the place of a file of a run, before anything of it is changed.
+
+    Raises:
+        UserError: a folder has the name of a file, or ``plots`` is no folder, or a link that leads out of this one.
+    """
+    plots = find(folder, PLOTS)
+    if os.path.lexists(plots) and not plots.is_dir():
+        raise UserError(f"{plots} is no folder, but the pictures of a run are written there; move it away")
+    for path in [*folder.iterdir(), *(plots.iterdir() if plots.is_dir() else [])]:
+        if path.suffix in ENDINGS and path.is_dir() and not path.is_symlink():
+            raise UserError(f"{path} is a folder, but a file of a run may be written there; move it away")
 
 
 def clear_leftovers(folder: Path) -> None:

@@ -5,6 +5,7 @@ Nothing here knows what a run learns. What a run's folder holds, and how it is w
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -20,13 +21,12 @@ from policyskip.errors import UserError
 from policyskip.files import shell_argument
 from policyskip.runs import stored_config
 from policyskip.runs.folder import Run, create, open_run
+from policyskip.typed.words import MOVED
 
 INITIAL_NETWORK = "start.safetensors"
 """The network that a run started from, in the folder of a run that trains it."""
 CHANGEABLE = ("run.trust", "train.steps", "device", "tracking.mode")
-"""The keys that can be typed when a run is resumed."""
-MOVED = ("data.root", "data.download", "backbone.checkpoint")
-"""The keys that can be typed, too, for data and weights that are no longer where they were."""
+"""The keys that can be typed when a run is resumed, beside those of :data:`~policyskip.typed.words.MOVED`."""
 
 
 def typed_changes() -> list[str]:
@@ -90,7 +90,7 @@ def check_new_folder(key: str, folder: Any) -> None:
     """
     if not isinstance(folder, str) or not folder.strip():
         raise UserError(f"{key} must be a folder to make, got {folder!r}")
-    path = Path(folder).expanduser()
+    path = Path(os.path.expanduser(folder))
     if path.resolve() in (here := Path.cwd().resolve(), *here.parents):
         raise UserError(f"{key}={folder} is no folder of its own; name one that is to be made")
     _check_parents(key, path)
@@ -227,7 +227,7 @@ def with_initial_network(content: dict[str, Any], run: Run, own_files: Sequence[
     if (
         not isinstance(named, str)
         or named in (checkpoints.RANDOM, *checkpoints.shipped())
-        or Path(named).expanduser().is_file()
+        or Path(os.path.expanduser(named)).is_file()
     ):
         return content
     for name in filter(run.has, (INITIAL_NETWORK, *own_files)):

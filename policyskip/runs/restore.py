@@ -17,7 +17,8 @@ from torch.optim.lr_scheduler import LRScheduler
 
 from policyskip.files import damaged
 from policyskip.finite import find_nonfinite
-from policyskip.runs.archives import check_state, is_finite
+from policyskip.runs.archives import check_state
+from policyskip.runs.schemas import is_number
 
 
 @dataclass
@@ -81,8 +82,8 @@ def _check_numbers(own: Any, saved: Any, path: str) -> None:
     Raises:
         ValueError: it has something else there, or nothing.
     """
-    if type(own) in (int, float) and is_finite(own):
-        if not is_finite(saved):
+    if type(own) in (int, float) and is_number(own):
+        if not is_number(saved):
             raise ValueError(f"{path} is {saved!r:.80}, not a number")
     elif isinstance(own, dict) and isinstance(saved, dict):
         for key, value in own.items():
@@ -101,7 +102,7 @@ def _check_optimizer(optimizer: Optimizer) -> None:
             a state and with its default settings either is let pass.
     """
     numbers = [value for entry in optimizer.state.values() for value in entry.values() if type(value) in (int, float)]
-    if not all(map(is_finite, numbers)):
+    if not all(map(is_number, numbers)):
         raise ValueError("the optimizer's state has a number that is not finite")
     trial = copy.deepcopy(optimizer)
     for group in trial.param_groups:
@@ -135,5 +136,5 @@ def _check_schedule(schedule: LRScheduler) -> None:
     rates = getattr(schedule, "base_lrs", [group["lr"] for group in schedule.optimizer.param_groups])
     if not isinstance(rates, list) or len(rates) != len(schedule.optimizer.param_groups):
         raise ValueError("the schedule of the learning rate has other groups than the optimizer")
-    if type(schedule.last_epoch) is not int or schedule.last_epoch < 0 or not all(map(is_finite, rates)):
+    if type(schedule.last_epoch) is not int or schedule.last_epoch < 0 or not all(map(is_number, rates)):
         raise ValueError("the schedule of the learning rate holds something that is not a number")

@@ -22,7 +22,9 @@ from pydantic import (
 
 LARGEST = 1e300
 """The largest size of a number: what is computed with numbers up to this is still finite."""
-MOST_BLOCKS, MOST_CLASSES, MOST_WARNINGS = 10_000, 1_000_000, 1_000
+MOST_BLOCKS, MOST_CLASSES, MOST_WARNINGS = 10_000, 100_000, 1_000
+LONGEST_NAME = 300
+"""Letters of the name of a class, a network, an agent, …"""
 _RULES = ConfigDict(strict=True, extra="ignore")
 
 
@@ -59,7 +61,7 @@ def _at_most(longest: int) -> Callable[[Any], Any]:
     return checked
 
 
-Name = Annotated[Any, AfterValidator(_at_most(300))]
+Name = Annotated[Any, AfterValidator(_at_most(LONGEST_NAME))]
 Line = Annotated[Any, AfterValidator(_at_most(3_000))]
 LongText = Annotated[Any, AfterValidator(_at_most(10**6))]
 Number = Annotated[float, BeforeValidator(_number)]

@@ -6,6 +6,8 @@ file may ask for is bounded (:data:`BOUNDS`); what a user types is not.
 
 from __future__ import annotations
 
+import inspect
+import os
 import stat
 from collections.abc import Iterator
 from contextlib import suppress
@@ -15,7 +17,7 @@ from typing import Any
 import yaml
 from omegaconf._utils import get_omega_conf_dumper, get_yaml_loader
 
-from policyskip import files
+from policyskip import files, registry
 from policyskip.errors import UserError
 from policyskip.files import damaged
 
@@ -40,6 +42,7 @@ BOUNDS: dict[str, float] = {
     "base": 64,
     "step": 64,
     "blocks": 512,
+    "samples": 4096,
 }
 """The highest number of a key that a file may ask for, by the key's whole name or its last part."""
 LARGEST = 10 * MILLION
@@ -47,6 +50,8 @@ LARGEST = 10 * MILLION
 LARGEST_NETWORK = 4 * MILLION
 """The highest depth · width² of a network: about a gigabyte of weights."""
 UNBOUNDED = ("seed",)
+MOST_BITS = 128
+"""Bits of the largest whole number that is no bound's affair, such as a seed: Python prints no number of thousands."""
 PATHS = ("root", "checkpoint", "table")
 """The keys of groups that hold a path."""
 
@@ -148,17 +153,29 @@ def buildable(content: dict[str, Any], trust: bool, typed: dict[str, Any]) -> di
             _check_bound(key, value)
     _check_network_size(merged.get("backbone"))
     data = merged.get("data")
-    if isinstance(data, dict) and "download" in data and typed_keys.isdisjoint(("data.root", "data.download")):
+    if isinstance(data, dict) and _may_download(data) and typed_keys.isdisjoint(("data.root", "data.download")):
         merged["data"] = {**data, "download": False}
     return merged
 
 
+def _may_download(data: dict[str, Any]) -> bool:
+    """Return whether a stored data set could be downloaded: where ``download`` is left out, it may be true."""
+    with suppress(UserError, TypeError, ValueError):  # what cannot be imported is refused by who builds it
+        target = registry.resolve("data", str(data.get("_target_")), trusted=False)
+        return "download" in data or "download" in inspect.signature(target).parameters
+    return "download" in data
+
+
 def _check_bound(key: str, value: Any) -> None:
     """Refuse (UserError) a number that is above what a file may ask for; values of other types pass."""
-    if not isinstance(value, int | float) or isinstance(value, bool) or key in UNBOUNDED:
+    if not isinstance(value, int | float) or isinstance(value, bool):
+        return
+    if value != value or (isinstance(value, int) and value.bit_length() > MOST_BITS):
+        raise UserError(f"the run's {key} is no number that a run could have")
+    if key in UNBOUNDED:
         return
     highest = BOUNDS.get(key) or BOUNDS.get(key.rpartition(".")[2]) or LARGEST
-    if not abs(value) <= highest and value != float("inf"):
+    if abs(value) > highest and (value != float("inf") or key in BOUNDS):
         raise UserError(_too_much(key, f"{value:.4g}" if isinstance(value, float) else str(value), highest))
 
 
@@ -190,6 +207,6 @@ def check_paths(content: dict[str, Any]) -> None:
             value, mode = node.get(key), stat.S_IFREG
             if isinstance(value, str):
                 with suppress(OSError, ValueError):  # what is not there is reported by who reads it
-                    mode = Path(value).expanduser().stat().st_mode
+                    mode = Path(os.path.expanduser(value)).stat().st_mode
             if not (stat.S_ISREG(mode) or stat.S_ISDIR(mode)):
                 raise UserError(f"{group}.{key}={value} is neither a file nor a folder")

@@ -133,7 +133,7 @@ class Tracker:
             if (folder / "wandb").resolve() != folder / "wandb":
                 raise UserError(f"{self.run.folder / 'wandb'} is a link, and nothing of a run is written through one")
             self.wandb_run = self._begun(mode, config, labels)
-        except (wandb.errors.Error, ValueError, OSError) as error:  # of a variable such as WANDB_MODE=sideways
+        except Exception as error:  # of a variable such as WANDB_MODE=sideways, or because W&B's process has ended
             reason = first_problem("", error) if isinstance(error, ValidationError) else in_one_line(error)
             self.where = f"not tracked: {one_line(reason)}"
             print(f"This run is {self.where}", flush=True)
@@ -176,7 +176,7 @@ class Tracker:
             "entity": labels.entity,
             "group": labels.group,
             "job_type": labels.job_type,
-            "name": labels.name_of(self.run.folder),
+            "name": labels.name_of(Path(self.run.name)),
             "notes": labels.notes,
             "tags": labels.all_tags,
         }

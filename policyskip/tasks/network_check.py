@@ -30,6 +30,8 @@ FIRST, MOST = 64, 500
 """Validation images that are looked at first, and at most, where these few leave a doubt."""
 CHANCE = 0.01
 """The probability of so many right answers by chance below which a network is taken to know its classes."""
+MUCH_BELOW_CHANCE = 1e-4
+"""The same for another choice of settings, of which many are tried."""
 FAR_BELOW = 0.2
 """How far an accuracy may be below what the network's file says."""
 NORMALISATIONS = ((IMAGENET_MEAN, IMAGENET_STD), (CIFAR_MEAN, CIFAR_STD), ((0.0, 0.0, 0.0), (1.0, 1.0, 1.0)))
@@ -69,15 +71,20 @@ def _judged(setup: Setup, network: Network, images: Tensor, label_B: Tensor, ans
     accuracy, count, classes = _share(answer_B, label_B), len(label_B), setup.data.classes
     stated = inner.stated_accuracy
     found = f"{network.name} answers {percent(accuracy)} of {count} validation images rightly"
-    best, better = _better_choice(inner, images, label_B, accuracy, setup)
+    best, better = _better_order(answer_B, label_B, setup)
+    if not better:
+        best, better = _better_choice(inner, images, label_B, accuracy, setup)
     hint = f"; {better}" if better else ""
     if _by_chance(answer_B, label_B) > CHANCE and _could_be_told(answer_B, label_B):
         reordered = _reordered(answer_B, label_B, len(classes))
         if reordered > max(best, 0.5) and count >= 10 * len(classes):
             names = one_line(", ".join(classes[:4]), 80)
-            hint = f"; with the classes in another order it would be {percent(reordered)}: "
-            hint += f"look at their names ({names}, …)"
-        return [f"{found}, which is chance: {CAUSES} are probably others than it was trained with{hint}"]
+            would_be = f"with the classes in another order it would be {percent(reordered)}"
+            hint = f"; {would_be}: look at their names ({names}, …)"
+        by_chance = accuracy < 1.5 * _rate(answer_B, label_B)
+        even = "which is chance" if by_chance else "which so few images do not tell from chance"
+        untrained = "" if inner.remark else "it is hardly trained, or "
+        return [f"{found}, {even}: {untrained}{CAUSES} are others than it was trained with{hint}"]
     if stated is not None and _far_below(answer_B, label_B, stated):
         return [f"{found}, and its file says {percent(stated)}: {CAUSES} may be others than it was trained with{hint}"]
     return [f"{found}, as its file was read; {better}"] if better else []
@@ -146,6 +153,24 @@ def _reordered(answer_B: Tensor, label_B: Tensor, classes: int) -> float:
     return float(count_CC.max(1).values.sum()) / max(1, len(label_B))
 
 
+def _better_order(answer_B: Tensor, label_B: Tensor, setup: Setup) -> tuple[float, str]:
+    """Return how many images are answered rightly if the class folders are taken in the other order, and how to say so.
+
+    Returns: a share and a line; 0 and no line if the other order is no better, or there is no other.
+    """
+    names, order = setup.data.classes, setup.config.get("data", {}).get("class_order")
+    if order is None or not all(name.isdecimal() for name in names):
+        return 0.0, ""
+    other = "text" if order == "numbers" else "numbers"
+    by_other = sorted(names, key=int) if other == "numbers" else sorted(names)
+    place_C = torch.tensor([names.index(name) for name in by_other], device=answer_B.device)
+    other_B = place_C[answer_B]
+    share = _share(other_B, label_B)
+    if share <= _share(answer_B, label_B) + 0.1 or _by_chance(other_B, label_B) > MUCH_BELOW_CHANCE:
+        return 0.0, ""
+    return share, f"with data.class_order={other} it would be {percent(share)}"
+
+
 def _better_choice(
     network: Network, images: Tensor, label_B: Tensor, accuracy: float, setup: Setup
 ) -> tuple[float, str]:
@@ -156,8 +181,9 @@ def _better_choice(
     best, choice = 0.0, ""
     images, label_B = images[:: max(1, len(images) // 100)], label_B[:: max(1, len(images) // 100)]
     for changes, other in _alternatives(network):
-        share = _share(_answers(other.to(setup.device), images, setup), label_B)
-        if share > max(best, accuracy + 0.1):
+        answer_B = _answers(other.to(setup.device), images, setup)
+        share = _share(answer_B, label_B)
+        if share > max(best, accuracy + 0.1) and _by_chance(answer_B, label_B) < MUCH_BELOW_CHANCE:
             typed = " ".join(f"backbone.{key}={_typed(value)}" for key, value in changes.items())
             best, choice = share, f"with {typed} it would be {percent(share)}"
     return best, choice

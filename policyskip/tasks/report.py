@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import traceback
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -11,6 +13,7 @@ import torch
 
 from policyskip.build import Setup
 from policyskip.deployment.policy_files import Family, PolicyFile
+from policyskip.errors import UserError, in_one_line, traceback_wanted
 from policyskip.evaluation.decisions import Decisions, collapse_warnings, examples, save_decisions
 from policyskip.rewards import Adaptive
 from policyskip.runs.folder import REWARD, Run
@@ -87,9 +90,22 @@ def write_finished(
             summary["warnings"] = [*setup.warnings, *(collapse_warnings(record) if head["steps"] else [])]
         new.save_json("summary.json", summary)
         policy.save(new, head["steps"])
-        with waiting("drawing pictures"):
-            drawn = draw(new.folder / "plots", metrics=run.metrics(), decisions=record, images=data.test, **shown)
-        names = [path.relative_to(new.folder) for path in drawn]
+        with waiting("drawing pictures"), _going_on_without():
+            draw(new.folder / "plots", metrics=run.metrics(), decisions=record, images=data.test, **shown)
+        names = sorted(path.relative_to(new.folder) for path in new.folder.glob("plots/*.png"))
     files = [run.folder / name for name in (*policy.files, "policy.json", "summary.json", "config.yaml")]
     tracker.finish(summary, [run.folder / name for name in names], files, examples(record, data.test))
     return summary
+
+
+@contextmanager
+def _going_on_without() -> Iterator[None]:
+    """Say it if a picture cannot be drawn, and go on: what a run has learned is worth more than its pictures."""
+    try:
+        yield
+    except UserError:  # the disk is full: nothing else could be written either
+        raise
+    except Exception as error:
+        if traceback_wanted():
+            traceback.print_exception(error)
+        print(f"warning: a picture could not be drawn ({in_one_line(error)}); all figures are there", flush=True)

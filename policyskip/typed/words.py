@@ -73,6 +73,9 @@ def checked(command: str, typed: list[str]) -> list[str]:
             flags.append(word)
         else:
             words.append(_without_hyphens(word))
+    printing = any(flag in ("-c", "--cfg") or flag.startswith("--cfg=") for flag in flags)
+    if not printing and (alone := [flag for flag in flags if flag in ("-p", "--package", "--resolve")]):
+        raise UserError(f"{alone[0]} goes with --cfg job, which prints the configuration and runs nothing")
     overrides = [_read(command, word) for word in words]
     for override in overrides:
         _check(override)

@@ -9,6 +9,7 @@ import pytest
 import torch
 from hydra import compose, initialize_config_module
 
+from policyskip import registry
 from policyskip.backbones import (
     ExitNetwork,
     ResNetExits,
@@ -21,6 +22,7 @@ from policyskip.backbones import (
     count_exit_costs,
     load_exits,
     multi_scale_densenet,
+    torchvision_resnet,
     torchvision_resnet_exits,
 )
 from policyskip.backbones.checkpoints import load, save
@@ -212,3 +214,10 @@ def test_configurations_build_what_they_say(name, shape, exits, millions):
     assert count_exit_costs(network, shape).full / 1e6 == pytest.approx(millions, rel=0.01)
     if isinstance(network, ResNetExits):
         assert network.backbone.content_hash() == load("resnet32_digits").content_hash()
+
+
+def test_a_run_folder_downloads_no_weights_of_torchvision(tmp_path, monkeypatch):
+    monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path))
+    with registry.trusting(False), pytest.raises(UserError, match="nothing is downloaded because a run folder"):
+        torchvision_resnet(num_classes=1000, depth=18, checkpoint="DEFAULT")
+    assert not list(tmp_path.iterdir())

@@ -138,6 +138,9 @@ WRONG_ARRAYS: dict[str, tuple[dict[str, Any], str]] = {
         {"test": (GREY[:, :7], LABELS)},
         r"test images are \(3, 7, 9\), training images \(3, 8, 9\)",
     ),
+    "a device": ({"device": ["cpu"]}, "device must be auto, cpu, cuda or cuda:N, got"),
+    "a device without numbers": ({"device": "meta"}, "device must be auto, cpu, cuda or cuda:N, got 'meta'"),
+    "augment of an array": ({"augment": GREY}, r"augment must be of type bool, got a ndarray of uint8 \(40, 8, 9\)"),
     "two images": ({"images": GREY[:2], "labels": [0, 1]}, "2 images are too few for training and test and validation"),
 }
 
@@ -249,6 +252,9 @@ WRONG_DATASETS: dict[str, tuple[Any, dict[str, Any], str]] = {
     "floats of Pillow's": ([(Image.new("F", (8, 8)), 1)], {}, "image 0 of train cannot be read: its values are not of 8"),
     "what fails": (Failing(PAIRS), {}, "item 0 of train cannot be read: KeyError: 'gone"),
     "a bad size": (PAIRS, {"image_size": -5}, "image_size must be a whole number from 4 to 8192, .* got -5"),
+    "a device": (PAIRS, {"device": 3.5}, "device must be auto, cpu, cuda or cuda:N, got '3.5'"),
+    "a list as key": (PAIRS, {"image_key": ["image"]}, r"image_key must be of type str \| None, got a list of length 1"),
+    "augment of text": (PAIRS, {"augment": "yes"}, "augment must be of type bool, got 'yes'"),
     "no test": (PAIRS, {"test": "x"}, "test must have a length and give an item for a number, got 'x'"),
 }  # fmt: skip
 
@@ -321,6 +327,8 @@ def test_data_hold_images_that_networks_can_take():
     for wrong, message in (
         ({"train": GREY}, "train must be a policyskip.data.Images"),
         ({"classes": "ab"}, "classes must be names"),
+        ({"classes": ("", "b")}, "classes must be names, .* 1 to 300 letters each"),  # policy.json has no such class
+        ({"classes": ("a", "b" * 301)}, "classes must be names, .* 1 to 300 letters each"),
         (
             {"image_shape": (3, 1, 1)},
             r"the images of pets have 1×1 pixels; they must be \(3, H, W\), of at least 4×4 pixels",

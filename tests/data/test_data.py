@@ -101,7 +101,7 @@ def test_the_digits_data_set_is_the_same_in_every_run():
             UserError, match=rf"data\.test must be at least 1 image, and at most 2,000,000, got {count}"
         ):
             digits(CPU, train=1, validation=1, test=count)
-    with pytest.raises(UserError, match="split must be train, validation or test, got 'val'"):
+    with pytest.raises(UserError, match="split must be one of train, validation, test, got 'val'"):
         data.split("val")
 
 
@@ -194,7 +194,7 @@ def test_indices_are_spread_over_the_whole_set():
 def test_a_feed_refuses_what_it_cannot_do():
     with pytest.raises(UserError, match="at least 1 image, got 0"):
         Feed(numbered(3), 0)
-    with pytest.raises(UserError, match="shuffled or sequential, got 'random'"):
+    with pytest.raises(UserError, match="shuffled, sequential, got 'random'"):
         Feed(numbered(3), 1, "random")  # type: ignore[arg-type]
 
 

@@ -12,6 +12,9 @@ import torch
 from policyskip.backbones import ResNetExits
 from policyskip.deployment.predictors import ExitPredictor, GatedPredictor, Predictor
 from policyskip.errors import UserError
+from policyskip.finite import plain_tensor
+from policyskip.parallel import processes
+from policyskip.parallel.devices import device_named, find_device
 from policyskip.policies.networks import ConstantPolicy
 from policyskip.policies.thresholds import ThresholdPolicy
 from tests.conftest import small_backbone, small_images
@@ -64,7 +67,7 @@ def test_what_is_no_batch_of_images_is_refused_in_one_line(predictor, name):
 
 @pytest.mark.parametrize("batch_size", [0, -1, 2.5, True, "3", None])
 def test_a_batch_size_is_a_positive_whole_number(predictor, batch_size):
-    with pytest.raises(UserError, match="batch_size must be a whole number, 1 at least, got"):
+    with pytest.raises(UserError, match="batch_size must be a whole number, 1 or more, got"):
         predictor.predict(IMAGES, batch_size)
 
 
@@ -86,6 +89,23 @@ def test_images_in_any_order_of_memory_are_images(predictor):
     assert predictor.predict(ARRAY[:0]).logits_BC.shape == (0, 5)
 
 
+def test_images_that_are_read_only_are_not_copied():
+    """A file that is mapped to memory may be larger than the memory."""
+    array = read_only()
+    assert np.shares_memory(plain_tensor(array, "images").numpy(), array)
+
+
+def test_a_program_of_several_processes_names_its_devices(monkeypatch):
+    """In a command, each process has a GPU of its own; a program that uses us knows better, and has its own settings."""
+    monkeypatch.setattr(processes, "world", lambda: 2)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.backends.cudnn, "deterministic", False)
+    assert device_named("cuda:1") == torch.device("cuda:1") and not torch.backends.cudnn.deterministic
+    with pytest.raises(UserError, match=r"cuda:1 is one GPU, and each of 2 processes needs its own"):
+        find_device("cuda:1")
+    assert find_device("cuda") == torch.device("cuda:0") and torch.backends.cudnn.deterministic
+
+
 def test_a_predictor_moves(predictor):
     expected = predictor.predict(IMAGES)
     assert predictor.to("cpu") is predictor.to(torch.device("cpu")) is predictor
@@ -97,7 +117,7 @@ def test_a_predictor_moves(predictor):
 
 def test_all_of_a_predictor_moves(predictor, monkeypatch):
     """There is no second device here but meta, on which nothing can be computed."""
-    monkeypatch.setattr("policyskip.deployment.predictors.find_device", torch.device)
+    monkeypatch.setattr("policyskip.deployment.predictors.device_named", torch.device)
     if isinstance(predictor, Predictor):
         predictor.plan = {1: [0.5] * 3}
     predictor.to("meta")

@@ -189,6 +189,26 @@ def test_a_device_without_numbers_is_refused_by_name(device, message):
     assert str(refused.value).isprintable()
 
 
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        *(
+            ({"run": run}, r"run must be of type str \| pathlib\.\w*\.?Path, got")
+            for run in (None, 3, b"run", [], torch.zeros(3, 3), small_images(2))
+        ),
+        ({"run": "\0"}, "does not exist"),
+        ({"precision": torch.zeros(3, 3)}, "precision must be one of float32, bfloat16, float16, got"),
+        ({"backbone": torch.zeros(3, 3)}, "backbone must be of type .*, got a Tensor of float32"),
+        ({"trust": 1}, "trust must be of type bool, got 1"),
+    ],
+    ids=str,
+)
+def test_what_is_no_argument_of_load_is_refused_in_one_line(arguments, message):
+    with pytest.raises(UserError, match=message) as refused:
+        policyskip.load(**{"run": STORED / "blockdrop", **arguments})
+    assert str(refused.value).isprintable()
+
+
 # Policies of the user's own
 
 

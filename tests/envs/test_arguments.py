@@ -67,7 +67,10 @@ ARGUMENTS: list[tuple[dict[str, Any], str]] = [
     *(({"seed": seed}, "seed must be a whole number, 0 or more, got") for seed in ("x", None, 2.5, True, -1)),
     *(({"reward": reward}, "reward must be a function .* got") for reward in (3, "macs", torch.ones(B), {})),
     *(({"device": device}, "device must be auto, cpu, cuda or cuda:N, got") for device in ("gpu", 5, "meta", {})),
-    ({"order": "random"}, "order must be shuffled or sequential"),
+    *(
+        ({"order": order}, "order must be one of shuffled, sequential, got")
+        for order in ("random", None, [1], torch.zeros(3, 3), np.zeros(3))
+    ),
     *(
         ({"images": images}, r"images must be a policyskip\.data\.Images .* got")
         for images in ("x", 3, [], {}, np.zeros((4, 3, 12, 12), np.uint8), torch.zeros(4, 3, 12, 12).to("meta"))
@@ -103,9 +106,37 @@ def test_only_a_network_of_the_package_is_a_network(kind, given):
     assert make(kind, **{key: right}).num_envs == B
 
 
-def test_numbers_of_numpy_are_numbers():
-    env = make(BlockSelectionVectorEnv, num_envs=np.int64(3), seed=np.uint8(2))
-    assert type(env.num_envs) is int and len(env.reset(seed=np.int64(5))[0]) == 3
+@pytest.mark.parametrize("kind", VECTOR[:2])
+def test_a_network_that_was_made_where_float64_is_usual_is_named_so(kind):
+    torch.set_default_dtype(torch.float64)
+    try:
+        made = small_backbone(8)
+    finally:
+        torch.set_default_dtype(torch.float32)
+    refused(lambda: make(kind, backbone=made), r"has weights of float64: give network\.float\(\)")
+    assert make(kind, backbone=made.float()).num_envs == B
+
+
+@pytest.mark.parametrize("kind", VECTOR)
+@pytest.mark.parametrize("three", [np.int64(3), torch.tensor(3)], ids=["numpy", "torch"])
+def test_whole_numbers_of_other_libraries_are_numbers(kind, three):
+    env = make(kind, num_envs=three, seed=np.uint8(2))
+    assert type(env.num_envs) is int and len(env.reset(seed=np.int64(5))[0]) == 3 == env.action_space.shape[0]
+
+
+@pytest.mark.parametrize("kind", VECTOR)
+def test_seek_takes_any_position_of_the_order_and_nothing_else(kind):
+    env = make(kind, order="sequential")
+    for cursor in (2.5, "1", None, True, -1, torch.ones(2)):
+        refused(lambda cursor=cursor: env.seek(cursor), "cursor must be a whole number, 0 or more, got")
+    first = env.observation
+    while len(env.observation):
+        env.advance()
+    behind = env.cursor
+    env.seek(0)
+    assert torch.equal(env.observation, first)
+    env.seek(behind)
+    assert len(env.observation) == 0 and env.cursor == behind
 
 
 @pytest.mark.parametrize("name", ["BlockSelection", "LayerSkip", "EarlyExit"])

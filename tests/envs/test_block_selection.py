@@ -185,7 +185,7 @@ def test_a_step_leaves_no_gradient_but_its_images_can_train_a_policy():
 @pytest.mark.parametrize(
     ("wrong", "message"),
     [
-        ({"order": "random"}, "order must be shuffled or sequential"),
+        ({"order": "random"}, "order must be one of shuffled, sequential"),
         ({"num_envs": 0}, "num_envs must be a whole number, from 1 to 1048576, got 0"),
     ],
 )

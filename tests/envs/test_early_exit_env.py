@@ -424,7 +424,7 @@ def test_the_network_is_frozen_and_stays_as_it_was(cached):
 @pytest.mark.parametrize(
     ("wrong", "message"),
     [
-        ({"order": "random"}, "order must be shuffled or sequential"),
+        ({"order": "random"}, "order must be one of shuffled, sequential"),
         ({"num_envs": 0}, "num_envs must be a whole number, from 1 to 1048576, got 0"),
         ({"network": "resnet32_digits"}, "resnet32_digits holds no multi-exit network"),
         ({"network": "nothing"}, "there is no checkpoint nothing"),

@@ -363,7 +363,7 @@ def test_the_network_is_frozen_and_stays_as_it_was_and_a_policy_can_be_trained()
 @pytest.mark.parametrize(
     ("wrong", "message"),
     [
-        ({"order": "random"}, "order must be shuffled or sequential"),
+        ({"order": "random"}, "order must be one of shuffled, sequential"),
         ({"num_envs": 0}, "num_envs must be a whole number, from 1 to 1048576, got 0"),
     ],
 )

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 import inspect
+import io
+import pickle
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -166,6 +169,10 @@ def test_what_a_step_gives_is_for_torch_and_numpy():
     total = np.zeros(4)
     total += reward
     assert np.array_equal(total, reward.numpy())
+    torch.save({"reward": reward}, file := io.BytesIO())
+    file.seek(0)
+    copies = (copy.deepcopy(reward), pickle.loads(pickle.dumps(reward)), torch.load(file, weights_only=True)["reward"])
+    assert all(type(copied) is torch.Tensor and torch.equal(copied, reward) for copied in copies)
 
 
 @pytest.mark.parametrize("kind", SINGLE)

@@ -13,8 +13,9 @@ import pytest
 import policyskip
 from policyskip.errors import UserError
 from policyskip.files import hidden_name
+from policyskip.runs import generations
 from policyskip.runs.folder import Run
-from policyskip.runs.generations import BEST, BEST_SO_FAR, COMMITTED
+from policyskip.runs.generations import BEST, BEST_SO_FAR, COMMITTED, move_into_place
 from tests.conftest import typed
 from tests.dying import Died, State, before_each_call, dying_at, failing_at, put_back, state_of, states_between_calls
 from tests.runs.test_stored_runs import STORED, no_pictures  # noqa: F401 - a fixture
@@ -135,6 +136,20 @@ def test_a_commit_that_is_not_ours_is_refused(what, tmp_path):
             run.has("a")
 
 
+@pytest.mark.parametrize("place", ["decisions.safetensors", "plots/learning_curves.png", "metrics.jsonl", "plots"])
+def test_what_could_not_be_written_in_the_end_is_refused_before_anything_is_changed(place, tmp_path):
+    """Else a run would learn for hours, and fail as it writes what came out."""
+    run = old_run(tmp_path / "x")
+    if place == "plots":
+        shutil.rmtree(run.folder / place)
+        (run.folder / place).write_text("")
+    else:
+        (run.folder / place).mkdir()
+    with pytest.raises(UserError, match=f"{place} is (a folder|no folder)"):
+        run.lock()
+    run.unlock()
+
+
 # Commands
 
 
@@ -235,3 +250,29 @@ def test_a_stopped_run_of_an_older_version_goes_on_from_its_best_weights(tmp_pat
     assert run.load_best_so_far().keys() == run.load_best().keys()
     run.save_best({})
     assert run.load_best_so_far() == {} != run.load_best()
+
+
+def test_a_file_that_is_moved_while_it_is_read_is_read(tmp_path, monkeypatch):
+    """Another process moves the files of a generation from ``.commit`` to their places meanwhile."""
+    (tmp_path / "run" / COMMITTED).mkdir(parents=True)
+    (tmp_path / "run" / COMMITTED / "summary.json").write_text('{"seed": 3}')
+    run = Run(tmp_path / "run")
+    find = generations.find
+
+    def find_and_move(folder: Path, name: str) -> Path:
+        place = find(folder, name)
+        move_into_place(folder)
+        return place
+
+    for moved_at in ("has", "read"):
+        calls = iter([find, find_and_move] if moved_at == "read" else [find_and_move])
+        monkeypatch.setattr(generations, "find", lambda *a, calls=calls: next(calls, find)(*a))
+        assert run.load_json("summary.json") == {"seed": 3}
+        (tmp_path / "run" / COMMITTED).mkdir(exist_ok=True)
+        if (tmp_path / "run" / "summary.json").exists():
+            (tmp_path / "run" / "summary.json").rename(tmp_path / "run" / COMMITTED / "summary.json")
+
+
+def test_the_name_of_a_run_in_the_current_folder(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert Run(Path(".")).name == tmp_path.name and Run(Path("a/..")).name == tmp_path.name

@@ -10,6 +10,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
@@ -186,7 +187,7 @@ ODD: dict[str, Callable[[], Any]] = {
     "a sparse tensor": lambda: torch.eye(2).to_sparse(),
     "a tree that repeats itself": lambda: nested(40),
     "a deep tree": lambda: deep(100),
-    "a giant number": lambda: 10**30,
+    "a giant number": lambda: 10**50,
     "a set": lambda: torch.Size([1]) and frozenset(),
 }
 
@@ -198,6 +199,14 @@ def test_values_that_no_state_has_are_refused(what, tmp_path):
     with pytest.raises(UserError, match=r"checkpoint\.pt is damaged or not ours: ") as refused:
         run.load_checkpoint()
     assert len(str(refused.value).splitlines()) == 1
+
+
+def test_values_that_states_of_one_s_own_have_are_read(tmp_path):
+    learner = {"random": np.random.default_rng(0).bit_generator.state, "never": float("inf")}
+    state = {"step": 1, "seconds": 1.0, "cursor": 1, "learner": learner, "window": [{"a": float("inf"), "b": 1e30}]}
+    run = create(str(tmp_path / "x"), "policyskip train", "")
+    run.save_checkpoint(state)
+    assert run.load_checkpoint() == state
 
 
 @pytest.mark.parametrize("what", ["packed", "repeated", "sound"])

@@ -83,7 +83,6 @@ ASKED = {
     "data.batch_size": 10**12,
     "data.workers": 500,
     "data.image_size": 10**6,
-    "reward.penalty": float("nan"),
     "train.steps": 10**15,
     "front.budget": 1e30,
 }
@@ -198,3 +197,24 @@ def test_what_is_written_is_read_again(tmp_path):
     content = {"a": exits, "b": {"c": exits}, "d": "${oc.env:HOME}", "e": 1e-3, "f": "1e-3", "g": "on", "h": None}
     content |= {"i": "2026-01-01", "j": "é\n", "k": float("inf"), "l": {}, "m": [], "n": "", "o": "a: b # c"}
     assert stored_config.read(written(tmp_path, stored_config.to_yaml(content))) == content
+
+
+@pytest.mark.parametrize("data", [{}, {"download": True}], ids=["left out", "written"])
+def test_nothing_is_downloaded_because_a_file_says_so_or_leaves_it_out(data):
+    content = {"data": {"_target_": "policyskip.data.torchvision_data", "name": "cifar10", "root": "elsewhere"} | data}
+    assert stored_config.buildable(content, False, {})["data"]["download"] is False
+    assert stored_config.buildable(content, True, {})["data"].get("download", True) is True
+    assert stored_config.buildable(content, False, {"data": {"root": "here"}})["data"].get("download", True) is True
+    digits = {"data": {"_target_": "policyskip.data.digits"}}
+    assert "download" not in stored_config.buildable(digits, False, {})["data"]
+
+
+@pytest.mark.parametrize("seed", [16**5000, float("nan")], ids=["thousands of digits", "NaN"])
+def test_a_number_that_nothing_can_have_is_refused_in_a_line(seed):
+    with pytest.raises(UserError, match="the run's seed is no number that a run could have"):
+        stored_config.buildable({"seed": seed}, False, {})
+
+
+def test_a_home_that_is_not_there_is_no_path():
+    content = {"backbone": {"checkpoint": "~nobody-of-that-name/x.pth"}}
+    assert stored_config.buildable(content, False, {}) == content

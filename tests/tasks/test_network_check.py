@@ -61,6 +61,27 @@ def test_classes_in_another_order_are_noticed_and_named():
     assert network_warnings(setup_of(network, images, (label_N + 1) % 5, "random")) == []
 
 
+def test_the_other_order_of_class_folders_is_named():
+    """Folders 1 to 10 as texts are 1, 10, 2, …: what the network calls its class 1 is the folder 2."""
+    names = tuple(sorted(str(number) for number in range(8, 13)))  # 10, 11, 12, 8, 9
+    network, images, label_N = trained()
+    in_numbers = torch.tensor([names.index(str(number)) for number in range(8, 13)])
+    data = TensorImages(images, in_numbers[label_N])
+    config = {"backbone": {"checkpoint": "net.th"}, "data": {"class_order": "text"}}
+    setup = Setup(config, torch.device("cpu"), Data("x", data, data, data, names, (3, 12, 12)), network, None, 64)
+    [warning] = network_warnings(setup)
+    assert "; with data.class_order=numbers it would be 100.0 %" in warning
+
+
+def test_a_network_that_is_hardly_trained_is_called_so_if_its_file_is_ours():
+    network, images, _ = trained()
+    label_N = torch.randint(0, 5, (len(images),), generator=torch.Generator().manual_seed(1))
+    [ours] = network_warnings(setup_of(network, images, label_N))
+    network.remark = "net.th is read as …"
+    [others] = network_warnings(setup_of(network, images, label_N))
+    assert "it is hardly trained, or the order of the classes" in ours and "hardly trained" not in others
+
+
 @pytest.mark.parametrize("changes", [dict(shortcut="pool"), dict(mean=[0.0] * 3, std=[1.0] * 3), dict(std=[9.0] * 3)])
 def test_another_shortcut_or_normalisation_is_found(changes):
     network, images, label_N = trained()

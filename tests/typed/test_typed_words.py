@@ -62,6 +62,9 @@ REFUSED = {
     "train run.dir=/": "is no folder of its own",
     "compare runs=. output=..": "output=.. is no folder of its own",
     "compare runs=*": "no finished run",
+    "train --package x": "--package goes with --cfg job",
+    "train --resolve": "--resolve goes with --cfg job",
+    "profile output=/": "output=/ is there, and is no file",
 }
 
 
