@@ -40,7 +40,7 @@ def _as_text(value: Any) -> str:
     try:
         return str(value)
     except ValueError:
-        return "a number of thousands of digits" if isinstance(value, int) else f"a {type(value).__name__}"
+        return "a number of thousands of digits" if isinstance(value, int) else a_type(value)
 
 
 def represented(value: Any, longest: int = LONGEST) -> str:

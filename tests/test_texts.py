@@ -117,11 +117,6 @@ def test_all_tables_are_printed_on_the_plain_console():
     assert sorted(users) == ["evaluation/tables.py", "runs/progress.py"]  # which writes rich's Text, without markup
 
 
-def test_a_number_of_thousands_of_digits_is_no_error():
-    assert texts.one_line(16**5000) == texts.represented(16**5000) == "a number of thousands of digits"
-    assert texts.represented("a\n") == "'a\\n'"
-
-
 def test_articles_and_percent():
     values: tuple[object, ...] = (np.zeros(1), [], 3, ValueError(), 0.5)
     assert list(map(texts.a_type, values)) == ["an ndarray", "a list", "an int", "a ValueError", "a float"]
@@ -135,3 +130,8 @@ def test_messages_have_one_way_to_write_percent_and_no_article_before_a_type_s_n
         assert not re.search(r":\.\d%\}", source), path
         assert not re.search(r"\ban? \{type\(\w+\)\.__name__\}", source), path
         assert not re.search(r"\{type\(error\)\.__name__\}: \{", source), path
+
+
+def test_a_number_of_thousands_of_digits_is_no_error():
+    assert texts.one_line(16**5000) == texts.represented(16**5000) == "a number of thousands of digits"
+    assert texts.represented("a\n") == "'a\\n'"

@@ -37,13 +37,13 @@ LEAST_ROOM = 30
 
 
 def folded(text: str) -> str:
-    """Fold the lines of a text that are wider than the screen, each below the column that it ends with."""
+    """Return a text whose lines are no wider than the screen: what is too long goes on below the last column."""
     width = line_width(100)
     return "\n".join(part for line in text.splitlines() for part in _folded(line, width))
 
 
 def _folded(line: str, width: int) -> list[str]:
-    """Fold a line; a comment, or text behind two spaces, goes on in its own column."""
+    """Return the lines that a line becomes; a comment, or text behind two spaces, goes on in its own column."""
     if len(line) <= width:
         return [line]
     comment = re.match(r"(\s*|.*?\s)(# )", line) or re.match(r"( *\S.*? {2,}| *)()", line)

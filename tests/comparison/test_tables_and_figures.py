@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
-from policyskip.comparison import figures
+from policyskip.comparison import figures, plots
 from policyskip.comparison.collect import collect
 from policyskip.comparison.series import front_of, gallery, static_front, use
 from policyskip.comparison.tables import Row, agreement, differences, disagreement_table, disagreements, rows_of, table
@@ -139,3 +141,20 @@ def test_an_oracle_has_no_say_in_what_agents_disagree_about(tmp_path):
         made_up_run(tmp_path / name, made_up_decisions([[1, 0]] * 2, prediction), name, summary=summary)
     rows = rows_in(tmp_path)
     assert [row.oracle for row in rows] == [False, True] and disagreements(rows) == []
+
+
+def test_pictures_of_agreement_say_why_they_are_empty_and_what_each_colour_means(tmp_path, monkeypatch):
+    for seed, prediction in enumerate(([0, 0, 0], [0, 1, 0])):
+        made_up_run(tmp_path / f"a{seed}", made_up_decisions([[1, 0]] * 3, prediction), "a", seed)
+    made_up_run(tmp_path / "b", made_up_decisions([[1, 1, 0]] * 3, [1, 1, 1]), "b")
+    rows = rows_in(tmp_path)
+    drawn = []
+    monkeypatch.setattr(plots, "save", lambda figure, caption, path: drawn.append((figure, caption)))
+    plots.agreement(rows, agreement(rows, "g"), tmp_path / "x.png")
+    (figure, caption) = drawn.pop()
+    *_, spending = figure.axes[:3]
+    assert "all images cost" in " ".join(text.get_text() for text in spending.texts)
+    assert not re.search(r":[^.]*:", caption) and all(axes.get_title()[0].isupper() for axes in figure.axes[:3])
+    plots.disagreement(rows, [1], {1: np.zeros((4, 4, 3), np.uint8)}, tmp_path / "x.png")
+    (figure, caption) = drawn.pop()
+    assert "yellow or orange, right in some seeds" in caption and len(figure.axes[1].lines) == len(rows) - 1

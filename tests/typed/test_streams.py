@@ -9,7 +9,8 @@ import sys
 
 import pytest
 
-from policyskip.typed.streams import PatientStream
+from policyskip.evaluation.tables import console
+from policyskip.typed.streams import PatientStream, line_width
 
 PROGRAM = """
 import sys
@@ -54,3 +55,25 @@ def test_the_work_is_done_whatever_becomes_of_the_output(tmp_path, redirected, c
     )  # fmt: skip
     assert (tmp_path / "done").read_text() == "written" and int((tmp_path / "code").read_text()) == code
     assert ran.stderr.strip() == (b"" if redirected == "2>&-" else b"said")
+
+
+@pytest.mark.parametrize(
+    ("columns", "width"),
+    [
+        ("80", 80),
+        ("200", 200),
+        (None, 110),
+        ("", 110),
+        ("0", 110),
+        ("39", 110),
+        ("-80", 110),
+        ("x", 110),
+        ("８０", 110),
+    ],
+)
+def test_what_is_piped_is_as_wide_as_columns_says(columns, width, monkeypatch):
+    monkeypatch.setattr(sys, "stdout", io.StringIO())
+    monkeypatch.delenv("COLUMNS", raising=False)
+    if columns is not None:
+        monkeypatch.setenv("COLUMNS", columns)
+    assert line_width(110) == width == console().width
