@@ -109,6 +109,8 @@ def _run_course(
         UserError: everything that can be refused is refused before a run folder is made.
     """
     content, run, resume = processes.first(lambda: lifecycle.new_or_resumed(config))
+    if run is not None:
+        lifecycle.check_kind(run, content, pretrained=section is PretrainSettings)
     settings = settings_of(content, section)
     device, steps = find_device(settings.device), settings.train.steps
     labels_of(settings.tracking, None, command)  # labels that W&B would refuse are refused before there is a folder
@@ -312,6 +314,7 @@ def _setup_of(run: Run, settings: Any, typed: dict[str, Any]) -> Setup:
         UserError: the weights that were typed are of another network.
     """
     saved = lifecycle.saved_config(run)
+    lifecycle.check_kind(run, saved, pretrained=False)
     settings_of(saved, Settings)
     setup = _set_up_saved(saved, run, find_device(settings.device), settings.trust, groups := _groups(typed))
     if "checkpoint" in groups.get("backbone", {}) and run.has("policy.json"):

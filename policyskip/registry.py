@@ -218,7 +218,7 @@ def _not_installed(group: str, target: str, source: _Source) -> str:
         )
     return (
         f"the run's {group} {target} is not one of policyskip's own; say trust=true (when resuming: run.trust=true) "
-        "to execute it, or install a package that declares it"
+        "to execute it, or install a package that declares it; the folder's own/ may hold its code, to be read first"
     )
 
 

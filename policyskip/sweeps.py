@@ -34,6 +34,7 @@ from policyskip.errors import (
     users_problem,
 )
 from policyskip.files import open_log, reporting_write_errors, shell_argument
+from policyskip.texts import one_line
 
 FAILED = "failed.jsonl"
 """The file of a sweep's folder that names the jobs that failed, one a line."""
@@ -158,7 +159,8 @@ def run_job(command: Callable[[DictConfig], int], config: DictConfig, is_refusal
             file.write(json.dumps({"job": number, "name": name, "problem": problem}) + "\n")
         print(f"{label}: failed: {problem}", flush=True)
     elif status == 0:
-        print(f"{label}: {_figures(Path(str(config.run.dir)))}{time.monotonic() - started:.0f} s", flush=True)
+        run = Path(str(config.run.dir))
+        print(f"{label}: {_figures(run)}{time.monotonic() - started:.0f} s, {one_line(run)}", flush=True)
     else:
         print(f"{label}: stopped. {log} says how to go on with it", flush=True)
     return 0 if problem else status

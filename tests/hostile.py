@@ -178,8 +178,10 @@ def inflating(content: bytes, chance: random.Random) -> bytes:
             zipfile.ZipFile(io.BytesIO(content)) as source,
             zipfile.ZipFile(buffer, "w", zipfile.ZIP_DEFLATED) as target,
         ):
-            for name in source.namelist():
-                zeros = chance.random() < 0.5 and "/data/" in name
+            names = source.namelist()
+            inflated = chance.sample(names, min(4, len(names)))
+            for name in names:
+                zeros = name in inflated and "/data/" in name
                 with target.open(name, "w", force_zip64=True) as part:
                     if zeros:
                         for _ in range(64):

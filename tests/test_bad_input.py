@@ -161,7 +161,7 @@ WRONG = {
     "train device=cuda:77": r"device cuda:77 is not there: this machine has \d+ CUDA devices; say device=cpu",
     "train device=tpu": "device must be auto, cpu, cuda or cuda:N, got 'tpu'",
     "train device=meta": "device must be auto, cpu, cuda or cuda:N, got 'meta'",
-    "train backbone.checkpoint=null": r"backbone\.checkpoint is not set: .* needs trained weights",
+    "train backbone.checkpoint=null": r"backbone\.checkpoint is not set, and a ResNet-\d+ needs weights: give a file",
     "train backbone.checkpoint=net.pth": "there is no checkpoint net.pth: neither a file nor one of .*resnet32_digits",
     "train reward._target_=my_rewards.Mine": "could not import .*my_rewards.Mine: .*No module named 'my_rewards'",
     "train reward._target_=mine": "reward._target_=mine is no installed reward",
@@ -169,8 +169,8 @@ WRONG = {
     "train reward=custom": "reward._target_ is not set",
     "train run.dir=.": "run.dir=. is no folder of its own",
     "train data.root=ö": r"data.root=ö cannot be read; unusual letters go in quotes",
-    "train reward=budget reward.rate=nan": "reward.rate positive",
-    "train reward=budget reward.multiplier=inf": "reward.multiplier from 0 to 10",
+    "train reward=budget reward.rate=nan": "reward.rate must be a number from",
+    "train reward=budget reward.multiplier=inf": "reward.multiplier must be a number from",
     "train run.resume=nowhere": "the run folder nowhere does not exist",
     "train run.resume=.": "the run folder . is not a run folder: it has no config.yaml",
 }  # fmt: skip
@@ -480,7 +480,7 @@ def test_a_resumed_run_does_not_change_its_task(refused, copied, changes, messag
 
 
 def test_pretrain_does_not_go_on_with_a_policy(refused, copied):
-    assert "the configuration has no pretrain" in refused("pretrain", "run.resume=x")
+    assert "x is a run of train; go on with:  policyskip train run.resume=x" in refused("pretrain", "run.resume=x")
 
 
 class Bomb:

@@ -49,7 +49,9 @@ def test_folders_and_lines_tell_jobs_apart(swept):
     lines = result.stdout.splitlines()
     assert len(lines) == 9 and lines[-1] == f"Compare them:  policyskip compare runs=runs/{sweep.name}"
     assert lines[6].startswith("[4/4] agent=cdl seed=1: started")
-    assert re.fullmatch(r"\[4/4\] agent=cdl seed=1: test accuracy [\d.]+ % at [\d.]+ of the MACs, \d+ s", lines[7])
+    assert re.fullmatch(
+        r"\[4/4\] agent=cdl seed=1: test accuracy [\d.]+ % at [\d.]+ of the MACs, \d+ s, runs/\S+", lines[7]
+    )
     assert "cdl on digits, test split, seed 1" in (sweep / "logs/004.txt").read_text()
     config = (sweep / "cdl-digits-seed-1/config.yaml").read_text()
     assert f"group: {sweep.name}" in config

@@ -58,8 +58,8 @@ def cifar_resnet(
     chosen: dict[str, Any] = {name: value for name, value in arguments.items() if value is not None}
     if checkpoint is None:
         raise UserError(
-            f"backbone.checkpoint is not set: a frozen ResNet-{depth} needs trained weights; give a file, one of "
-            f"{', '.join(shipped())}, make one with `policyskip pretrain`, or say backbone.checkpoint=random"
+            f"backbone.checkpoint is not set, and a ResNet-{depth} needs weights: give a file (`policyskip pretrain` "
+            f"makes one), or random where the agent trains the network; {', '.join(shipped())} come with the package"
         )
     if checkpoint == RANDOM:
         check_memory(lambda: CifarResNet(**{"num_classes": num_classes, **chosen}))

@@ -93,9 +93,10 @@ def separate(validation: Any, test: Any) -> tuple[dict[str, Any], dict[str, floa
         if not isinstance(value, Real):
             given[split] = value
             continue
+        if not 0 < value < 1:  # type: ignore[operator]
+            found = one_line(value, 40)
+            raise UserError(f"{split} must be a share above 0 and below 1, or images of its own; got {found}")
         shares[split] = float(value)
-        if not 0 < shares[split] < 1:
-            raise UserError(f"{split} must be a share above 0 and below 1, or images of its own; got {value}")
     return given, shares
 
 

@@ -83,7 +83,10 @@ def imagefolder(
     height, width, _ = read_image(train_files[0], None).shape
     size = image_size or (height if height == width else None)
     if size is None:
-        raise UserError(f"{one_line(train_files[0])} is {width}×{height}; say data.image_size=N, such as 224")
+        raise UserError(
+            f"{one_line(train_files[0])} is {width}×{height}, and a network sees squares: say data.image_size=N, the "
+            "side to scale all images to, such as 32 for CIFAR's networks or 224 for ImageNet's"
+        )
     if image_size is None and size > LARGE_SIDE:
         _say(
             f"images of {size}×{size} pixels are not scaled, and cost {(size / 224) ** 2:.0f} times as much as those "

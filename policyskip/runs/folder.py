@@ -29,7 +29,7 @@ from policyskip.runs.archives import checked_checkpoint
 from policyskip.runs.generations import BEST, BEST_SO_FAR
 from policyskip.runs.locks import lock_folder
 from policyskip.sealed import sealed, unsealed
-from policyskip.texts import for_json
+from policyskip.texts import for_json, one_line
 
 T = TypeVar("T")
 REWARD = "reward.json"
@@ -312,9 +312,20 @@ def open_run(folder: str) -> Run:
     """
     run = Run(Path(folder))
     if "\0" in folder or not run.has("config.yaml"):  # no path of a system has that letter
-        what = "is not a run folder: it has no config.yaml" if run.folder.is_dir() else "does not exist"
-        raise UserError(f"the run folder {folder} {what}")
+        raise UserError(f"the run folder {folder} {_why_no_run(run.folder)}")
     return run
+
+
+def _why_no_run(path: Path) -> str:
+    """Say what is wrong with a path that was given as a run folder, and which run folders are in it."""
+    try:
+        if not path.is_dir():
+            return "is a file" if path.exists() else "does not exist"
+        inside = sorted(config.parent for config in path.glob("*/config.yaml"))
+    except (OSError, ValueError):
+        return "does not exist"
+    runs = f"; there are runs in it, such as {one_line(inside[0])}" if inside else ""
+    return f"is not a run folder: it has no config.yaml{runs}"
 
 
 def _without_nonfinite(content: Any) -> Any:

@@ -70,6 +70,27 @@ def new_or_resumed(config: DictConfig) -> tuple[dict[str, Any], Run | None, bool
     return changed, run, run.has("checkpoint.pt")
 
 
+def check_kind(run: Run, content: dict[str, Any], pretrained: bool) -> None:
+    """Refuse a run of ``pretrain`` where one of ``train`` is needed, and the other way round.
+
+    Args:
+        content: the run's configuration.
+        pretrained: whether a run of ``pretrain`` is needed.
+
+    Raises:
+        UserError: the message says what can be done with the run.
+    """
+    if ("pretrain" in content) == pretrained:
+        return
+    if pretrained:
+        raise UserError(f"{run.folder} is a run of train; go on with:  {_resuming('train', run)}")
+    weights = shell_argument("backbone.checkpoint", run.folder / "backbone.safetensors")
+    raise UserError(
+        f"{run.folder} is a run of pretrain, in which no agent decides; go on with:  {_resuming('pretrain', run)}  or "
+        f"use its network:  {weights}"
+    )
+
+
 def moved(content: dict[str, Any]) -> dict[str, Any]:
     """Return the groups of a resumed run's configuration with those of their keys that were typed."""
     keys = [key for key in (change.lstrip("+").split("=")[0] for change in typed_changes()) if key in MOVED]

@@ -125,7 +125,6 @@ class Tracker:
     def _start_wandb(self, mode: str, config: dict[str, Any], labels: Labels) -> None:
         """Begin a W&B run in a mode that works here, or go on with the one that the folder names, and set ``where``."""
         os.environ.setdefault("WANDB_SILENT", "true")  # otherwise the search for a login asks the server for a name
-        import wandb
 
         folder = self.run.folder.resolve()
         try:
@@ -133,21 +132,27 @@ class Tracker:
             if (folder / "wandb").resolve() != folder / "wandb":
                 raise UserError(f"{self.run.folder / 'wandb'} is a link, and nothing of a run is written through one")
             self.wandb_run = self._begun(mode, config, labels)
+            if self.wandb_run is not None:
+                self._describe(self.wandb_run)
         except Exception as error:  # of a variable such as WANDB_MODE=sideways, or because W&B's process has ended
+            self.wandb_run = None
             reason = first_problem("", error) if isinstance(error, ValidationError) else in_one_line(error)
             self.where = f"not tracked: {one_line(reason)}"
             print(f"This run is {self.where}", flush=True)
-        if self.wandb_run is None:
-            return
+
+    def _describe(self, wandb_run: wandb.Run) -> None:
+        """Say what the steps of a W&B run are, add the user's own code to it, and set ``where``."""
+        import wandb
+
         for prefix in ("train", "val"):
-            self.wandb_run.define_metric(f"{prefix}/*", step_metric="step")
-        self.wandb_run.define_metric("step")
+            wandb_run.define_metric(f"{prefix}/*", step_metric="step")
+        wandb_run.define_metric("step")
         if code := own_code.kept(self.run):
-            _log_files(self.wandb_run, wandb.Artifact(_artifact_name(f"code-{self.run.name}"), type="code"), code)
-        offline = Path(str(self.wandb_run.settings.sync_dir))
-        parts = sorted(offline.parent.glob(f"offline-run-*-{self.wandb_run.id}")) or [offline]
+            _log_files(wandb_run, wandb.Artifact(_artifact_name(f"code-{self.run.name}"), type="code"), code)
+        offline = Path(str(wandb_run.settings.sync_dir))
+        parts = sorted(offline.parent.glob(f"offline-run-*-{wandb_run.id}")) or [offline]
         folders = " ".join(shlex.quote(str(part)) for part in parts)
-        self.where = self.wandb_run.url or f"offline; `wandb sync {folders}` uploads it"
+        self.where = wandb_run.url or f"offline; `wandb sync {folders}` uploads it"
 
     def _begun(self, mode: str, config: dict[str, Any], labels: Labels) -> wandb.Run | None:
         """Begin or go on with a W&B run; None if the user has disabled W&B."""

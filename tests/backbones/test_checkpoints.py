@@ -62,7 +62,9 @@ def test_shipped_weights_go_by_their_names(tmp_path, monkeypatch):
     assert load("ours").content_hash() == backbone.content_hash()
     with pytest.raises(UserError, match="there is no checkpoint theirs: neither a file nor one of another, ours"):
         cifar_resnet(5, 14, "theirs")
-    with pytest.raises(UserError, match=r"needs trained weights; .* one of another, ours, .*checkpoint=random"):
+    with pytest.raises(
+        UserError, match=r"needs weights: give a file .* or random .*; another, ours come with the package"
+    ):
         cifar_resnet(5, 14, None)
 
 

@@ -132,6 +132,7 @@ WRONG_ARRAYS: dict[str, tuple[dict[str, Any], str]] = {
     "10⁹ classes": ({"classes": 10**9}, "classes must be at most 100000, got 1000000000"),
     "a share of 1": ({"test": 1.0}, r"test must be a share above 0 and below 1, or images of its own; got 1\.0"),
     "a share of NaN": ({"validation": float("nan")}, "validation must be a share above 0 and below 1.* got nan"),
+    "a share of 10⁴⁰⁰": ({"test": 10**400}, "test must be a share above 0 and below 1.* got 1000"),
     "no test": ({"test": None}, r"test must be a pair \(images, labels\) or a share, got None"),
     "test without labels": ({"test": GREY}, r"test must be a pair .*, got an ndarray of uint8 \(40, 8, 9\)"),
     "test of another size": (

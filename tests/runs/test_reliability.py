@@ -22,6 +22,7 @@ from policyskip.runs.folder import Run, create, open_run
 from tests.conftest import typed, without_waits
 from tests.learners import exits, learn
 from tests.made_up import made_up_decisions
+from tests.runs.test_stored_runs import STORED
 from tests.test_cli import SMALL
 
 EXITS = ["agent=cdl", "backbone.exits=[5,9,12]", "agent.delta=0.3", "target.macs_fraction=0.95", "tracking=none"]
@@ -281,3 +282,17 @@ def test_a_line_break_in_a_command_makes_no_configuration(tmp_path):
     run = create(str(tmp_path / "x"), "policyskip train tracking.project='a\nseed: 77\u2028b: 1'", "seed: 1\n")
     assert yaml.safe_load((run.folder / "config.yaml").read_text("utf-8")) == {"seed": 1}
     assert run.command == r"policyskip train tracking.project='a\nseed: 77\nb: 1'"
+
+
+def test_a_run_of_pretrain_is_no_run_of_train(tmp_path):
+    shutil.copytree(STORED / "pretrain", tmp_path / "x")
+    for words in (["evaluate", "run=x"], ["train", "run.resume=x"], ["calibrate", "run=x"]):
+        result = typed(*words, cwd=tmp_path)
+        assert result.returncode == 2 and "go on with:  policyskip pretrain run.resume=x  or use its" in result.stderr
+
+
+def test_what_is_no_run_folder_says_which_runs_are_in_it(tmp_path):
+    shutil.copytree(STORED / "pretrain", tmp_path / "sweep" / "x")
+    (tmp_path / "log.txt").touch()
+    assert "such as sweep/x" in typed("evaluate", "run=sweep", cwd=tmp_path).stderr
+    assert "the run folder log.txt is a file" in typed("evaluate", "run=log.txt", cwd=tmp_path).stderr

@@ -203,14 +203,17 @@ def test_nothing_is_written_through_a_link_in_the_place_of_wandbs_folder(tmp_pat
     assert "is a link" in tracker.where and tracker.wandb_run is None and not list((tmp_path / "elsewhere").iterdir())
 
 
-@pytest.mark.parametrize("variable", ["WANDB_MODE=sideways", "WANDB_BASE_URL=nonsense", "WANDB_RUN_ID=a/b"])
-def test_variables_that_wandb_refuses_do_not_stop_a_run(variable, tmp_path, monkeypatch):
+@pytest.mark.parametrize("place", ["_begun", "_describe"])
+@pytest.mark.parametrize("variable", ["WANDB_MODE=sideways", "WANDB_DIR=/dev/null"])
+@pytest.mark.parametrize("error", [ValueError, RuntimeError], ids=["a value", "its process has ended"])
+def test_variables_that_wandb_refuses_do_not_stop_a_run(variable, place, error, tmp_path, monkeypatch):
     name, _, value = variable.partition("=")
 
     def refuses(*_arguments, **_options):
-        raise ValueError(f"{name.lower()}: \x1b[2J not {value}")
+        raise error(f"{name.lower()}: \x1b[2J not {value}")
 
-    monkeypatch.setattr(Tracker, "_begun", refuses)
+    monkeypatch.setattr(Tracker, "_begun", lambda *_: SimpleNamespace())
+    monkeypatch.setattr(Tracker, place, refuses)
     tracker = Tracker(Run(tmp_path), "auto", {})
     tracker.log(1, 0.1, {"train/loss": 1.0})
     assert tracker.where == rf"not tracked: {name.lower()}: \x1b[2J not {value}"
