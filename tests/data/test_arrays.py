@@ -141,7 +141,7 @@ WRONG_ARRAYS: dict[str, tuple[dict[str, Any], str]] = {
     ),
     "a device": ({"device": ["cpu"]}, "device must be auto, cpu, cuda or cuda:N, got"),
     "a device without numbers": ({"device": "meta"}, "device must be auto, cpu, cuda or cuda:N, got 'meta'"),
-    "augment of an array": ({"augment": GREY}, r"augment must be of type bool, got a ndarray of uint8 \(40, 8, 9\)"),
+    "augment of an array": ({"augment": GREY}, r"augment must be of type bool, got an ndarray of uint8 \(40, 8, 9\)"),
     "two images": ({"images": GREY[:2], "labels": [0, 1]}, "2 images are too few for training and test and validation"),
 }
 
