@@ -393,7 +393,7 @@ def test_files_that_are_not_square_need_a_size(tmp_path):
     write_folders(tmp_path)
     for file in tmp_path.rglob("*.png"):
         Image.new("RGB", (10, 8)).save(file)
-    with pytest.raises(UserError, match=r"0\.png is 10×8; say data\.image_size=N"):
+    with pytest.raises(UserError, match=r"0\.png is 10×8, and a network sees squares: say data\.image_size=N"):
         imagefolder(CPU, str(tmp_path))
 
 

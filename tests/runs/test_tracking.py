@@ -8,6 +8,7 @@ import socket
 import subprocess
 import sys
 import threading
+import time
 from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
 from types import SimpleNamespace
@@ -101,6 +102,7 @@ def test_the_offline_file_holds_everything_of_a_run_also_of_one_that_goes_on(tmp
     assert [r["step"] for r in Run(folder).metrics()] == [10, 20, 30]
 
     monkeypatch.setenv("WANDB_NAME", "another")
+    time.sleep(1)  # W&B names an offline folder after the second in which it is made
     resumed = Tracker(Run(folder), "offline", {}, labels_of(section(), None, "train"))
     resumed.close()
     assert resumed.where.count("offline-run-") == 2
