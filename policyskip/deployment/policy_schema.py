@@ -14,6 +14,7 @@ from typing import Annotated, Any, Literal, get_type_hints
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
 
 from policyskip.backbones import Backbone, ExitNetwork, Network
+from policyskip.backbones.checkpoints import LARGEST_NUMBER
 from policyskip.runs.schemas import MOST_CLASSES
 from policyskip.sealed import largest_number
 from policyskip.texts import one_line
@@ -22,8 +23,6 @@ LONGEST_SIDE = 10_000
 """Pixels of an image's longest side that a file may name."""
 MOST_PIXELS = 4096**2
 """Pixels of an image that a file may name: a network is tried on one such image when it is loaded."""
-LARGEST_NUMBER = 10_000
-"""The largest number that a file may give to one of the package's own policies or networks, seeds aside."""
 MOST_LAYERS = 100
 """The longest list that a file may give to one of them."""
 
