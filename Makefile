@@ -11,7 +11,7 @@ slow:    ## the slow tests too
 	pytest -m 'not gpu'
 kills:   ## kill runs at 30 moments; each must go on to the same figures (minutes)
 	pytest -m slow -n 0 -s tests/test_kills.py
-fuzz:    ## hundreds of damaged files and senseless arguments (minutes)
+fuzz:    ## thousands of hostile files, odd arguments and odd objects (20 minutes)
 	pytest -m 'slow or not slow' -n 0 -s tests/test_fuzz.py
 results: ## docs/results.md: all agents on digits, five seeds, and their picture (two hours)
 	python benchmarks/agents.py
