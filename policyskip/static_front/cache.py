@@ -110,7 +110,7 @@ def stored_scores(path: Path, num_blocks: int, count: int) -> dict[Keep, Scores]
         keep_FK, images_F, probability = tensors["sets"], tensors["images"], tensors["probability"]
         right = torch.from_numpy(np.unpackbits(tensors["right"].numpy(), count=len(probability))).bool()
         is_whole = keep_FK.shape == (len(images_F), num_blocks) and int(images_F.sum()) == len(right)
-        in_range = 0 < int(images_F.min()) and int(images_F.max()) <= count
+        in_range = int(images_F.min()) > 0 and int(images_F.max()) <= count
         if not (is_whole and in_range and probability.dtype == torch.float16 and bool((probability >= 0).all())):
             return {}
         sizes = images_F.tolist()

@@ -19,8 +19,9 @@ from policyskip.errors import UserError
 from policyskip.fronts import concave_hull
 from policyskip.static_front.cache import store_scores, stored_scores
 from policyskip.static_front.front import StaticFront
+from policyskip.static_front.racing import search
+from policyskip.static_front.ranges import BIN
 from policyskip.static_front.scoring import Keep, SetScorer
-from policyskip.static_front.search import BIN, search
 
 KEPT = 5
 """The sets of each range of costs that a front keeps: so many of the surest and so many of the most accurate."""
@@ -43,7 +44,7 @@ def find_front(
 
     Args:
         costs: of the backbone's blocks.
-        budget, hints, seconds: see :func:`~policyskip.static_front.search.search`.
+        budget, hints, seconds: see :func:`~policyskip.static_front.racing.search`.
         on_progress: see :class:`~policyskip.static_front.scoring.SetScorer`.
         scores_file: where the scores are stored now and then and at the end. A search that was interrupted, or one with
             a larger budget, takes them from there, and finds what it would have found in one go.
@@ -56,12 +57,13 @@ def find_front(
     scorer = SetScorer(backbone, images, limit, on_progress=on_progress)
     if scores_file is not None:
         scorer.stored = stored_scores(scores_file, backbone.num_blocks, scorer.count)
-    stored_at, passes = time.monotonic(), 0
+    stored_at = time.monotonic()
 
     def store_now() -> None:
         if scores_file is not None and scorer.has_computed:
             with suppress(UserError):  # a cache that cannot be written costs time, nothing else
-                store_scores({**scorer.stored, **scorer.known}, scores_file)
+                longer = {k: s for k, s in scorer.stored.items() if len(s) > len(scorer.known.get(k, ()))}
+                store_scores({**scorer.known, **longer}, scores_file)
 
     def after_pass() -> None:
         nonlocal stored_at

@@ -14,16 +14,11 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
-import torch
-from torch import Tensor
-
 from policyskip.backbones import Costs
-from policyskip.static_front.proposals import neighbours, random_set, random_stage_wise, spread_sets
+from policyskip.static_front.proposals import random_set, random_stage_wise, spread_sets
+from policyskip.static_front.ranges import BIN, Ranges
 from policyskip.static_front.scoring import Keep, SetScorer
-from policyskip.static_front.surrogate import MOST_SETS, Surrogate
 
-BIN = 0.05
-"""The width of a range of costs, as a share of the whole network's MACs: the best sets of each are searched."""
 FEW, SOME = 250, 750
 """The images of the first two heats of a race; the third has all."""
 ROUNDS = 3
@@ -32,9 +27,6 @@ PATIENCE = 3
 """The rounds without a better set after which there is nothing left to find."""
 PROPOSALS, PROMOTED, FINALISTS = 3, 2, 1
 """In each round and range of costs: new sets, and how many are scored on some images and on all."""
-WINDOW, LEAST_SETS = 0.15, 40
-"""A surrogate for a range of costs is fitted to sets whose cost differs by at most so much from the middle of the range,
-and to at least so many sets."""
 MOST_SETS_TRIED = 2**16
 """Every set is tried only where there are at most so many, because what each does on each image is held in memory."""
 CHUNK = 16
@@ -59,7 +51,7 @@ class Found:
     out_of_time: bool = False
 
 
-class _Stopped(Exception):
+class _StoppedError(Exception):
     """The budget or the time is spent."""
 
 
@@ -135,8 +127,7 @@ class _Search:
         self.few, self.some = (min(images, scorer.count) for images in (FEW, SOME))
         self.found = Found()
         self.draw = random.Random(0)
-        self._seen: dict[Keep, tuple[Tensor, float]] = {}
-        self._valued: dict[Keep, tuple[int, float, float]] = {}  # images, value and variance
+        self.ranges = Ranges(scorer, costs, self.draw)
 
     def run(self, hints: dict[Keep, str]) -> Found:
         ends = {self.full: "spread", (False,) * self.K: "spread"}
@@ -159,7 +150,7 @@ class _Search:
             while idle < PATIENCE:
                 idle = 0 if self._round() else idle + 1
             self.found.exhausted = True
-        except _Stopped:
+        except _StoppedError:
             pass
         return self.found
 
@@ -167,7 +158,7 @@ class _Search:
         """Score sets, a few at a time.
 
         Raises:
-            _Stopped: the budget or the time does not allow it.
+            _StoppedError: the budget or the time does not allow it.
         """
         sets = sorted(sets)
         for begin in range(0, len(sets), CHUNK):
@@ -179,13 +170,13 @@ class _Search:
         """Score sets in one pass.
 
         Raises:
-            _Stopped: the budget or the time does not allow it.
+            _StoppedError: the budget or the time does not allow it.
         """
         if self.ends is not None and time.monotonic() > self.ends:
             self.found.out_of_time = True
-            raise _Stopped
+            raise _StoppedError
         if self.scorer.spent + self.scorer.price(sets, images) > self.budget:
-            raise _Stopped
+            raise _StoppedError
         self.scorer.score(sets, images)
         self.on_pass()
 
@@ -213,86 +204,26 @@ class _Search:
 
     def _round(self) -> bool:
         """Propose sets and let them race; return whether any range of costs has a better set than before."""
-        before = self._champions()
+        before = self.ranges.champions()
         for kind, sets in self._proposals().items():
             self._score(sorted(sets), kind, self.few)
         self._promote(self.few, self.some, PROMOTED, margin=0.003)
         self._promote(self.some, self.scorer.count, FINALISTS, margin=0.0)
-        return self._champions() != before
-
-    def _champions(self) -> dict[int, Keep]:
-        """Return for each range of costs the best set that was scored on all images."""
-        sets = [keep for keep, scores in self.scorer.known.items() if len(scores) == self.scorer.count]
-        best: dict[int, tuple[float, Keep]] = {}
-        for keep in sets:
-            entry = (self._value(keep)[0], keep)
-            best[self._bin(keep)] = max(best.get(self._bin(keep), entry), entry)
-        return {number: keep for number, (_, keep) in best.items()}
-
-    def _described(self, keep: Keep) -> tuple[Tensor, float]:
-        """Return a set as a tensor, bool (K,), and its cost as a share of the whole network's."""
-        if keep not in self._seen:
-            keep_K = torch.tensor(keep)
-            self._seen[keep] = keep_K, self.costs.of(keep_K).item() / self.costs.full
-        return self._seen[keep]
-
-    def _stacked(self, sets: Sequence[Keep]) -> Tensor:
-        """Return sets as one tensor, bool (F, K)."""
-        return torch.stack([self._described(keep)[0] for keep in sets])
-
-    def _bin(self, keep: Keep) -> int:
-        """Return the number of a set's range of costs."""
-        return int(self._described(keep)[1] / BIN - 1e-9)
-
-    def _shares(self, keep_PK: Tensor) -> Tensor:
-        """Return the cost of each set as a share of the whole network's."""
-        return self.costs.of(keep_PK) / self.costs.full
-
-    def _value(self, keep: Keep) -> tuple[float, float]:
-        """Return the value of a set that was scored, and the variance of it that is due to the choice of images.
-
-        The value is the mean probability of the label, less that of the whole network on the same images. It varies
-        less from image to image than being right or wrong does: of twenty sets of a ResNet-32, the one with the highest
-        value on 250 images was 0.6 points more accurate on others than the one with the highest accuracy on them.
-        """
-        probability_n = self.scorer.known[keep].probability_n
-        n = len(probability_n)
-        if self._valued.get(keep, (0,))[0] != n:
-            more_n = probability_n.float() - self.scorer.known[self.full].probability_n[:n].float()
-            self._valued[keep] = n, more_n.mean().item(), more_n.var(correction=0).item() / n + 1e-6
-        return self._valued[keep][1:]
-
-    def fit(self, number: int, share: float = 1.0) -> tuple[Surrogate, list[Keep]]:
-        """Fit a surrogate to sets that cost about as much as those of a range, or to a random ``share`` of them.
-
-        Returns: the surrogate, and the sets of the range that were scored so far, the best predicted first.
-        """
-        every = sorted(self.scorer.known)
-        distance = {keep: abs(self._described(keep)[1] - (number + 0.5) * BIN) for keep in every}
-        order = sorted(every, key=lambda keep: distance[keep])
-        near = [keep for keep in order if distance[keep] <= WINDOW]
-        sets = (near if len(near) >= LEAST_SETS else order[:LEAST_SETS])[:MOST_SETS]
-        sets = [keep for keep in sets if share == 1 or self.draw.random() < share] or sets
-        value_F2 = torch.tensor([self._value(keep) for keep in sets], dtype=torch.float64)
-        surrogate = Surrogate(self._stacked(sets), value_F2[:, 0], value_F2[:, 1], self.stages)
-        if not (inside := [keep for keep in every if self._bin(keep) == number]):
-            return surrogate, []
-        predicted = surrogate.predict(self._stacked(inside)).tolist()
-        return surrogate, [inside[i] for i in sorted(range(len(inside)), key=lambda i: -predicted[i])]
+        return self.ranges.champions() != before
 
     def _promote(self, heat: int, images: int, most: int, margin: float) -> None:
-        """Score on ``images`` images, of the sets scored on at least ``heat``, the best predicted in each range of costs.
+        """Score on ``images`` images the best predicted sets of each range, of those scored on ``heat`` at least.
 
         Only sets are scored that are predicted to be better than the range's best, or worse by at most ``margin``.
         """
         if heat == images:
             return
-        champions, promoted = self._champions(), []
-        for number in sorted(set(map(self._bin, self.scorer.known))):
-            surrogate, ranked = self.fit(number)
+        champions, promoted = self.ranges.champions(), []
+        for number in self.ranges.numbers():
+            surrogate, ranked = self.ranges.fit(number)
             entrants = [keep for keep in ranked if heat <= len(self.scorer.known[keep]) < images]
             if number in champions and entrants:
-                predicted = surrogate.predict(self._stacked([champions[number], *entrants])).tolist()
+                predicted = surrogate.predict(self.ranges.stacked([champions[number], *entrants])).tolist()
                 entrants = [
                     k for k, value in zip(entrants, predicted[1:], strict=True) if value > predicted[0] - margin
                 ]
@@ -302,12 +233,12 @@ class _Search:
     def _proposals(self) -> dict[str, set[Keep]]:
         """Return new sets for every range of costs, by how each was found."""
         found: dict[str, set[Keep]] = {"moves": set(), "surrogate": set()}
-        for number in sorted(set(map(self._bin, self.scorer.known))):
+        for number in self.ranges.numbers():
             for i in range(PROPOSALS):
-                surrogate, ranked = self.fit(number, 1.0 if i == 0 else 0.7)
+                surrogate, ranked = self.ranges.fit(number, 1.0 if i == 0 else 0.7)
                 low, high = (number + i / PROPOSALS) * BIN, (number + (i + 1) / PROPOSALS) * BIN
                 start = self._start(i, ranked, (low + high) / 2)
-                new = self._climb(surrogate, start, low, high, {*found["moves"], *found["surrogate"]})
+                new = self.ranges.climb(surrogate, start, low, high, {*found["moves"], *found["surrogate"]})
                 if new is not None:
                     is_near = any(sum(a != b for a, b in zip(new, keep, strict=True)) <= 2 for keep in ranked[:3])
                     found["moves" if is_near else "surrogate"].add(new)
@@ -318,43 +249,5 @@ class _Search:
         the blocks that these keep."""
         if i < 2 and len(ranked) > i:
             return ranked[i]
-        use_K = self._stacked(ranked[:8] or [self.full]).double().mean(0)
+        use_K = self.ranges.stacked(ranked[:8] or [self.full]).double().mean(0)
         return random_set((use_K + 0.2).tolist(), max(1, round(share * self.K)), self.draw)
-
-    def _climb(self, surrogate: Surrogate, start: Keep, low: float, high: float, taken: set[Keep]) -> Keep | None:
-        """Return the best predicted set that costs from ``low`` to ``high`` and is new, by moves from ``start``.
-
-        Args:
-            low, high: as shares of the whole network's MACs.
-            taken: sets that are proposed already.
-
-        Returns: the set; None if there is none within reach.
-        """
-        keep_K, best, last = torch.tensor(start), -torch.inf, None
-        for _ in range(2 * self.K):
-            near_PK = neighbours(keep_K)
-            share_P = self._shares(near_PK)
-            away_P = (share_P - share_P.clamp(low, high)).abs()
-            if (away_P > 0).all():  # no move leads there yet: go nearer
-                nearer = near_PK[(away_P <= away_P.min() + 1e-9)]
-                if away_P.min() >= self._away(keep_K, low, high):
-                    return None
-                keep_K = nearer[surrogate.predict(nearer).argmax()]
-                continue
-            near_PK = near_PK[away_P == 0]
-            value_P = surrogate.predict(near_PK)
-            order = value_P.argsort(descending=True)
-            for i in order.tolist():
-                if (candidate := tuple(near_PK[i].tolist())) not in self.scorer.known and candidate not in taken:
-                    if last is None or value_P[i] > best_new:
-                        last, best_new = candidate, value_P[i].item()
-                    break
-            if value_P[order[0]] <= best + 1e-6:
-                break
-            keep_K, best = near_PK[order[0]], value_P[order[0]].item()
-        return last
-
-    def _away(self, keep_K: Tensor, low: float, high: float) -> float:
-        """Return how far the cost of a set is from ``low`` to ``high``."""
-        share = self._shares(keep_K)
-        return (share - share.clamp(low, high)).abs().item()
