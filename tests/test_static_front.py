@@ -114,7 +114,7 @@ def pairs(keep) -> float:
 
 def test_the_best_sets_of_additive_blocks_are_found_without_trying_all():
     scorer = Planted(16, additive)
-    found = search(scorer, scorer.costs, 1e5)
+    found = search(scorer, scorer.costs, 2e5)
     assert found.finished and len(scorer.known) < 2**16 / 10
     assert {len(scores) for scores in scorer.known.values()} == {100}
     for size in (5, 8, 11):
@@ -124,7 +124,7 @@ def test_the_best_sets_of_additive_blocks_are_found_without_trying_all():
 
 def test_blocks_that_need_each_other_are_found():
     scorer = Planted(12, pairs)
-    search(scorer, scorer.costs, 5e4)
+    search(scorer, scorer.costs, 1e5)
     assert scorer.best(6) >= 0.1 + 0.8 * 3 / 6
 
 
@@ -135,15 +135,12 @@ def whole_search() -> Planted:
     return scorer
 
 
-@pytest.mark.parametrize("part", ["climb", "samples", "promote"])
+@pytest.mark.parametrize("part", ["climb", "promote"])
 def test_without_a_part_of_it_the_search_finds_less(part, monkeypatch):
-    """The surrogate's climbs, the random sets that it learns from, and the races each add to what is found."""
+    """The climbs on the surrogate, and the races that end on all images, each add to what is found."""
     whole = whole_search()
     if part == "climb":
         monkeypatch.setattr(Ranges, "climb", lambda *arguments: None)
-    elif part == "samples":
-        monkeypatch.setattr(racing, "samples", lambda K: 0)
-        monkeypatch.setattr(racing, "PROPOSALS", 1)
     else:
         monkeypatch.setattr(racing, "FINALISTS", 0)
     less = Planted(14, additive, count=600)
@@ -162,7 +159,7 @@ def test_evenly_spread_sets_are_always_tried():
 @pytest.mark.parametrize("K", [1, 2, 5, 18, 54, 100])
 def test_the_axis_of_costs_is_covered_at_any_depth(K, monkeypatch):
     """With the stated budget the whole plan is carried out, and no gap is wider than a block or 0.05."""
-    if K > 18:  # fewer proposals, which take most of the time here
+    if K > 5:  # fewer proposals, which take most of the time here
         for name in ("ROUNDS", "PROPOSALS"):
             monkeypatch.setattr(racing, name, 1)
     scorer = Planted(K, lambda keep: 0.1 + 0.8 * sum(keep) / K, count=20)
