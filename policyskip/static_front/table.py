@@ -59,7 +59,7 @@ def _effort(front: StaticFront, K: int) -> str:
         return f"The search has found nothing: it scored only all {K} blocks and no block; raise front.budget"
     end = "its whole plan was carried out" if front.finished else "it ended before its plan was carried out"
     if front.budget == float("inf"):
-        end = "nothing was left to try"
+        end = "every set was tried" if "all" in front.kinds else "its last rounds found nothing better"
     effort = f"{front.tried} sets tried for {front.spent:.2g} images × blocks" if front.tried else "an older version"
     return f"{len(front.sets)} fixed sets of {K} blocks, searched on {front.images} validation images: {effort}; {end}"
 
