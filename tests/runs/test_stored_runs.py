@@ -229,6 +229,9 @@ def test_a_run_that_was_stopped_half_way_ends_as_if_it_had_not(name, tmp_path, n
     if command == "pretrain":
         assert after.pop("command").replace("-half", "") == before.pop("command")
         after["hash"] = before["hash"]
+    for summary in (after, before):  # the static front is searched otherwise since, and finds other sets
+        for key in [key for key in summary if key.startswith("test/static_")]:
+            del summary[key]
     check_alike(after, before, images=3)  # which are judged by weights that two updates have changed
     records, whole = records_of(run), records_of(STORED / name)
     assert records[: len(whole) // 2] == records_of(STORED / f"{name}-half")
