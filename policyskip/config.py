@@ -47,6 +47,10 @@ class FrontSection(_Section):
     learner_steps: NonNegativeInt
 
 
+class RivalsSection(FrontSection):
+    rivals: list[str] = []  # finished runs that decide the same for every image
+
+
 class TargetSection(_Section):
     accuracy_drop: float | None
     macs_fraction: float | None
@@ -77,7 +81,7 @@ class Settings(_Section):
     train: TrainSection
     run: RunSection
     tracking: TrackingSection
-    front: FrontSection | None = None
+    front: RivalsSection | None = None
     target: TargetSection | None = None
 
 
@@ -181,7 +185,10 @@ def plain(config: DictConfig) -> dict[str, Any]:
     return {str(key): value for key, value in content.items()}
 
 
-PATHS = ("run", "runs", "output", "run.dir", "run.resume", "data.root", "backbone.checkpoint", "reward.table")
+PATHS = (
+    *("run", "runs", "output", "run.dir", "run.resume", "front.rivals"),
+    *("data.root", "backbone.checkpoint", "reward.table"),
+)
 """The keys of configurations that name files and folders."""
 
 
