@@ -7,6 +7,7 @@ from typing import Annotated, Any, ClassVar, Literal, TypeVar
 
 from omegaconf import DictConfig, ListConfig, OmegaConf
 from pydantic import (
+    AfterValidator,
     BaseModel,
     ConfigDict,
     Field,
@@ -15,6 +16,7 @@ from pydantic import (
     PositiveInt,
     ValidationError,
 )
+from pydantic_core import PydanticCustomError
 
 from policyskip.errors import UserError
 from policyskip.texts import represented
@@ -49,6 +51,17 @@ class FrontSection(_Section):
 
 class RivalsSection(FrontSection):
     rivals: list[str] = []  # finished runs that decide the same for every image
+
+
+def _no_rivals(rivals: list[str]) -> list[str]:
+    """Refuse rivals where there is no policy to compare with them."""
+    if rivals:
+        raise PydanticCustomError("rivals", "train compares rivals with a policy, and here is none")
+    return rivals
+
+
+class SearchSection(FrontSection):
+    rivals: Annotated[list[str], AfterValidator(_no_rivals)] = []
 
 
 class TargetSection(_Section):
@@ -111,7 +124,7 @@ class FrontSettings(_Section):
 
     groups = ("data", "backbone", "env")
     device: str
-    front: FrontSection
+    front: SearchSection
     output: str | None
 
 

@@ -166,14 +166,16 @@ def choose(family: Family, macs: float) -> Choice | None:
 
 
 def mixture_name(first: str, second: str) -> str:
-    """Name the mixture of two choices: "33 and 34 evenly spread blocks, mixed"."""
+    """Name the mixture of two choices; an end that follows a number in both is said once: "33 and 34 spread blocks"."""
     if first == second:
         return f"two choices of {first}, mixed"
     words, others, tail = first.split(" "), second.split(" "), list[str]()
     while len(words) > 1 and len(others) > 1 and words[-1] == others[-1]:
         tail.insert(0, words.pop())
         others.pop()
-    return " ".join([*words, "and", *others, *tail]) + ", mixed"
+    if words[-1].isdigit() and others[-1].isdigit():
+        return " ".join([*words, "and", *others, *tail]) + ", mixed"
+    return f"{first} and {second}, mixed"
 
 
 def judge(

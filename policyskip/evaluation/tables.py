@@ -63,7 +63,7 @@ def _rivals(test: Mapping[str, Any]) -> Table | None:
     if not lines:
         return None
     table = Table(title="fixed choices that ignore the image, chosen on validation, judged on test", style="dim")
-    columns = ("the best of", "is", "accuracy", "MACs of full", "margin of the policy", "95 % interval")
+    columns = ("the best of", "is", "accuracy", "of full", "margin", "95 % interval")
     for column in columns:
         table.add_column(column, justify="left" if column in columns[:2] else "right", style="dim", header_style="dim")
     for line in lines:

@@ -7,7 +7,7 @@ Shapes: N judged images, V validation images, F fixed choices of a family, K blo
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -71,11 +71,14 @@ def block_verdict(
     candidates = searched_families(setup, front)
     if keep_VK is not None:
         candidates.append(own_family(setup, keep_VK))
-    shown = _spread_over([front.sets[i] for i in front.hull], len(images), setup.backbone.num_blocks)
-    found, correct = _chosen([setup.backbone], candidates, cost, images, [(0, keep) for keep in shown])
+    shown = points_of(front, len(images))
+    known = {}
+    if decisions.full_correct_N is not None:
+        known[0, (True,) * setup.backbone.num_blocks] = decisions.full_correct_N
+    more = [(0, front.sets[i]) for i in shown]
+    found, correct = _chosen([setup.backbone], candidates, cost, images, more, known)
     found.append(dealt_blocks(setup, decisions, images))
-    macs = dict(zip(front.sets, front.macs, strict=True))
-    pairs = [(macs[keep], correct[0, keep].double().mean().item()) for keep in shown]
+    pairs = [(front.macs[i], correct[0, front.sets[i]].double().mean().item()) for i in shown]
     return _verdict(setup, decisions, found, others, "" if front.finished else SPENT), pairs
 
 
@@ -156,20 +159,22 @@ def _chosen(
     cost: float,
     images: Images,
     more: Iterable[tuple[int, Keep]] = (),
+    known: Mapping[tuple[int, Keep], Tensor] | None = None,
 ) -> tuple[list[Rival], dict[tuple[int, Keep], Tensor]]:
     """Choose from every family on validation images, and score what was chosen, and no other set, on ``images``.
 
     Args:
         networks: those that the candidates number.
         more: sets that are scored in the same pass.
+        known: sets that have been scored on ``images`` before.
 
     Returns: a rival of each family that has a choice of the cost, and whether each image is right, bool (N,), by set.
     """
     choices = [(c, choice) for c in candidates if (choice := choose(c.family, cost)) is not None]
     wanted = {*more, *(c.sets[i] for c, choice in choices for i, _ in choice.parts)}
-    correct: dict[tuple[int, Keep], Tensor] = {}
+    correct = dict(known or {})
     for n, network in enumerate(networks):
-        if sets := sorted(keep for number, keep in wanted if number == n):
+        if sets := sorted(keep for number, keep in wanted - correct.keys() if number == n):
             scorer = SetScorer(network, images)
             with waiting("judging fixed choices", scorer.count) as wait:
                 scorer.on_batch = wait.advance
@@ -319,10 +324,15 @@ def _slope(macs_N: Tensor, correct_N: Tensor, weight_N: Tensor | None = None) ->
     return ((weight_N * offset_N) @ correct_N / spread).item() if spread > 0 else 0.0
 
 
-def _spread_over(sets: list[Keep], images: int, blocks: int) -> list[Keep]:
-    """Choose some of the sets, in their order and evenly, as many as are quickly scored, with the first and last."""
-    affordable = 2 * WORK // max(1, images * blocks)
-    return [sets[i] for i in spread_indices(max(FEWEST_POINTS, min(MOST_POINTS, affordable)), len(sets)).tolist()]
+def points_of(front: StaticFront, images: int) -> list[int]:
+    """Return the indices of sets on a front's hull, spread over the cost, as many as are quickly scored on so many
+    images, the cheapest and the dearest among them."""
+    hull = front.hull
+    affordable = 2 * WORK // max(1, images * len(front.sets[0]))
+    count = max(FEWEST_POINTS, min(MOST_POINTS, affordable))
+    macs_H = torch.tensor([front.macs[i] for i in hull], dtype=torch.float64)
+    wanted_P = torch.linspace(0, 1, count, dtype=torch.float64) * (macs_H[-1] - macs_H[0]) + macs_H[0]
+    return [hull[place] for place in (macs_H - wanted_P[:, None]).abs().argmin(1).unique().tolist()]
 
 
 def _groups(images: Images, count: int | None = None) -> Tensor | None:

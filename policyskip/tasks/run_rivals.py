@@ -65,7 +65,10 @@ def find_run_rivals(setup: Setup, settings: RivalsSection | None) -> list[RunRiv
 
 def _read(setup: Setup, folder: str) -> RunRival:
     """Read a run; errors as in :func:`find_run_rivals`."""
-    run = open_run(folder)
+    try:
+        run = open_run(folder)
+    except UserError as error:
+        raise UserError(f"front.rivals: {error}") from error
     problem = f"front.rivals: the run {folder} cannot be a rival"
     decisions = load_decisions(run) if run.has("policy.json") and run.has("summary.json") else None
     if decisions is None:
