@@ -1,4 +1,4 @@
-"""The static front of a run's network is searched or remembered here, and compared with what a policy does.
+"""The static front of a run's network is searched or remembered here.
 
 Shapes: N images, S sets, B images side by side, K blocks.
 """
@@ -9,20 +9,16 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import torch
 from filelock import FileLock
 from platformdirs import user_cache_path
-from torch import Tensor
 
 from policyskip.build import Setup
 from policyskip.config import FrontSection
 from policyskip.errors import UserError
-from policyskip.evaluation.decisions import Decisions
 from policyskip.files import damaged
 from policyskip.fronts import pareto
-from policyskip.intervals import half_interval
 from policyskip.rewards import Adaptive
 from policyskip.runs.folder import Run
 from policyskip.runs.progress import waiting
@@ -32,7 +28,6 @@ from policyskip.static_front import (
     StaticFront,
     find_front,
     front_file,
-    keep_text,
     known_front,
     remember,
     tries_every_set,
@@ -144,33 +139,6 @@ def best_set(setup: Setup, front: StaticFront, count: int = 2000) -> Keep:
             wait.reach(seen)
             env.advance()
     return sets[int(total_S.argmax())]
-
-
-def static_figures(
-    setup: Setup, decisions: Decisions, front: StaticFront, split: str = "test"
-) -> tuple[dict[str, Any], list[tuple[float, float]]]:
-    """Compare a policy's decisions on a split with the best static choice of their cost.
-
-    Returns: the figures, and MACs and accuracy of every set of the front on the split.
-    """
-    scorer = SetScorer(setup.backbone, setup.data.split(split).plain())
-    with waiting("judging the best fixed keep-sets", scorer.count) as wait:
-        scorer.on_batch = wait.advance
-        correct = [correct_N.double() for correct_N in scorer.correct(front.sets)]
-    mix = front.mix_at(decisions.macs_N.mean().item())
-    mixed_N: Tensor = torch.stack([weight * correct[index] for index, weight in mix]).sum(0)
-    difference_N = decisions.correct_N.double() - mixed_N
-    sets = [front.sets[index] for index, _ in mix]
-    figures = {
-        "static_accuracy": mixed_N.mean().item(),
-        "static_macs": sum(weight * front.macs[index] for index, weight in mix),
-        "static_sets": [keep_text(keep) for keep in sets],
-        "static_blocks": sum(weight * sum(front.sets[index]) for index, weight in mix),
-        "static_margin": difference_N.mean().item(),
-        "static_margin_ci95": half_interval(difference_N),
-        "static_search_finished": front.finished,
-    }
-    return figures, [(macs, c.mean().item()) for macs, c in zip(front.macs, correct, strict=True)]
 
 
 def load_front(run: Run, num_blocks: int) -> StaticFront:
