@@ -1,0 +1,235 @@
+"""The verdict cannot be fooled: worlds in which it is known whether deciding per image pays, drawn anew many times.
+
+What is drawn are the worlds themselves, their validation images, and their test images (``worlds.py``). The slow tests
+measure the rates that docs/verdict.md states: ``pytest -m slow -n 0 -s tests/test_planted_worlds.py``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import pytest
+
+from policyskip.rivals import Verdict
+from tests.worlds import (
+    Images,
+    Policy,
+    World,
+    a_world,
+    best_by_half,
+    best_mixture,
+    best_of_twenty,
+    by_half,
+    more_for_one_half,
+    one_set,
+    unrelated,
+    verdict,
+)
+
+FLAT = {"cheapest": 0.8, "dearest": 0.8}
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Says how a world and a policy are drawn and judged."""
+
+    policy: Callable[[World, Images, np.random.Generator], Policy]
+    world: dict[str, Any] = field(default_factory=dict)
+    validation: int = 300
+    test: int = 600
+    groups: int | None = None
+    by_group: bool = True
+    finished: bool = True
+    searched: Callable[[World], np.ndarray] | None = None
+    draws: int = 150
+
+    def drawn(self, redraw: int) -> tuple[Verdict, float]:
+        """Draw a world and judge its policy: the verdict, and the true margin against the truly best fixed choice."""
+        generator = np.random.default_rng(redraw)
+        world = a_world(generator, **self.world)
+        validation, test = (world.images(count, generator, self.groups) for count in (self.validation, self.test))
+        policy = self.policy(world, validation, generator)
+        searched = None if self.searched is None else self.searched(world)
+        options = {"draws": self.draws, "seed": redraw, "by_group": self.by_group, "finished": self.finished}
+        found = verdict(world, policy, validation, test, generator, searched=searched, **options)
+        return found, policy.accuracy - world.best_at(policy.macs)[0]
+
+
+def few(world: World) -> np.ndarray:
+    """A search that has found poor sets only."""
+    return world.true_F.argsort()[: len(world.true_F) // 3]
+
+
+def two_alike(world: World, validation: Images, generator: np.random.Generator) -> Policy:
+    """Two sets of medium cost, one for each half of the images."""
+    medium = world.macs_F.argsort()[len(world.macs_F) // 2 :]
+    return by_half(world, int(medium[0]), int(medium[1]))
+
+
+SMALL = {"sets": 24, "blocks": 8, "spread": 0.02}
+NO_GAIN = {
+    "the truly best set, which validation may not have chosen": Plan(one_set, SMALL),
+    "the truly best mixture of two sets": Plan(best_mixture, SMALL),
+    "a mixture over a flat front": Plan(best_mixture, SMALL | FLAT),
+    "a mixture of sets that are all alike": Plan(best_mixture, SMALL | FLAT | {"spread": 0.0}),
+    "a mixture, where few validation images choose and many judge": Plan(best_mixture, SMALL, validation=100, test=2000),
+    "that mixture, which the search has not found": Plan(best_mixture, SMALL, searched=few),
+    "good sets, dealt by what is not in the image": Plan(unrelated, SMALL),
+    "good sets that the search has not found, likewise": Plan(unrelated, SMALL, searched=few),
+    "the best of twenty on validation": Plan(best_of_twenty, SMALL),
+    "more blocks for one half, where they bring as much on either": Plan(
+        more_for_one_half, SMALL | {"curved": False, "spread": 0.0}
+    ),
+    "images in 50 groups": Plan(two_alike, SMALL | FLAT | {"spread": 0.0}, groups=50),
+}
+
+
+def test_a_policy_that_gains_nothing_is_hardly_ever_said_to_pay():
+    """220 redraws, twenty of each kind. (Of 11,000, none to one in a hundred of a kind, see below.)"""
+    plans = list(NO_GAIN.values())
+    found = [plans[redraw % len(plans)].drawn(redraw) for redraw in range(20 * len(plans))]
+    assert sum(outcome.answer == "pays" for outcome, _ in found) <= 0.05 * len(found) / 2
+    equal = [outcome for outcome, truth in found if abs(truth) < 1e-9]
+    assert len(equal) > 100 and sum(outcome.answer == "does not pay" for outcome in equal) <= 0.06 * len(equal)
+    worse = [outcome for outcome, truth in found if truth < -0.03]
+    assert len(worse) > 5 and not any(outcome.answer == "pays" for outcome in worse)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", NO_GAIN)
+def test_how_often_pays_is_said_of_no_gain(kind):
+    """Of 1,000 redraws of each kind, "pays" is said in at most 2.5 % (5 % are allowed), and "does not pay" of policies
+    that are exactly as good as the best fixed choice in at most 6 %."""
+    found = [NO_GAIN[kind].drawn(redraw) for redraw in range(1000)]
+    pays = np.mean([outcome.answer == "pays" for outcome, _ in found])
+    equal = [outcome.answer == "does not pay" for outcome, truth in found if abs(truth) < 1e-9]
+    denied = np.mean(equal) if equal else 0.0
+    print(f"\n{kind}: pays {pays:.1%}; does not pay {denied:.1%} of {len(equal)} exactly as good")
+    assert pays <= 0.025 and denied <= 0.06
+
+
+def test_intervals_that_take_images_of_a_group_for_independent_are_fooled():
+    """3,000 images in 50 groups, and no gain. Whoever does not know the groups finds gains and losses everywhere."""
+    plan = {"world": {"sets": 20, "blocks": 6, "spread": 0.0} | FLAT, "validation": 600, "test": 1500, "groups": 50}
+    found = {
+        known: [Plan(two_alike, **plan, by_group=known).drawn(redraw)[0] for redraw in range(60)]
+        for known in (True, False)
+    }
+    missed = {known: np.mean([not o.rival.low <= 0 <= o.rival.high for o in found[known]]) for known in found}
+    assert missed[False] > 0.3 and missed[True] < 0.12
+    assert not any(outcome.answer == "pays" for outcome in found[True])
+
+
+@pytest.mark.slow
+def test_how_often_groups_that_are_not_known_fool_the_verdict():
+    plan = {"world": {"sets": 20, "blocks": 6, "spread": 0.0} | FLAT, "validation": 1500, "test": 3000, "groups": 50}
+    rates = {}
+    for known in (True, False):
+        answers = [Plan(two_alike, **plan, by_group=known).drawn(redraw)[0].answer for redraw in range(500)]
+        rates[known] = np.mean([answer == "pays" for answer in answers])
+    print(f"\n50 groups, no gain: pays {rates[True]:.1%}; where groups are not known {rates[False]:.1%}")
+    assert rates[True] <= 0.025 and rates[False] > 0.05
+
+
+# Gains
+
+
+HALVES = {"sets": 24, "blocks": 8, "spread": 0.005, "leaning": 0.06}
+
+
+def test_two_halves_that_need_two_sets_pay():
+    """The interval holds the true margin, about 5.5 points, against the truly best fixed choice."""
+    found = [Plan(best_by_half, HALVES, validation=1500, test=2500).drawn(redraw) for redraw in range(20)]
+    assert all(truth > 0.04 for _, truth in found)
+    assert sum(outcome.answer == "pays" for outcome, _ in found) >= 18
+    assert sum(outcome.rival.low <= truth <= outcome.rival.high for outcome, truth in found) >= 18
+
+
+def test_an_unfinished_search_and_a_gap_never_pay():
+    """The same policies, of which most truly gain."""
+
+    def far(world: World) -> np.ndarray:
+        return np.flatnonzero((world.macs_F < 0.3) | (world.macs_F > 0.8))
+
+    sizes = {"validation": 800, "test": 1500}
+    for redraw in range(10):
+        cut_off, _ = Plan(best_by_half, HALVES, **sizes, finished=False).drawn(redraw)
+        assert cut_off.answer == "not shown" and "budget" in cut_off.because
+        policy_without_own_sets = Plan(without_own(best_by_half), HALVES, **sizes, searched=far)
+        gap, _ = policy_without_own_sets.drawn(redraw)
+        assert gap.answer == "not shown" and "costs nearly as much" in gap.because
+
+
+def without_own(policy: Callable[..., Policy]) -> Callable[..., Policy]:
+    """The same policy, whose decisions are so many that no set is its own."""
+
+    def many(*arguments: Any) -> Policy:
+        made = policy(*arguments)
+        return Policy(made.accuracy, made.macs, made.chooses)
+
+    return many
+
+
+def test_blocks_for_the_hard_images_alone_pay():
+    """Easy images are right after a quarter of the blocks, 95 % of them; hard ones gain with every block, from 50 to
+    85 %. A quarter for the easy and all for the hard ones are right on 90 %, for 5/8 of the cost; fixed choices of that
+    cost on 0.475 + (0.50 + 0.35 · 5/8)/2 = 83.4 % at most."""
+    blocks = 8
+    keep_FK = np.arange(blocks) < np.arange(blocks + 1)[:, None]
+    share_F = keep_FK.mean(1)
+    easy_F = np.where(share_F >= 0.25, 0.95, 0.5)
+    world = World(keep_FK, np.stack([easy_F, 0.50 + 0.35 * share_F], 1))
+    policy = by_half(world, 2, blocks)
+    assert policy.accuracy - world.best_at(policy.macs)[0] == pytest.approx(0.065625)
+    answers = []
+    for redraw in range(10):
+        generator = np.random.default_rng(redraw)
+        validation, test = world.images(800, generator), world.images(1500, generator)
+        found = verdict(world, policy, validation, test, generator, seed=redraw)
+        answers.append(found.answer)
+        assert found.rival.low <= 0.065625 <= found.rival.high
+    assert answers.count("pays") == 10
+
+
+def test_the_margin_by_hand():
+    """Without chance: one set is right on the first half of 100 images only, for 0.4; the other on the second half, for
+    0.6. At 0.5, either half of the images gets either set, and half of the answers are right; by half, all are."""
+    half_N = np.arange(100) // 50
+    images = Images(np.stack([half_N == 0, half_N == 1]), half_N, None)
+    keep_FK = np.array([[1, 1, 0, 0, 0], [0, 0, 1, 1, 1]], dtype=bool)
+    world = World(keep_FK, np.eye(2))
+    found = verdict(world, by_half(world, 0, 1), images, images, np.random.default_rng(0), draws=2000)
+    searched = next(line for line in found.comparisons if line.family == "searched blocks")
+    assert (searched.accuracy, searched.margin) == pytest.approx((0.5, 0.5))
+    assert found.answer == "pays" and searched.name == "set 0 and 1, mixed"
+    # each image counts 1/2 but for its cost, 0.1 from the mean, times the slope, which is 0: the interval is a point
+    assert (searched.low, searched.high) == pytest.approx((0.5, 0.5))
+
+
+@pytest.mark.slow
+def test_how_often_a_gain_of_a_point_and_a_half_is_found():
+    """10,000 test images and 5,000 validation images: "pays" in most of 100 redraws, and the interval holds the true
+    margin against the truly best fixed choice in at least 93 of them."""
+    world = {"sets": 60, "blocks": 12, "spread": 0.005, "leaning": 0.0185}
+    plan = Plan(best_by_half, world, validation=5000, test=10_000, draws=400)
+    found = [plan.drawn(redraw) for redraw in range(100)]
+    truths = np.array([truth for _, truth in found])
+    pays = sum(outcome.answer == "pays" for outcome, _ in found)
+    held = sum(outcome.rival.low <= truth <= outcome.rival.high for outcome, truth in found)
+    print(f"\ntrue margin {truths.mean():.2%} ± {truths.std():.2%}: pays {pays} %, interval holds it {held} %")
+    assert 0.013 < truths.mean() < 0.017 and pays > 60 and held >= 93
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("validation", "test"), [(2000, 4000), (2000, 10_000), (5000, 4000), (5000, 10_000)])
+def test_the_margin_that_is_found_in_four_of_five_redraws(validation, test):
+    """Where the low end lies below the truth by at most m in 80 % of the redraws, a true margin of m is found in 80 %."""
+    world = {"sets": 60, "blocks": 12, "spread": 0.005, "leaning": 0.0185}
+    plan = Plan(best_by_half, world, validation=validation, test=test, draws=400)
+    found = [plan.drawn(redraw) for redraw in range(60)]
+    needed = float(np.quantile([truth - outcome.rival.low for outcome, truth in found], 0.8))
+    print(f"\n{validation} validation and {test} test images: a true margin of {needed:.2%} is found in 80 %")
+    assert 0.005 < needed < 0.025
