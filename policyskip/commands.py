@@ -214,6 +214,8 @@ def evaluate(config: DictConfig) -> int:
     for key, value in summary.items():
         print(f"{key}: {value}")
     show_classes(class_figures(judgement.decisions))
+    if settings.split != "test":
+        print(f"No verdict on {settings.split} images: it takes images on which nothing was learned or chosen.")
     if settings.split == "test" and run.has("summary.json"):
         before = run.load_json("summary.json")
         changed = [key for key, value in summary.items() if before.get(key) != value]

@@ -7,6 +7,7 @@ from typing import Annotated, Any, ClassVar, Literal, TypeVar
 
 from omegaconf import DictConfig, ListConfig, OmegaConf
 from pydantic import (
+    AfterValidator,
     BaseModel,
     ConfigDict,
     Field,
@@ -15,6 +16,7 @@ from pydantic import (
     PositiveInt,
     ValidationError,
 )
+from pydantic_core import PydanticCustomError
 
 from policyskip.errors import UserError
 from policyskip.texts import represented
@@ -47,6 +49,21 @@ class FrontSection(_Section):
     learner_steps: NonNegativeInt
 
 
+class RivalsSection(FrontSection):
+    rivals: list[str] = []  # finished runs that decide the same for every image
+
+
+def _no_rivals(rivals: list[str]) -> list[str]:
+    """Refuse rivals where there is no policy to compare with them."""
+    if rivals:
+        raise PydanticCustomError("rivals", "train compares rivals with a policy, and here is none")
+    return rivals
+
+
+class SearchSection(FrontSection):
+    rivals: Annotated[list[str], AfterValidator(_no_rivals)] = []
+
+
 class TargetSection(_Section):
     accuracy_drop: float | None
     macs_fraction: float | None
@@ -77,7 +94,7 @@ class Settings(_Section):
     train: TrainSection
     run: RunSection
     tracking: TrackingSection
-    front: FrontSection | None = None
+    front: RivalsSection | None = None
     target: TargetSection | None = None
 
 
@@ -107,7 +124,7 @@ class FrontSettings(_Section):
 
     groups = ("data", "backbone", "env")
     device: str
-    front: FrontSection
+    front: SearchSection
     output: str | None
 
 
@@ -181,7 +198,10 @@ def plain(config: DictConfig) -> dict[str, Any]:
     return {str(key): value for key, value in content.items()}
 
 
-PATHS = ("run", "runs", "output", "run.dir", "run.resume", "data.root", "backbone.checkpoint", "reward.table")
+PATHS = (
+    *("run", "runs", "output", "run.dir", "run.resume", "front.rivals"),
+    *("data.root", "backbone.checkpoint", "reward.table"),
+)
 """The keys of configurations that name files and folders."""
 
 

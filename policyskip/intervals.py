@@ -1,4 +1,4 @@
-"""The 95 % intervals of means are computed here: normal, by Student's t over seeds, or by bootstrap over images.
+"""The 95 % intervals of means are computed here: by Student's t over seeds, or by bootstrap over images.
 
 Shapes: N images, V different values, D draws of the bootstrap.
 """
@@ -10,7 +10,6 @@ from collections.abc import Sequence
 import numpy as np
 from numpy.typing import NDArray
 from scipy.special import stdtrit
-from torch import Tensor
 
 LEVEL = 0.95
 """How often an interval holds the mean that it is an interval of."""
@@ -18,18 +17,6 @@ DRAWS = 10_000
 """How often the bootstrap draws the images anew."""
 MOST_COUNTS = 10_000_000
 """The most numbers of a table of draws and values that is in memory at once."""
-
-
-def half_interval(difference_N: Tensor) -> float | None:
-    """Return half the width of the 95 % interval of a mean over images, by the normal approximation.
-
-    Args:
-        difference_N: float (N,), one number for each image.
-
-    Returns: a float; None for a single image, which has no interval.
-    """
-    N = len(difference_N)
-    return 1.96 * difference_N.std().item() / N**0.5 if N > 1 else None
 
 
 def mean_and_half_interval(values: Sequence[float]) -> tuple[float, float | None]:

@@ -26,6 +26,7 @@ NEAR = 0.05
 """A fixed choice is near a cost if it is cheaper by at most this share of the full network's MACs."""
 AT_ONCE = 2**23
 """Numbers that the bootstrap holds in memory at once."""
+UNFINISHED = "the search of fixed choices ran out of its budget"
 PAYS, DOES_NOT_PAY, NOT_SHOWN = "pays", "does not pay", "not shown"
 
 
@@ -165,14 +166,16 @@ def choose(family: Family, macs: float) -> Choice | None:
 
 
 def mixture_name(first: str, second: str) -> str:
-    """Name the mixture of two choices: "33 and 34 evenly spread blocks, mixed"."""
+    """Name the mixture of two choices; an end that follows a number in both is said once: "33 and 34 spread blocks"."""
     if first == second:
         return f"two choices of {first}, mixed"
     words, others, tail = first.split(" "), second.split(" "), list[str]()
     while len(words) > 1 and len(others) > 1 and words[-1] == others[-1]:
         tail.insert(0, words.pop())
         others.pop()
-    return " ".join([*words, "and", *others, *tail]) + ", mixed"
+    if words[-1].isdigit() and others[-1].isdigit():
+        return " ".join([*words, "and", *others, *tail]) + ", mixed"
+    return f"{first} and {second}, mixed"
 
 
 def judge(
@@ -182,6 +185,7 @@ def judge(
     full_macs: float,
     finished: bool = True,
     group_N: Tensor | None = None,
+    because_unfinished: str = UNFINISHED,
     draws: int = DRAWS,
     seed: int = 0,
 ) -> Verdict:
@@ -202,6 +206,7 @@ def judge(
         rivals: one for each family that has a choice at c or below (see :func:`choose`).
         finished: whether the search of the fixed choices came to its end.
         group_N: int64 (N,), which images belong together and are drawn together; None: each stands for itself.
+        because_unfinished: what is said if the search did not come to its end, and that alone keeps the answer open.
     """
     cost = macs_N.mean().item()
     if not rivals:
@@ -222,7 +227,8 @@ def judge(
         margin = correct_N.double().mean().item() - accuracy
         comparisons.append(Comparison(rival.family.name, rival.choice.name, accuracy, macs, margin, low, high))
     comparisons.sort(key=lambda line: line.margin if line.low is None else line.low)
-    answer, because, named = _answer(comparisons, finished, _has_rival_near(rivals, cost, full_macs))
+    unfinished = "" if finished else because_unfinished
+    answer, because, named = _answer(comparisons, unfinished, _has_rival_near(rivals, cost, full_macs))
     return Verdict(answer, because, named, comparisons, finished)
 
 
@@ -304,11 +310,12 @@ def _has_rival_near(rivals: Sequence[Rival], cost: float, full_macs: float) -> b
     )
 
 
-def _answer(lines: Sequence[Comparison], finished: bool, near: bool) -> tuple[str, str, Comparison]:
+def _answer(lines: Sequence[Comparison], unfinished: str, near: bool) -> tuple[str, str, Comparison]:
     """Return the answer, why, and the comparison that it rests on.
 
     Args:
         lines: the comparisons, the strongest rival first.
+        unfinished: says that the search did not come to its end; empty if it did.
         near: whether there is a rival near the policy's cost.
     """
     worst = lines[0]
@@ -318,8 +325,8 @@ def _answer(lines: Sequence[Comparison], finished: bool, near: bool) -> tuple[st
         return DOES_NOT_PAY, "a fixed choice of equal cost is more accurate", lost[0]
     if worst.low <= 0:
         return NOT_SHOWN, "the interval includes 0", worst
-    if not finished:
-        return NOT_SHOWN, "the search of fixed choices ran out of its budget", worst
+    if unfinished:
+        return NOT_SHOWN, unfinished, worst
     if not near:
         return NOT_SHOWN, "no fixed choice costs nearly as much as the policy", worst
     return PAYS, "the policy is more accurate than the strongest fixed choice of every kind", worst

@@ -150,6 +150,19 @@ class ResNetExits(ExitNetwork):
             fewer.architecture = {**self.architecture, "kept_exits": list(kept)}
         return fewer
 
+    def up_to(self, n: int) -> Backbone:
+        """Make the network that ends at exit n, counted from 0: the blocks before it, which can be skipped, and its
+        head. It shares all weights with this network."""
+        if n == self.num_exits - 1:
+            return self.backbone
+        part, K = copy.copy(self.backbone), self.exits[n] + 1
+        part._modules = dict(self.backbone._modules)
+        part.blocks = nn.ModuleList(self.backbone.blocks[:K])  # type: ignore[assignment]
+        part.head, part.architecture = self.exit_heads[n], {}
+        edges = [min(sum(self.backbone.stages[:stage]), K) for stage in range(len(self.backbone.stages) + 1)]
+        part.stages = tuple(end - start for start, end in pairwise(edges) if end > start)
+        return part
+
     def begin(self, images: Tensor) -> State:
         return {"x": self.backbone.features(images)}
 

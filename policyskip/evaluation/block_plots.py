@@ -5,7 +5,7 @@ Shapes: K blocks, C classes.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -31,38 +31,23 @@ from policyskip.evaluation.plots import (
     shorten,
     write_pictures,
 )
-from policyskip.evaluation.tables import static_choice
 
 
-def accuracy_against_macs(
-    decisions: Decisions, path: Path, figures: Mapping[str, Any] | None = None, hull: Sequence[int] = ()
-) -> Path:
-    """Draw the policy beside the full network, the fixed choices, and the one that the run's table compares it with.
+def accuracy_against_macs(decisions: Decisions, path: Path, figures: Mapping[str, Any] | None = None) -> Path:
+    """Draw the policy beside the full network, fixed choices, and the rival that the run's table compares it with.
 
     Args:
         figures: those of the summary.
-        hull: indices of the fixed choices that are best on validation images, or mixed with each other, the cheapest
-            first: what the fixed choice of any cost is made of.
     """
     figure = figure_of(6, 4.8)
     axes = figure.subplots()
-    sets = [(macs / decisions.full_macs, accuracy) for macs, accuracy in decisions.static_F2.tolist()]
-    mixed = [sets[n] for n in hull] or sorted(sets)
+    mixed = sorted((macs / decisions.full_macs, accuracy) for macs, accuracy in decisions.static_F2.tolist())
     if mixed:
         axes.plot(*zip(*mixed, strict=True), "s-", color=STATIC, markersize=4, label="fixed choices, and two mixed")
-    if others := [point for point in sets if point not in mixed]:
-        axes.plot(
-            *zip(*others, strict=True),
-            "s",
-            label="other fixed choices",
-            color="none",
-            markeredgecolor=STATIC,
-            markersize=4,
-        )
     rivals = [(decisions.macs_fraction, decisions.accuracy)]
-    if figures and "static_accuracy" in figures:
-        rivals.append((figures["static_macs"] / decisions.full_macs, figures["static_accuracy"]))
-        label = static_choice(figures)
+    if figures and "rival" in figures:
+        rivals.append((figures["rival_macs"] / decisions.full_macs, figures["rival_accuracy"]))
+        label = f"rival: {shorten(figures['rival'], 60)}"
         axes.plot(*rivals[-1], "X", color=STATIC, markeredgecolor="white", markersize=10, label=label)
     if decisions.full_correct_N is not None:
         rivals.append((1.0, decisions.full_correct_N.double().mean().item()))
@@ -80,9 +65,9 @@ def accuracy_against_macs(
     in_percent(axes.yaxis)
     figure.legend(fontsize=8, loc="outside upper left", ncols=2)
     caption = (
-        "Above the line, deciding per image pays. All fixed choices were made on validation images, and are judged "
-        "here on test images. Filled squares were the best of their cost there, and two of them can be mixed to cost "
-        "what the policy costs; hollow squares were not, and may be better here by luck. What is far below is cut off."
+        "The squares are fixed sets of blocks that were the best of their cost on validation images, judged here on "
+        "test images; two of them can be mixed to cost what the policy costs. The rival is the strongest fixed choice "
+        "of the policy's cost, of any kind. What is far below is cut off."
     )
     return save(figure, caption, path)
 
@@ -188,7 +173,6 @@ def block_pictures(
     images: Images,
     stages: tuple[int, ...],
     figures: Mapping[str, Any] | None = None,
-    hull: Sequence[int] = (),
     choose_after: float = 0.0,
 ) -> list[Path]:
     """Write every picture of a run that skips blocks.
@@ -198,7 +182,7 @@ def block_pictures(
         decisions: the record of the test images, with static front and classes.
         images: the test images.
         stages: number of blocks in each stage of the network.
-        figures, hull: see :func:`accuracy_against_macs`.
+        figures: see :func:`accuracy_against_macs`.
         choose_after: the first update whose weights may have been kept.
 
     Returns: the paths.
@@ -207,7 +191,7 @@ def block_pictures(
         folder,
         {
             "learning_curves": lambda path: learning_curves(metrics, decisions.ran_NK.shape[1], path, choose_after),
-            "accuracy_against_macs": lambda path: accuracy_against_macs(decisions, path, figures, hull),
+            "accuracy_against_macs": lambda path: accuracy_against_macs(decisions, path, figures),
             "block_use": lambda path: block_use(decisions, stages, path),
             "block_use_by_class": lambda path: block_use_by_class(decisions, stages, path),
             "gallery": lambda path: block_gallery(decisions, images, path),

@@ -27,6 +27,7 @@ from policyskip.evaluation.plots import (
     panel_of_curves,
     points_of,
     save,
+    shorten,
     write_pictures,
 )
 from policyskip.exits.cache import CachedExits
@@ -86,9 +87,9 @@ def accuracy_against_macs(
         axes.plot(*_fractions(budgeted, full), "-", color=KEPT, label="budgeted: each image its own exit")
     axes.plot(*_fractions(anytime, full), "s-", color=STATIC, markersize=4, label="anytime: one exit for all images")
     lowest = min(decisions.accuracy, *(accuracy for _, accuracy in anytime))
-    if figures and "static_accuracy" in figures:
-        rival = (figures["static_macs"] / full, figures["static_accuracy"])
-        label = "best fixed exits that cost no more, mixed"
+    if figures and "rival" in figures:
+        rival = (figures["rival_macs"] / full, figures["rival_accuracy"])
+        label = f"rival: {shorten(figures['rival'], 60)}"
         axes.plot(*rival, "X", color=STATIC, markeredgecolor="white", markersize=10, label=label)
         lowest = min(lowest, rival[1])
     label = "the chosen thresholds" if budgeted else "the policy"
@@ -98,9 +99,9 @@ def accuracy_against_macs(
     in_percent(axes.yaxis)
     figure.legend(fontsize=8, loc="outside upper left", ncols=2)
     caption = (
-        "Above the squares, leaving early where it is safe pays. Everything was chosen on validation images, so the "
-        "fixed exits, which are mixed to cost what the policy costs, may lie below the line; "
-        "the oracle leaves at the first exit that is right and shows the room that is left."
+        "Everything was chosen on validation images. The rival is the strongest fixed choice of the policy's cost, of "
+        "any kind: exits, blocks, or two of them mixed. The oracle leaves at the first exit that is right and shows "
+        "the room that is left."
     )
     return save(figure, caption, path)
 

@@ -19,9 +19,7 @@ from policyskip.exits.references import (
     oracle_exit,
     random_exits,
     static_exits,
-    static_mix,
 )
-from policyskip.intervals import half_interval
 
 
 def block_figures(decisions: Decisions) -> dict[str, Any]:
@@ -74,19 +72,17 @@ def class_figures(decisions: Decisions) -> list[dict[str, Any]]:
     return [dict(zip(keys, line, strict=True)) for line in lines if line[1]]
 
 
-def exit_figures(decisions: Decisions, cache: CachedExits, validation: CachedExits) -> dict[str, Any]:
-    """Compute the figures of a policy that decides where images leave, beside fixed exits, random exits and oracles.
+def exit_figures(decisions: Decisions, cache: CachedExits) -> dict[str, Any]:
+    """Compute the figures of a policy that decides where images leave, beside each exit alone, random exits and
+    oracles.
 
     Args:
         cache: outputs of all exits for the images that were decided on.
-        validation: the same for the validation images, on which the fixed exits of the policy's cost are chosen.
     """
     exit_N, correct_N, K = decisions.exit_N, decisions.correct_N, cache.num_exits
     share_K = exit_histogram(exit_N, K)
     alone_accuracy_K, alone_macs_K = static_exits(cache)
     macs_mean = decisions.macs_N.mean().item()
-    static_M, static_macs = static_mix(cache, macs_mean, validation)
-    difference_N = correct_N.double() - static_M.cpu()
     random_accuracy, random_macs = random_exits(cache, share_K)
     oracle_accuracy, oracle_macs = cache.judge(oracle_exit(cache.correct_MN))
     label_accuracy, label_macs = cache.judge(label_oracle(cache, [LABEL_NATS] * (K - 1)))
@@ -106,10 +102,6 @@ def exit_figures(decisions: Decisions, cache: CachedExits, validation: CachedExi
         "exit_macs": cache.macs_N.tolist(),
         "exit_alone_accuracy": alone_accuracy_K.tolist(),
         "exit_alone_macs": alone_macs_K.tolist(),
-        "static_accuracy": static_M.mean().item(),
-        "static_macs": static_macs,
-        "static_margin": difference_N.mean().item(),
-        "static_margin_ci95": half_interval(difference_N),
         "random_accuracy": random_accuracy,
         "random_macs": random_macs,
         "oracle_accuracy": oracle_accuracy.item(),

@@ -32,30 +32,54 @@ def console(width: int = 110) -> Console:
     return PlainConsole(width=line_width(width))
 
 
-def verdict(summary: dict[str, Any]) -> tuple[str, str]:
-    """Say whether deciding per image pays against the best fixed choice, and by how many points: two texts."""
-    margin, half = 100 * summary["test/static_margin"], summary["test/static_margin_ci95"]
-    if half is None:
-        return "cannot be judged by one image", f"{margin:+z.2f} ± –"
-    half *= 100
-    text = "pays" if margin > half else "does not pay" if margin < -half else "makes no clear difference"
-    return text, f"{margin:+z.2f} ± {half:.2f}"
+def verdict_line(summary: dict[str, Any]) -> str:
+    """Say whether a policy pays, by how many points, and against which rival: one sentence."""
+    test = _figures_on_test(summary)
+    remark = "which sees the label" if test.get("sees_the_label") else "which learns nothing"
+    learned = summary.get("steps", 1) and not test.get("sees_the_label")
+    subject = "this policy" if learned else f"{summary['agent']}, {remark},"
+    if test.get("verdict") is None:
+        return f"Whether {subject} pays is not shown: it was judged by an older version."
+    answer, because = test["verdict"], test["verdict_because"]
+    if test.get("rival") is None:
+        return f"Whether {subject} pays is not shown: {because}."
+    points = f"{100 * test['rival_margin']:+z.2f} points ({_interval(test['rival_low'], test['rival_high'])})"
+    is_equal = abs(test["rival_macs"] - test["macs_mean"]) <= 0.005 * test["macs_mean"]
+    cost = "of equal cost" if is_equal else f"at {test['rival_macs'] / test['macs_mean']:.3f} of its cost"
+    against = f"{points} against {test['rival']}, the strongest fixed rival {cost}"
+    if answer == "not shown":
+        return f"Whether {subject} pays is not shown: {against}: {because}."
+    return f"{'This policy' if learned else subject} {answer}: {against}."
 
 
-def static_choice(test: Mapping[str, Any]) -> str:
-    """Name the static choice that a policy is compared with: its cost is equal only if no end of the front is nearer.
+def _interval(low: float | None, high: float | None) -> str:
+    """Return an interval in points as text; a dash stands for that of a single image."""
+    return "no interval" if low is None or high is None else f"{100 * low:+z.2f} to {100 * high:+z.2f}"
 
-    Args:
-        test: figures of a split.
-    """
-    cost, policy = test["static_macs"], test["macs_mean"]
-    if abs(cost - policy) <= 0.005 * policy:
-        return "best static choice of equal cost"
-    return "best static choice, which costs less" if cost < policy else "cheapest static choice, which costs more"
+
+def _rivals(test: Mapping[str, Any]) -> Table | None:
+    """Make the table of the rivals of every family, the strongest first; None if there are none."""
+    lines = test.get("rivals") or []
+    if not lines:
+        return None
+    table = Table(title="fixed choices that ignore the image, chosen on validation, judged on test", style="dim")
+    columns = ("the best of", "is", "accuracy", "of full", "margin", "95 % interval")
+    for column in columns:
+        table.add_column(column, justify="left" if column in columns[:2] else "right", style="dim", header_style="dim")
+    for line in lines:
+        margin, interval = f"{100 * line['margin']:+z.2f}", _interval(line["low"], line["high"])
+        share = f"{line['macs'] / test['full_macs']:.3f}"
+        table.add_row(line["family"], line["name"], _percent(line["accuracy"]), share, margin, interval)
+    return table
+
+
+def _dearer(test: Mapping[str, Any]) -> list[str]:
+    """Return a line for each run of ``front.rivals`` that costs more than the policy."""
+    return [f"No rival at this cost: {name}, which costs more." for name in test.get("rivals_dearer") or []]
 
 
 def show_blocks(summary: dict[str, Any]) -> None:
-    """Print a policy that skips blocks beside the full network and the best static choice of equal cost."""
+    """Print a policy that skips blocks beside the full network and its rivals."""
     test = _figures_on_test(summary)
     sees_the_label, full_macs = test.get("sees_the_label", False), test["full_macs"]
     label = f"{summary['agent']} (sees the label)" if sees_the_label else "policy, its own cost included"
@@ -64,19 +88,11 @@ def show_blocks(summary: dict[str, Any]) -> None:
     rows = [(label, accuracy, kept, *cost, str(test["unique_decisions"]))]
     full = (_percent(test["full_accuracy"]), f"{test['blocks']}", *_cost(full_macs, full_macs))
     rows.append(("full network", *full, "1"))
-    if "static_accuracy" in test:
-        fixed = (_percent(test["static_accuracy"]), f"{test['static_blocks']:.2f}")
-        cost = _cost(test["static_macs"], full_macs)
-        rows.append((static_choice(test), *fixed, *cost, str(len(test["static_sets"]))))
+    if test.get("rival") is not None:
+        name, accuracy = f"rival: {test['rival']}", _percent(test["rival_accuracy"])
+        rows.append((name, accuracy, "", *_cost(test["rival_macs"], full_macs), ""))
     columns = ("", "accuracy", "blocks kept", "MACs (millions)", "of full", "decisions")
-    lines = []
-    if "static_accuracy" in test:
-        text, margin = verdict(summary)
-        subject = f"Deciding per image {text}" if summary["steps"] else f"{summary['agent']}, which learns nothing"
-        subject += ", but sees the label" if sees_the_label else ""
-        name = static_choice(test)
-        end = "." if test["static_search_finished"] else " (its search ran out of front.budget)."
-        lines.append(f"{subject}: {margin} points against the {name}{end}")
+    lines = [verdict_line(summary), *_dearer(test)]
     if "kept_by_difficulty" in test:
         quarters = ", ".join("–" if kept is None else f"{kept:.1f}" for kept in test["kept_by_difficulty"])
         lines.append(f"Blocks kept, from the easiest quarter of the images to the hardest: {quarters}.")
@@ -84,7 +100,7 @@ def show_blocks(summary: dict[str, Any]) -> None:
 
 
 def show_exits(summary: dict[str, Any]) -> None:
-    """Print a policy beside its last exit, the fixed exits, random exits at its rates, and the oracle."""
+    """Print a policy beside its last exit, the fixed exits, its rivals, and the oracle."""
     test = _figures_on_test(summary)
     included = "heads and policy" if test["policy_macs"] else "heads"
     references = [
@@ -93,7 +109,7 @@ def show_exits(summary: dict[str, Any]) -> None:
             (f"all straight to exit {n}", accuracy, macs)
             for n, (accuracy, macs) in enumerate(zip(test["exit_alone_accuracy"], test["exit_alone_macs"], strict=True))
         ),
-        ("best fixed exits that cost no more, mixed", test["static_accuracy"], test["static_macs"]),
+        *([(f"rival: {test['rival']}", test["rival_accuracy"], test["rival_macs"])] if test.get("rival") else []),
         ("random exits at the same rates", test["random_accuracy"], test["random_macs"]),
         ("oracle: the first exit that is right", test["oracle_accuracy"], test["oracle_macs"]),
     ]
@@ -104,13 +120,12 @@ def show_exits(summary: dict[str, Any]) -> None:
     cost = _cost(test["macs_mean"], full_macs, test["macs_sd"])
     rows = [(f"each image its own exit, {included} included", _percent(test["accuracy"]), *cost)]
     rows += [(label, _percent(accuracy), *_cost(macs, full_macs)) for label, accuracy, macs in references]
-    text, margin = verdict(summary)
     alone = test["exit_alone_macs"][-1]
     leaving = ", ".join(f"{100 * share:.1f} %" for share in test["exit_share"])
     right = ", ".join("–" if accuracy is None else f"{100 * accuracy:.1f} %" for accuracy in test["exit_accuracy"])
     lines = [
-        f"Deciding per image {text}: {margin} points against the best fixed exits that cost no more, chosen on "
-        "validation.",
+        verdict_line(summary),
+        *_dearer(test),
         f"Without early exits the network costs {alone / 1e6:.2f} M MACs; "
         f"the policy's {test['macs_mean'] / 1e6:.2f} M are {test['macs_mean'] / alone:.3f} of that.",
         f"Images that left at each exit: {leaving}; of these, right: {right}.",
@@ -154,7 +169,7 @@ def _cost(macs: float, full_macs: float, sd: float | None = None) -> tuple[str, 
 
 
 def _show(summary: dict[str, Any], columns: Sequence[str], rows: Iterable[Sequence[str]], lines: Iterable[str]) -> None:
-    """Print a table of a run's figures, lines of text below, and the run's warnings."""
+    """Print a table of a run's figures, that of its rivals, lines of text below, and the run's warnings."""
     table = Table(title=f"{summary['agent']} on {summary['data']}, test split, seed {summary['seed']}")
     for column in columns:
         table.add_column(column, justify="left" if not column else "right")
@@ -162,5 +177,7 @@ def _show(summary: dict[str, Any], columns: Sequence[str], rows: Iterable[Sequen
         table.add_row(*row)
     out = console()
     out.print(table)
+    if (rivals := _rivals(_figures_on_test(summary))) is not None:
+        out.print(rivals)
     for line in [*lines, *(f"warning: {warning}" for warning in summary.get("warnings", []))]:
         out.print(line)

@@ -7,7 +7,6 @@ Shapes: M images of a set, N exits, E early exits (N - 1), C classes, P points o
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Sequence
 
 import torch
@@ -33,35 +32,6 @@ def static_pairs(cache: CachedExits) -> list[list[float]]:
     """Return pairs of MACs and accuracy, one for each exit, as :func:`static_exits` computes them."""
     accuracy_N, macs_N = static_exits(cache)
     return [[macs, accuracy] for macs, accuracy in zip(macs_N.tolist(), accuracy_N.tolist(), strict=True)]
-
-
-def static_mix(cache: CachedExits, macs: float, validation: CachedExits) -> tuple[Tensor, float]:
-    """Find the fixed exits of a cost that are best on validation images: one exit, or two of them mixed at random.
-
-    Which exits, and with what probability each, is chosen on the validation images, as for every other choice. The
-    accuracy on the judged images is therefore an honest one: the mixture may turn out worse there than another.
-
-    Args:
-        cache: the images to judge the mixture on.
-        macs: MACs an image that the mixture may cost, not below the cheapest exit's.
-        validation: the same exits' outputs for the validation images.
-
-    Returns: the expected correctness on the images of ``cache``, float64 (M,), and mean MACs, at most ``macs``.
-
-    Raises:
-        ValueError: no exit costs as little as ``macs``.
-    """
-    accuracy_N, macs_N = (values_N.tolist() for values_N in static_exits(validation))
-    mixes = []
-    for i, j in itertools.product(range(validation.num_exits), repeat=2):
-        if macs_N[i] <= macs and (i == j or macs < macs_N[j]):
-            weight = 0.0 if i == j else (macs - macs_N[i]) / (macs_N[j] - macs_N[i])
-            mixes.append(((1 - weight) * accuracy_N[i] + weight * accuracy_N[j], i, j, weight))
-    if not mixes:
-        raise ValueError(f"no exit costs as little as {macs:g} MACs")
-    _, i, j, weight = max(mixes)
-    right_MN = cache.correct_MN.double()
-    return (1 - weight) * right_MN[:, i] + weight * right_MN[:, j], (1 - weight) * macs_N[i] + weight * macs_N[j]
 
 
 def random_exits(cache: CachedExits, share_N: Tensor) -> tuple[float, float]:

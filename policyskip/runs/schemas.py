@@ -22,7 +22,7 @@ from pydantic import (
 
 LARGEST = 1e300
 """The largest size of a number: what is computed with numbers up to this is still finite."""
-MOST_BLOCKS, MOST_CLASSES, MOST_WARNINGS = 10_000, 100_000, 1_000
+MOST_BLOCKS, MOST_CLASSES, MOST_WARNINGS, MOST_RIVALS = 10_000, 100_000, 1_000, 1_000
 LONGEST_NAME = 300
 """Letters of the name of a class, a network, an agent, …"""
 _RULES = ConfigDict(strict=True, extra="ignore")
@@ -74,6 +74,29 @@ Shares = Annotated[list[Share], Field(min_length=1, max_length=MOST_BLOCKS)]
 Numbers = Annotated[list[Number], Field(max_length=MOST_BLOCKS)]
 Costs = Annotated[list[NotNegative], Field(min_length=1, max_length=MOST_BLOCKS)]
 
+
+class Compared(BaseModel):
+    """Holds what a policy's comparison with the rival of one family came to."""
+
+    model_config = _RULES
+    family: Line
+    name: Line
+    accuracy: Share
+    macs: NotNegative
+    margin: Number
+    low: Number | None
+    high: Number | None
+
+
+class Recorded(BaseModel):
+    """Holds a finished run that another run was compared with: for each test image, a 1 if it is right, or a 0."""
+
+    model_config = _RULES
+    name: Line
+    macs: NotNegative
+    correct: Annotated[str, Field(pattern="^[01]+$", max_length=10**8)]
+
+
 _FIGURES: dict[str, Any] = {
     **dict.fromkeys(("accuracy", "full_accuracy", "static_accuracy", "random_accuracy", "oracle_accuracy"), Share),
     **dict.fromkeys(("label_oracle_accuracy", "before_accuracy"), Share),
@@ -93,6 +116,15 @@ _FIGURES: dict[str, Any] = {
     "exit_alone_macs": Costs,
     "kept_by_difficulty": Annotated[list[NotNegative | None], Field(max_length=100)],
     "static_sets": Annotated[list[Line], Field(max_length=2)],
+    "rival": Line,
+    **dict.fromkeys(("rival_margin", "rival_low", "rival_high"), Number),
+    "rival_accuracy": Share,
+    "rival_macs": NotNegative,
+    "rival_finished": bool,
+    "rivals": Annotated[list[Compared], Field(max_length=MOST_RIVALS)],
+    "rivals_dearer": Annotated[list[Line], Field(max_length=MOST_RIVALS)],
+    "verdict": Literal["pays", "does not pay", "not shown"],
+    "verdict_because": Line,
 }
 """The figures of a split, by their keys without ``test/`` or ``val/``."""
 _SUMMARY: dict[str, Any] = {
@@ -136,6 +168,7 @@ _FRONT: dict[str, Any] = {
     "backbone": Name,
     "data": Name,
 }
+_RIVALS: dict[str, Any] = {"runs": Annotated[list[Recorded], Field(max_length=MOST_RIVALS)]}
 _COMPARISON: dict[str, Any] = {
     "version": Name,
     "command": LongText,
@@ -171,11 +204,12 @@ SCHEMAS: dict[str, type[BaseModel]] = {
     "summary.json": _schema("Summary", _SUMMARY, null=True),
     "profile.json": _schema("Profile", _PROFILE),
     "front.json": _schema("Front", _FRONT),
+    "rivals.json": _schema("Rivals", _RIVALS),
     "comparison.json": _schema("Comparison", _COMPARISON),
     "decisions": _schema("Decisions", _DECISIONS),
 }
 """By the name of the file; ``decisions`` is for the metadata of ``decisions.safetensors``."""
-_NEEDED = {"front.json": _FRONT, "comparison.json": _COMPARISON, "decisions": _DECISIONS}
+_NEEDED = {"front.json": _FRONT, "rivals.json": _RIVALS, "comparison.json": _COMPARISON, "decisions": _DECISIONS}
 
 
 def check(name: str, content: Any) -> Any:

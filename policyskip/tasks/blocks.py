@@ -1,6 +1,6 @@
 """The family ``blocks``: an agent decides which blocks of a frozen network run.
 
-It is judged beside the full network and the static front.
+It is judged beside the full network and its rivals.
 
 Shapes: B images, K blocks.
 """
@@ -8,6 +8,7 @@ Shapes: B images, K blocks.
 from __future__ import annotations
 
 import inspect
+from collections.abc import Sequence
 from contextlib import suppress
 from functools import partial
 from typing import Any
@@ -34,8 +35,10 @@ from policyskip.runs.folder import Run
 from policyskip.runs.tracking import Tracker
 from policyskip.static_front import StaticFront
 from policyskip.tasks.base import FamilyTask, Judgement, check_batch, names_of
-from policyskip.tasks.fronts import best_set, load_front, remembered_front, static_figures, static_front
+from policyskip.tasks.fronts import best_set, load_front, remembered_front, static_front
 from policyskip.tasks.report import completed, head_of, write_finished
+from policyskip.tasks.rivals import block_verdict
+from policyskip.tasks.run_rivals import RunRival, find_run_rivals, load_run_rivals, save_run_rivals
 from policyskip.texts import a_type
 
 
@@ -51,6 +54,7 @@ class BlockTask(FamilyTask):
         if settings.front is None:
             raise UserError("the configuration has no front, and skipping blocks needs one")
         self.setup = setup
+        self.others = find_run_rivals(setup, settings.front)
         self.source = env = setup.env(setup.data.train, "shuffled", settings.seed)
         everything = torch.ones(len(env.observation), env.backbone.num_blocks, dtype=torch.bool, device=env.device)
         env.rewards(env.score(everything))  # a reward that fails is refused before there is a run folder
@@ -78,15 +82,16 @@ class BlockTask(FamilyTask):
     def finish(self, run: Run, tracker: Tracker, seconds: float) -> dict[str, Any]:
         setup, policy = self.setup, self.learner.policy
         load_best_so_far(policy, run)
-        judgement = judge_policy(setup, self.learner, self.front, "test")
+        judgement = judge_policy(setup, self.learner, self.front, "test", self.others)
         macs = judgement.decisions.policy_macs
         described = describe_blocks(policy, macs, setup.backbone, setup.config["backbone"], setup.config["seed"])
-        draw = partial(block_pictures, stages=setup.backbone.stages, hull=self.front.hull)
+        draw = partial(block_pictures, stages=setup.backbone.stages)
         head = head_of(setup, self.names, seconds)
 
         def write_more(new: Run) -> None:
             run.deploy_best(new)
             self.front.save(new.folder / "front.json")
+            save_run_rivals(new, self.others)
 
         return write_finished(setup, run, tracker, head, judgement, "blocks", described, draw, write_more)
 
@@ -99,18 +104,29 @@ class BlockTask(FamilyTask):
         front = load_front(run, setup.backbone.num_blocks)
         agent = setup.agent(setup.env(setup.data.validation, "shuffled"), front)  # SB3 asks for a shuffled order
         load_weights(agent.policy, run, "the run's config.yaml")
-        return judge_policy(setup, agent, front, split)
+        return judge_policy(setup, agent, front, split, load_run_rivals(run, len(setup.data.test)))
 
 
-def judge_policy(setup: Setup, agent: Agent, front: StaticFront, split: str) -> Judgement:
-    """Judge an agent's greedy decisions on a split, beside the full network and the static front.
+def judge_policy(
+    setup: Setup, agent: Agent, front: StaticFront, split: str, others: Sequence[RunRival] = ()
+) -> Judgement:
+    """Judge an agent's greedy decisions on a split, beside the full network, and on test beside its rivals.
 
-    The test split is read once a run, after everything has been chosen.
+    The test split is read once a run, after everything has been chosen. On the other splits there is no verdict:
+    rivals are chosen on validation images, and the policy has learned from training images.
+
+    Args:
+        others: finished runs to compare with.
     """
     decisions = evaluate(agent, setup.env(setup.data.split(split).plain()))
-    static, pairs = static_figures(setup, decisions, front, split)
-    complete = completed(decisions, setup, split, pairs, setup.backbone.content_hash())
-    return Judgement(complete, block_figures(decisions) | static)
+    figures, pairs = block_figures(decisions), list[tuple[float, float]]()
+    if split == "test":
+        validation = None
+        if not agent.sees_the_label:
+            validation = evaluate(agent, setup.env(setup.data.validation.plain()), full=False).ran_NK
+        verdict, pairs = block_verdict(setup, decisions, validation, front, others)
+        figures |= verdict
+    return Judgement(completed(decisions, setup, split, pairs, setup.backbone.content_hash()), figures)
 
 
 def _takes_best_set(setup: Setup) -> bool:

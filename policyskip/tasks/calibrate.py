@@ -22,6 +22,7 @@ from policyskip.files import damaged
 from policyskip.runs import lifecycle
 from policyskip.runs.folder import Run
 from policyskip.runs.tracking import Tracker
+from policyskip.tasks.run_rivals import References
 from policyskip.tasks.thresholds import deploy_point
 
 
@@ -45,8 +46,9 @@ def recalibrate(setup: Setup, run: Run, target: TargetSection) -> dict[str, Any]
     def write_more(new: Run) -> None:
         lifecycle.save_changed_config(new, run.command, changed)
 
-    tracker = Tracker(run, "none", {})
-    return deploy_point(setup, predictor, validation, curve, point, target.chosen, run, tracker, head, write_more)
+    references = References.load(run, predictor.network, len(setup.data.test))
+    chain = (setup, predictor, validation, curve, point, target.chosen, references)
+    return deploy_point(*chain, run, Tracker(run, "none", {}), head, write_more)
 
 
 def finished(setup: Setup, run: Run) -> tuple[ThresholdPredictor, CachedExits, Curve]:

@@ -33,11 +33,13 @@ from policyskip.runs.folder import Run
 from policyskip.runs.tracking import Tracker
 from policyskip.tasks.base import FamilyTask, Judgement, names_of
 from policyskip.tasks.report import completed, head_of, write_finished
+from policyskip.tasks.rivals import exit_verdict, front_of_trunk
+from policyskip.tasks.run_rivals import References, find_run_rivals
 
 
 class ExitPolicyTask(FamilyTask):
-    """The task of an agent that decides at every exit of a frozen network; it is judged beside fixed and random exits
-    and the oracle.
+    """The task of an agent that decides at every exit of a frozen network; it is judged beside its rivals and the
+    oracle.
 
     Raises:
         UserError: the network has no early exits, there is no reward, or there is a target.
@@ -51,7 +53,8 @@ class ExitPolicyTask(FamilyTask):
             raise UserError(f"{network.name} has no early exits; say backbone=resnet32_digits_exits")
         if setup.reward is None:
             raise UserError("the configuration has no reward, and this command needs one; say reward=macs")
-        self.setup, self.network, self.reward = setup, network, setup.reward
+        self.setup, self.network, self.reward, self.front_settings = setup, network, setup.reward, settings.front
+        self.others = find_run_rivals(setup, settings.front)
         self.source = env = setup.env(setup.data.train, "shuffled", settings.seed)
         everyone = torch.ones(len(env.observation), dtype=torch.bool, device=env.device)
         reward_of(self.reward, env.score(everyone))  # a reward that fails is refused before there is a run folder
@@ -96,7 +99,8 @@ class ExitPolicyTask(FamilyTask):
         predictor = ExitPredictor(policy, self.network, data.classes, data.image_shape, agent.decision_macs)
         test = cache_exits(predictor.network, data.test.plain())
         validation = cache_exits(predictor.network, data.validation.plain())
-        judgement = judge_exit_policy(setup, predictor, test, validation, "test")
+        references = References(front_of_trunk(setup, predictor.network, self.front_settings), self.others)
+        judgement = judge_exit_policy(setup, predictor, test, validation, "test", references)
         described = describe_exit_policy(predictor)
         draw = partial(exit_pictures, cache=test, budgeted=[])
         head = head_of(setup, self.names, seconds)
@@ -104,6 +108,7 @@ class ExitPolicyTask(FamilyTask):
         def write_more(new: Run) -> None:
             run.deploy_best(new)
             checkpoints.save(self.network, new.folder / "network.safetensors")
+            references.save(new)
 
         return write_finished(setup, run, tracker, head, judgement, "exit_policy", described, draw, write_more)
 
@@ -122,18 +127,28 @@ class ExitPolicyTask(FamilyTask):
             raise UserError(f"{run.folder / 'policy.json'} is not that of a policy that leaves early")
         validation = cache_exits(predictor.network, setup.data.validation.plain())
         cache = cache_exits(predictor.network, setup.data.split(split).plain())
-        return judge_exit_policy(setup, predictor, cache, validation, split)
+        references = References.load(run, predictor.network, len(setup.data.test))
+        return judge_exit_policy(setup, predictor, cache, validation, split, references)
 
 
 def judge_exit_policy(
-    setup: Setup, predictor: ExitPredictor, cache: CachedExits, validation: CachedExits, split: str
+    setup: Setup,
+    predictor: ExitPredictor,
+    cache: CachedExits,
+    validation: CachedExits,
+    split: str,
+    references: References,
 ) -> Judgement:
-    """Judge a policy on the cached outputs of a split, beside references that are chosen on validation images."""
+    """Judge a policy on the cached outputs of a split; on test, beside rivals that are chosen on validation images."""
     exit_M = exits_of(predictor.policy, cache)
     difficulty = setup.data.split(split).difficulty
     record = exit_decisions(exit_M, cache, predictor.decision_macs, difficulty)
     decisions = completed(record, setup, split, static_pairs(cache), setup.backbone.content_hash())
-    return Judgement(decisions, exit_figures(decisions, cache, validation))
+    figures = exit_figures(decisions, cache)
+    if split == "test":
+        given = (setup, predictor.network, decisions, cache, validation)
+        figures |= exit_verdict(*given, references.front, references.others)
+    return Judgement(decisions, figures)
 
 
 @torch.no_grad()

@@ -1,4 +1,4 @@
-"""The static front of a run's network is searched or remembered here, and compared with what a policy does.
+"""The static front of a run's network is searched or remembered here.
 
 Shapes: N images, S sets, B images side by side, K blocks.
 """
@@ -15,22 +15,18 @@ from typing import Any
 import torch
 from filelock import FileLock
 from platformdirs import user_cache_path
-from torch import Tensor
 
 from policyskip.agents.blockdrop import BlockDrop
 from policyskip.build import Setup
 from policyskip.config import FrontSection
 from policyskip.errors import UserError
-from policyskip.evaluation.decisions import Decisions
 from policyskip.files import damaged
-from policyskip.intervals import half_interval
 from policyskip.memory import release_freed_memory
 from policyskip.rewards import Adaptive, Utilization
 from policyskip.runs.folder import Run
 from policyskip.runs.progress import waiting
 from policyskip.static_front import (
     Keep,
-    SetScorer,
     StaticFront,
     find_front,
     keep_text,
@@ -149,33 +145,6 @@ def _learned_set(setup: Setup, penalty: float, steps: int) -> Keep:
             wait.advance()
             release_freed_memory()
     return tuple(agent.act(env.observation)[0].tolist())
-
-
-def static_figures(
-    setup: Setup, decisions: Decisions, front: StaticFront, split: str = "test"
-) -> tuple[dict[str, Any], list[tuple[float, float]]]:
-    """Compare a policy's decisions on a split with the best static choice of their cost.
-
-    Returns: the figures, and MACs and accuracy of every set of the front on the split.
-    """
-    scorer = SetScorer(setup.backbone, setup.data.split(split).plain())
-    with waiting("judging the best fixed keep-sets", scorer.count) as wait:
-        scorer.on_batch = wait.advance
-        correct = [correct_N.double() for correct_N in scorer.correct(front.sets)]
-    mix = front.mix_at(decisions.macs_N.mean().item())
-    mixed_N: Tensor = torch.stack([weight * correct[index] for index, weight in mix]).sum(0)
-    difference_N = decisions.correct_N.double() - mixed_N
-    sets = [front.sets[index] for index, _ in mix]
-    figures = {
-        "static_accuracy": mixed_N.mean().item(),
-        "static_macs": sum(weight * front.macs[index] for index, weight in mix),
-        "static_sets": [keep_text(keep) for keep in sets],
-        "static_blocks": sum(weight * sum(front.sets[index]) for index, weight in mix),
-        "static_margin": difference_N.mean().item(),
-        "static_margin_ci95": half_interval(difference_N),
-        "static_search_finished": front.finished,
-    }
-    return figures, [(macs, c.mean().item()) for macs, c in zip(front.macs, correct, strict=True)]
 
 
 def load_front(run: Run, num_blocks: int) -> StaticFront:

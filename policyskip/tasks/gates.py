@@ -1,10 +1,11 @@
 """The family ``gates``: SkipNet learns from labelled images which blocks its gates let run.
 
-It is judged beside its network without gates, the network before training, and the static front.
+It is judged beside its network without gates, the network before training, and its rivals.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -30,8 +31,10 @@ from policyskip.runs.progress import waiting
 from policyskip.runs.tracking import Tracker
 from policyskip.static_front import Keep, StaticFront
 from policyskip.tasks.base import FamilyTask, Judgement, check_batch, names_of
-from policyskip.tasks.fronts import load_front, static_figures, static_front, with_block_selection
+from policyskip.tasks.fronts import load_front, static_front, with_block_selection
 from policyskip.tasks.report import completed, head_of, write_finished
+from policyskip.tasks.rivals import block_verdict
+from policyskip.tasks.run_rivals import RunRival, find_run_rivals, load_run_rivals, save_run_rivals
 
 
 class GateTask(FamilyTask):
@@ -52,6 +55,7 @@ class GateTask(FamilyTask):
         if settings.front is None:
             raise UserError("the configuration has no front, and skipping blocks needs one")
         self.setup, self.front_settings = setup, settings.front
+        self.others = find_run_rivals(setup, settings.front)
         self.learner = make_agent(setup)
         self.source = Feed(setup.data.train, setup.batch_size, "shuffled", settings.seed)
         check_batch(self.learner.network.backbone, self.source.batch.images)
@@ -74,15 +78,16 @@ class GateTask(FamilyTask):
         setup, agent = self.setup, self.learner
         load_best_so_far(agent.network, run)
         front = static_front(with_network_of(agent, setup), self.front_settings, self._sets_in_use())
-        judgement = judge_gates(setup, agent, front, "test")
+        judgement = judge_gates(setup, agent, front, "test", self.others)
         described = describe_gates(agent.network)
-        draw = partial(block_pictures, stages=setup.backbone.stages, hull=front.hull)
+        draw = partial(block_pictures, stages=setup.backbone.stages)
         head = head_of(setup, self.names, seconds)
 
         def write_more(new: Run) -> None:
             run.deploy_best(new)
             checkpoints.save(agent.network.backbone, new.folder / "network.safetensors")
             front.save(new.folder / "front.json")
+            save_run_rivals(new, self.others)
 
         return write_finished(setup, run, tracker, head, judgement, "gates", described, draw, write_more)
 
@@ -95,7 +100,8 @@ class GateTask(FamilyTask):
     def judge(setup: Setup, run: Run, split: str) -> Judgement:
         agent = make_agent(setup)
         load_weights(agent.network, run, "the run's config.yaml")
-        return judge_gates(setup, agent, load_front(run, setup.backbone.num_blocks), split)
+        front, others = load_front(run, setup.backbone.num_blocks), load_run_rivals(run, len(setup.data.test))
+        return judge_gates(setup, agent, front, split, others)
 
     def _sets_in_use(self, count: int = 16) -> list[Keep]:
         """Return the keep-sets that the gates decide for most often on validation images."""
@@ -104,15 +110,24 @@ class GateTask(FamilyTask):
         return [tuple(keep) for keep in sets[images.argsort(descending=True, stable=True)[:count]].tolist()]
 
 
-def judge_gates(setup: Setup, agent: SkipNet, front: StaticFront, split: str) -> Judgement:
-    """Judge the gates' greedy decisions on a split, beside the network before training and the static front."""
+def judge_gates(
+    setup: Setup, agent: SkipNet, front: StaticFront, split: str, others: Sequence[RunRival] = ()
+) -> Judgement:
+    """Judge the gates' greedy decisions on a split, beside the network before training, and on test beside its rivals.
+
+    Args:
+        others: finished runs to compare with.
+    """
     images = setup.data.split(split).plain()
     decisions = evaluate_gates(agent, images, setup.batch_size)
     before = accuracy(setup.backbone, images, setup.batch_size)
-    static, pairs = static_figures(with_network_of(agent, setup), decisions, front, split)
+    figures, pairs = block_figures(decisions) | {"before_accuracy": before}, list[tuple[float, float]]()
+    if split == "test":
+        keep_VK = evaluate_gates(agent, setup.data.validation.plain(), setup.batch_size).ran_NK
+        verdict, pairs = block_verdict(with_network_of(agent, setup), decisions, keep_VK, front, others)
+        figures |= verdict
     frozen = setup.backbone.content_hash() if group_of(setup.config, "agent").get("frozen") else ""
-    complete = completed(decisions, setup, split, pairs, frozen)
-    return Judgement(complete, block_figures(decisions) | {"before_accuracy": before} | static)
+    return Judgement(completed(decisions, setup, split, pairs, frozen), figures)
 
 
 def make_agent(setup: Setup) -> SkipNet:

@@ -42,6 +42,8 @@ from policyskip.runs.folder import Run
 from policyskip.runs.tracking import Tracker
 from policyskip.tasks.base import FamilyTask, Judgement, check_batch, names_of
 from policyskip.tasks.report import completed, head_of, write_finished
+from policyskip.tasks.rivals import exit_verdict, front_of_trunk
+from policyskip.tasks.run_rivals import References, find_run_rivals
 
 ACCURACY_DROP = 0.002
 """The target of a run that names none: at most this much less accurate than the last exit, on validation images."""
@@ -69,7 +71,8 @@ class ThresholdTask(FamilyTask):
         self.target = settings.target.chosen or {"accuracy_drop": ACCURACY_DROP}
         check_target(**settings.target.model_copy(update=self.target).model_dump())
         _check_unused(setup)
-        self.setup, self.network = setup, network
+        self.setup, self.network, self.front_settings = setup, network, settings.front
+        self.others = find_run_rivals(setup, settings.front)
         self.learner: EarlyExitAgent = build(
             "agent",
             group_of(setup.config, "agent"),
@@ -137,14 +140,15 @@ class ThresholdTask(FamilyTask):
             print(f"warning: {unmet}, and is what this run deploys")
             point = unmet.nearest
         head = head_of(self.setup, self.names, seconds)
+        references = References(front_of_trunk(self.setup, predictor.network, self.front_settings), self.others)
 
         def write_more(new: Run) -> None:
             run.deploy_best(new)
             checkpoints.save(network, new.folder / "network.safetensors")
+            references.save(new)
 
-        return deploy_point(
-            self.setup, predictor, validation, curve, point, self.target, run, tracker, head, write_more
-        )
+        chain = (self.setup, predictor, validation, curve, point, self.target, references)
+        return deploy_point(*chain, run, tracker, head, write_more)
 
     def show(self, summary: dict[str, Any]) -> None:
         show_table(summary)
@@ -154,7 +158,8 @@ class ThresholdTask(FamilyTask):
         predictor = load_thresholds(run, setup.device, setup.trusted)
         validation = cache_exits(predictor.network, setup.data.validation.plain())
         cache = cache_exits(predictor.network, setup.data.split(split).plain())
-        return judge_thresholds(setup, predictor.policy, cache, validation, split)
+        references = References.load(run, predictor.network, len(setup.data.test))
+        return judge_thresholds(setup, predictor, cache, validation, split, references)
 
     def _cached_validation(self) -> CachedExits:
         return cache_exits(self.network, self.setup.data.validation.plain())
@@ -178,13 +183,23 @@ def _check_unused(setup: Setup) -> None:
 
 
 def judge_thresholds(
-    setup: Setup, policy: ThresholdPolicy, cache: CachedExits, validation: CachedExits, split: str
+    setup: Setup,
+    predictor: ThresholdPredictor,
+    cache: CachedExits,
+    validation: CachedExits,
+    split: str,
+    references: References,
 ) -> Judgement:
-    """Judge thresholds on the cached outputs of a split, beside references that are chosen on validation images."""
+    """Judge thresholds on the cached outputs of a split; on test, beside rivals chosen on validation images."""
+    policy = predictor.policy
     exit_M = exit_of(policy.rule, cache.probability_MNC, policy.threshold_E)
     difficulty = setup.data.split(split).difficulty
     decisions = completed(exit_decisions(exit_M, cache, difficulty_M=difficulty), setup, split, static_pairs(cache), "")
-    return Judgement(decisions, exit_figures(decisions, cache, validation))
+    figures = exit_figures(decisions, cache)
+    if split == "test":
+        given = (setup, predictor.network, decisions, cache, validation)
+        figures |= exit_verdict(*given, references.front, references.others)
+    return Judgement(decisions, figures)
 
 
 def place_exits(node: dict[str, Any], data: Data, device: torch.device, seed: int) -> tuple[dict[str, Any], list[str]]:
@@ -212,6 +227,7 @@ def deploy_point(
     curve: Curve,
     point: Point,
     target: dict[str, Any],
+    references: References,
     run: Run,
     tracker: Tracker,
     head: dict[str, Any],
@@ -222,6 +238,7 @@ def deploy_point(
     Args:
         validation: the network's cached outputs for validation images.
         target: what the point was chosen for.
+        references: what the point is compared with.
         head: the keys that the summary begins with.
         write_more: writes what else changes (see ``report.write_finished``).
 
@@ -230,7 +247,7 @@ def deploy_point(
     data = setup.data
     predictor.policy = policy = ThresholdPolicy(point.rule, point.thresholds).to(setup.device)
     test = cache_exits(predictor.network, data.test.plain())
-    judgement = judge_thresholds(setup, policy, test, validation, "test")
+    judgement = judge_thresholds(setup, predictor, test, validation, "test", references)
     budgeted = budgeted_pairs(test, policy, curve)
     described = describe_thresholds(predictor)
     draw = partial(exit_pictures, cache=test, budgeted=budgeted)
