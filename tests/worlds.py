@@ -119,14 +119,14 @@ def a_world(
         spread: deviation of the sets' accuracies from the smooth function of their cost.
         cheapest, dearest: accuracy of no block and of all.
         curved: whether more blocks bring less and less, or each as much as the one before.
-        leaning: by how much each set is better on one half than on average, and worse on the other.
+        leaning: by how much each set is better on one half than on average, and worse on the other, in turns.
     """
     size_F = np.concatenate([np.arange(blocks + 1), generator.integers(1, blocks, sets - blocks - 1)])
     keep_FK = np.stack([generator.permutation(blocks) < size for size in size_F])
     share_F = keep_FK.mean(1)
     risen_F = 1 - (1 - share_F) ** 2 if curved else share_F
     true_F = cheapest + (dearest - cheapest) * risen_F + spread * generator.standard_normal(sets)
-    side_F = leaning * generator.choice([-1, 1], sets)
+    side_F = leaning * (1 - 2 * (np.arange(sets) % 2))
     return World(keep_FK, np.clip(np.stack([true_F + side_F, true_F - side_F], 1), 0.02, 0.995))
 
 
@@ -162,7 +162,8 @@ def verdict(
     for name, index_F in kinds.items():
         macs_F = torch.from_numpy(world.macs_F[index_F])
         labels = [f"set {i}" for i in index_F]
-        family = Family(name, labels, macs_F, torch.from_numpy(validation.correct_FN[index_F]), group_V=groups[0])
+        correct_FV, whole = torch.from_numpy(validation.correct_FN[index_F]), len(index_F) == len(world.macs_F)
+        family = Family(name, labels, macs_F, correct_FV, whole, groups[0])
         if (choice := choose(family, cost)) is not None:
             right = [torch.from_numpy(test.correct_FN[index_F[i]]) for i, _ in choice.parts]
             rivals.append(Rival(family, choice, choice.mixed(right)))
@@ -179,7 +180,7 @@ def verdict(
     assert chosen is not None
     rivals.append(Rival(family, chosen, torch.from_numpy(test.correct_FN[dealt_N, rows]).double()))
     columns: tuple[Tensor, Tensor] = torch.from_numpy(correct_N), torch.from_numpy(macs_N)
-    return judge(*columns, rivals, 1.0, finished, groups[1], draws, seed)
+    return judge(*columns, rivals, 1.0, finished=finished, group_N=groups[1], draws=draws, seed=seed)
 
 
 # Policies that gain nothing
