@@ -6,14 +6,24 @@ measure the rates that docs/verdict.md states: ``pytest -m slow -n 0 -s tests/te
 
 from __future__ import annotations
 
+import json
+import shutil
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 import pytest
+import torch
 
+from policyskip.build import Setup
+from policyskip.config import FrontSection
+from policyskip.rewards import Utilization
 from policyskip.rivals import Verdict
+from policyskip.tasks.blocks import judge_policy
+from policyskip.tasks.fronts import static_front, with_block_selection
+from tests import planted_network
+from tests.conftest import typed
 from tests.worlds import (
     Images,
     Policy,
@@ -117,7 +127,7 @@ def test_intervals_that_take_images_of_a_group_for_independent_are_fooled():
     """3,000 images in 50 groups, and no gain. Whoever does not know the groups finds gains and losses everywhere."""
     plan = {"world": {"sets": 20, "blocks": 6, "spread": 0.0} | FLAT, "validation": 600, "test": 1500, "groups": 50}
     found = {
-        known: [Plan(two_alike, **plan, by_group=known).drawn(redraw)[0] for redraw in range(60)]
+        known: [Plan(two_alike, **plan, by_group=known).drawn(redraw)[0] for redraw in range(40)]
         for known in (True, False)
     }
     missed = {known: np.mean([not o.rival.low <= 0 <= o.rival.high for o in found[known]]) for known in found}
@@ -209,6 +219,63 @@ def test_the_margin_by_hand():
     assert (searched.accuracy, searched.margin) == pytest.approx((0.5, 0.5))
     assert found.answer == "pays" and searched.name == "set 0"
     assert (searched.low, searched.high) == pytest.approx((0.4, 0.61), abs=0.02)  # of 100 images, 50 on average
+
+
+# Real networks, whose weights are set by hand
+
+NETWORK = [
+    *("data._target_=planted_network.images", "data.count=600", "data.batch_size=600"),
+    *("backbone._target_=planted_network.PlantedNetwork", "agent._target_=planted_network.agent", "+agent.kind=halves"),
+    *("train.steps=0", "tracking=none", "device=cpu", "run.dir=runs/halves"),
+]
+"""The network of planted_network.py: four blocks, each of which puts right a quarter of the hard images."""
+
+
+def test_a_run_whose_policy_knows_the_half_of_an_image_pays(tmp_path):
+    """All 600 images are right, for two of four blocks; a fixed choice of two blocks leaves half of the hard ones, a
+    tenth of all. Judging the run again gives the same figures."""
+    shutil.copy(planted_network.__file__, tmp_path / "planted_network.py")
+    done = typed("train", *NETWORK, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    summary = json.loads((tmp_path / "runs/halves/summary.json").read_text())
+    assert summary["test/verdict"] == "pays" and summary["test/accuracy"] == 1.0 and summary["test/kept_mean"] == 2.0
+    assert summary["test/rival_low"] <= 0.1 <= summary["test/rival_high"]
+    for line in summary["test/rivals"]:
+        assert line["macs"] == summary["test/macs_mean"] and line["low"] > 0.05
+        assert line["margin"] == pytest.approx(1 - line["accuracy"]) == pytest.approx(0.1, abs=0.03)
+    again = typed("evaluate", "run=runs/halves", "split=test", "device=cpu", "trust=true", cwd=tmp_path)
+    assert again.returncode == 0, again.stderr
+    assert "test/verdict: pays" in again.stdout and "Every figure is that of summary.json." in again.stdout
+
+
+def judged(kind: str, budget: float = 1e9) -> dict[str, Any]:
+    """Return the figures of a policy of planted_network.py, judged as a run does, its search bounded by ``budget``."""
+    data, backbone = planted_network.images(torch.device("cpu"), 600), planted_network.PlantedNetwork()
+    setup = with_block_selection(Setup({}, torch.device("cpu"), data, backbone, Utilization(1.0), 600))
+    settings = FrontSection(budget=budget, images=600, learner_steps=0)
+    return judge_policy(setup, planted_network.agent(None, kind), static_front(setup, settings), "test").figures
+
+
+@pytest.mark.parametrize("kind", ["one set", "two sets", "more for some"])
+def test_a_policy_of_a_network_that_gains_nothing_is_not_said_to_pay(kind, tmp_path, monkeypatch):
+    """One set in disguise; two sets, or all blocks and none, dealt by a hash of the pixels. All are right on 90 % of
+    the images, as every fixed choice of that cost is."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    figures = judged(kind)
+    assert figures["verdict"] == "not shown" and figures["rival_low"] <= 0 <= figures["rival_high"]
+    assert abs(figures["rival_margin"]) < 0.05
+    assert abs(figures["accuracy"] - 0.8 - 0.2 * figures["kept_mean"] / 4) < 0.04
+
+
+def test_a_search_that_is_cut_off_shows_nothing(tmp_path, monkeypatch):
+    """The policy that pays, beside a search that has not tried what it would have."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    figures = judged("halves", budget=1)
+    assert figures["rival_low"] > 0 and figures["rival_finished"] is False
+    assert figures["verdict"] == "not shown" and "search" in figures["verdict_because"]
+
+
+# Rates of gains that are found
 
 
 @pytest.mark.slow
