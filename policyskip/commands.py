@@ -211,16 +211,16 @@ def evaluate(config: DictConfig) -> int:
     run = open_run(settings.run)
     judgement = dispatch.judge(_setup_of(run, settings, plain(config)), run, settings.split)
     summary = {f"{settings.split}/{key}": value for key, value in judgement.figures.items()}
-    for key, value in summary.items():
-        print(f"{key}: {value}")
+    print(*(f"{key}: {value}" for key, value in summary.items()), sep="\n")
     show_classes(class_figures(judgement.decisions))
     if settings.split != "test":
         print(f"No verdict on {settings.split} images: it takes images on which nothing was learned or chosen.")
     if settings.split == "test" and run.has("summary.json"):
         before = run.load_json("summary.json")
-        changed = [key for key, value in summary.items() if before.get(key) != value]
-        same = "Every figure is that of summary.json."
-        print(f"Differs from summary.json in {', '.join(changed)}." if changed else same)
+        known = summary if "test/verdict" in before else before  # older versions said nothing of rivals
+        changed = [key for key, value in summary.items() if key in known and before.get(key) != value]
+        differs = f"Differs from summary.json in {', '.join(changed)}."
+        print(differs if changed else "Every figure is that of summary.json.")
     return 0
 
 

@@ -26,7 +26,7 @@ SUMMARY_KEYS = {
     *("agent", "env", "backbone", "data", "seed", "steps", "seconds"),
     *("test/accuracy", "test/full_accuracy", "test/kept_mean", "test/kept_sd", "test/blocks", "test/macs_mean"),
     *("test/full_macs", "test/macs_fraction", "test/policy_macs", "test/unique_decisions"),
-    *("test/static_accuracy", "test/static_margin", "test/kept_by_difficulty"),
+    *("test/rival", "test/rival_margin", "test/rivals", "test/verdict", "test/kept_by_difficulty"),
 }
 
 

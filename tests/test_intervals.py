@@ -10,7 +10,7 @@ import torch
 
 from policyskip.comparison.agreement import cost_ranks, mean_over_pairs, same_answers, same_choices
 from policyskip.fronts import concave_hull, knee, pareto
-from policyskip.intervals import bootstrap, half_interval, mean_and_half_interval
+from policyskip.intervals import bootstrap, mean_and_half_interval
 from tests.made_up import made_up_decisions
 
 
@@ -77,12 +77,6 @@ def test_spending_is_compared_by_rank():
     assert np.argsort(rank_N)[0] == 2
     assert cost_ranks(dataclasses.replace(a, macs_N=torch.ones(4).double())) is None
     assert mean_over_pairs([0.5, None]) is None and mean_over_pairs([]) is None and mean_over_pairs([0.5, 1.0]) == 0.75
-
-
-def test_the_normal_interval_by_hand():
-    """0, 0, 1, 0: the squares of the distances from 1/4 sum to 3/4, which is 1/4 over N − 1; the deviation is ½."""
-    assert half_interval(torch.tensor([0.0, 0.0, 1.0, 0.0])) == pytest.approx(1.96 * 0.5 / 4**0.5)
-    assert half_interval(torch.tensor([1.0])) is None
 
 
 def test_the_bootstrap_draws_by_its_seed():

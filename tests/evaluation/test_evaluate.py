@@ -57,17 +57,13 @@ def test_figures_by_hand():
 
 def test_figures_of_exits_by_hand():
     """Exits cost 3, 8 and 13, straight to them 3, 7 and 10, and a decision of the policy half a MAC: it makes 1, 2, 2 and
-    1 of them, so images cost 3.5, 9, 14 and 3.5, 7.5 on average. Fixed exits at 7.5: on the validation images, where the
-    exits are right on none, 3/4 and all, five sixths of exit 1 and a sixth of exit 2 are best. On these images that is
-    right on 1/6, 1, 1/6 and 0, a third on average; the policy is right on all four."""
+    1 of them, so images cost 3.5, 9, 14 and 3.5, 7.5 on average. The policy is right on all four."""
     cache = answers(torch.tensor([[1, 0, 1], [0, 1, 1], [0, 0, 1], [1, 0, 0]]))
-    validation = answers(torch.tensor([[0, 1, 1], [0, 1, 1], [0, 1, 1], [0, 0, 1]]))
     decisions = exit_decisions(torch.tensor([0, 1, 2, 0]), cache, decision_macs=0.5)
     assert decisions.ran_NK.int().tolist() == [[1, 0, 0], [1, 1, 0], [1, 1, 1], [1, 0, 0]]
     assert decisions.exit_N.tolist() == [0, 1, 2, 0] and decisions.prediction_N.tolist() == [0, 0, 0, 0]
     assert decisions.macs_N.tolist() == [3.5, 9.0, 14.0, 3.5] and decisions.policy_macs == 0.75
-    figures = exit_figures(decisions, cache, validation)
-    margin_N = torch.tensor([5 / 6, 0, 5 / 6, 1])
+    figures = exit_figures(decisions, cache)
     assert figures == {
         "accuracy": 1.0,
         "full_accuracy": 0.75,
@@ -83,10 +79,6 @@ def test_figures_of_exits_by_hand():
         "exit_macs": [3.0, 8.0, 13.0],
         "exit_alone_accuracy": [0.5, 0.25, 0.75],
         "exit_alone_macs": [3.0, 7.0, 10.0],
-        "static_accuracy": pytest.approx(1 / 3),
-        "static_macs": pytest.approx(7.5),
-        "static_margin": pytest.approx(2 / 3),
-        "static_margin_ci95": pytest.approx(1.96 * margin_N.std().item() / 2),
         "random_accuracy": 0.5 * 0.5 + 0.25 * 0.25 + 0.25 * 0.75,
         "random_macs": 0.5 * 3 + 0.25 * 7 + 0.25 * 10,
         "oracle_accuracy": 1.0,
@@ -161,16 +153,6 @@ def test_every_image_is_judged_by_its_own_decision(batch_size):
         assert torch.equal(result.full_correct_N, backbone(images.images).argmax(1) == images.label_N)
     assert torch.equal(result.macs_N, env.costs.of(keep_NK) + 7.0)
     assert evaluate(Parity(), env, full=False).full_correct_N is None
-
-
-def test_the_margin_of_exits_is_paired_image_by_image():
-    """On validation images exit 1 alone is right, so it is the fixed choice; here it is right on images 0 and 1. The policy
-    sends image 2 on to the last exit, which is right there: differences 0, 0, 1, 0, whose deviation is ½."""
-    cache = answers(torch.tensor([[0, 1, 0], [0, 1, 0], [0, 0, 1], [0, 0, 0]]))
-    validation = answers(torch.tensor([[0, 1, 0]] * 4))
-    figures = exit_figures(exit_decisions(torch.tensor([1, 1, 2, 1]), cache), cache, validation)
-    assert figures["accuracy"] == 0.75 and figures["static_accuracy"] == 0.5 and figures["static_margin"] == 0.25
-    assert figures["static_margin_ci95"] == pytest.approx(1.96 * 0.5 / 2)
 
 
 class Alternating(Parity):

@@ -16,7 +16,6 @@ from policyskip.data import TensorImages
 from policyskip.evaluation import block_plots, exit_plots, learning_plots, plots
 from policyskip.evaluation.decisions import Decisions
 from policyskip.evaluation.evaluate import exit_decisions
-from policyskip.evaluation.tables import static_choice
 from policyskip.exits.cache import CachedExits
 from policyskip.exits.references import static_pairs
 from tests.exits.test_references import answers
@@ -136,29 +135,19 @@ def drawn_axes(monkeypatch, draw) -> tuple[Any, str]:
 
 
 @pytest.mark.parametrize("accuracy", [0.02, 0.5, 0.97])
-def test_the_picture_shows_the_fixed_choice_of_the_table_and_all_rivals_are_on_it(accuracy, monkeypatch, tmp_path):
-    """The front has two sets that are best on validation, so the static choice lies on the line that joins them."""
-    front_F2 = torch.tensor([[0.0, 0.1], [1.0, 0.98], [2.0, 0.9]], dtype=torch.float64)
+def test_the_picture_shows_the_rival_of_the_table_and_all_points_are_on_it(accuracy, monkeypatch, tmp_path):
+    front_F2 = torch.tensor([[0.0, 0.1], [2.0, 0.9], [1.0, 0.98]], dtype=torch.float64)
     decisions = dataclasses.replace(blocks(), static_F2=front_F2)
-    figures = {"static_accuracy": accuracy, "static_macs": 1.0, "macs_mean": decisions.macs_N.mean().item()}
-    draw = lambda: block_plots.accuracy_against_macs(decisions, tmp_path / "x.png", figures, [0, 2])  # noqa: E731
+    figures = {"rival": "33 blocks", "rival_accuracy": accuracy, "rival_macs": 1.0}
+    draw = lambda: block_plots.accuracy_against_macs(decisions, tmp_path / "x.png", figures)  # noqa: E731
     axes, _ = drawn_axes(monkeypatch, draw)
     lines = {line.get_label(): line for line in axes.lines}
-    assert lines["fixed choices, and two mixed"].get_xydata().tolist() == [[0.0, 0.1], [1.0, 0.9]]
-    assert lines["best static choice of equal cost"].get_xydata().tolist() == [[0.5, accuracy]]
-    assert lines["other fixed choices"].get_xydata().tolist() == [[0.5, 0.98]]
+    assert lines["fixed choices, and two mixed"].get_xydata().tolist() == [[0.0, 0.1], [0.5, 0.98], [1.0, 0.9]]
+    assert lines["rival: 33 blocks"].get_xydata().tolist() == [[0.5, accuracy]]
     (left, right), (low, high) = axes.get_xlim(), axes.get_ylim()
-    for label in ("best static choice of equal cost", "full network", "policy, its own cost included"):
+    for label in ("rival: 33 blocks", "full network", "policy, its own cost included"):
         ((x, y),) = lines[label].get_xydata()
         assert left <= x <= right and low <= y <= high, label
-
-
-@pytest.mark.parametrize(
-    ("static_macs", "name"),
-    [(1.0, "of equal cost"), (0.8, "which costs less"), (1.2, "which costs more")],
-)
-def test_a_static_choice_of_another_cost_is_not_called_equal(static_macs, name):
-    assert static_choice({"static_macs": static_macs, "macs_mean": 1.001}).endswith(name)
 
 
 REWARDS = [0.1, 0.5, 0.3, 0.2]

@@ -19,7 +19,6 @@ from policyskip.exits.references import (
     oracle_exit,
     random_exits,
     static_exits,
-    static_mix,
     static_pairs,
 )
 from tests.conftest import small_cache
@@ -41,41 +40,6 @@ def test_static_exits_run_no_other_head():
     accuracy_N, macs_N = static_exits(cache)
     assert accuracy_N.tolist() == [0.5, 0.5, 1] and macs_N.tolist() == [3, 7, 10]
     assert static_pairs(cache) == [[3, 0.5], [7, 0.5], [10, 1]]
-
-
-def test_the_best_fixed_mixture_of_a_cost_by_hand():
-    """Straight to the exits: 1/4 right for 3, 1/4 for 7, all for 10. At 6.5, half of 3 and half of 10 is best."""
-    cache = answers(torch.tensor([[1, 0, 1], [0, 0, 1], [0, 0, 1], [0, 1, 1]]))
-    right_M, macs = static_mix(cache, 6.5, cache)
-    assert right_M.tolist() == [1, 0.5, 0.5, 0.5] and macs == 6.5
-    assert static_mix(cache, 3, cache)[0].tolist() == [1, 0, 0, 0]
-    assert static_mix(cache, 12.0, cache)[1] == 10  # no exit costs more
-    with pytest.raises(ValueError, match="no exit costs as little as 2"):
-        static_mix(cache, 2, cache)
-    overthinks = answers(torch.tensor([[1, 1, 0], [1, 0, 0]]))
-    assert static_mix(overthinks, 9, overthinks)[0].tolist() == [1, 1]
-    assert static_mix(overthinks, 9, overthinks)[1] == 3
-
-
-def test_the_fixed_mixture_is_chosen_on_validation_images():
-    """On validation images half of exit 0 and half of exit 2 is best at 6.5, as above. On these images, where the exits
-    are right on 1/2, 1 and 1/2, an eighth of exit 0 and seven of exit 1 would be right on 15/16: they have no say."""
-    validation = answers(torch.tensor([[1, 0, 1], [0, 0, 1], [0, 0, 1], [0, 1, 1]]))
-    test = answers(torch.tensor([[0, 1, 0], [1, 1, 0], [0, 1, 1], [1, 1, 1], [0, 1, 0], [1, 1, 1]]))
-    right_M, macs = static_mix(test, 6.5, validation)
-    assert right_M.tolist() == [0, 0.5, 0.5, 1, 0, 1] and macs == 6.5
-    assert static_mix(test, 6.5, test)[0].mean().item() == 15 / 16
-
-
-@pytest.mark.parametrize("seed", range(3))
-def test_no_fixed_mixture_of_a_cost_is_better(seed):
-    cache = small_cache(40, exits=4, seed=seed)
-    accuracy_N, macs_N = static_exits(cache)
-    shares_PN = torch.distributions.Dirichlet(torch.ones(4).double()).sample((2000,))
-    for macs in torch.linspace(float(macs_N[0]), float(macs_N[-1]), 7).tolist():
-        best = static_mix(cache, macs, cache)[0].mean()
-        cheap_P = shares_PN @ macs_N <= macs
-        assert not cheap_P.any() or (shares_PN[cheap_P] @ accuracy_N).max() <= best + 1e-9
 
 
 def test_a_policy_pays_for_every_head_on_the_way():

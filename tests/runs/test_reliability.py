@@ -75,9 +75,13 @@ def test_one_test_image_has_no_interval(tmp_path):
     arguments = [*SMALL, "data.test=1", "backbone=resnet20", "backbone.checkpoint=random", "tracking=none", "run.dir=x"]
     arguments += ["front.budget=4e3", "front.images=20", "front.learner_steps=0", "agent.width=4"]
     result = typed("train", *arguments, cwd=tmp_path, drawn=True)
-    assert result.returncode == 0 and "± – points" in result.stdout, result.stderr
+    assert result.returncode == 0 and "points (no interval)" in result.stdout, result.stderr
     summary = json.loads((tmp_path / "x/summary.json").read_text(), parse_constant=pytest.fail)
-    assert summary["test/static_margin_ci95"] is None and None in summary["test/kept_by_difficulty"]
+    assert (
+        summary["test/rival_low"] is None
+        and summary["test/verdict"] == "not shown"
+        and None in summary["test/kept_by_difficulty"]
+    )
     assert "Every figure is that" in typed("evaluate", "run=x", "device=cpu", cwd=tmp_path).stdout
 
 

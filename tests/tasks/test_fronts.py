@@ -1,4 +1,4 @@
-"""The comparison with the static front, by hand."""
+"""The static front is searched once and remembered."""
 
 from __future__ import annotations
 
@@ -16,55 +16,10 @@ from policyskip.build import Setup
 from policyskip.config import FrontSection
 from policyskip.data import Data, TensorImages, digits
 from policyskip.envs.block_selection import BlockSelectionVectorEnv
-from policyskip.evaluation.decisions import Decisions
 from policyskip.static_front import StaticFront, find_front, known_front
 from policyskip.tasks import fronts as report
 from policyskip.tasks.fronts import static_front
 from tests.conftest import small_backbone, small_images
-
-
-def test_the_margin_is_paired_with_the_mix_of_equal_cost(monkeypatch):
-    """At 15 MACs the front offers half of set 0 (right on images 0 and 1) and half of set 1 (right on 0, 1 and 2):
-    1, 1, ½ and 0 right answers, 0.625 on average. The policy is right on 0, 2 and 3: 0.75."""
-    sets = [(False, False), (True, False)]
-    right = {sets[0]: torch.tensor([1, 1, 0, 0]).bool(), sets[1]: torch.tensor([1, 1, 1, 0]).bool()}
-    front = StaticFront(sets, [0.5, 0.75], [10.0, 20.0], 4, True, "backbone", "data")
-    result = Decisions(
-        kind="blocks",
-        label_N=torch.tensor([0, 0, 0, 0]),
-        prediction_N=torch.tensor([0, 1, 0, 0]),
-        ran_NK=torch.ones(4, 2, dtype=torch.bool),
-        macs_N=torch.tensor([5.0, 15.0, 15.0, 25.0], dtype=torch.float64),
-        policy_macs=1.0,
-        full_macs=30.0,
-    )
-
-    class Scorer:
-        count = 4
-
-        def __init__(self, backbone, images):
-            assert images == "test images"
-
-        def correct(self, sets):
-            return [right[keep] for keep in sets]
-
-    monkeypatch.setattr(report, "SetScorer", Scorer)
-    setup = type(
-        "Setup",
-        (),
-        {
-            "backbone": None,
-            "data": type("Data", (), {"split": lambda name: SimpleNamespace(plain=lambda: f"{name} images")}),
-        },
-    )
-    figures, curve = report.static_figures(setup, result, front)
-    assert figures["static_accuracy"] == 0.625
-    assert figures["static_margin"] == pytest.approx(0.125)
-    differences = torch.tensor([0.0, -1.0, 0.5, 1.0])
-    assert figures["static_margin_ci95"] == pytest.approx(1.96 * differences.std().item() / 2)
-    assert figures["static_macs"] == 15.0 and figures["static_blocks"] == 0.5
-    assert figures["static_sets"] == ["00", "10"]
-    assert curve == [(10.0, 0.5), (20.0, 0.75)]
 
 
 def test_the_shipped_front_is_that_of_the_shipped_network_on_the_default_validation_images(tmp_path):

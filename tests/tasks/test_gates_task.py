@@ -44,7 +44,7 @@ def test_the_run_folder_is_whole(workshop):
     summary = json.loads((run / "summary.json").read_text())
     assert (summary["agent"], summary["env"], summary["backbone"]) == ("skipnet", "LayerSkip-v0", "resnet20")
     names = ("accuracy", "full_accuracy", "kept_mean", "kept_sd", "blocks", "macs_mean", "full_macs", "macs_fraction")
-    more = ("policy_macs", "unique_decisions", "static_accuracy", "static_margin", "before_accuracy")
+    more = ("policy_macs", "unique_decisions", "rival_accuracy", "rival_margin", "verdict", "before_accuracy")
     assert {f"test/{name}" for name in (*names, *more)} <= set(summary)
     backbone = load_backbone(str(run / "network.safetensors"))
     assert summary["test/full_macs"] == count_costs(backbone, (3, 20, 20)).full

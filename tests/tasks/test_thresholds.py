@@ -128,7 +128,6 @@ def test_calibrate_without_a_target_shows_the_whole_curve_and_changes_nothing_el
         (["train", "agent=cdl", "backbone=msdnet_digits", *SMALL], "resnet32_exits"),
         (["train", "agent=distiller", "agent.lossweights=[0.9,0.2,0.1,0.1]", *SMALL], "sum to less than 1"),
         (["train", "agent=branchynet", "backbone=resnet32_exits", "backbone.exits=[2,15]", *SMALL], "no block 15"),
-        (["train", "agent=msdnet", "front.images=3", *SMALL], "front"),
         (["train", "agent=msdnet", "reward=macs", *SMALL], "take no reward"),
         (["train", "agent=msdnet", "reward.penalty=2", *SMALL], "no key reward"),
         (["train", "agent=cdl", "backbone.exits=auto", *SMALL], "auto N"),
