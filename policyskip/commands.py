@@ -47,7 +47,7 @@ from policyskip.runs import lifecycle, own_code, stored_config
 from policyskip.runs.folder import Run, open_run, unlock_all
 from policyskip.runs.labels import labels_of
 from policyskip.runs.tracking import Tracker, log_comparison
-from policyskip.static_front import keep_text
+from policyskip.static_front.table import describe
 from policyskip.tasks import calibrate as calibration
 from policyskip.tasks import dispatch
 from policyskip.tasks.base import Task
@@ -241,14 +241,13 @@ def calibrate(config: DictConfig) -> int:
 
 
 def front(config: DictConfig) -> int:
-    """Search the best fixed keep-set of every size on validation images."""
+    """Search the best fixed keep-sets of every cost on validation images."""
     settings = settings_of(config, FrontSettings)
     if settings.output:
         lifecycle.check_new_file("output", settings.output)
     best = static_front(set_up(plain(config), find_device(settings.device)), settings.front)
-    for keep, accuracy, macs in zip(best.sets, best.accuracy, best.macs, strict=True):
-        size = f"{sum(keep):3d} blocks  {keep_text(keep)}  {macs / 1e6:8.2f} M MACs"
-        print(f"{size}  validation accuracy {100 * accuracy:.2f} %")
+    for line in describe(best):
+        print(line)
     if settings.output:
         best.save(Path(settings.output))
         print(f"Written to {settings.output}")

@@ -46,7 +46,8 @@ class RunSection(_Section):
 class FrontSection(_Section):
     budget: NonNegativeFloat
     images: PositiveInt
-    learner_steps: NonNegativeInt
+    seconds: NonNegativeFloat | None = None
+    learner_steps: NonNegativeInt | None = None  # in runs of older versions, whose search had a learner; not read
 
 
 class RivalsSection(FrontSection):

@@ -113,7 +113,7 @@ def _small_front(arguments: tuple[str, ...]) -> list[str]:
     new = arguments[:1] == ("train",) and over_exits.intersection(arguments)
     if not new or any(word.startswith(("front.", "run.resume=", "--")) for word in arguments):
         return []
-    return ["front.budget=4e3", "front.images=20", "front.learner_steps=0"]
+    return ["front.budget=4e3", "front.images=20"]
 
 
 def typed(*arguments: str, cwd: Path, drawn: bool = False) -> subprocess.CompletedProcess[str]:

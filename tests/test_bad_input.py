@@ -34,7 +34,7 @@ SMALL = [
         "backbone.checkpoint=random",
     ),
 ]
-TRAIN = [*SMALL, "agent.width=4", "front.budget=4e3", "front.images=20", "front.learner_steps=0"]
+TRAIN = [*SMALL, "agent.width=4", "front.budget=4e3", "front.images=20"]
 
 
 @pytest.fixture(autouse=True)
@@ -155,7 +155,7 @@ WRONG = {
     "train backbone.shortcut=C": "backbone.shortcut: input should be 'A', 'pool' or 'B', got 'C'",
     "train front.budget=-1": "front.budget: input should be greater than or equal to 0, got -1",
     "train front.images=0": "front.images: input should be greater than 0, got 0",
-    "train front.learner_steps=-1": "front.learner_steps: input should be greater than or equal to 0, got -1",
+    "train front.seconds=-1": "front.seconds: input should be greater than or equal to 0, got -1",
     "train tracking.mode=paper": "tracking.mode: input should be 'auto', 'online', 'offline' or 'none', got 'paper'",
     # what is not there
     "train device=cuda:77": r"device cuda:77 is not there: this machine has \d+ CUDA devices; say device=cpu",
@@ -243,7 +243,6 @@ FOLDERS = [
         "tracking=none",
         "train.steps=1",
         "front.budget=4e3",
-        "front.learner_steps=0",
         "agent.width=4",
         "agent.pool=1",
     ),

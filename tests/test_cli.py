@@ -39,7 +39,7 @@ def workshop(tmp_path_factory) -> Path:
     assert "backbone.checkpoint=runs/net/backbone.safetensors" in made.stdout
     arguments = ["agent=blockdrop", *SMALL, "run.dir=runs/policy", "tracking.mode=offline"]
     arguments += ["backbone=resnet20", "backbone.checkpoint=runs/net/backbone.safetensors"]
-    arguments += ["front.budget=2e5", "front.images=50", "front.learner_steps=4"]
+    arguments += ["front.budget=2e5", "front.images=50"]
     trained = typed("train", *arguments, cwd=folder, drawn=True)
     assert trained.returncode == 0, trained.stderr
     (folder / "stdout.txt").write_text(trained.stdout)
@@ -122,7 +122,6 @@ def test_front_prints_and_writes(workshop):
         "backbone=resnet20",
         "backbone.checkpoint=runs/net/backbone.safetensors",
         *SMALL_DATA,
-        "front.learner_steps=2",
     ]
     result = typed("front", *arguments, "output=front.json", cwd=workshop)
     (workshop / "front.json").unlink()
@@ -171,7 +170,7 @@ def test_ctrl_c_saves_and_says_how_to_go_on(workshop):
 
 def test_a_sweep_makes_a_folder_for_each_job(tmp_path):
     arguments = ["agent=blockdrop", *SMALL, "tracking=none", "backbone=resnet20", "backbone.checkpoint=random"]
-    arguments += ["front.budget=1e4", "front.images=20", "front.learner_steps=0", "train.steps=1"]
+    arguments += ["front.budget=1e4", "front.images=20", "train.steps=1"]
     result = typed("train", "--multirun", "seed=0,1", *arguments, cwd=tmp_path)
     assert result.returncode == 0, result.stderr
     seeds = [json.loads(path.read_text())["seed"] for path in sorted(tmp_path.glob("runs/sweep-*/*/summary.json"))]

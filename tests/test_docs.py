@@ -32,7 +32,7 @@ SMALL = [
 ]
 EARLY = ["agent=msdnet", "agent=branchynet", "agent=cdl", "agent=distiller"]
 RESTING = [f"agent={name}" for name in ("full", "first", "distributed", "random", "best_static", "oracle")]
-FRONT = ["front.budget=4e3", "front.images=20", "front.learner_steps=0"]
+FRONT = ["front.budget=4e3", "front.images=20"]
 DIGITS = ["data.train=64", "data.validation=32", "data.test=32"]
 
 

@@ -17,7 +17,7 @@ SMALL = [
     *("data.train=64", "data.validation=32", "data.test=32", "data.batch_size=32", "device=cpu", "tracking=none"),
     *("train.steps=3", "train.validate_every=1", "train.log_every=1", "run.dir=x"),
     *("backbone=resnet20", "backbone.checkpoint=random"),
-    *("front.budget=1e4", "front.images=20", "front.learner_steps=0"),
+    *("front.budget=1e4", "front.images=20"),
 ]
 AGENT = """
 from policyskip.agents.blockdrop import BlockDrop

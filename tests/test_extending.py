@@ -25,7 +25,7 @@ SMALL = [
     *("device=cpu", "tracking=none", "data.batch_size=32", "data.train=96", "data.validation=64", "data.test=64"),
     *("train.validate_every=2", "train.log_every=1"),
 ]
-FRONT = ["front.images=32", "front.budget=2e3", "front.learner_steps=0"]
+FRONT = ["front.images=32", "front.budget=2e3"]
 
 
 @dataclass(frozen=True)

@@ -41,7 +41,7 @@ from tests.hostile import BOMBS, DAMAGE, IMAGES, NUMBERS, OBSTACLES, SECRET, TEX
 
 DATA = ["data.train=64", "data.validation=40", "data.test=40", "data.batch_size=32", "device=cpu", "tracking=none"]
 STEPS = ["train.steps=2", "train.validate_every=1", "train.log_every=1", "run.dir=x"]
-FRONT = ["front.budget=4e3", "front.images=20", "front.learner_steps=0"]
+FRONT = ["front.budget=4e3", "front.images=20"]
 RANDOM = ["backbone=resnet20", "backbone.checkpoint=random"]
 RUNS = {
     "blocks": ["train", *DATA, *STEPS, *FRONT, *RANDOM, "+backbone.width=4", "agent.width=4"],

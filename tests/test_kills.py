@@ -29,7 +29,7 @@ KILLS = int(os.environ.get("KILLS", "30"))
 DATA = ["data.batch_size=32", "data.train=256", "data.validation=64", "data.test=64", "device=cpu", "tracking=none"]
 STEPS = ["train.steps=30", "train.validate_every=2", "train.log_every=1", "run.dir=x"]
 COMMANDS = {
-    "blockdrop": ["train", *DATA, *STEPS, "front.budget=2e4", "front.images=32", "front.learner_steps=0"],
+    "blockdrop": ["train", *DATA, *STEPS, "front.budget=2e4", "front.images=32"],
     "branchynet": ["train", "agent=branchynet", *DATA, *STEPS, "target.macs_fraction=0.9"],
     "pretrain": ["pretrain", "backbone=resnet20", *DATA, *STEPS],
 }

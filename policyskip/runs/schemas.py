@@ -169,6 +169,14 @@ _FRONT: dict[str, Any] = {
     "data": Name,
 }
 _RIVALS: dict[str, Any] = {"runs": Annotated[list[Recorded], Field(max_length=MOST_RIVALS)]}
+_FRONT_LATER: dict[str, Any] = {
+    "kinds": Annotated[list[Name], Field(min_length=1, max_length=MOST_BLOCKS)],
+    "correct": Annotated[list[Annotated[str, Field(pattern="^[0-9a-f]+$")]], Field(min_length=1)],
+    "spent": Count,
+    "tried": Count,
+    "budget": NotNegative | None,
+}
+"""The keys that a front has besides, unless an older version wrote it."""
 _COMPARISON: dict[str, Any] = {
     "version": Name,
     "command": LongText,
@@ -203,7 +211,7 @@ _PROFILE: dict[str, Any] = {
 SCHEMAS: dict[str, type[BaseModel]] = {
     "summary.json": _schema("Summary", _SUMMARY, null=True),
     "profile.json": _schema("Profile", _PROFILE),
-    "front.json": _schema("Front", _FRONT),
+    "front.json": _schema("Front", _FRONT | _FRONT_LATER),
     "rivals.json": _schema("Rivals", _RIVALS),
     "comparison.json": _schema("Comparison", _COMPARISON),
     "decisions": _schema("Decisions", _DECISIONS),

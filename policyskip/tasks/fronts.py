@@ -5,31 +5,27 @@ Shapes: N images, S sets, B images side by side, K blocks.
 
 from __future__ import annotations
 
-import hashlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import torch
 from filelock import FileLock
 from platformdirs import user_cache_path
 
-from policyskip.agents.blockdrop import BlockDrop
 from policyskip.build import Setup
 from policyskip.config import FrontSection
 from policyskip.errors import UserError
 from policyskip.files import damaged
-from policyskip.memory import release_freed_memory
-from policyskip.rewards import Adaptive, Utilization
+from policyskip.rewards import Adaptive
 from policyskip.runs.folder import Run
 from policyskip.runs.progress import waiting
 from policyskip.static_front import (
     Keep,
     StaticFront,
     find_front,
-    keep_text,
+    front_file,
     known_front,
     remember,
     tries_every_set,
@@ -39,57 +35,65 @@ from policyskip.static_front import (
 def static_front(setup: Setup, settings: FrontSection, sets_in_use: Sequence[Keep] = ()) -> StaticFront:
     """Return the static front of a network on its validation images: a known one, or one that is searched now and kept.
 
-    An image-independent learner (BlockDrop with a constant policy, trained on the validation images themselves, under a
-    low and a high penalty) joins the search for ``learner_steps`` updates, unless every set can be tried.
-
     Args:
         setup: names the network and its data.
         settings: how long to search, and on how many images.
-        sets_in_use: keep-sets of a policy that trained the network itself, which is at its best with those; they join
-            the search.
+        sets_in_use: keep-sets that a policy uses, which are scored in any case. A search that is made now starts from
+            them, too; a front that is known already is joined by them.
     """
-    if (known := remembered_front(setup, settings, sets_in_use)) is not None:
-        return known
-    with _alone(setup, _search_key(settings, sets_in_use)):
-        if (known := remembered_front(setup, settings, sets_in_use)) is not None:  # another process has searched it
-            return known
-        front = _searched(with_block_selection(setup), settings, sets_in_use)
-        with suppress(UserError):  # a cache that cannot be written costs time, nothing else
-            remember(front, _cache(), _search_key(settings, sets_in_use))
+    hints = dict.fromkeys(sets_in_use, "policy")
+    if (known := remembered_front(setup, settings)) is None:
+        with _alone(setup, settings, hints):
+            known = remembered_front(setup, settings, hints)  # another process may have searched it
+            if known is None:
+                known = _searched(with_block_selection(setup), settings, hints)
+    return _joined(setup, known, hints)
+
+
+def _searched(setup: Setup, settings: FrontSection, hints: Mapping[Keep, str]) -> StaticFront:
+    """Search the static front of a network, as :func:`static_front` says, and remember it."""
+    backbone, images = setup.backbone, setup.data.validation
+    count = min(settings.images, len(images))
+    costs = setup.env(images).costs
+    whole = tries_every_set(backbone.num_blocks, count, settings.budget)
+    most = count * (2**backbone.num_blocks - 1) if whole else settings.budget
+    file = front_file(backbone.content_hash(), images.fingerprint(), count, _cache(), hints)
+    scores = file.with_suffix(".scores")
+    with waiting("searching the best fixed keep-sets on validation images", most, at_most=not whole) as wait:
+        seconds, budget = settings.seconds, settings.budget
+        front = find_front(backbone, images, costs, budget, count, hints, wait.reach, seconds, scores)
+    with suppress(UserError):  # a cache that cannot be written costs time, nothing else
+        remember(front, _cache(), hints)
+        if hints or front.budget == float("inf"):  # no other search will go on from here
+            scores.unlink(missing_ok=True)
     return front
 
 
-def _searched(setup: Setup, settings: FrontSection, sets_in_use: Sequence[Keep]) -> StaticFront:
-    """Search the static front of a network, as :func:`static_front` says."""
-    backbone, images = setup.backbone, setup.data.validation
-    env = setup.env(images)
-    count = min(settings.images, len(images))
-    whole = tries_every_set(backbone.num_blocks, count, settings.budget)
-    penalties = (1.0, 5.0) if settings.learner_steps and not whole else ()
-    hints = [*sets_in_use, *(_learned_set(setup, penalty, settings.learner_steps // 2) for penalty in penalties)]
-    most = count * (2**backbone.num_blocks - 1) if whole else settings.budget
-    with waiting("searching the best fixed keep-sets on validation images", most, at_most=not whole) as wait:
-        return find_front(backbone, images, env.costs, settings.budget, settings.images, hints, wait.reach)
+def _joined(setup: Setup, front: StaticFront, hints: Mapping[Keep, str]) -> StaticFront:
+    """Return a front with those of the hints that it lacks, scored on the images of its search."""
+    new = sorted(set(hints) - set(front.sets))
+    if not new or front.correct_FN is None:
+        return front
+    scorer = SetScorer(setup.backbone, setup.data.validation, front.images)
+    with waiting("judging the policy's own sets on validation images", front.images) as wait:
+        scorer.on_batch = wait.advance
+        correct_FN = torch.stack(scorer.correct(new))
+    macs: list[float] = with_block_selection(setup).env(setup.data.validation).costs.of(torch.tensor(new)).tolist()
+    return front.joined_by(new, [hints[keep] for keep in new], correct_FN, macs)
 
 
-def remembered_front(setup: Setup, settings: FrontSection, sets_in_use: Sequence[Keep] = ()) -> StaticFront | None:
+def remembered_front(setup: Setup, settings: FrontSection, sets_in_use: Iterable[Keep] = ()) -> StaticFront | None:
     """Return the static front of a network from an earlier search; None if none was as thorough as ``settings`` ask."""
     images = setup.data.validation
     at_least = min(settings.images, len(images))
-    return known_front(setup.backbone, images, _cache(), at_least, _search_key(settings, sets_in_use))
-
-
-def _search_key(settings: FrontSection, sets_in_use: Sequence[Keep]) -> str:
-    """Return a text that is the same for two searches over one network and data exactly if they do the same."""
-    chosen = (settings.images, settings.budget, settings.learner_steps, sorted(map(keep_text, sets_in_use)))
-    return hashlib.sha256(repr(chosen).encode()).hexdigest()[:16]
+    return known_front(setup.backbone, images, _cache(), at_least, settings.budget, sets_in_use)
 
 
 @contextmanager
-def _alone(setup: Setup, search_key: str) -> Iterator[None]:
+def _alone(setup: Setup, settings: FrontSection, hints: Iterable[Keep]) -> Iterator[None]:
     """Let runs that search the same do so one after the other, so that all but the first find what it has found."""
-    name = f"{setup.backbone.content_hash()}-{setup.data.validation.fingerprint()}-{search_key}"
-    lock = FileLock(_cache() / f"{name}.lock")
+    searched_on = (setup.backbone.content_hash(), setup.data.validation.fingerprint())
+    lock = FileLock(front_file(*searched_on, settings.images, _cache(), hints).with_suffix(".lock"))
     with suppress(OSError, NotImplementedError), waiting("waiting for a process that searches the same fixed sets"):
         _cache().mkdir(parents=True, exist_ok=True)
         lock.acquire()
@@ -101,7 +105,7 @@ def _alone(setup: Setup, search_key: str) -> Iterator[None]:
 
 def _cache() -> Path:
     """Return the folder in which fronts are remembered; a search that changes its results gets another folder."""
-    return user_cache_path("policyskip") / "fronts"
+    return user_cache_path("policyskip") / "static-fronts-2"
 
 
 def with_block_selection(setup: Setup) -> Setup:
@@ -131,20 +135,6 @@ def best_set(setup: Setup, front: StaticFront, count: int = 2000) -> Keep:
             wait.reach(seen)
             env.advance()
     return front.sets[int(total_S.argmax())]
-
-
-def _learned_set(setup: Setup, penalty: float, steps: int) -> Keep:
-    """Return the keep-set that BlockDrop's learner ends with when it cannot see the image."""
-    env = setup.env(setup.data.validation, "shuffled")
-    env.reward = Utilization(penalty)
-    options: dict[str, Any] = dict(lr=0.05, schedule="onecycle", alpha_end=0.98, samples=3, beta=0.01, curriculum=0)
-    agent = BlockDrop(env, max(1, steps), policy="constant", initial_keep=0.9, **options)
-    with waiting("learning a fixed keep-set, for the search", steps) as wait:
-        for _ in range(max(1, steps)):
-            agent.update(env)
-            wait.advance()
-            release_freed_memory()
-    return tuple(agent.act(env.observation)[0].tolist())
 
 
 def load_front(run: Run, num_blocks: int) -> StaticFront:

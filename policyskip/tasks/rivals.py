@@ -15,7 +15,6 @@ import torch
 from torch import Tensor
 
 from policyskip import rivals
-from policyskip.agents.fixed import spread_blocks
 from policyskip.backbones import Backbone, count_costs
 from policyskip.backbones.execution import sparse
 from policyskip.backbones.exits import ExitNetwork
@@ -29,7 +28,7 @@ from policyskip.exits.cache import CachedExits
 from policyskip.exits.references import exit_histogram, random_exits, static_exits
 from policyskip.rivals import Choice, Family, Rival, choose
 from policyskip.runs.progress import waiting
-from policyskip.static_front import Keep, SetScorer, StaticFront
+from policyskip.static_front import Keep, SetScorer, StaticFront, spread_set
 from policyskip.tasks.fronts import static_front, with_block_selection
 from policyskip.tasks.run_rivals import RunRival
 
@@ -41,7 +40,7 @@ WORK = 1_500_000
 """Images times blocks that are computed for what is not needed to the last digit: pictures, decisions dealt again."""
 MOST_POINTS, FEWEST_POINTS, MOST_DEALS = 20, 6, 8
 """Sets of the static front that pictures show; and how often the policy's decisions are dealt at random, at most."""
-SPENT = "the search of fixed blocks ran out of front.budget"
+SPENT = "the search of fixed blocks ended before its plan was carried out; raise front.budget"
 NOT_SEARCHED = "the blocks of the network were not searched for fixed choices"
 
 
@@ -188,24 +187,23 @@ def _chosen(
 def searched_families(setup: Setup, front: StaticFront) -> list[Candidates]:
     """Return the families of all sets of a static front, and of those that are spread evenly over the blocks."""
     images = setup.data.validation.plain()
-    correct_FV: Tensor | None = getattr(front, "correct_FN", None)
+    correct_FV, kinds = front.correct_FN, front.kinds
     if correct_FV is None:  # a front of an older version
         scorer = SetScorer(setup.backbone, images, front.images)
         with waiting("scoring fixed choices on validation images", scorer.count) as wait:
             scorer.on_batch = wait.advance
             correct_FV = torch.stack(scorer.correct(front.sets))
-    kinds: Sequence[str] = getattr(front, "kinds", None) or ["searched"] * len(front.sets)
     group_V, macs_F = _groups(images, correct_FV.shape[1]), torch.tensor(front.macs, dtype=torch.float64)
-    K = setup.backbone.num_blocks
-    even = {spread_blocks(K, count) for count in range(K + 1)}
-    labels = [set_name(keep, "even" if keep in even else kind) for keep, kind in zip(front.sets, kinds, strict=True)]
+    is_even = [keep == spread_set(len(keep), sum(keep)) for keep in front.sets]  # whatever found it
+    labels = [set_name(front.sets[i], "spread" if is_even[i] else kind) for i, kind in enumerate(kinds)]
+    complete = "all" in kinds or front.budget == float("inf")
     families = []
     for name, rows in (
         ("searched blocks", list(range(len(front.sets)))),
-        ("evenly spread blocks", [i for i, keep in enumerate(front.sets) if keep in even or kinds[i] == "spread"]),
+        ("evenly spread blocks", [i for i, even in enumerate(is_even) if even]),
     ):
         if rows:
-            chosen = (macs_F[rows], correct_FV[rows], "all" in kinds, group_V)
+            chosen = (macs_F[rows], correct_FV[rows], complete, group_V)
             sets = [(0, front.sets[i]) for i in rows]
             families.append(Candidates(Family(name, [labels[i] for i in rows], *chosen), sets))
     return families
@@ -216,7 +214,7 @@ def set_name(keep: Keep, kind: str) -> str:
     size, K = sum(keep), len(keep)
     if size in (0, K):
         return f"all {K} blocks" if size else "none of the blocks"
-    words = {"even": "evenly spread ", "spread": "spread ", "random": "randomly drawn ", "learner": "learned "}
+    words = {"spread": "evenly spread ", "stages": "stage-wise spread ", "random": "randomly drawn "}
     noun = "block" if size == 1 else "blocks"
     if kind == "policy":
         return f"{size} {noun} that the policy often chooses"
@@ -256,7 +254,7 @@ def exits_and_blocks(setup: Setup, parts: Sequence[Backbone]) -> Candidates:
         K = part.num_blocks
         for size in sorted({round(K * step / SIZES) for step in range(1, SIZES + 1)} - {0}):
             way = f"with {size} of its {K} blocks" if size < K else "with all of its blocks"
-            names[n, spread_blocks(K, size)] = f"exit {n} {way}"
+            names[n, spread_set(K, size)] = f"exit {n} {way}"
     return _scored("exits and blocks", setup, parts, names)
 
 

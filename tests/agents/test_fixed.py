@@ -158,7 +158,6 @@ SMALL = [
         "backbone.checkpoint=random",
         "front.budget=2e4",
         "front.images=20",
-        "front.learner_steps=0",
     ),
 ]
 

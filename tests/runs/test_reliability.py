@@ -58,7 +58,6 @@ def test_a_collapsed_policy_is_a_warning_in_the_summary_on_screen_and_in_wandb(t
         "agent.policy=constant",
         "front.budget=4e3",
         "front.images=20",
-        "front.learner_steps=0",
     ]
     arguments += ["backbone=resnet20", "backbone.checkpoint=random", "tracking.mode=offline", "run.dir=x"]
     result = typed("train", *arguments, cwd=tmp_path, drawn=True)
@@ -73,7 +72,7 @@ def test_a_collapsed_policy_is_a_warning_in_the_summary_on_screen_and_in_wandb(t
 
 def test_one_test_image_has_no_interval(tmp_path):
     arguments = [*SMALL, "data.test=1", "backbone=resnet20", "backbone.checkpoint=random", "tracking=none", "run.dir=x"]
-    arguments += ["front.budget=4e3", "front.images=20", "front.learner_steps=0", "agent.width=4"]
+    arguments += ["front.budget=4e3", "front.images=20", "agent.width=4"]
     result = typed("train", *arguments, cwd=tmp_path, drawn=True)
     assert result.returncode == 0 and "points (no interval)" in result.stdout, result.stderr
     summary = json.loads((tmp_path / "x/summary.json").read_text(), parse_constant=pytest.fail)

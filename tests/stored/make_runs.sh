@@ -9,7 +9,7 @@ cd "$2"  # every path that a run writes down is relative to this folder
 
 data="tracking=none device=cpu data.batch_size=32 data.train=96 data.validation=64 data.test=64"
 steps="train.steps=4 train.validate_every=2 train.log_every=1"
-front="front.images=32 front.budget=2e4 front.learner_steps=0"
+front="front.images=32 front.budget=2e4"
 tiny="backbone.depth=8 backbone.checkpoint=tiny/backbone.safetensors"
 exits="backbone=resnet32_exits backbone.depth=8 backbone.exits=[0,1]"
 trained="$exits backbone.checkpoint=exits/network.safetensors"

@@ -23,7 +23,7 @@ from tests.conftest import typed
 
 SMALL = ["data.train=200", "data.validation=60", "data.test=50", "data.batch_size=32", "device=cpu", "tracking=none"]
 STEPS = ["train.steps=3", "train.validate_every=2", "train.log_every=1", "train.choose_after=0"]
-FRONT = ["front.budget=4e3", "front.images=20", "front.learner_steps=0"]
+FRONT = ["front.budget=4e3", "front.images=20"]
 SETTINGS = {"dqn": ["agent.learning_starts=100"], "ppo": [], "a2c": []}
 PAIRS = [
     *(("ppo", env) for env in ("block_selection", "layer_skip", "early_exit")),

@@ -28,7 +28,7 @@ def test_the_shipped_front_is_that_of_the_shipped_network_on_the_default_validat
     assert front is not None and front.finished and {sum(keep) for keep in front.sets} == set(range(16))
 
 
-SETTINGS = FrontSection(budget=1, images=30, learner_steps=0)  # a search that runs out of its budget
+SETTINGS = FrontSection(budget=1, images=30)  # a search that runs out of its budget
 
 
 @pytest.fixture

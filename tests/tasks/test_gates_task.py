@@ -97,7 +97,7 @@ def test_the_loaded_run_does_what_was_judged(workshop):
 
 def test_the_trained_network_is_a_backbone_for_others(workshop):
     arguments = ["agent=blockdrop", *SMALL, "backbone=resnet20", "backbone.checkpoint=runs/x/network.safetensors"]
-    arguments += ["train.steps=1", "agent.width=4", "front.budget=1e4", "front.images=20", "front.learner_steps=0"]
+    arguments += ["train.steps=1", "agent.width=4", "front.budget=1e4", "front.images=20"]
     result = typed("train", *arguments, "run.dir=runs/b", cwd=workshop)
     assert result.returncode == 0, result.stderr
 

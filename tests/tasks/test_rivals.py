@@ -121,10 +121,10 @@ def test_the_own_blocks_are_the_most_frequent_decisions_and_the_blocks_kept_most
     ("keep", "kind", "name"),
     [
         ("1100", "moves", "2 searched blocks"),
-        ("1000", "even", "1 evenly spread block"),
+        ("1000", "spread", "1 evenly spread block"),
         ("1100", "random", "2 randomly drawn blocks"),
         ("1100", "policy", "2 blocks that the policy often chooses"),
-        ("1111", "even", "all 4 blocks"),
+        ("1111", "spread", "all 4 blocks"),
         ("0000", "moves", "none of the blocks"),
     ],
 )
@@ -207,7 +207,7 @@ def test_the_verdict_is_one_sentence(changed, steps, line):
 
 DATA = ["data.train=64", "data.validation=60", "data.test=50", "data.batch_size=32", "device=cpu", "tracking=none"]
 SMALL = [*DATA, "backbone=cifar_resnet", "backbone.depth=8", "backbone.checkpoint=random"]
-SMALL += ["front.budget=4e3", "front.images=20", "front.learner_steps=0"]
+SMALL += ["front.budget=4e3", "front.images=20"]
 LEARN = ["train.steps=1", "agent.width=4"]
 
 

@@ -149,7 +149,6 @@ def test_calibrate_wants_a_run_with_exits(tmp_path):
         "train.steps=1",
         "front.budget=1e2",
         "front.images=8",
-        "front.learner_steps=0",
         "agent.width=4",
         "run.dir=b",
     ]

@@ -47,7 +47,7 @@ def test_an_agent_of_another_family_is_refused_by_name(task, exits, changes, tar
     reward = Macs() if task is ExitPolicyTask else None
     settings: Any = SimpleNamespace(
         target=TargetSection(accuracy_drop=None, macs_fraction=target, knee=False),
-        front=SimpleNamespace(),
+        front=SimpleNamespace(rivals=[]),
         train=SimpleNamespace(steps=1),
         seed=0,
     )

@@ -1,0 +1,115 @@
+"""The static front of a network is found here: searched, and the sets that are worth keeping chosen.
+
+Shapes: F sets, N images, K blocks.
+"""
+
+from __future__ import annotations
+
+import time
+from collections import defaultdict
+from collections.abc import Callable, Mapping
+from contextlib import suppress
+from pathlib import Path
+
+import torch
+
+from policyskip.backbones import Backbone, Costs
+from policyskip.data import Images
+from policyskip.errors import UserError
+from policyskip.fronts import concave_hull
+from policyskip.static_front.cache import store_scores, stored_scores
+from policyskip.static_front.front import StaticFront
+from policyskip.static_front.racing import search
+from policyskip.static_front.ranges import BIN
+from policyskip.static_front.scoring import Keep, SetScorer
+
+KEPT = 5
+"""The sets of each range of costs that a front keeps: so many of the surest and so many of the most accurate."""
+STORE_EVERY = 30.0
+"""Seconds after which a search under way is stored again."""
+
+
+def find_front(
+    backbone: Backbone,
+    images: Images,
+    costs: Costs,
+    budget: float,
+    limit: int,
+    hints: Mapping[Keep, str] | None = None,
+    on_progress: Callable[[int], object] | None = None,
+    seconds: float | None = None,
+    scores_file: Path | None = None,
+) -> StaticFront:
+    """Search the static front of a backbone on at most ``limit`` validation images.
+
+    Args:
+        costs: of the backbone's blocks.
+        budget, hints, seconds: see :func:`~policyskip.static_front.racing.search`.
+        on_progress: see :class:`~policyskip.static_front.scoring.SetScorer`.
+        scores_file: where the scores are stored now and then and at the end. A search that was interrupted, or one with
+            a larger budget, takes them from there, and finds what it would have found in one go.
+
+    Raises:
+        UserError: ``budget`` is negative, or ``limit`` below 1.
+    """
+    if budget < 0 or limit < 1:
+        raise UserError(f"front.budget must not be negative and front.images at least 1, got {budget} and {limit}")
+    scorer = SetScorer(backbone, images, limit, on_progress=on_progress)
+    if scores_file is not None:
+        scorer.stored = stored_scores(scores_file, backbone.num_blocks, scorer.count)
+    stored_at = time.monotonic()
+
+    def store_now() -> None:
+        if scores_file is not None and scorer.has_computed:
+            with suppress(UserError):  # a cache that cannot be written costs time, nothing else
+                longer = {k: s for k, s in scorer.stored.items() if len(s) > len(scorer.known.get(k, ()))}
+                store_scores({**scorer.known, **longer}, scores_file)
+
+    def after_pass() -> None:
+        nonlocal stored_at
+        if time.monotonic() - stored_at > STORE_EVERY:
+            store_now()
+            stored_at = time.monotonic()
+
+    try:
+        found = search(scorer, costs, budget, hints, seconds, after_pass)
+    finally:
+        store_now()
+    sets = sets_to_keep(scorer, costs, found.kinds)
+    return StaticFront(
+        sets=sets,
+        kinds=[found.kinds[keep] for keep in sets],
+        correct_FN=torch.stack(scorer.correct(sets)),
+        macs=costs.of(torch.tensor(sets)).tolist(),
+        images=scorer.count,
+        finished=found.finished,
+        spent=scorer.spent,
+        tried=len(scorer.known),
+        backbone=backbone.content_hash(),
+        data=images.fingerprint(),
+        budget=float("inf") if found.exhausted else float(scorer.spent if found.out_of_time else budget),
+    )
+
+
+def sets_to_keep(scorer: SetScorer, costs: Costs, kinds: Mapping[Keep, str]) -> list[Keep]:
+    """Choose the sets of a front, the smallest first, among those that were scored on all images.
+
+    These are: all that were not chosen for what they reach (evenly spread ones, hints); the best on the hull over cost;
+    the most accurate of each number of blocks; and of each range of costs the most accurate and the surest, of which
+    a choice can be made again on redrawn images.
+    """
+    known = sorted(keep for keep, scores in scorer.known.items() if len(scores) == scorer.count)
+    accuracy = {keep: scorer.known[keep].right_n.double().mean().item() for keep in known}
+    sureness = {keep: scorer.known[keep].probability_n.double().mean().item() for keep in known}
+    macs = dict(zip(known, costs.of(torch.tensor(known)).tolist(), strict=True))
+    by_size, by_cost = defaultdict(list), defaultdict(list)
+    for keep in known:
+        by_size[sum(keep)].append(keep)
+        by_cost[int(macs[keep] / costs.full / BIN - 1e-9)].append(keep)
+    kept = {keep for keep in known if kinds[keep] in ("spread", "policy", "learner", "older version")}
+    kept |= {known[i] for i in concave_hull(list(macs.values()), list(accuracy.values()))}
+    kept |= {max(sets, key=lambda keep: accuracy[keep]) for sets in by_size.values()}
+    for sets in by_cost.values():
+        for measure in (accuracy, sureness):
+            kept |= set(sorted(sets, key=lambda keep: -measure[keep])[:KEPT])
+    return sorted(kept, key=lambda keep: (sum(keep), keep))
