@@ -114,13 +114,13 @@ def test_a_policy_that_gains_nothing_is_hardly_ever_said_to_pay():
 @pytest.mark.parametrize("kind", NO_GAIN)
 def test_how_often_pays_is_said_of_no_gain(kind):
     """Of 1,000 redraws of each kind, "pays" is said in at most 2.5 % (5 % are allowed), and "does not pay" of policies
-    that are exactly as good as the best fixed choice in at most 6 %."""
+    that are exactly as good as the best fixed choice in at most 7 %."""
     found = [NO_GAIN[kind].drawn(redraw) for redraw in range(1000)]
     pays = np.mean([outcome.answer == "pays" for outcome, _ in found])
     equal = [outcome.answer == "does not pay" for outcome, truth in found if abs(truth) < 1e-9]
     denied = np.mean(equal) if equal else 0.0
     print(f"\n{kind}: pays {pays:.1%}; does not pay {denied:.1%} of {len(equal)} exactly as good")
-    assert pays <= 0.025 and denied <= 0.06
+    assert pays <= 0.025 and denied <= 0.07
 
 
 def test_intervals_that_take_images_of_a_group_for_independent_are_fooled():
@@ -302,3 +302,14 @@ def test_the_margin_that_is_found_in_four_of_five_redraws(validation, test):
     needed = float(np.quantile([truth - outcome.rival.low for outcome, truth in found], 0.8))
     print(f"\n{validation} validation and {test} test images: a true margin of {needed:.2%} is found in 80 %")
     assert 0.005 < needed < 0.025
+
+
+@pytest.mark.slow
+def test_how_often_the_low_end_lies_too_high_where_the_best_of_many_sets_is_hard_to_tell():
+    """400 sets whose accuracies spread as widely as the noise of 1,000 validation images: the chosen rival is half a
+    point worse than the truly best one, on average, and the allowance for that is a little too small."""
+    world = {"sets": 400, "blocks": 10, "spread": 0.01, "leaning": 0.05}
+    found = [Plan(best_by_half, world, validation=1000, test=4000).drawn(redraw) for redraw in range(100)]
+    too_high = sum(truth < outcome.rival.low for outcome, truth in found)
+    print(f"\n400 sets, 1,000 validation images: the low end lies above the true margin in {too_high} %")
+    assert too_high <= 10

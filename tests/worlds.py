@@ -79,13 +79,12 @@ class World:
 
     def best_at(self, macs: float) -> tuple[float, int, int, float]:
         """Find the truly best fixed choice at a cost: its accuracy, two sets, and the weight of the second."""
-        macs_F, true_F = self.macs_F, self.true_F
-        pairs = [(true_F[i], i, i, 0.0) for i in np.flatnonzero(macs_F <= macs + 1e-9)]
-        for _, i, _, _ in list(pairs):
-            for j in np.flatnonzero(macs_F > macs + 1e-9):
-                weight = (macs - macs_F[i]) / (macs_F[j] - macs_F[i])
-                pairs.append(((1 - weight) * true_F[i] + weight * true_F[j], i, int(j), weight))
-        return max(pairs)
+        cheap_I, dear_J = np.flatnonzero(self.macs_F <= macs + 1e-9), np.flatnonzero(self.macs_F > macs + 1e-9)
+        cost_I1 = self.macs_F[cheap_I, None]
+        weight_IJ = np.hstack([0 * cost_I1, (macs - cost_I1) / (self.macs_F[dear_J] - cost_I1)])  # first: no partner
+        true_IJ = (1 - weight_IJ) * self.true_F[cheap_I, None] + weight_IJ * self.true_F[np.append(0, dear_J)]
+        i, j = np.unravel_index(true_IJ.argmax(), true_IJ.shape)
+        return true_IJ[i, j], int(cheap_I[i]), int(dear_J[j - 1] if j else cheap_I[i]), weight_IJ[i, j]
 
 
 @dataclass(frozen=True)
