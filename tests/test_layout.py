@@ -36,7 +36,7 @@ LAYERS = (
 GROUND_FLOOR = (
     *("config", "registry", "rewards", "training"),
     *("runs", "parallel", "typed", "memory", "files", "sealed", "finite", "errors", "texts"),
-    *("fronts", "intervals"),
+    *("fronts", "intervals", "rivals"),
 )
 # Imports inside functions, which are made when the function is called: so that `policyskip --help` needs no torch, and
 # `import policyskip` neither Hydra nor W&B. Of our modules, these alone.

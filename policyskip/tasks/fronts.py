@@ -23,6 +23,7 @@ from policyskip.runs.folder import Run
 from policyskip.runs.progress import waiting
 from policyskip.static_front import (
     Keep,
+    SetScorer,
     StaticFront,
     find_front,
     front_file,
