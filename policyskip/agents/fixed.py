@@ -17,18 +17,12 @@ from policyskip.envs.block_selection import BlockSelectionVectorEnv
 from policyskip.errors import UserError
 from policyskip.policies.base import Policy
 from policyskip.policies.fixed import FixedPolicy, RandomPolicy
-from policyskip.static_front import Keep, StaticFront
+from policyskip.static_front import Keep, StaticFront, spread_set
 
 
 def first_blocks(K: int, count: int) -> Keep:
     """Return the keep-set of the first ``count`` of K blocks."""
     return tuple(k < count for k in range(K))
-
-
-def spread_blocks(K: int, count: int) -> Keep:
-    """Return the keep-set of ``count`` of K blocks at even distances: those at ⌊i·K/count⌋, from the first on."""
-    kept = {i * K // count for i in range(count)}
-    return tuple(k in kept for k in range(K))
 
 
 class FixedAgent(Agent):
@@ -87,7 +81,7 @@ def first(env: BlockSelectionVectorEnv, blocks: int | None = None, best: Keep | 
 def distributed(env: BlockSelectionVectorEnv, blocks: int | None = None, best: Keep | None = None) -> FixedAgent:
     """Make the agent that keeps ``blocks`` blocks at even distances. Arguments and errors: see :func:`first`."""
     K = env.backbone.num_blocks
-    return _keeping("distributed", env, spread_blocks(K, _number_to_keep(K, blocks, best)))
+    return _keeping("distributed", env, spread_set(K, _number_to_keep(K, blocks, best)))
 
 
 def random(

@@ -89,6 +89,8 @@ def store_scores(known: Mapping[Keep, Scores], path: Path) -> None:
         if (total := total + len(scores)) > MOST_SCORES:
             break
         sets.append(keep)
+    if not sets:
+        return
     tensors = {
         "sets": torch.tensor(sets, dtype=torch.uint8),
         "images": torch.tensor([len(known[keep]) for keep in sets]),

@@ -16,15 +16,14 @@ import torch
 from policyskip.backbones import Backbone, Costs
 from policyskip.data import Images
 from policyskip.errors import UserError
-from policyskip.fronts import concave_hull
 from policyskip.static_front.cache import store_scores, stored_scores
 from policyskip.static_front.front import StaticFront
 from policyskip.static_front.racing import search
 from policyskip.static_front.ranges import BIN
 from policyskip.static_front.scoring import Keep, SetScorer
 
-KEPT = 5
-"""The sets of each range of costs that a front keeps: so many of the surest and so many of the most accurate."""
+KEPT_IN_RANGE, KEPT_OF_SIZE = 5, 2
+"""The sets that a front keeps of each range of costs, and of each number of blocks."""
 STORE_EVERY = 30.0
 """Seconds after which a search under way is stored again."""
 
@@ -94,12 +93,12 @@ def find_front(
 def sets_to_keep(scorer: SetScorer, costs: Costs, kinds: Mapping[Keep, str]) -> list[Keep]:
     """Choose the sets of a front, the smallest first, among those that were scored on all images.
 
-    These are: all that were not chosen for what they reach (evenly spread ones, hints); the best on the hull over cost;
-    the most accurate of each number of blocks; and of each range of costs the most accurate and the surest, of which
-    a choice can be made again on redrawn images.
+    These are: all that were not chosen for what they reach (evenly spread ones, hints), and of each number of blocks
+    and each range of costs the surest ones: those with the highest mean probability of the label. Of many sets, the
+    most accurate one owes more to the choice of images than the surest one does (see ``Ranges.value``), so the choice
+    by accuracy is left to be made among the surest.
     """
     known = sorted(keep for keep, scores in scorer.known.items() if len(scores) == scorer.count)
-    accuracy = {keep: scorer.known[keep].right_n.double().mean().item() for keep in known}
     sureness = {keep: scorer.known[keep].probability_n.double().mean().item() for keep in known}
     macs = dict(zip(known, costs.of(torch.tensor(known)).tolist(), strict=True))
     by_size, by_cost = defaultdict(list), defaultdict(list)
@@ -107,9 +106,7 @@ def sets_to_keep(scorer: SetScorer, costs: Costs, kinds: Mapping[Keep, str]) -> 
         by_size[sum(keep)].append(keep)
         by_cost[int(macs[keep] / costs.full / BIN - 1e-9)].append(keep)
     kept = {keep for keep in known if kinds[keep] in ("spread", "policy", "learner", "older version")}
-    kept |= {known[i] for i in concave_hull(list(macs.values()), list(accuracy.values()))}
-    kept |= {max(sets, key=lambda keep: accuracy[keep]) for sets in by_size.values()}
-    for sets in by_cost.values():
-        for measure in (accuracy, sureness):
-            kept |= set(sorted(sets, key=lambda keep: -measure[keep])[:KEPT])
+    for groups, most in ((by_size, KEPT_OF_SIZE), (by_cost, KEPT_IN_RANGE)):
+        for sets in groups.values():
+            kept |= set(sorted(sets, key=lambda keep: -sureness[keep])[:most])
     return sorted(kept, key=lambda keep: (sum(keep), keep))

@@ -19,13 +19,13 @@ from policyskip.static_front.proposals import random_set, random_stage_wise, spr
 from policyskip.static_front.ranges import BIN, Ranges
 from policyskip.static_front.scoring import Keep, SetScorer
 
-FEW, SOME = 250, 750
+FEW, SOME = 125, 500
 """The images of the first two heats of a race; the third has all."""
-ROUNDS = 3
+ROUNDS = 4
 """The rounds of proposals that a whole search has at least."""
 PATIENCE = 3
 """The rounds without a better set after which there is nothing left to find."""
-PROPOSALS, PROMOTED, FINALISTS = 3, 2, 1
+PROPOSALS, PROMOTED, FINALISTS = 6, 2, 1
 """In each round and range of costs: new sets, and how many are scored on some images and on all."""
 MOST_SETS_TRIED = 2**16
 """Every set is tried only where there are at most so many, because what each does on each image is held in memory."""
@@ -135,8 +135,11 @@ class _Search:
         self.found.kinds |= known | hints | ends
         self.scorer.score([*ends, *hints])
         self.on_pass()
+        if len(self.scorer.known) == 2**self.K:
+            self.found.finished = self.found.exhausted = True
+            return self.found
         try:
-            if tries_every_set(self.K, self.scorer.count, self.budget - self.scorer.spent):
+            if tries_every_set(self.K, self.scorer.count, self.budget):
                 self._try_every_set()
                 self.found.finished = self.found.exhausted = True
                 return self.found
@@ -234,11 +237,16 @@ class _Search:
         """Return new sets for every range of costs, by how each was found."""
         found: dict[str, set[Keep]] = {"moves": set(), "surrogate": set()}
         for number in self.ranges.numbers():
+            whole, ranked = self.ranges.fit(number)
+            part, _ = self.ranges.fit(number, 0.7)  # another opinion, which makes the proposals differ
             for i in range(PROPOSALS):
-                surrogate, ranked = self.ranges.fit(number, 1.0 if i == 0 else 0.7)
-                low, high = (number + i / PROPOSALS) * BIN, (number + (i + 1) / PROPOSALS) * BIN
+                surrogate = whole if i < PROPOSALS / 2 else part
+                taken = {*found["moves"], *found["surrogate"]}
+                low, high = number * BIN, (number + 1) * BIN
                 start = self._start(i, ranked, (low + high) / 2)
-                new = self.ranges.climb(surrogate, start, low, high, {*found["moves"], *found["surrogate"]})
+                a_third = low + i % 3 / 3 * BIN, low + (i % 3 + 1) / 3 * BIN  # so that all costs are covered
+                new = self.ranges.climb(surrogate, start, *a_third, taken)
+                new = new or self.ranges.climb(surrogate, start, low, high, taken)
                 if new is not None:
                     is_near = any(sum(a != b for a, b in zip(new, keep, strict=True)) <= 2 for keep in ranked[:3])
                     found["moves" if is_near else "surrogate"].add(new)

@@ -21,6 +21,8 @@ BIN = 0.05
 WINDOW, LEAST_SETS = 0.15, 40
 """A surrogate for a range is fitted to the sets that cost so much more or less than the range's middle, and to at least
 so many sets."""
+MOST_NEIGHBOURS = 200
+"""The neighbours of a set that are predicted in each step of a climb; of more, so many are drawn."""
 
 
 class Ranges:
@@ -115,6 +117,8 @@ class Ranges:
         candidates: list[tuple[float, Keep]] = []
         for _ in range(2 * len(start)):
             near_PK = neighbours(keep_K)
+            if len(near_PK) > MOST_NEIGHBOURS:
+                near_PK = near_PK[self.draw.sample(range(len(near_PK)), MOST_NEIGHBOURS)]
             share_P = self._shares(near_PK)
             away_P = (share_P - share_P.clamp(low, high)).abs()
             if (nearest := away_P.min().item()) > 0:  # no single move leads there

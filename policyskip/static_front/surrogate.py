@@ -14,7 +14,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-MOST_SETS = 700
+MOST_SETS = 300
 """The sets that a surrogate is fitted to, at most, because the work grows with their number cubed."""
 LENGTHS = (0.08, 0.2, 0.5)
 """The distances tried, in shares of the blocks, over which two sets are still alike."""
@@ -60,21 +60,26 @@ class Surrogate:
                     best, chosen = likelihood.item(), (length, share, weight_F)
         assert best > -torch.inf, "a covariance with noise on its diagonal has a Cholesky factor"
         self.length, self.share, weight_F = chosen
-        self.weight_F = variance * weight_F
+        self.weight_F = (variance * weight_F).float()  # predicting is most of the work, and needs no more digits
+        self.keep_FK, self.features_FD, self.trend_D = (
+            self.keep_FK.float(),
+            self.features_FD.float(),
+            self.trend_D.float(),
+        )
 
     @property
     def _trend_size(self) -> int:
         return 1 + 2 * len(self.stages)
 
     def _features(self, keep_PK: Tensor) -> Tensor:
-        """Return what the linear part sees of each set, float64 (P, D); the trend's columns come last."""
+        """Return what the linear part sees of each set, float (P, D); the trend's columns come last."""
         pair_PK = keep_PK[:, 1:] * keep_PK[:, :-1]
         counts = torch.stack(
             [part.sum(1) / part.shape[1] for part in keep_PK.split(self.stages, 1) if part.shape[1]], 1
         )
-        missing = torch.zeros(len(keep_PK), len(self.stages) - counts.shape[1], dtype=torch.float64)
+        missing = keep_PK.new_zeros(len(keep_PK), len(self.stages) - counts.shape[1])
         counts = torch.cat([counts, missing], 1)
-        return torch.cat([keep_PK, pair_PK, torch.ones(len(keep_PK), 1, dtype=torch.float64), counts, counts**2], 1)
+        return torch.cat([keep_PK, pair_PK, keep_PK.new_ones(len(keep_PK), 1), counts, counts**2], 1)
 
     def _compared(self, keep_PK: Tensor, features_PD: Tensor) -> tuple[Tensor, Tensor]:
         """Compare sets with those that were scored: the share of the blocks in which they differ, (P, F), and how alike
@@ -86,10 +91,10 @@ class Surrogate:
         return differ_PF.clamp(min=0) / K, alike_PF
 
     def predict(self, keep_PK: Tensor) -> Tensor:
-        """Return the expected value of each set, float64 (P,), for bool (P, K)."""
-        features_PD = self._features(keep_PK.double())
+        """Return the expected value of each set, float32 (P,), for bool (P, K)."""
+        features_PD = self._features(keep_PK.float())
         trend_P = features_PD[:, -self._trend_size :] @ self.trend_D
-        different_PF, alike_PF = self._compared(keep_PK.double(), features_PD)
+        different_PF, alike_PF = self._compared(keep_PK.float(), features_PD)
         covariance_PF = self.share * alike_PF + (1 - self.share) * torch.exp(-different_PF / self.length)
         return trend_P + covariance_PF @ self.weight_F
 

@@ -18,6 +18,7 @@ from policyskip.build import Setup
 from policyskip.config import FrontSection
 from policyskip.errors import UserError
 from policyskip.files import damaged
+from policyskip.fronts import pareto
 from policyskip.rewards import Adaptive
 from policyskip.runs.folder import Run
 from policyskip.runs.progress import waiting
@@ -118,13 +119,15 @@ def with_block_selection(setup: Setup) -> Setup:
 def best_set(setup: Setup, front: StaticFront, count: int = 2000) -> Keep:
     """Return the set of the front that earns the highest reward on validation images, at most ``count`` of them.
 
-    Under a reward that moves, it is the set with the highest selection score by the front's own figures.
+    Sets than which another one costs no more and is more accurate are left out. Under a reward that moves, it is the
+    set with the highest selection score by the front's own figures.
     """
     env = setup.env(setup.data.validation, "shuffled")  # folders are sorted by class
     if isinstance(setup.reward, Adaptive):
         figures = ({"accuracy": a, "macs_fraction": m / env.costs.full} for a, m in zip(front.accuracy, front.macs))
         return max(zip(map(setup.reward.selection_score, figures), front.sets, strict=True))[1]
-    keep_SK = torch.tensor(front.sets)
+    sets = [front.sets[i] for i in pareto(front.macs, front.accuracy)]
+    keep_SK = torch.tensor(sets)
     total_S, seen = torch.zeros(len(keep_SK), dtype=torch.float64), 0
     count = min(count, len(setup.data.validation))
     with waiting("computing the reward of the best fixed keep-sets", count) as wait:
@@ -135,7 +138,7 @@ def best_set(setup: Setup, front: StaticFront, count: int = 2000) -> Keep:
             seen += B
             wait.reach(seen)
             env.advance()
-    return front.sets[int(total_S.argmax())]
+    return sets[int(total_S.argmax())]
 
 
 def load_front(run: Run, num_blocks: int) -> StaticFront:

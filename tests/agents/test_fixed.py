@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -14,7 +15,7 @@ import policyskip
 from policyskip.agents import fixed
 from policyskip.agents.base import Agent
 from policyskip.agents.blockdrop import BlockDrop
-from policyskip.agents.fixed import first_blocks, spread_blocks
+from policyskip.agents.fixed import first_blocks
 from policyskip.agents.oracle import Oracle, best_of
 from policyskip.data import digits
 from policyskip.envs.block_selection import BlockSelectionVectorEnv
@@ -23,7 +24,7 @@ from policyskip.evaluation.evaluate import evaluate
 from policyskip.evaluation.figures import block_figures
 from policyskip.policies.fixed import RandomPolicy, image_hashes
 from policyskip.rewards import Linear, Macs, Utilization
-from policyskip.static_front import StaticFront
+from policyskip.static_front import StaticFront, spread_set
 from tests.conftest import small_backbone, small_images, typed
 
 K = 6
@@ -41,7 +42,17 @@ def make_front() -> StaticFront:
     sets = ["000000", "100000", "111000", "010101", "111100", "111110", "111111"]
     accuracy = [0.2, 0.3, 0.5, 0.6, 0.7, 0.8, 0.9]
     return StaticFront(
-        [tuple(mark == "1" for mark in keep) for keep in sets], accuracy, list(range(7)), 40, False, "backbone", "data"
+        sets=[tuple(mark == "1" for mark in keep) for keep in sets],
+        kinds=["moves"] * 7,
+        correct_FN=None,
+        macs=list(range(7)),
+        images=40,
+        finished=False,
+        spent=0,
+        tried=7,
+        backbone="backbone",
+        data="data",
+        stated_accuracy=accuracy,
     )
 
 
@@ -64,9 +75,9 @@ def test_fixed_decisions_by_hand():
 
 
 def test_even_distances_by_hand():
-    assert [k for k, kept in enumerate(spread_blocks(15, 4)) if kept] == [0, 3, 7, 11]
+    assert [k for k, kept in enumerate(spread_set(15, 4)) if kept] == [0, 3, 7, 11]
     for m in range(16):
-        assert sum(spread_blocks(15, m)) == sum(first_blocks(15, m)) == m
+        assert sum(spread_set(15, m)) == sum(first_blocks(15, m)) == m
 
 
 def test_random_blocks_have_the_number_that_is_set_and_are_evenly_used():
@@ -96,7 +107,7 @@ def test_the_oracle_is_never_below_any_policy():
     it can, so that no policy of equal cost is right more often."""
     for reward in (Macs(2.0), Utilization(2.0), Linear(0.5)):
         env = make_env(reward)
-        oracle = Oracle(env, StaticFront([tuple(k) for k in EVERY.tolist()], [], [], 40, True, "", ""))
+        oracle = Oracle(env, replace(make_front(), sets=[tuple(k) for k in EVERY.tolist()]))
         keep_BK = oracle.decide(env)
         every_SBK = EVERY.unsqueeze(1).expand(-1, len(keep_BK), -1)
         everything, chosen = env.score(every_SBK), env.score(keep_BK)

@@ -22,7 +22,7 @@ MAY_BE_SILENT = {
     "data/base.py: batch_at": "one batch",
     "evaluation/decisions.py: pixels": "a few example images",
     "pretraining.py: pixel_statistics": "at most 5,000 images that are in memory",
-    "static_front.py: _stream": "read by those who say so",
+    "static_front/scoring.py: _stream": "read by those who say so",
 }
 """Functions that go through a set of images without a word."""
 

@@ -11,21 +11,24 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from policyskip.backbones import load
+from policyskip.backbones import count_costs, load
 from policyskip.build import Setup
 from policyskip.config import FrontSection
 from policyskip.data import Data, TensorImages, digits
 from policyskip.envs.block_selection import BlockSelectionVectorEnv
-from policyskip.static_front import StaticFront, find_front, known_front
+from policyskip.static_front import SetScorer, StaticFront, find_front, known_front
 from policyskip.tasks import fronts as report
 from policyskip.tasks.fronts import static_front
 from tests.conftest import small_backbone, small_images
+
+FRONT_BUDGET = 1.2e7  # what `train` and `front` ask for unless they are told otherwise
 
 
 def test_the_shipped_front_is_that_of_the_shipped_network_on_the_default_validation_images(tmp_path):
     validation = digits(torch.device("cpu"), train=1, test=1).validation
     front = known_front(load("resnet32_digits"), validation, tmp_path)
     assert front is not None and front.finished and {sum(keep) for keep in front.sets} == set(range(16))
+    assert front.images == 2000 and front.correct_FN is not None and front.budget >= FRONT_BUDGET
 
 
 SETTINGS = FrontSection(budget=1, images=30)  # a search that runs out of its budget
@@ -62,6 +65,50 @@ def test_a_search_is_made_once_for_each_network_and_settings(searches):
     assert len(searches) == 4
 
 
+def test_a_policy_s_own_sets_join_a_known_front_without_a_new_search(searches):
+    own = [(True, False, True, False, False, True), (False,) * 6]
+    known = static_front(small_setup(), SETTINGS)
+    joined = static_front(small_setup(), SETTINGS, own)
+    assert searches == [1] and len(joined.sets) == len(known.sets) + 1
+    assert (joined.sets[-1], joined.kinds[-1]) == (own[0], "policy") and joined.images == known.images == 30
+    scorer = SetScorer(small_backbone(), small_images(seed=1), 30)
+    assert torch.equal(joined.correct_FN[-1], scorer.correct(own)[0])
+    assert joined.macs[-1] == pytest.approx(count_costs(small_backbone(), (3, 12, 12)).of(torch.tensor(own[0])).item())
+    assert static_front(small_setup(), SETTINGS) == known  # what one run brings does not change another's rivals
+
+
+def test_a_search_that_starts_from_a_policy_s_sets_is_found_by_those_sets_alone(searches):
+    own = [(True, False, True, False, False, True)]
+    with_own = static_front(small_setup(), SETTINGS, own)
+    assert own[0] in with_own.sets and static_front(small_setup(), SETTINGS, own) == with_own and searches == [1]
+    assert own[0] not in static_front(small_setup(), SETTINGS).sets and searches == [1, 1]
+
+
+def test_an_interrupted_search_goes_on_where_it_was(searches, monkeypatch, tmp_path):
+    class Interrupted(BaseException):
+        pass
+
+    settings = FrontSection(budget=1700, images=30)
+    whole = static_front(small_setup(), settings)
+    shutil.rmtree(tmp_path / "cache")
+    score, passes = SetScorer.score, []
+
+    def interrupted(scorer, sets, images=None):
+        passes.append(scorer.spent)
+        if len(passes) == 8:
+            raise Interrupted
+        score(scorer, sets, images)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(SetScorer, "score", interrupted)
+        with pytest.raises(Interrupted):
+            static_front(small_setup(), settings)
+    assert [
+        path.suffix for path in (tmp_path / "cache/policyskip/static-fronts-2").iterdir() if path.suffix != ".lock"
+    ] == [".scores"]
+    assert static_front(small_setup(), settings) == whole
+
+
 def test_of_two_runs_at_once_one_searches_and_the_other_waits_for_it(searches, monkeypatch):
     """Each has a file descriptor of its own, so that the lock holds between threads as between processes."""
     begun, go_on = threading.Event(), threading.Event()
@@ -83,7 +130,7 @@ def test_of_two_runs_at_once_one_searches_and_the_other_waits_for_it(searches, m
 
 @pytest.mark.parametrize("obstacle", ["a file", "a pipe", "damaged"])
 def test_a_cache_that_cannot_be_used_costs_time_and_nothing_else(obstacle, searches, tmp_path):
-    cache = tmp_path / "cache/policyskip/fronts"
+    cache = tmp_path / "cache/policyskip/static-fronts-2"
     static_front(small_setup(), SETTINGS)
     (file,) = cache.glob("*.json")
     if obstacle == "a file":
@@ -112,5 +159,6 @@ def test_the_best_set_is_sought_over_all_classes():
         )
 
     setup = SimpleNamespace(env=env, reward=None, data=SimpleNamespace(validation=images))
-    front = StaticFront([(False,) * 6, (True,) * 6], [0.2, 1.0], [1.0, 2.0], 10, True, "", "")
+    correct_FN = torch.arange(10) < torch.tensor([[2], [10]])
+    front = StaticFront([(False,) * 6, (True,) * 6], ["spread"] * 2, correct_FN, [1.0, 2.0], 10, True, 1, 2, "", "")
     assert report.best_set(setup, front, count=200) == (True,) * 6
