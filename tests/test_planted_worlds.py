@@ -1,7 +1,7 @@
 """The verdict cannot be fooled: worlds in which it is known whether deciding per image pays, drawn anew many times.
 
 What is drawn are the worlds themselves, their validation images, and their test images (``worlds.py``). The slow tests
-measure the rates that docs/verdict.md states: ``pytest -m slow -n 0 -s tests/test_planted_worlds.py``.
+measure the rates that docs/agents/static.md states: ``pytest -m slow -n 0 -s tests/test_planted_worlds.py``.
 """
 
 from __future__ import annotations
