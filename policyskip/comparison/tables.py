@@ -93,6 +93,12 @@ class Row:
         """Return the MACs of each image as a share of the full network's, float64 (N,), mean over seeds."""
         return self._mean_N([(d.macs_N / d.full_macs).numpy() for d in self.decisions])
 
+    @cached_property
+    def group_N(self) -> NDArray[np.int64] | None:
+        """Return which images belong together, int64 (N,); None if each is its own group, or no run knows it."""
+        known = [d.group_N for d in self.decisions if d.group_N is not None]
+        return known[0].numpy() if known else None
+
     @staticmethod
     def _mean_N(columns: list[NDArray[np.float64]]) -> NDArray[np.float64]:
         return np.asarray(np.mean(columns, axis=0), dtype=np.float64)
@@ -186,7 +192,7 @@ def table(rows: list[Row], group: str) -> Cells:
             ("static_margin", row.values("static_margin")),
         ):
             line[name], line[f"{name}_t95"] = mean_and_half_interval(values) if values else (None, None)
-        low, high = bootstrap(row.correct_N - row.full_correct_N) if row.decided else (None, None)
+        low, high = bootstrap(row.correct_N - row.full_correct_N, group_N=row.group_N) if row.decided else (None, None)
         line |= {"change_images_low": low, "change_images_high": high}
         line |= _kept_or_exit(row)
         line |= {"decisions": row.mean("unique_decisions"), "latency_ms": _latency(row)}
@@ -240,7 +246,8 @@ def differences(rows: list[Row], group: str) -> Cells:
     for i, row in enumerate(decided):
         for other in decided[i + 1 :]:
             difference_N = row.correct_N - other.correct_N
-            low, high = bootstrap(difference_N)
+            group_N = row.group_N if row.group_N is not None else other.group_N  # an earlier version wrote no groups
+            low, high = bootstrap(difference_N, group_N=group_N)
             line = {"group": group, "row": row.label, "less": other.label, "accuracy": float(difference_N.mean())}
             macs = (row.mean("macs_mean") or 0.0) - (other.mean("macs_mean") or 0.0)
             cells.append(line | {"images_low": low, "images_high": high, "macs": macs})

@@ -11,7 +11,6 @@ from policyskip.data.base import (
     Order,
     batch_at,
     check_images,
-    hold_out,
     sequential,
     spread_indices,
 )
@@ -20,6 +19,7 @@ from policyskip.data.cluttered import digits
 from policyskip.data.datasets import from_dataset
 from policyskip.data.files import FileImages, read_image
 from policyskip.data.folders import imagefolder
+from policyskip.data.groups import groups_of, hold_out
 from policyskip.data.tensors import Augment, TensorImages, crop_and_flip
 from policyskip.data.torchvision_sets import torchvision_data
 
@@ -38,6 +38,7 @@ __all__ = [
     "digits",
     "from_arrays",
     "from_dataset",
+    "groups_of",
     "hold_out",
     "imagefolder",
     "load_data",

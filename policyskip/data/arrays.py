@@ -13,7 +13,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from policyskip.data.base import Data, check_types, described, hold_out
+from policyskip.data.base import Data, check_types, described
+from policyskip.data.groups import divided, named_groups
 from policyskip.data.tensors import FROM_FLOATS, TensorImages, crop_and_flip, is_dense
 from policyskip.errors import UserError, check_choice, in_one_line
 from policyskip.parallel.devices import find_device, usual_defaults
@@ -37,6 +38,7 @@ def from_arrays(
     name: str = "arrays",
     channels: Channels | None = None,
     augment: bool = False,
+    groups: Any = None,
     device: torch.device | str = "cpu",
 ) -> Data:
     """Make a data set of images and labels in memory.
@@ -51,6 +53,9 @@ def from_arrays(
         name: what runs call the data set.
         channels: where the channels are, "first" or "last", if the shape does not tell.
         augment: whether training images are cropped at random, padded by 4 pixels, and mirrored.
+        groups: which images belong together, such as frames of one video: a name or number for each image, (N,), or a
+            dictionary of such by split where validation or test are images of their own. They stay in one split, and
+            intervals draw them together. None: every image is its own group.
         device: where the images are held.
 
     Raises:
@@ -69,12 +74,19 @@ def from_arrays(
         if tuple(pixels.shape[1:]) != shape:
             raise UserError(f"{split} images are {tuple(pixels.shape[1:])}, training images {shape}: scale them alike")
     names = class_names(classes, [label_N for _, label_N in sets.values()])
+    group_of = named_groups(groups, {split: len(label_N) for split, (_, label_N) in sets.items()})
     all_pixels, all_labels = sets["train"]
-    for split, index_N in divided(len(all_labels), shares).items():
+    all_groups = group_of.get("train")
+    for split, index_N in divided(len(all_labels), shares, all_groups).items():
         sets[split] = all_pixels[index_N], all_labels[index_N]
+        if all_groups is not None:
+            group_of[split] = all_groups[index_N]
     splits = {
         split: TensorImages(
-            pixels.to(where), label_N.to(where), augment=crop_and_flip if augment and split == "train" else None
+            pixels.to(where),
+            label_N.to(where),
+            augment=crop_and_flip if augment and split == "train" else None,
+            group_N=group_of.get(split),
         )
         for split, (pixels, label_N) in sets.items()
     }
@@ -98,23 +110,6 @@ def separate(validation: Any, test: Any) -> tuple[dict[str, Any], dict[str, floa
             raise UserError(f"{split} must be a share above 0 and below 1, or images of its own; got {found}")
         shares[split] = float(value)
     return given, shares
-
-
-def divided(count: int, shares: dict[str, float]) -> dict[str, Tensor]:
-    """Divide ``count`` images into training images and the shares that are held out, one after the other.
-
-    Returns: the indices of each split, int64, ascending, the same on every call.
-
-    Raises:
-        UserError: there are too few images.
-    """
-    if count <= len(shares):
-        raise UserError(f"{count} images are too few for training and {' and '.join(shares)}")
-    left_N, rows = torch.arange(count), {}
-    for split, share in shares.items():
-        held_out, kept = hold_out(len(left_N), share)
-        rows[split], left_N = left_N[held_out], left_N[kept]
-    return {**rows, "train": left_N}
 
 
 def class_names(classes: Sequence[str] | int | None, labels: Iterable[Tensor]) -> tuple[str, ...]:

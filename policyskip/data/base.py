@@ -26,9 +26,6 @@ from policyskip.parallel.devices import usual_defaults
 from policyskip.runs.schemas import LONGEST_NAME
 from policyskip.texts import a_type, one_line
 
-SPLIT_SEED = 0
-"""Decides which images are held out for validation. It is the same in every run, whatever the run's seed, because
-weights and thresholds were chosen on these images."""
 SMALLEST_SIDE = 4
 """The least height and width of images, in pixels: crops of smaller ones would show little but padding."""
 LARGEST_BATCH_BYTES = 2**32
@@ -63,10 +60,13 @@ class Images(Protocol):
 
     Attributes:
         difficulty: float32 (N,) on the CPU, from 0 (easy) to 1, or None where it is not known.
+        group_N: int64 (N,) on the CPU; images of one number belong together, such as photographs of one object, and
+            intervals draw them together. None: every image is its own group.
         label_N: int64 (N,).
     """
 
     difficulty: Tensor | None
+    group_N: Tensor | None
     label_N: Tensor
 
     def __len__(self) -> int: ...
@@ -314,20 +314,3 @@ class Feed:
         self.cursor += 1
         self.batch = next(self._stream, self.batch.empty())
         return self.batch
-
-
-def hold_out(count: int, fraction: float) -> tuple[Tensor, Tensor]:
-    """Divide ``count`` images into validation images, ``fraction`` of them and at least one, and training images.
-
-    Returns: the indices of the validation and of the training images, int64, ascending, the same on every call.
-
-    Raises:
-        UserError: ``fraction`` is not above 0 and below 1, or there are fewer than two images.
-    """
-    if not 0 < fraction < 1:
-        raise UserError(f"data.validation must be a share above 0 and below 1, got {fraction}")
-    if count < 2:
-        raise UserError(f"the training split needs at least 2 images, one of them for validation; it has {count}")
-    order = torch.randperm(count, generator=torch.Generator().manual_seed(SPLIT_SEED))
-    cut = min(max(1, round(count * fraction)), count - 1)
-    return order[:cut].sort().values, order[cut:].sort().values

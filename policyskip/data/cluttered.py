@@ -5,7 +5,8 @@ other digits, after the cluttered task of Mnih et al. (2014, "Recurrent models o
 [0, 1] is drawn for each image. Below ``PLAIN`` the digit stands alone, upright and centred. Above, it is smaller,
 turned and moved, among clutter and noise; all of these start at the level ``EASIEST_CLUTTER`` and grow with the
 difficulty. Digits are divided among the splits before anything is rendered, so that no digit of a test image, whether
-target or clutter, appears in training.
+target or clutter, appears in training. Images of one source digit are a group: they are alike, and 4,000 test images
+of 397 digits say less than 4,000 digits would.
 
 Shapes: N images, M source digits.
 """
@@ -52,9 +53,9 @@ def digits(device: torch.device, train: int = 20000, validation: int = 2000, tes
     for split, count in {"train": train, "validation": validation, "test": test}.items():
         if not 1 <= count <= MOST_IMAGES:
             raise UserError(f"data.{split} must be at least 1 image, and at most {MOST_IMAGES:,}, got {count}")
-        images, label_N, difficulty = render_digits(split, count, seed=0)
+        images, label_N, difficulty, source_N = _rendered(split, count, seed=0)
         recipe = f"digits {VERSION} {split} {count}"
-        splits[split] = TensorImages(images.to(device), label_N.to(device), difficulty, recipe=recipe)
+        splits[split] = TensorImages(images.to(device), label_N.to(device), difficulty, recipe=recipe, group_N=source_N)
     return Data("digits", **splits, classes=tuple("0123456789"), image_shape=(3, 20, 20))
 
 
@@ -64,11 +65,17 @@ def render_digits(split: str, count: int, seed: int) -> tuple[Tensor, Tensor, Te
     Returns: images uint8 (N, 3, 20, 20), labels int64 (N,), difficulty float32 (N,) in [0, 1].
     One split, count and seed give the same images on every call.
     """
+    return _rendered(split, count, seed)[:3]
+
+
+def _rendered(split: str, count: int, seed: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Render images as :func:`render_digits` does, and return behind its three the source digit of each target, int64
+    (N,), counted within the split."""
     digits, labels = _sources(split)
     generator = torch.Generator().manual_seed(seed * 3 + list(SOURCES).index(split))
     chunks = [_render(digits, labels, min(_CHUNK, count - i), generator) for i in range(0, count, _CHUNK)]
-    images, label, difficulty = (torch.cat(parts) for parts in zip(*chunks, strict=True))
-    return images, label, difficulty
+    images, label_N, difficulty, source_N = (torch.cat(parts) for parts in zip(*chunks, strict=True))
+    return images, label_N, difficulty, source_N
 
 
 def _sources(split: str) -> tuple[Tensor, Tensor]:
@@ -82,8 +89,8 @@ def _sources(split: str) -> tuple[Tensor, Tensor]:
     return digits[index_M], torch.from_numpy(bunch.target).long()[index_M]
 
 
-def _render(digits: Tensor, labels: Tensor, n: int, generator: torch.Generator) -> tuple[Tensor, Tensor, Tensor]:
-    """Render n images from digits float32 (M, 1, 8, 8) and labels (M,); returns as :func:`render_digits`."""
+def _render(digits: Tensor, labels: Tensor, n: int, generator: torch.Generator) -> tuple[Tensor, ...]:
+    """Render n images from digits float32 (M, 1, 8, 8) and labels (M,); returns as :func:`_rendered`."""
 
     def uniform(low: float, high: float) -> Tensor:
         return torch.rand(n, generator=generator) * (high - low) + low
@@ -109,7 +116,7 @@ def _render(digits: Tensor, labels: Tensor, n: int, generator: torch.Generator) 
         canvas = torch.maximum(canvas, drawn * (uniform(0.6, 0.95) * (pieces > slot)).view(-1, 1, 1, 1))
     noise = torch.randn(canvas.shape, generator=generator) * (0.03 + 0.08 * hard).view(-1, 1, 1, 1)
     images = ((canvas + noise).clamp(0, 1) * 255).round().to(torch.uint8).expand(-1, 3, -1, -1)
-    return images.contiguous(), labels[target], difficulty
+    return images.contiguous(), labels[target], difficulty, target
 
 
 def _place(digits: Tensor, size: Tensor, angle: Tensor, dx: Tensor, dy: Tensor) -> Tensor:

@@ -13,8 +13,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from policyskip.data.arrays import Channels, class_names, divided, from_arrays, separate
+from policyskip.data.arrays import Channels, class_names, from_arrays, separate
 from policyskip.data.base import IN_MEMORY_BYTES, Data, check_types, mix, spread_indices
+from policyskip.data.groups import divided, named_groups
 from policyskip.data.items import SAMPLE, Items
 from policyskip.data.reading import ReadImages, check_size
 from policyskip.data.tensors import crop_and_flip
@@ -36,6 +37,7 @@ def from_dataset(
     channels: Channels | None = None,
     augment: bool = False,
     workers: int = 0,
+    groups: Any = None,
     device: torch.device | str = "cpu",
 ) -> Data:
     """Make a data set of anything that has a length and gives an image and its label for a number from 0 on.
@@ -54,6 +56,7 @@ def from_dataset(
         channels: where the channels of arrays are, "first" or "last", if the shape does not tell.
         augment: whether training images are cropped at random, padded by 4 pixels, and mirrored.
         workers: processes that read images when the set is too large for memory; 0 reads in this one.
+        groups: which images belong together, as in :func:`policyskip.data.from_arrays`; such as a column of the set.
         device: where the images are used.
 
     Raises:
@@ -72,17 +75,19 @@ def from_dataset(
     if sum(map(len, sets.values())) * int(np.prod(shape)) <= IN_MEMORY_BYTES:
         pairs: dict[str, Any] = {**shares, **{split: items.in_memory() for split, items in sets.items()}}
         pixels, labels = pairs.pop("train")
-        return from_arrays(
-            pixels, labels, **pairs, classes=classes, name=name, channels="last", augment=augment, device=device
-        )
+        fixed: dict[str, Any] = dict(classes=classes, name=name, channels="last", augment=augment)
+        return from_arrays(pixels, labels, **pairs, **fixed, groups=groups, device=device)
     labels_of = {split: items.labels() for split, items in sets.items()}
     names = class_names(classes, labels_of.values())
-    rows = divided(len(sets["train"]), shares) | {split: torch.arange(len(sets[split])) for split in given}
+    group_of = named_groups(groups, {split: len(items) for split, items in sets.items()})
+    rows = divided(len(sets["train"]), shares, group_of.get("train"))
+    rows |= {split: torch.arange(len(sets[split])) for split in given}
 
     def chosen(split: str) -> DatasetImages:
         source = split if split in given else "train"
         label_N, augmented = labels_of[source][rows[split]], augment and split == "train"
-        return DatasetImages(sets[source], rows[split], label_N, where, augmented, workers)
+        group_N = group_of[source][rows[split]] if source in group_of else None
+        return DatasetImages(sets[source], rows[split], label_N, where, augmented, workers, group_N)
 
     splits = {split: chosen(split) for split in ("train", "validation", "test")}
     return Data(name, **splits, classes=names, image_shape=(3, shape[0], shape[1]))
@@ -96,12 +101,20 @@ class DatasetImages(ReadImages):
         row_N: int64 (N,), the numbers of the images in it.
         label_N: int64 (N,).
         augment: whether each image is cropped at random and mirrored.
+        group_N: int64 (N,), which images belong together; None: every image is its own group.
     """
 
     def __init__(
-        self, items: Items, row_N: Tensor, label_N: Tensor, device: torch.device, augment: bool, workers: int
+        self,
+        items: Items,
+        row_N: Tensor,
+        label_N: Tensor,
+        device: torch.device,
+        augment: bool,
+        workers: int,
+        group_N: Tensor | None = None,
     ) -> None:
-        super().__init__(label_N, device, workers)
+        super().__init__(label_N, device, workers, group_N)
         self.items, self.row_N, self.augment = items, row_N, augment
 
     def read(self, index: int, seed: int) -> np.ndarray:
@@ -118,7 +131,7 @@ class DatasetImages(ReadImages):
         return cropped[0].permute(1, 2, 0).contiguous().numpy()
 
     def plain(self) -> DatasetImages:
-        return DatasetImages(self.items, self.row_N, self.label_N, self.device, False, self.workers)
+        return DatasetImages(self.items, self.row_N, self.label_N, self.device, False, self.workers, self.group_N)
 
     def fingerprint(self) -> str:
         """Return a hash of the labels and of some of the images: all of them would take too long."""

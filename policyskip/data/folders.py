@@ -19,8 +19,9 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from policyskip.data.base import IN_MEMORY_BYTES, Data, hold_out
+from policyskip.data.base import IN_MEMORY_BYTES, Data
 from policyskip.data.files import IMAGE_SUFFIXES, FileImages, read_image
+from policyskip.data.groups import hold_out
 from policyskip.data.reading import check_size
 from policyskip.data.tensors import crop_and_flip, in_memory
 from policyskip.data.workers import check_workers

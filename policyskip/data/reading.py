@@ -27,14 +27,16 @@ class ReadImages(ABC):
 
     Args:
         label_N: int64 (N,).
+        group_N: int64 (N,), which images belong together; None: every image is its own group.
         workers: 0 reads the images in this process.
     """
 
-    def __init__(self, label_N: Tensor, device: torch.device, workers: int) -> None:
+    def __init__(self, label_N: Tensor, device: torch.device, workers: int, group_N: Tensor | None = None) -> None:
         self.label_N = label_N
         self.device = device
         self.workers = workers
         self.difficulty: Tensor | None = None
+        self.group_N = group_N
 
     @abstractmethod
     def read(self, index: int, seed: int) -> np.ndarray:

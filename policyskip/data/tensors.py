@@ -12,7 +12,8 @@ from typing import Any, TypeGuard
 import torch
 from torch import Tensor
 
-from policyskip.data.base import WHOLE, Batch, Data, described, hold_out
+from policyskip.data.base import WHOLE, Batch, Data, described
+from policyskip.data.groups import check_groups, hold_out
 from policyskip.errors import UserError
 
 Augment = Callable[[Tensor, torch.Generator], Tensor]
@@ -46,9 +47,10 @@ class TensorImages:
         recipe: a text that says from what the images were rendered. The fingerprint is computed from the recipe instead
             of the pixels, because the last bit of a pixel may differ between machines. If it is
             None, the fingerprint is computed from the pixels.
+        group_N: int64 (N,), which images belong together; None: every image is its own group.
 
     Raises:
-        UserError: images or labels are of another type or shape, or a label is negative.
+        UserError: images, labels or groups are of another type or shape, or a label is negative.
     """
 
     def __init__(
@@ -58,13 +60,15 @@ class TensorImages:
         difficulty: Tensor | None = None,
         augment: Augment | None = None,
         recipe: str | None = None,
+        group_N: Tensor | None = None,
     ) -> None:
-        _check(images, label_N, difficulty)
+        _check(images, label_N, difficulty, group_N)
         self.images = images
         self.label_N = label_N
         self.difficulty = difficulty
         self.augment = augment
         self.recipe = recipe
+        self.group_N = None if group_N is None else group_N.cpu()
 
     def __len__(self) -> int:
         return len(self.label_N)
@@ -78,7 +82,7 @@ class TensorImages:
             yield Batch(images[rows], self.label_N[on_device[rows]], index_B[rows])
 
     def plain(self) -> TensorImages:
-        return TensorImages(self.images, self.label_N, self.difficulty, recipe=self.recipe)
+        return TensorImages(self.images, self.label_N, self.difficulty, recipe=self.recipe, group_N=self.group_N)
 
     def fingerprint(self) -> str:
         content = self.recipe.encode() if self.recipe else self.images.cpu().contiguous().numpy().tobytes()
@@ -87,8 +91,9 @@ class TensorImages:
         return digest.hexdigest()[:16]
 
 
-def _check(images: Tensor, label_N: Tensor, difficulty: Tensor | None) -> None:
-    """Refuse (UserError) what is no set of images uint8 (N, 3, H, W), labels int64 (N,) and difficulties (N,)."""
+def _check(images: Tensor, label_N: Tensor, difficulty: Tensor | None, group_N: Tensor | None) -> None:
+    """Refuse (UserError) what is no set of images uint8 (N, 3, H, W), labels int64 (N,), difficulties (N,) and groups
+    int64 (N,)."""
     found = described(images)
     if is_dense(images) and images.is_floating_point():
         raise UserError(f"images must be uint8, 0 to 255, got {found}: {FROM_FLOATS}")
@@ -102,6 +107,8 @@ def _check(images: Tensor, label_N: Tensor, difficulty: Tensor | None) -> None:
         raise UserError(f"labels must not be negative, got {int(label_N.min())}")
     if difficulty is not None and (not is_dense(difficulty) or tuple(difficulty.shape) != (len(images),)):
         raise UserError(f"difficulty must be a tensor of float32 {shape}, or None, got {described(difficulty)}")
+    if group_N is not None:
+        check_groups(group_N, len(images))
 
 
 FROM_FLOATS = "for values from 0 to 1, give (255 * images).round() as uint8, and leave torchvision's ToTensor out"

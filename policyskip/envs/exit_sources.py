@@ -178,6 +178,7 @@ class CacheIndices:
     """A set of images that holds only indices: in its batches, ``images`` are indices of the cache, int64 (B,)."""
 
     difficulty: Tensor | None = None
+    group_N: Tensor | None = None
 
     def __init__(self, cache: CachedExits) -> None:
         self.label_N = cache.label_M

@@ -30,6 +30,8 @@ LARGEST_FILE = 2**31
 """Bytes of the largest file of decisions that is read: two million images of ImageNet need less."""
 TABLES = ("label_N", "prediction_N", "full_correct_N", "ran_NK", "macs_N", "static_F2")
 """The tensors in the file of a record."""
+OPTIONAL_TABLES = ("group_N",)
+"""Tensors that the file of a record has only where they are known."""
 METADATA = ("full_macs", "kind", "images", "network", "classes")
 """The other attributes in the file of a record, as JSON."""
 BLOCKS, EXITS = "blocks", "exits"
@@ -48,6 +50,7 @@ class Decisions:
         full_correct_N: bool (N,), whether the whole network (the last exit) is right; None if it did not run.
         reward_N: float32 (N,), or None where no reward was computed.
         difficulty_N: float32 (N,), the data set's own measure of difficulty; None if it has none.
+        group_N: int64 (N,), which images belong together; None if each is its own group.
         policy_macs: mean MACs of the policy for an image; ``macs_N`` contains them.
         sees_the_label: whether the policy is an oracle, which decides by the label.
         static_F2: float64 (F, 2), MACs and test accuracy of fixed choices: the static front, or every exit for all.
@@ -65,6 +68,7 @@ class Decisions:
     full_correct_N: Tensor | None = None
     reward_N: Tensor | None = None
     difficulty_N: Tensor | None = None
+    group_N: Tensor | None = None
     policy_macs: float = 0.0
     sees_the_label: bool = False
     static_F2: Tensor = field(default_factory=lambda: torch.empty(0, 2, dtype=torch.float64))
@@ -156,7 +160,8 @@ def save_decisions(decisions: Decisions, run: Run) -> dict[str, Any]:
 
     Returns: what ``summary.json`` says of the record: the package's version, the images and the network.
     """
-    tables = {name: getattr(decisions, name).contiguous() for name in TABLES}
+    optional = [name for name in OPTIONAL_TABLES if getattr(decisions, name) is not None]
+    tables = {name: getattr(decisions, name).contiguous() for name in (*TABLES, *optional)}
     metadata = {name: for_json(json.dumps(getattr(decisions, name), ensure_ascii=False)) for name in METADATA}
     write(run.folder / FILE, save(tables, metadata=metadata))
     return {"version": __version__, "test_images": decisions.images, "frozen_network": decisions.network or None}
@@ -177,7 +182,7 @@ def load_decisions(run: Run) -> Decisions | None:
         header = json.loads(content[8 : 8 + int.from_bytes(content[:8], "little")])
         metadata = {name: json.loads(text) for name, text in header["__metadata__"].items()}
         schemas.check("decisions", metadata)
-        if set(tables) != set(TABLES) or set(metadata) != set(METADATA):
+        if set(tables) - set(OPTIONAL_TABLES) != set(TABLES) or set(metadata) != set(METADATA):
             raise ValueError("its tables are not those of decisions")
         metadata["classes"] = tuple(metadata["classes"])
         decisions = Decisions(**tables, **metadata)
@@ -202,6 +207,8 @@ def _check(decisions: Decisions) -> None:
         "macs_N": (torch.float64, (N,)),
         "static_F2": (torch.float64, (len(decisions.static_F2), 2)),
     }
+    if decisions.group_N is not None:
+        columns["group_N"] = (torch.int64, (N,))
     for name, (dtype, shape) in columns.items():
         table = getattr(decisions, name)
         if table.dtype != dtype or tuple(table.shape) != shape:

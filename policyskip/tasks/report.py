@@ -12,6 +12,7 @@ from typing import Any
 import torch
 
 from policyskip.build import Setup
+from policyskip.data import groups_of
 from policyskip.deployment.policy_files import Family, PolicyFile
 from policyskip.errors import UserError, in_one_line, traceback_wanted
 from policyskip.evaluation.decisions import Decisions, collapse_warnings, examples, save_decisions
@@ -35,6 +36,7 @@ def completed(
         decisions,
         static_F2=torch.tensor(static, dtype=torch.float64).reshape(-1, 2),
         images=setup.data.test.fingerprint() if split == "test" else "",
+        group_N=groups_of(setup.data.split(split)),
         network=frozen_network,
         classes=setup.data.classes,
     )

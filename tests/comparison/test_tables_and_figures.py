@@ -48,6 +48,23 @@ def test_images_are_paired_by_place(tmp_path):
     assert found["accuracy"] == 0 and found["images_low"] <= -0.07 and found["images_high"] >= 0.07
 
 
+@pytest.mark.parametrize("knows", ["ab", "a", "b"])
+def test_intervals_draw_groups_of_images(knows, tmp_path):
+    """In ten groups of ten, b is right on one group more. A draw of the ten groups leaves it out once in three times,
+    and has it twice in four; a draw of 100 images has 5 to 16 of its ten. One run may know what an older one does not.
+    """
+    keep, full, group_N = [[1, 0]] * 100, [True] * 80 + [False] * 20, torch.arange(100) // 10
+    for name, right in (("a", 80), ("b", 90)):
+        made_up = made_up_decisions(keep, [0] * right + [1] * (100 - right), full=full)
+        made_up_run(tmp_path / name, dataclasses.replace(made_up, group_N=group_N if name in knows else None), name)
+    rows = rows_in(tmp_path)
+    (found,) = differences(rows, "g")
+    assert found["images_low"] == pytest.approx(-0.3) and found["images_high"] == 0
+    cells = {cell["row"]: cell for cell in table(rows, "g")}
+    low, high = cells["b"]["change_images_low"], cells["b"]["change_images_high"]
+    assert (low, high) == pytest.approx((0, 0.3)) if "b" in knows else (0 < low < high < 0.2)
+
+
 def test_a_difference_is_written_both_ways_round(hundred):
     text = figures.differences(hundred, differences(hundred, "g"))["data"][0]["text"]
     assert text[0][1].startswith("-1.00 points (95 % over images: -3.00 to +0.00)")
