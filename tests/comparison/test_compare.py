@@ -109,7 +109,7 @@ def two_agents(folder: Path) -> Path:
 
 def test_rows_differ_by_what_their_images_say(tmp_path):
     rows = rows_of(collect([str(two_agents(tmp_path))]).results)
-    a, b = table(rows, "g")
+    a, b = table(rows, answers_of(rows), "g")
     assert (a["row"], a["runs"], a["accuracy"], b["accuracy"]) == ("a", 2, 0.875, 0.25)
     assert a["accuracy_t95"] == pytest.approx(12.7062 * 0.125, rel=1e-4)  # t(0.975, 1) · sd/√2, sd = 0.125·√2
     assert b["accuracy_t95"] is None and a["kept"] == pytest.approx(5 / 4)
@@ -123,7 +123,7 @@ def test_rows_differ_by_what_their_images_say(tmp_path):
     assert curve is not None and curve.step_T == [10, 20, 30]
     assert curve.low_T[0] == pytest.approx(60) and curve.mean_T[0] == pytest.approx(60.5)
     assert static_front(rows) == [(0.0, 0.1, "net"), (2.0, 0.9, "net")]
-    header, (line, *_) = display_table(table(rows, "g"))
+    header, (line, *_) = display_table(table(rows, answers_of(rows), "g"))
     assert line[header.index("accuracy, %")] == "87.50 ± 158.83" and "latency, ms" not in header
 
 

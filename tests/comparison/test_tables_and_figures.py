@@ -33,7 +33,7 @@ def hundred(tmp_path) -> list[Row]:
 
 
 def test_intervals_pair_images(hundred):
-    a, _ = table(hundred, "g")
+    a, _ = table(hundred, answers_of(hundred), "g")
     assert (a["change_images_low"], a["change_images_high"]) == (0, 0)
     (found,) = differences(hundred, "g")
     assert found["accuracy"] == pytest.approx(-0.01)
@@ -118,7 +118,7 @@ def test_a_row_is_the_mean_of_its_seeds(tmp_path):
     ):
         made_up_run(tmp_path / f"{name}{seed}", made_up_decisions([keep] * 4, prediction, full=full), name, seed)
     rows = rows_in(tmp_path)
-    a, b = table(rows, "g")
+    a, b = table(rows, answers_of(rows), "g")
     expected = {"accuracy": 0.75, "full_accuracy": 0.75, "change": 0.0, "macs": 1.5, "macs_share": 0.75, "kept": 1.5}
     assert {key: a[key] for key in expected} == expected and a["seconds"] == 10.5 and b["change"] == 0.25
     assert a["accuracy_t95"] == pytest.approx(12.7062 * 0.25, rel=1e-5) and b["accuracy_t95"] is None
