@@ -60,7 +60,7 @@ class FixedLine:
 
 
 def network_of(row: Row) -> tuple[str, ...]:
-    """Return a key of a row's network: its name and the hash of its weights, or its name and the row that trained it."""
+    """Return a key of a row's network: its name and its weights' hash, or its name and the row that trained it."""
     name, hashes = network_name(row.results[0]), {frozen_hash(result) for result in row.results} - {""}
     return (name, min(hashes)) if hashes else (name, "", row.label)
 

@@ -16,6 +16,8 @@ NAMED = 5
 """How many rows a sentence names at most."""
 FEW_IMAGES = 500
 """Test images below which one image more or less is seen in an accuracy."""
+SAID = {PAYS: "pays", DOES_NOT_PAY: "does not pay", NOT_SHOWN: "is not shown to pay, or not to,"}
+"""The answers in sentences, in the order in which rows are counted."""
 JUDGE_ANEW = "train anew, or let policyskip evaluate judge each run"
 """What can be done about runs without a verdict."""
 ABOUT_MARGINS = (
@@ -37,18 +39,20 @@ def in_order(answers: Sequence[Answer]) -> list[Answer]:
 
 def counted(answers: Sequence[Answer]) -> str:
     """Say for how many rows deciding per image pays, and for how many not; an empty text if no row learned."""
-    pays, loses, not_shown = (
-        [answer for answer in answers if answer.verdict == verdict] for verdict in (PAYS, DOES_NOT_PAY, NOT_SHOWN)
-    )
-    beaten = sum(answer.other is not None for answer in pays)
-    remark = f" ({beaten} of them beaten by a fixed choice over another network)" if beaten else ""
-    shown = [f"pays for {len(pays)}{remark}"] if pays else []
-    shown += [f"does not pay for {len(loses)}"] if loses else []
-    shown += [f"is not shown to pay, or not to, for {len(not_shown)}"] if not_shown else []
-    if not shown:
+    if not answers:
         return ""
-    rows = f"{len(answers)} rows that learned" if len(answers) > 1 else "the one row that learned"
-    return f"Of {rows}, deciding per image {_joined(shown)}, against the strongest fixed choice of equal cost."
+    if len(answers) == 1:
+        return f"Deciding per image {SAID[answers[0].verdict]} for {answers[0].row.label}, the one row that learned."
+    beaten = sum(answer.verdict == PAYS and answer.other is not None for answer in answers)
+    remark = f" ({beaten} of them beaten by a fixed choice over another network)" if beaten else ""
+    counts = {verdict: sum(answer.verdict == verdict for answer in answers) for verdict in SAID}
+    parts = [
+        f"{said} for {counts[verdict]}{remark if verdict == PAYS else ''}"
+        for verdict, said in SAID.items()
+        if counts[verdict]
+    ]
+    rows = f"{len(answers)} rows that learned"
+    return f"Of {rows}, deciding per image {_joined(parts)}, against the strongest fixed choice of equal cost."
 
 
 def answer_lines(answers: Sequence[Answer]) -> list[str]:
@@ -99,7 +103,7 @@ def other_text(answer: Answer) -> str:
 
 def _at_cost(accuracy: float, macs: float) -> str:
     """Write an accuracy and what it costs."""
-    return f"{100 * accuracy:.2f} % at {macs / 1e6:.3g} M MACs"
+    return f"{100 * accuracy:.2f} % at {macs / 1e6:.2f} M MACs"
 
 
 def sentences(rows: Sequence[Row], differing: Cells) -> list[str]:
