@@ -80,8 +80,17 @@ def judged(
         for n, (family, (m, a, b)) in enumerate(compared.items())
     ]
     verdict = "pays" if low > 0 and finished and near else "does not pay" if high < 0 else "not shown"
-    figures: dict[str, Any] = {"verdict": verdict, "verdict_because": "as the test says", "rivals": lines}
-    figures |= {"rival": rival, "rival_accuracy": 0.8 - margin, "rival_macs": 1.0, "rival_finished": finished}
+    figures: dict[str, Any] = {
+        "verdict": verdict,
+        "verdict_because": "as the test says" if near else "no choice is near",
+    }
+    figures |= {
+        "rivals": lines,
+        "rival": rival,
+        "rival_accuracy": 0.8 - margin,
+        "rival_macs": 1.0,
+        "rival_finished": finished,
+    }
     figures |= {"rival_margin": margin, "rival_low": low, "rival_high": high, "static_margin": None}
     return {f"test/{key}": value for key, value in figures.items()}
 

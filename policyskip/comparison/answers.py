@@ -7,7 +7,7 @@ so it needs two seeds at least, and two intervals have to agree: over seeds, and
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,8 +22,8 @@ PAYS, NOT_SHOWN, DOES_NOT_PAY = "pays", "not shown", "does not pay"
 """The three answers."""
 OLDER = "judged by an older version"
 """The reason for the answer of a row whose runs have no verdict."""
-NO_RIVAL_NEAR = "no rival near this cost"
-"""The reason for the answer of a row that has no fixed choice of about its cost to be compared with."""
+UNFINISHED = "the search for fixed choices is unfinished"
+"""The reason for the answer of a row whose rival may be weak, because its search was cut off."""
 CLEARLY_LESS = 0.9
 """What costs less than this share of a row's MACs costs clearly less."""
 KEYS = {"name": "rival", "margin": "rival_margin", "low": "rival_low", "high": "rival_high"}
@@ -143,8 +143,7 @@ def _judged(row: Row) -> tuple[str, str, Margin | None]:
         if margin.below:
             return DOES_NOT_PAY, "", margin
     reasons = ["one seed"] if len(row.results) == 1 else []
-    reasons += _in_runs(row, "the search for fixed choices is unfinished", _is_unfinished)
-    reasons += _in_runs(row, NO_RIVAL_NEAR, _has_no_rival_near)
+    reasons += _doubts(row)
     undecided = next((margin for margin in margins if not margin.above), None)
     if undecided is not None and (over := undecided.open_intervals):
         against = "" if undecided is named else f" against {undecided.rival}"
@@ -178,31 +177,28 @@ def _against_families(row: Row) -> list[Margin]:
     return [margin for margin in margins if margin is not None]
 
 
-def _in_runs(row: Row, reason: str, holds: Callable[[Result], bool]) -> list[str]:
-    """Return a reason that holds for runs of a row, with how many if it is not all; an empty list if it is none."""
-    count = sum(holds(result) for result in row.results)
-    if not count:
-        return []
-    return [reason if count == len(row.results) else f"{reason} in {count} of {len(row.results)} runs"]
+def _doubts(row: Row) -> list[str]:
+    """Return what runs of a row say against their own rivals: that a search was cut off, or that no rival is near.
+
+    A reason that does not hold for all runs says for how many it does.
+    """
+    count = Counter(doubt for result in row.results if (doubt := _doubt(result)))
+    runs = len(row.results)
+    return [doubt if holds == runs else f"{doubt} in {holds} of {runs} runs" for doubt, holds in count.items()]
+
+
+def _doubt(result: Result) -> str:
+    """Return why a run is not called one that pays, although it may beat its rival; "" if there is no such reason."""
+    if result.figure("rival_finished") is not True:
+        return UNFINISHED
+    if result.figure("rival_low") > 0 and result.figure("verdict") == NOT_SHOWN:
+        return one_line(result.figure("verdict_because") or "a run is not said to pay")
+    return ""
 
 
 def _has_no_interval(result: Result) -> bool:
     """Return whether a run has no rival, or no interval, as of a single test image."""
     return None in _named(result).values()
-
-
-def _is_unfinished(result: Result) -> bool:
-    """Return whether a run's search for fixed choices ended before its plan was carried out."""
-    return result.figure("rival_finished") is False
-
-
-def _has_no_rival_near(result: Result) -> bool:
-    """Return whether no fixed choice costs about as much as a run's policy.
-
-    A policy that beats its rival, found in a finished search, is called "not shown" for no other reason.
-    """
-    beats_rival = result.figure("rival_low") > 0 and not _is_unfinished(result)
-    return bool(beats_rival and result.figure("verdict") == NOT_SHOWN)
 
 
 def _other_network(row: Row, margin: Margin, lines: Sequence[FixedLine]) -> OtherNetwork | None:

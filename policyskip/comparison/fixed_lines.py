@@ -101,7 +101,7 @@ def about_lines(lines: Sequence[FixedLine]) -> str:
     older = [line for line in lines if not line.on_validation]
     text = "A line of squares joins the fixed choices over one network as they turn out on these test images. "
     if len(older) < len(lines):
-        text += "They were chosen on validation images. "
+        text += "They were chosen on validation images, or are all exits. "
     if older:
         of = " of older runs" if len(older) < len(lines) else ""
         text += f"Those{of} are the best on the test images themselves, which nobody can know before. "

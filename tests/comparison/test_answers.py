@@ -71,7 +71,11 @@ CASES: dict[str, tuple[list[dict[str, Any]], str]] = {
     ),
     "no rival near": (
         [judged(*figures, near=n != 2) for n, figures in enumerate(GOOD)],
-        "no rival near this cost in 1 of 3 runs",
+        "no choice is near in 1 of 3 runs",
+    ),
+    "an end of the search that is not known": (
+        [judged(*figures) | {"test/rival_finished": None} for figures in GOOD],
+        "the search for fixed choices is unfinished",
     ),
     "one bad seed": ([judged(*figures) for figures in ONE_BAD], "the intervals over seeds and over images include 0"),
     "seeds": (
