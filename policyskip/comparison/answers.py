@@ -115,7 +115,7 @@ class Answer:
 
 
 def answers_of(rows: Sequence[Row]) -> list[Answer]:
-    """Answer for each row of a group that learned something, and does not see the label, in the order of the rows."""
+    """Find the answer for each row of a group that learned something and does not see the label, in their order."""
     lines = fixed_lines(rows)
     answers = []
     for row in rows:
