@@ -194,7 +194,8 @@ def markdown(sections: list[Section], collected: Collected) -> str:
         parts.append(f"### {title}\n\nRuns on {reason}.\n")
         lines = verdict.answer_lines(section.answers)
         if lines:
-            parts.append(f"{for_markdown(verdict.counted(section.answers), LONGEST_LINE)} {verdict.ABOUT_MARGINS}\n")
+            counted, about = verdict.counted(section.answers), verdict.about_margins(section.answers)
+            parts.append(f"{for_markdown(counted, LONGEST_LINE)} {about}".rstrip() + "\n")
             parts.append("".join(f"- {for_markdown(line, LONGEST_LINE)}\n" for line in lines))
         parts.append(for_markdown(" ".join(section.sentences), LONGEST_LINE) + "\n")
         parts.append(formats.as_markdown(*formats.display_table(section.cells)))
@@ -209,8 +210,8 @@ def _said(section: Section) -> list[str]:
     if len(lines) > MOST_ANSWERS:
         more = len(lines) - MOST_ANSWERS + 1
         lines = [*lines[: MOST_ANSWERS - 1], f"and {more} more rows, in comparison.md and index.html"]
-    first = [verdict.counted(section.answers), *(f"  {line}" for line in lines), verdict.ABOUT_MARGINS] if lines else []
-    return [*first, *section.sentences]
+    first, about = verdict.counted(section.answers), verdict.about_margins(section.answers)
+    return [text for text in (first, *(f"  {line}" for line in lines), about, *section.sentences) if text]
 
 
 def show(comparison: Comparison) -> None:

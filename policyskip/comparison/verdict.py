@@ -27,6 +27,11 @@ ABOUT_MARGINS = (
 """What the numbers of the lines of answers are."""
 
 
+def about_margins(answers: Sequence[Answer]) -> str:
+    """Return the sentence about margins if there is one to explain; else an empty text."""
+    return ABOUT_MARGINS if any(answer.margin for answer in answers) else ""
+
+
 def in_order(answers: Sequence[Answer]) -> list[Answer]:
     """Sort answers: what pays comes first, what pays against its own network alone second; rows without margin last."""
 

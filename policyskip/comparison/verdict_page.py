@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from policyskip.comparison.answers import DOES_NOT_PAY, NOT_SHOWN, OLDER, PAYS, Answer, Margin
 from policyskip.comparison.formats import margin_text
-from policyskip.comparison.verdict import ABOUT_MARGINS, JUDGE_ANEW, counted, in_order, other_text, rival_text
+from policyskip.comparison.verdict import JUDGE_ANEW, about_margins, counted, in_order, other_text, rival_text
 from policyskip.texts import LONGEST_LINE, for_html
 
 COLUMNS = (
@@ -39,7 +39,7 @@ def verdict_html(answers: Sequence[Answer]) -> str:
     return (
         f'<p class="verdict">{for_html(counted(answers), LONGEST_LINE)}</p>'
         f'<div class="scroll"><table class="verdicts"><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>'
-        f'<p class="note">{ABOUT_MARGINS}{older}</p>'
+        f'<p class="note">{about_margins(answers)}{older}</p>'
     )
 
 

@@ -22,7 +22,6 @@ from policyskip.comparison.groups import groups_of
 from policyskip.comparison.rows import rows_of
 from policyskip.comparison.series import band, styles, use
 from policyskip.comparison.tables import differences, disagreements, table
-from policyskip.comparison.verdict import ABOUT_MARGINS
 from policyskip.data import digits
 from policyskip.errors import UserError
 from policyskip.evaluation import decisions
@@ -201,7 +200,7 @@ def test_of_many_verdicts_the_first_are_printed(monkeypatch):
     _, *printed = _said(SimpleNamespace(answers=answers, sentences=["More."]))
     assert [line.strip() for line in printed] == [
         *("a0: not shown: one seed", "a1: not shown: one seed", "and 3 more rows, in comparison.md and index.html"),
-        *(ABOUT_MARGINS, "More."),
+        "More.",
     ]
     assert _said(SimpleNamespace(answers=[], sentences=["More."])) == ["More."]
 
