@@ -65,19 +65,21 @@ def judged(
     rival: str = "2 evenly spread blocks",
     finished: bool = True,
     near: bool = True,
+    family: str = "evenly spread blocks",
     families: dict[str, tuple[float, float, float]] | None = None,
 ) -> dict[str, Any]:
     """What a run's summary says of its policy against the strongest fixed choice.
 
     Args:
         margin, low, high: above the rival that is named, with the ends of its interval over images.
+        family: of that rival.
         families: the same for further families of rivals, by name.
     """
-    compared = {"evenly spread blocks": (margin, low, high)} | (families or {})
+    compared = {family: (margin, low, high)} | (families or {})
     lines = [
-        {"family": family, "name": rival if n == 0 else f"a choice of {family}", "accuracy": 0.8 - m, "macs": 1.0}
+        {"family": name, "name": rival if n == 0 else f"a choice of {name}", "accuracy": 0.8 - m, "macs": 1.0}
         | {"margin": m, "low": a, "high": b}
-        for n, (family, (m, a, b)) in enumerate(compared.items())
+        for n, (name, (m, a, b)) in enumerate(compared.items())
     ]
     verdict = "pays" if low > 0 and finished and near else "does not pay" if high < 0 else "not shown"
     figures: dict[str, Any] = {

@@ -129,29 +129,30 @@ def answers_of(rows: Sequence[Row]) -> list[Answer]:
 
 
 def _judged(row: Row) -> tuple[str, str, Margin | None]:
-    """Find a row's answer, the reasons where it is not shown, and the margin that decides."""
+    """Find a row's answer, the reasons where it is not shown, and the margin that decides.
+
+    A row has to be above every family of rivals, and one that is above it is enough for "does not pay".
+    """
     older = [result for result in row.results if result.figure("verdict") is None]
     if older:
         some = "" if len(older) == len(row.results) else f"{len(older)} of {len(row.results)} runs were "
         return NOT_SHOWN, some + OLDER, None
-    named = _margin(row, [_named(result) for result in row.results])
-    if named is None:
+    if any(map(_has_no_interval, row.results)):
         because = next(result.figure("verdict_because") for result in row.results if _has_no_interval(result))
         return NOT_SHOWN, one_line(because or "a run has no rival"), None
-    margins = [named, *_against_families(row)]
+    margins = _margins(row)
     for margin in margins:
         if margin.below:
             return DOES_NOT_PAY, "", margin
+    undecided = next((margin for margin in margins if not margin.above), None)
     reasons = ["one seed"] if len(row.results) == 1 else []
     reasons += _doubts(row)
-    undecided = next((margin for margin in margins if not margin.above), None)
     if undecided is not None and (over := undecided.open_intervals):
-        against = "" if undecided is named else f" against {undecided.rival}"
         plural = len(over) > 1
-        reasons.append(f"the interval{'s'[:plural]} over {' and over '.join(over)}{against} include{'s'[plural:]} 0")
+        reasons.append(f"the interval{'s'[:plural]} over {' and over '.join(over)} include{'s'[plural:]} 0")
     if undecided is not None and not reasons:
         reasons.append("the intervals over seeds and over images contradict each other")
-    return NOT_SHOWN if reasons else PAYS, "; ".join(reasons), named
+    return NOT_SHOWN if reasons else PAYS, "; ".join(reasons), undecided or margins[0]
 
 
 def _named(result: Result) -> dict[str, Any]:
@@ -159,22 +160,29 @@ def _named(result: Result) -> dict[str, Any]:
     return {name: result.figure(key) for name, key in KEYS.items()}
 
 
-def _margin(row: Row, rivals: Sequence[dict[str, Any]]) -> Margin | None:
-    """Return a row's margin above one rival of each of its runs; None if a run has none."""
-    if any(rival[key] is None for rival in rivals for key in KEYS):
-        return None
+def _margins(row: Row) -> list[Margin]:
+    """Return a row's margins above each family of rivals, the one with the lowest end over images first.
+
+    A family is compared with over all runs of the row. Where runs have families that others lack, the margins above the
+    rival that each run names count as well.
+    """
+    by_family: list[dict[str, dict[str, Any]]] = [
+        {str(rival["family"]): rival for rival in result.figure("rivals") or () if rival["low"] is not None}
+        for result in row.results
+    ]
+    common = [family for family in by_family[0] if all(family in known for known in by_family)]
+    margins = [_margin([known[family] for known in by_family]) for family in common]
+    if not common or any(len(known) > len(common) for known in by_family):
+        margins.append(_margin([_named(result) for result in row.results]))
+    return sorted(margins, key=lambda margin: margin.low)
+
+
+def _margin(rivals: Sequence[dict[str, Any]]) -> Margin:
+    """Return a row's margin above one rival of each of its runs."""
     ((name, count),) = Counter(str(rival["name"]) for rival in rivals).most_common(1)
     mean, half = mean_and_half_interval([float(rival["margin"]) for rival in rivals])
     low, high = (sum(float(rival[end]) for rival in rivals) / len(rivals) for end in ("low", "high"))
-    return Margin(one_line(name, LONGEST_NAME), count, len(row.results), mean, half, low, high)
-
-
-def _against_families(row: Row) -> list[Margin]:
-    """Return a row's margins above each family of rivals that all its runs were compared with."""
-    by_family = [{str(rival["family"]): rival for rival in result.figure("rivals") or ()} for result in row.results]
-    common = [family for family in by_family[0] if all(family in known for known in by_family)]
-    margins = [_margin(row, [known[family] for known in by_family]) for family in common]
-    return [margin for margin in margins if margin is not None]
+    return Margin(one_line(name, LONGEST_NAME), count, len(rivals), mean, half, low, high)
 
 
 def _doubts(row: Row) -> list[str]:

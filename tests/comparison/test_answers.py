@@ -20,6 +20,7 @@ from tests.made_up import judged, made_up_decisions, made_up_run
 
 GOOD = ((0.020, 0.012, 0.028), (0.018, 0.010, 0.026), (0.022, 0.014, 0.030))
 """Margins of three seeds with the ends of their intervals over images: ±0.5 points over seeds, 1.2 to 2.8 over images."""
+NAMED_SECOND = {"evenly spread blocks": (0.0201, 0.012, 0.028)}
 WORSE = tuple((-margin, -high, -low) for margin, low, high in GOOD)
 
 
@@ -93,7 +94,7 @@ CASES: dict[str, tuple[list[dict[str, Any]], str]] = {
     ),
     "a family that seeds differ about": (
         [judged(*f, families={"moves": (m, 0.012, 0.05)}) for f, m in zip(GOOD, (0.1, 0.01, 0.01), strict=True)],
-        "the interval over seeds against a choice of moves includes 0",
+        "the interval over seeds includes 0",
     ),
 }
 
@@ -115,15 +116,27 @@ def test_it_does_not_pay_where_both_intervals_lie_below_0_also_if_the_search_was
 
 
 def test_one_family_of_rivals_that_is_shown_to_be_better_is_enough_and_is_named(tmp_path):
-    seeds(tmp_path, *(judged(0.001, -0.03, 0.02, families={"moves": figures}) for figures in WORSE))
+    seeds(tmp_path, *(judged(0.001, -0.05, 0.02, families={"moves": figures}) for figures in WORSE))
     answer = answer_in(tmp_path)
     assert answer.verdict == DOES_NOT_PAY and answer.margin.rival == "a choice of moves"
 
 
-def test_a_family_that_some_seeds_lack_has_no_say(tmp_path):
-    families = ({"moves": WORSE[0]}, {"moves": WORSE[1]}, None)
-    seeds(tmp_path, *(judged(*figures, families=f) for figures, f in zip(GOOD, families, strict=True)))
-    assert answer_in(tmp_path).verdict == PAYS
+def test_a_row_is_compared_with_one_family_over_all_seeds_whichever_rival_each_seed_names(tmp_path):
+    """Seed 0 names a rival of one family, seed 1 of the other. The lower end over images is that of the moves."""
+    moves = {"moves": (0.030, 0.008, 0.04)}
+    seeds(tmp_path, judged(*GOOD[0], families=moves), judged(*moves["moves"], family="moves", families=NAMED_SECOND))
+    answer = answer_in(tmp_path)
+    assert answer.verdict == PAYS and answer.margin.mean == pytest.approx(0.030) and answer.margin.low == 0.008
+    assert answer.margin.rival_seeds == 1
+
+
+def test_a_family_that_some_seeds_lack_counts_by_the_rivals_that_runs_name(tmp_path):
+    """Two seeds are better than the family that all have; the third is worse than one that it alone has."""
+    lost = judged(-0.05, -0.06, -0.04, family="moves", families={"evenly spread blocks": GOOD[2]})
+    seeds(tmp_path, judged(*GOOD[0]), judged(*GOOD[1]), lost)
+    answer = answer_in(tmp_path)
+    assert (answer.verdict, answer.because) == (NOT_SHOWN, "the intervals over seeds and over images include 0")
+    assert answer.margin.mean == pytest.approx((0.02 + 0.018 - 0.05) / 3)
 
 
 def test_the_most_frequent_rival_is_named_with_how_many_seeds_have_it(tmp_path):
