@@ -57,6 +57,9 @@ def counted(answers: Sequence[Answer]) -> str:
         if counts[verdict]
     ]
     rows = f"{len(answers)} rows that learned"
+    if len(parts) == 1 and not beaten:
+        each = "any" if answers[0].verdict == NOT_SHOWN else "all"
+        return f"Deciding per image {SAID[answers[0].verdict]} for {each} of the {rows}."
     return f"Of {rows}, deciding per image {_joined(parts)}, against the strongest fixed choice of equal cost."
 
 

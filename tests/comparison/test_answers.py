@@ -106,6 +106,16 @@ def test_it_is_not_shown_for_each_of_these_reasons(figures, because, tmp_path):
     assert (answer.verdict, answer.because) == (NOT_SHOWN, because)
 
 
+def test_rows_of_one_answer_are_counted_as_all_or_as_none(tmp_path):
+    for row, (figures, said) in enumerate(
+        ((WIDE, "is not shown to pay, or not to, for any"), (WORSE, "does not pay for all"))
+    ):
+        folder = tmp_path / f"{row}"
+        for agent in ("a", "b"):
+            seeds(folder, *(judged(*f) for f in figures), agent=agent)
+        assert counted(answers_of(rows_in(folder))) == f"Deciding per image {said} of the 2 rows that learned."
+
+
 def test_it_does_not_pay_where_both_intervals_lie_below_0_also_if_the_search_was_cut_off(tmp_path):
     seeds(tmp_path, *(judged(*figures, finished=False) for figures in WORSE))
     answer = answer_in(tmp_path)
@@ -132,8 +142,8 @@ def test_a_row_is_compared_with_one_family_over_all_seeds_whichever_rival_each_s
 
 def test_a_family_that_some_seeds_lack_counts_by_the_rivals_that_runs_name(tmp_path):
     """Two seeds are better than the family that all have; the third is worse than one that it alone has."""
-    lost = judged(-0.05, -0.06, -0.04, family="moves", families={"evenly spread blocks": GOOD[2]})
-    seeds(tmp_path, judged(*GOOD[0]), judged(*GOOD[1]), lost)
+    beaten = judged(-0.05, -0.06, -0.04, family="moves", families={"evenly spread blocks": GOOD[2]})
+    seeds(tmp_path, judged(*GOOD[0]), judged(*GOOD[1]), beaten)
     answer = answer_in(tmp_path)
     assert (answer.verdict, answer.because) == (NOT_SHOWN, "the intervals over seeds and over images include 0")
     assert answer.margin.mean == pytest.approx((0.02 + 0.018 - 0.05) / 3)
