@@ -58,6 +58,45 @@ def drawn(seed: int, agent: str = "blockdrop", count: int = 60, blocks: int = 6,
     return made_up_decisions(*columns, **more)
 
 
+def judged(
+    margin: float,
+    low: float,
+    high: float,
+    rival: str = "2 evenly spread blocks",
+    finished: bool = True,
+    near: bool = True,
+    family: str = "evenly spread blocks",
+    families: dict[str, tuple[float, float, float]] | None = None,
+) -> dict[str, Any]:
+    """What a run's summary says of its policy against the strongest fixed choice.
+
+    Args:
+        margin, low, high: above the rival that is named, with the ends of its interval over images.
+        family: of that rival.
+        families: the same for further families of rivals, by name.
+    """
+    compared = {family: (margin, low, high)} | (families or {})
+    lines = [
+        {"family": name, "name": rival if n == 0 else f"a choice of {name}", "accuracy": 0.8 - m, "macs": 1.0}
+        | {"margin": m, "low": a, "high": b}
+        for n, (name, (m, a, b)) in enumerate(compared.items())
+    ]
+    verdict = "pays" if low > 0 and finished and near else "does not pay" if high < 0 else "not shown"
+    figures: dict[str, Any] = {
+        "verdict": verdict,
+        "verdict_because": "as the test says" if near else "no choice is near",
+    }
+    figures |= {
+        "rivals": lines,
+        "rival": rival,
+        "rival_accuracy": 0.8 - margin,
+        "rival_macs": 1.0,
+        "rival_finished": finished,
+    }
+    figures |= {"rival_margin": margin, "rival_low": low, "rival_high": high, "static_margin": None}
+    return {f"test/{key}": value for key, value in figures.items()}
+
+
 def made_up_run(
     folder: Path,
     decisions: Decisions,

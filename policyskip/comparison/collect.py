@@ -268,7 +268,7 @@ def _warnings_of_runs(results: list[Result]) -> list[str]:
     alike: dict[str, list[tuple[str, str]]] = defaultdict(list)
     for result in results:
         texts = list(result.summary.get("warnings") or [])
-        if result.figure("static_search_finished") is False:
+        if False in (result.figure("static_search_finished"), result.figure("rival_finished")):
             texts.append("the search for its fixed choices ran out of front.budget")
         for text in texts:
             alike[text.partition(":")[0]].append((result.name, text))

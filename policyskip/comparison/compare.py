@@ -17,13 +17,14 @@ from numpy.typing import NDArray
 from rich.table import Table
 
 from policyskip import __version__
-from policyskip.comparison import formats, plots, tables
+from policyskip.comparison import formats, plots, tables, verdict
+from policyskip.comparison.answers import answers_of
 from policyskip.comparison.collect import Collected, Result, collect
 from policyskip.comparison.folder import clear_leftovers, replaced
 from policyskip.comparison.groups import Group, groups_of
 from policyskip.comparison.page import EXPLAINED, Section, notes, page
+from policyskip.comparison.rows import rows_of
 from policyskip.comparison.series import styles
-from policyskip.comparison.verdict import verdict
 from policyskip.errors import UserError
 from policyskip.evaluation.decisions import Decisions
 from policyskip.evaluation.tables import console
@@ -39,6 +40,8 @@ POOL_SIZE = 240
 
 MOST_NOTES = 8
 """How many warnings, and folders that were left out, are printed at most."""
+MOST_ANSWERS = 24
+"""How many rows' verdicts are printed at most; the files have them all."""
 ImageLoader = Callable[[Result, Sequence[int]], dict[int, NDArray[np.uint8]]]
 """Returns test images of a run by their indices: uint8 (H, W, 3) each."""
 
@@ -119,7 +122,8 @@ def check_output(output: Path, overwrite: bool) -> None:
 
 def _section(group: Group, load_images: ImageLoader | None) -> Section:
     """Compute everything that the page and the files say of one group."""
-    rows = tables.rows_of(group.results)
+    rows = rows_of(group.results)
+    answers = answers_of(rows)
     differing = tables.differences(rows, group.title)
     disputed = tables.disagreements(rows)
     with_decisions = [r for r in group.results if r.decisions is not None]
@@ -136,7 +140,8 @@ def _section(group: Group, load_images: ImageLoader | None) -> Section:
     return Section(
         group=group,
         rows=rows,
-        cells=tables.table(rows, group.title),
+        answers=answers,
+        cells=tables.table(rows, answers, group.title),
         agreed=tables.agreement(rows, group.title),
         differing=differing,
         styles=styles(rows),
@@ -144,7 +149,7 @@ def _section(group: Group, load_images: ImageLoader | None) -> Section:
         pool=pool,
         images=images,
         no_images=one_line(reason),
-        verdict=verdict(rows, differing),
+        sentences=verdict.sentences(rows, differing),
     )
 
 
@@ -187,11 +192,26 @@ def markdown(sections: list[Section], collected: Collected) -> str:
     for section in sections:
         title, reason = for_markdown(section.group.title), for_markdown(section.group.reason, LONGEST_LINE)
         parts.append(f"### {title}\n\nRuns on {reason}.\n")
-        parts.append(for_markdown(" ".join(section.verdict), LONGEST_LINE) + "\n")
+        lines = verdict.answer_lines(section.answers)
+        if lines:
+            counted, about = verdict.counted(section.answers), verdict.about_margins(section.answers)
+            parts.append(f"{for_markdown(counted, LONGEST_LINE)} {about}".rstrip() + "\n")
+            parts.append("".join(f"- {for_markdown(line, LONGEST_LINE)}\n" for line in lines))
+        parts.append(for_markdown(" ".join(section.sentences), LONGEST_LINE) + "\n")
         parts.append(formats.as_markdown(*formats.display_table(section.cells)))
     parts.append(EXPLAINED + "\n")
     parts += ["".join(f"- {for_markdown(note, LONGEST_LINE)}\n" for note in notes(collected))]
     return "\n".join(parts)
+
+
+def _said(section: Section) -> list[str]:
+    """Return what is printed above the table of a group: the verdict of each row, then the other sentences."""
+    lines = verdict.answer_lines(section.answers)
+    if len(lines) > MOST_ANSWERS:
+        more = len(lines) - MOST_ANSWERS + 1
+        lines = [*lines[: MOST_ANSWERS - 1], f"and {more} more rows, in comparison.md and index.html"]
+    first, about = verdict.counted(section.answers), verdict.about_margins(section.answers)
+    return [text for text in (first, *(f"  {line}" for line in lines), about, *section.sentences) if text]
 
 
 def show(comparison: Comparison) -> None:
@@ -204,7 +224,7 @@ def show(comparison: Comparison) -> None:
             table.add_column(header[n], justify="right" if n else "left", overflow="fold", width=least)
         for line in lines:
             table.add_row(*line)
-        for sentence in section.verdict:
+        for sentence in _said(section):
             out.print(sentence)
         out.print(table)
         if left_out:

@@ -8,6 +8,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+from policyskip.comparison.fixed_lines import BEST_FIXED, FIXED, MANY_POINTS, about_lines, fixed_lines, static_front
+from policyskip.comparison.rows import Row
 from policyskip.comparison.series import (
     CURVES,
     FEW_STEPS,
@@ -18,9 +20,8 @@ from policyskip.comparison.series import (
     matrix,
     oracles,
     rows_using,
-    static_front,
 )
-from policyskip.comparison.tables import MEASURES, Cells, Row
+from policyskip.comparison.tables import MEASURES, Cells
 from policyskip.evaluation.plots import STATIC
 from policyskip.texts import for_plotly
 
@@ -37,13 +38,18 @@ FEW = 14
 def pareto_front(rows: Sequence[Row], cells: Cells, styles: dict[str, Style]) -> Figure:
     """Draw accuracy against MACs; a point's ``customdata`` is the run whose gallery it opens."""
     data: list[dict[str, Any]] = []
-    static = static_front(rows)
-    if static:
-        marker = {"symbol": "square", "size": 5}
-        data.append(_trace("best fixed choices on these images, mixed", static, STATIC, "lines+markers", marker))
+    lines = fixed_lines(rows)
+    for n, line in enumerate(lines):
+        points = [(*point, line.name) for point in line.points]
+        marker = {"symbol": "square", "size": 4 if len(points) <= MANY_POINTS else 1}
+        trace = _trace(FIXED, points, STATIC, "lines+markers", marker)
+        data.append(trace | {"legendgroup": "fixed choices", "showlegend": n == 0})
+    if len(lines) > 1:
+        best = _trace(BEST_FIXED, static_front(lines), STATIC, "lines", {})
+        data.append(best | {"line": {"color": STATIC, "width": 1, "dash": "dot"}})
     front = [(cells[n]["macs"], cells[n]["accuracy"], cells[n]["row"]) for n in front_of(cells)]
-    line = _trace("Pareto front of the agents", front, "#888888", "lines", {})
-    data.append(line | {"line": {"dash": "dash", "shape": "hv", "width": 1, "color": "#888888"}, "hoverinfo": "skip"})
+    steps = _trace("Pareto front of the agents", front, "#888888", "lines", {})
+    data.append(steps | {"line": {"dash": "dash", "shape": "hv", "width": 1, "color": "#888888"}, "hoverinfo": "skip"})
     for row, cell in zip(rows, cells, strict=True):
         style = styles[row.label]
         name = for_plotly(row.title)
@@ -72,8 +78,7 @@ def pareto_front(rows: Sequence[Row], cells: Cells, styles: dict[str, Style]) ->
     }
     note = (
         "Large points are means over seeds with 95 % intervals over seeds, small points are runs. Hover for the run; "
-        "click for example images; double-click to see all. To the left and above is better; above the line "
-        "of squares, deciding per image pays: no fixed choice over any of these networks reaches that, nor a mixture."
+        f"click for example images; double-click to see all. To the left and above is better. {about_lines(lines)}"
     )
     return {"title": "Accuracy against cost", "note": note, "data": data, "layout": layout}
 

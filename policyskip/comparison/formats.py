@@ -7,6 +7,7 @@ import io
 from collections.abc import Sequence
 from typing import Any
 
+from policyskip.comparison.answers import PAYS
 from policyskip.comparison.tables import Cells
 from policyskip.texts import for_csv, for_markdown
 
@@ -21,8 +22,9 @@ def as_csv(cells: Cells) -> str:
 
 
 DISPLAYED_COLUMNS = (
-    *("row", "seeds", "accuracy, %", "change to its full network", "95 % over images", "MACs, share", "MACs, M"),
-    *("kept", "against fixed choice", "decisions", "latency, ms", "training, s"),
+    *("row", "seeds", "verdict", "margin", "rival", "of the oracle's gain", "accuracy, %"),
+    *("change to its full network", "95 % over images", "MACs, share", "MACs, M", "kept"),
+    *("against fixed choice, older runs", "decisions", "latency, ms", "training, s"),
 )
 
 
@@ -35,13 +37,17 @@ def display_table(cells: Cells) -> tuple[list[str], list[list[str]]]:
         [
             f"{line['row']} (sees the label)" if line["sees_the_label"] else str(line["row"]),
             str(line["seeds"]).replace(" ", ", "),
+            _verdict(line),
+            _margin(line),
+            str(line["rival"] or "–"),
+            _or_dash(line["oracle_share"], "{:z.0%}").replace("%", " %"),
             _plus_minus(line, "accuracy", 100, "{:z.2f}"),
             _plus_minus(line, "change", 100, "{:+z.2f}"),
             _between(line["change_images_low"], line["change_images_high"]),
             _plus_minus(line, "macs_share", 1, "{:z.3f}"),
             _plus_minus(line, "macs", 1e-6, "{:z.2f}"),
             _kept(line),
-            _plus_minus(line, "static_margin", 100, "{:+z.2f}"),
+            _plus_minus(line, "static_margin", 100, "{:+z.2f}") if line["margin"] is None else "–",
             _or_dash(line["decisions"], "{:.0f}"),
             _or_dash(line["latency_ms"], "{:z.2f}"),
             _or_dash(line["seconds"], "{:.0f}"),
@@ -53,8 +59,8 @@ def display_table(cells: Cells) -> tuple[list[str], list[list[str]]]:
 
 
 LEAST_NEEDED_FIRST = (
-    *("training, s", "decisions", "latency, ms", "MACs, M", "95 % over images", "seeds", "kept"),
-    "change to its full network",
+    *("training, s", "decisions", "latency, ms", "MACs, M", "95 % over images", "rival", "seeds", "kept"),
+    *("change to its full network", "margin", "of the oracle's gain", "verdict"),
 )
 """The columns that are left out where there is no room, in this order."""
 
@@ -95,6 +101,24 @@ def _plus_minus(line: dict[str, Any], key: str, scale: float, form: str) -> str:
         return "–"
     text = form.format(scale * mean)
     return text if half is None else f"{text} ± {form.replace('+', '').format(scale * half)}"
+
+
+def _verdict(line: dict[str, Any]) -> str:
+    if line["verdict"] is None:
+        return "–"
+    return f"{line['verdict']}, own network" if line["verdict"] == PAYS and line["other_network"] else line["verdict"]
+
+
+def margin_text(mean: float, ends: tuple[float, float]) -> str:
+    """Write a margin in points, with the outer ends of its intervals."""
+    return f"{100 * mean:+z.2f} ({_between(*ends)})"
+
+
+def _margin(line: dict[str, Any]) -> str:
+    mean, half, low, high = (line[f"margin{end}"] for end in ("", "_t95", "_images_low", "_images_high"))
+    if mean is None:
+        return "–"
+    return margin_text(mean, (min(low, mean - (half or 0)), max(high, mean + (half or 0))))
 
 
 def _between(low: float | None, high: float | None) -> str:

@@ -33,15 +33,15 @@ def groups_of(results: list[Result]) -> list[Group]:
     for (data, images), members in sorted(by_images.items(), key=lambda item: -len(item[1])):
         on_images = f"test images {images}" if image_sets[data] > 1 else "the same test images"
         weights = {
-            name: Counter(_frozen_hash(r) for r in members if _network(r) == name and _frozen_hash(r))
-            for name in sorted({_network(r) for r in members})
+            name: Counter(frozen_hash(r) for r in members if network_name(r) == name and frozen_hash(r))
+            for name in sorted({network_name(r) for r in members})
         }
         usual = {name: count.most_common(1)[0][0] for name, count in weights.items() if count}
-        main = [r for r in members if not _frozen_hash(r) or _frozen_hash(r) == usual[_network(r)]]
+        main = [r for r in members if not frozen_hash(r) or frozen_hash(r) == usual[network_name(r)]]
         groups.append(Group(data, f"{data}, {on_images}", main))
         for name, count in weights.items():
             for hash_ in [h for h in count if h != usual[name]]:
-                other = [r for r in members if _network(r) == name and _frozen_hash(r) == hash_]
+                other = [r for r in members if network_name(r) == name and frozen_hash(r) == hash_]
                 reason = f"{data}, over {name} with other weights ({hash_[:8]}, not {usual[name][:8]})"
                 groups.append(Group(f"{data}, other {name}", reason, other))
     return groups
@@ -56,12 +56,12 @@ def _images(result: Result) -> str:
     return ", ".join(f"{key.removeprefix('data.')}={value}" for key, value in data.items() if key != "data._target_")
 
 
-def _frozen_hash(result: Result) -> str:
+def frozen_hash(result: Result) -> str:
     """Return the content hash of a run's network; "" if the run trained the network, or the hash is not known."""
     known = result.summary.get("frozen_network")
     return str(known or (result.decisions.network if result.decisions else "") or "")
 
 
-def _network(result: Result) -> str:
+def network_name(result: Result) -> str:
     """Return the name of a run's network."""
     return str(result.summary["backbone"])

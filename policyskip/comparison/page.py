@@ -14,19 +14,23 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from policyskip.comparison import figures
+from policyskip.comparison.answers import Answer
 from policyskip.comparison.collect import Collected
 from policyskip.comparison.figures import Figure
 from policyskip.comparison.formats import display_table
 from policyskip.comparison.groups import Group
+from policyskip.comparison.rows import Row
 from policyskip.comparison.series import Style, front_of, gallery
-from policyskip.comparison.tables import Cells, Row
+from policyskip.comparison.tables import Cells
+from policyskip.comparison.verdict_page import verdict_html
 from policyskip.texts import LONGEST_LINE, for_html
 
 EXPLAINED = (
-    "Means over seeds ± half the 95 % t interval over seeds; accuracy in percent, changes in points. The interval "
-    "over images is a paired bootstrap against each run's full network on the same test images. The fixed choice "
-    "is the best one of equal cost over the run's own network, and was chosen on validation images; the line of "
-    "squares in the picture joins those that are best on the test images themselves, which no one can know before."
+    "Means over seeds ± half the 95 % t interval over seeds; accuracy in percent, changes and margins in points. The "
+    "interval over images is a paired bootstrap against each run's full network on the same test images. The rival is "
+    "the strongest fixed choice of equal cost, chosen on validation images. The margin is the accuracy above it, with "
+    "the outer ends of the intervals over seeds and over images. The oracle sees the label: a policy cannot, and part "
+    "of the oracle's gain is luck."
 )
 """What stands below a main table."""
 SIDE = 48
@@ -40,17 +44,19 @@ class Section:
     Attributes:
         group: the runs.
         rows: the runs of each setting.
+        answers: whether deciding per image pays, for the rows that learned.
         cells, agreed, differing: the tables of figures, of agreement and of differences.
         styles: of the rows, by label.
         disputed: indices of the test images on which rows disagree most.
         pool: indices of the test images from which galleries choose.
         images: test images by index, uint8 (H, W, 3); ``disputed`` and ``pool``, or none.
         no_images: why there are none, or "".
-        verdict: what came out, in sentences.
+        sentences: what else came out.
     """
 
     group: Group
     rows: list[Row]
+    answers: list[Answer]
     cells: Cells
     agreed: Cells
     differing: Cells
@@ -59,7 +65,7 @@ class Section:
     pool: list[int]
     images: dict[int, NDArray[np.uint8]]
     no_images: str
-    verdict: list[str]
+    sentences: list[str]
 
 
 def page(sections: Sequence[Section], collected: Collected, command: str, version: str) -> str:
@@ -118,7 +124,8 @@ def _section(section: Section, name: str, drawings: Sequence[Figure], images: di
     """Write the HTML of one group; ``images`` are data URIs by index."""
     title, reason = for_html(section.group.title), for_html(section.group.reason, LONGEST_LINE)
     parts = [f"<h2>{title}</h2>", f'<p class="note">Runs on {reason}.</p>']
-    parts.append(f'<p class="verdict">{for_html(" ".join(section.verdict), LONGEST_LINE)}</p>')
+    parts.append(verdict_html(section.answers))
+    parts.append(f'<p class="said">{for_html(" ".join(section.sentences), LONGEST_LINE)}</p>')
     parts.append(_table(section.cells))
     parts.append(f'<p class="note">{EXPLAINED} In bold: the Pareto front. Click a heading to sort.</p>')
     for n, figure in enumerate(drawings):

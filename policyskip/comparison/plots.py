@@ -13,6 +13,8 @@ from typing import Any
 import numpy as np
 from matplotlib.lines import Line2D
 
+from policyskip.comparison.fixed_lines import BEST_FIXED, FIXED, MANY_POINTS, about_lines, fixed_lines, static_front
+from policyskip.comparison.rows import Row
 from policyskip.comparison.series import (
     CURVES,
     Style,
@@ -22,9 +24,8 @@ from policyskip.comparison.series import (
     matrix,
     oracles,
     rows_using,
-    static_front,
 )
-from policyskip.comparison.tables import MEASURES, Cells, Row
+from policyskip.comparison.tables import MEASURES, Cells
 from policyskip.evaluation.plots import (
     FULL,
     STATIC,
@@ -56,12 +57,14 @@ def pareto_front(rows: Sequence[Row], cells: Cells, styles: dict[str, Style], pa
     """Draw accuracy against MACs of every row and run, with intervals, the front, the fixed choices and the oracle."""
     figure = figure_of(9.6, 5.6)
     axes = figure.subplots()
-    static, front = static_front(rows), front_of(cells)
-    if static:
-        x, y = [macs / 1e6 for macs, _, _ in static], [100 * accuracy for _, accuracy, _ in static]
-        axes.plot(
-            x, y, "s-", color=STATIC, markersize=3, linewidth=1, label="best fixed choices on these images, mixed"
-        )
+    lines, front = fixed_lines(rows), front_of(cells)
+    for n, line in enumerate(lines):
+        points = [(macs / 1e6, 100 * accuracy) for macs, accuracy in line.points]
+        marker, label = "s" if len(points) <= MANY_POINTS else "", FIXED if n == 0 else None
+        axes.plot(*zip(*points, strict=True), color=STATIC, marker=marker, markersize=3, linewidth=1, label=label)
+    if len(lines) > 1:
+        best = [(macs / 1e6, 100 * accuracy) for macs, accuracy, _ in static_front(lines)]
+        axes.plot(*zip(*best, strict=True), ":", color=STATIC, linewidth=1, label=BEST_FIXED)
     axes.step(
         *([cells[n]["macs"] / 1e6 for n in front], [100 * cells[n]["accuracy"] for n in front]),
         *("--",),
@@ -70,14 +73,14 @@ def pareto_front(rows: Sequence[Row], cells: Cells, styles: dict[str, Style], pa
         linewidth=1,
         label="Pareto front of the agents",
     )
-    for row, line in zip(rows, cells, strict=True):
+    for row, cell in zip(rows, cells, strict=True):
         style = styles[row.label]
         runs = zip(row.values("macs_mean"), row.values("accuracy"), strict=True)
         if len(row.results) > 1:
             axes.plot(*zip(*((m / 1e6, 100 * a) for m, a in runs), strict=True), ".", color=style.colour, alpha=0.45)
-        half = {"xerr": line["macs_t95"], "yerr": line["accuracy_t95"]}
+        half = {"xerr": cell["macs_t95"], "yerr": cell["accuracy_t95"]}
         axes.errorbar(
-            *(line["macs"] / 1e6, 100 * line["accuracy"]),
+            *(cell["macs"] / 1e6, 100 * cell["accuracy"]),
             xerr=None if half["xerr"] is None else half["xerr"] / 1e6,
             yerr=None if half["yerr"] is None else 100 * half["yerr"],
             fmt="*" if row.oracle else style.marker,
@@ -97,8 +100,8 @@ def pareto_front(rows: Sequence[Row], cells: Cells, styles: dict[str, Style], pa
     axes.set_xlim(left=0)
     figure.legend(fontsize=8, loc="outside right upper")
     caption = (
-        "Each marker is the mean over seeds, small dots are the runs, bars the 95 % intervals over seeds. Above the "
-        "line of squares, deciding per image pays; to the left and above is better. What is far below is cut off."
+        "Each marker is the mean over seeds, small dots are the runs, bars the 95 % intervals over seeds. To the left "
+        f"and above is better; what is far below is cut off. {about_lines(lines)}"
     )
     return save(figure, caption, path)
 

@@ -14,8 +14,9 @@ from typing import Any
 import numpy as np
 
 from policyskip.comparison.collect import Result
-from policyskip.comparison.tables import Cells, Row
-from policyskip.fronts import concave_hull, pareto
+from policyskip.comparison.rows import Row
+from policyskip.comparison.tables import Cells
+from policyskip.fronts import pareto
 from policyskip.runs.schemas import is_number
 from policyskip.static_front import keep_text
 
@@ -57,25 +58,6 @@ def front_of(cells: Cells) -> list[int]:
     """Return the indices of the rows on the Pareto front over mean MACs and accuracy; oracles are left out."""
     honest = [n for n, line in enumerate(cells) if not line["sees_the_label"]]
     return [honest[n] for n in pareto([cells[n]["macs"] for n in honest], [cells[n]["accuracy"] for n in honest])]
-
-
-def static_front(rows: Sequence[Row]) -> list[tuple[float, float, str]]:
-    """Return the best fixed choices over any of the rows' networks: MACs, test accuracy, and the network's name.
-
-    Between neighbours lie the mixtures of two. Of several seeds the luckiest counts. Rows without decisions have only
-    the exits of their summaries, and none of their keep-sets.
-    """
-    points: set[tuple[float, float, str]] = set()
-    for row in rows:
-        for result in row.results:
-            name = str(result.summary["backbone"])
-            if result.decisions is not None:
-                points |= {(macs, accuracy, name) for macs, accuracy in result.decisions.static_F2.tolist()}
-            elif result.figure("exit_alone_macs"):
-                alone = zip(result.figure("exit_alone_macs"), result.figure("exit_alone_accuracy"), strict=True)
-                points |= {(macs, accuracy, name) for macs, accuracy in alone}
-    ordered = sorted(points)
-    return [ordered[n] for n in concave_hull([p[0] for p in ordered], [p[1] for p in ordered])]
 
 
 def lowest_shown(cells: Cells) -> float:

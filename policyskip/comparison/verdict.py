@@ -1,33 +1,126 @@
-"""What came out of a comparison, in sentences: who is most accurate, who is as good for less, does deciding pay.
+"""What came out of a comparison, in sentences: does deciding pay, who is most accurate, who is as good for less.
 
 Nothing is called better that its intervals do not show to be better.
 """
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Sequence
 
-from policyskip.comparison.tables import Cells, Row
-from policyskip.intervals import mean_and_half_interval
+from policyskip.comparison.answers import DOES_NOT_PAY, NOT_SHOWN, OLDER, PAYS, Answer, Margin
+from policyskip.comparison.rows import Row
+from policyskip.comparison.tables import Cells
 
 NAMED = 5
 """How many rows a sentence names at most."""
 FEW_IMAGES = 500
 """Test images below which one image more or less is seen in an accuracy."""
+SAID = {PAYS: "pays", DOES_NOT_PAY: "does not pay", NOT_SHOWN: "is not shown to pay, or not to,"}
+"""The answers in sentences, in the order in which rows are counted."""
+JUDGE_ANEW = "train anew, or let policyskip evaluate judge each run"
+"""What can be done about runs without a verdict."""
+ABOUT_MARGINS = (
+    "Margins are in points of accuracy over the strongest fixed choice of equal cost, with the outer ends of two 95 % "
+    "intervals: over seeds, and over images and the choice."
+)
+"""What the numbers of the lines of answers are."""
 
 
-def verdict(rows: Sequence[Row], differing: Cells) -> list[str]:
-    """Say in sentences what came out of a group.
+def about_margins(answers: Sequence[Answer]) -> str:
+    """Return the sentence about margins if there is one to explain; else an empty text."""
+    return ABOUT_MARGINS if any(answer.margin for answer in answers) else ""
+
+
+def in_order(answers: Sequence[Answer]) -> list[Answer]:
+    """Sort answers: what pays comes first, what pays against its own network alone second; rows without margin last."""
+
+    def order(answer: Answer) -> tuple[int, bool, float]:
+        rank = (PAYS, NOT_SHOWN, DOES_NOT_PAY).index(answer.verdict) if answer.margin else 3
+        return rank, answer.other is not None, -answer.margin.mean if answer.margin else 0.0
+
+    return sorted(answers, key=order)
+
+
+def counted(answers: Sequence[Answer]) -> str:
+    """Say for how many rows deciding per image pays, and for how many not; an empty text if no row learned."""
+    if not answers:
+        return ""
+    if len(answers) == 1:
+        return f"Deciding per image {SAID[answers[0].verdict]} for {answers[0].row.label}, the one row that learned."
+    beaten = sum(answer.verdict == PAYS and answer.other is not None for answer in answers)
+    remark = f" ({beaten} of them beaten by a fixed choice over another network)" if beaten else ""
+    counts = {verdict: sum(answer.verdict == verdict for answer in answers) for verdict in SAID}
+    parts = [
+        f"{said} for {counts[verdict]}{remark if verdict == PAYS else ''}"
+        for verdict, said in SAID.items()
+        if counts[verdict]
+    ]
+    rows = f"{len(answers)} rows that learned"
+    if len(parts) == 1 and not beaten:
+        each = "any" if answers[0].verdict == NOT_SHOWN else "all"
+        return f"Deciding per image {SAID[answers[0].verdict]} for {each} of the {rows}."
+    return f"Of {rows}, deciding per image {_joined(parts)}, against the strongest fixed choice of equal cost."
+
+
+def answer_lines(answers: Sequence[Answer]) -> list[str]:
+    """Write a line for each row that learned, those that pay first; rows of older runs share one line."""
+    lines = []
+    older: dict[str, list[Row]] = defaultdict(list)
+    for answer in in_order(answers):
+        if answer.margin is None and answer.because == OLDER:
+            older[answer.because].append(answer.row)
+        else:
+            lines.append(f"{answer.row.label}: {said_of(answer)}")
+    lines += [f"{_listed(rows)}: {NOT_SHOWN}: {because} ({JUDGE_ANEW})" for because, rows in older.items()]
+    return lines
+
+
+def said_of(answer: Answer) -> str:
+    """Say an answer with its margin, its reason, and what another network has for the same cost."""
+    text = answer.verdict
+    if answer.verdict == PAYS and answer.other:
+        text += " against the fixed choices of its own network"
+    if answer.margin:
+        low, high = (f"{100 * end:+z.2f}" for end in answer.margin.ends)
+        points = f"{100 * answer.margin.mean:+z.2f} points, {low} to {high}, {seeds_text(answer.margin)}"
+        text += f" ({points}, against {rival_text(answer.margin)})"
+    text += f": {answer.because}" if answer.because else ""
+    return f"{text}; {'but ' if answer.verdict == PAYS else ''}{other_text(answer)}" if answer.other else text
+
+
+def seeds_text(margin: Margin) -> str:
+    """Say how many seeds a margin is the mean of."""
+    return f"{margin.seeds} seed{'s'[: margin.seeds > 1]}"
+
+
+def rival_text(margin: Margin) -> str:
+    """Name the rival; where seeds have different ones, say how many have this one."""
+    return margin.rival if margin.rival_seeds == margin.seeds else f"{margin.rival} in {margin.rival_seeds} of them"
+
+
+def other_text(answer: Answer) -> str:
+    """Say that a fixed choice over another network is the better buy; an empty text if there is none."""
+    other = answer.other
+    if other is None:
+        return ""
+    better = "better" if other.more_accurate else "as accurate"
+    cost = "for less" if other.cheaper else "at this cost"
+    return f"a fixed choice over {other.name} is {better} {cost} ({_at_cost(other.accuracy, other.macs)})"
+
+
+def _at_cost(accuracy: float, macs: float) -> str:
+    """Write an accuracy and what it costs."""
+    return f"{100 * accuracy:.2f} % at {macs / 1e6:.2f} M MACs"
+
+
+def sentences(rows: Sequence[Row], differing: Cells) -> list[str]:
+    """Name the most accurate row of a group, and the cheapest of those that are not shown to be less accurate.
 
     Args:
         differing: the table of differences between its rows.
     """
-    honest = [row for row in rows if not row.oracle]
-    return [*_most_accurate(honest, differing), *_deciding(honest)]
-
-
-def _most_accurate(rows: Sequence[Row], differing: Cells) -> list[str]:
-    """Name the most accurate row, and the cheapest of those that are not shown to be less accurate."""
+    rows = [row for row in rows if not row.oracle]
     if not rows:
         return []
     best = max(rows, key=lambda row: (_accuracy(row), -_macs(row)))
@@ -36,7 +129,7 @@ def _most_accurate(rows: Sequence[Row], differing: Cells) -> list[str]:
     alike = [row for row in rows if _percent(row) == _percent(best)]
     best = min(alike, key=_macs)
     sentences = [_first(alike, best, everyone=len(alike) == len(rows))]
-    if (len(alike) > 1 or not _learned(best)) and best.decided and len(best.correct_N) < FEW_IMAGES:
+    if (len(alike) > 1 or not best.learned) and best.decided and len(best.correct_N) < FEW_IMAGES:
         count = len(best.correct_N)
         sentences.append(f"The test images are few: one of {count} is {100 / count:.2f} points.")
     cheaper = [row for row in rows if _macs(row) < _macs(best)]
@@ -56,7 +149,7 @@ def _most_accurate(rows: Sequence[Row], differing: Cells) -> list[str]:
 
 def _first(alike: Sequence[Row], best: Row, everyone: bool) -> str:
     """Name the most accurate rows, and the cheapest of them; ``everyone`` says that there are no others."""
-    remark = "" if _learned(best) else ", which learned nothing"
+    remark = "" if best.learned else ", which learned nothing"
     if len(alike) == 1:
         return f"Most accurate is {best.label}{remark}: {_figures(best)}."
     who = f"All {len(alike)} rows are equally accurate" if everyone else f"Most accurate are {_listed(alike)}, alike"
@@ -72,47 +165,6 @@ def _overlap(best: Row, other: Row, differing: Cells) -> bool:
     return any(
         cell["images_low"] <= 0 <= cell["images_high"] for cell in differing if {cell["row"], cell["less"]} == pair
     )
-
-
-def _deciding(rows: Sequence[Row]) -> list[str]:
-    """Say of which rows deciding per image is shown to be better, or worse, than the best fixed choice."""
-    learned = [row for row in rows if _learned(row)]
-    answers = [(row, answer) for row in learned if (answer := against_fixed(row))]
-    if not answers:
-        return []
-    known = "learned" if len(answers) == len(learned) else "learned and were compared with it"
-    texts = {"better": "better", "worse": "worse", "open": "not shown to be better or worse"}
-    found = {answer: [row for row, its in answers if its == answer] for answer in texts}
-    parts = [f"{texts[answer]} for {len(its)} ({_listed(its)})" for answer, its in found.items() if its]
-    if len(answers) == 1:
-        ((row, answer),) = answers
-        said = f"{texts[answer]} for {row.label}, the one row that {known.replace('were', 'was')}"
-    elif len(parts) > 1:
-        said = f"{', '.join(parts)} of {len(answers)} rows that {known}"
-    else:
-        answer = answers[0][1]
-        each = "any of the" if answer == "open" else "all"
-        said = f"{texts[answer]} for {each} {len(answers)} rows that {known}"
-    return [f"Against the best fixed choice of equal cost, deciding per image is {said}."]
-
-
-def _learned(row: Row) -> bool:
-    return row.results[0].summary.get("steps") != 0
-
-
-def against_fixed(row: Row) -> str | None:
-    """Compare a row with the best fixed choice of its cost: "better", "worse" or "open"; None if that is not known.
-
-    Both intervals have to confirm it: over seeds, if there are several, and over images, where the runs state it.
-    """
-    margins, halves = row.values("static_margin"), row.values("static_margin_ci95")
-    if not margins:
-        return None
-    mean, over_seeds = mean_and_half_interval(margins)
-    known = [half for half in (over_seeds, sum(halves) / len(halves) if halves else None) if half is not None]
-    if not known or abs(mean) <= max(known):
-        return "open"
-    return "better" if mean > 0 else "worse"
 
 
 def _accuracy(row: Row) -> float:
@@ -140,4 +192,9 @@ def _listed(rows: Sequence[Row]) -> str:
     labels = [row.label for row in rows]
     if len(labels) > NAMED:
         labels = [*labels[: NAMED - 1], f"{len(labels) - NAMED + 1} more"]
-    return " and ".join([", ".join(labels[:-1]), labels[-1]] if len(labels) > 1 else labels)
+    return _joined(labels)
+
+
+def _joined(texts: Sequence[str]) -> str:
+    """Join texts by commas and, before the last, by "and"."""
+    return " and ".join([", ".join(texts[:-1]), texts[-1]] if len(texts) > 1 else texts)

@@ -13,18 +13,23 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+from policyskip.comparison.answers import NOT_SHOWN, Answer, answers_of
 from policyskip.comparison.collect import collect
-from policyskip.comparison.compare import compare
+from policyskip.comparison.compare import _said, compare
+from policyskip.comparison.fixed_lines import fixed_lines, static_front
 from policyskip.comparison.formats import display_table
 from policyskip.comparison.groups import groups_of
-from policyskip.comparison.series import band, static_front, styles, use
-from policyskip.comparison.tables import differences, disagreements, rows_of, table
+from policyskip.comparison.rows import rows_of
+from policyskip.comparison.series import band, styles, use
+from policyskip.comparison.tables import differences, disagreements, table
 from policyskip.data import digits
 from policyskip.errors import UserError
 from policyskip.evaluation import decisions
 from policyskip.runs.folder import Run
 from tests.conftest import typed
-from tests.made_up import drawn, made_up_decisions, made_up_run
+from tests.made_up import drawn, judged, made_up_decisions, made_up_run
+
+JUDGED = judged(0.02, 0.01, 0.03)
 
 
 @pytest.fixture(scope="module")
@@ -33,7 +38,7 @@ def workshop(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("compared")
     images = digits(torch.device("cpu"), 1, 1, 60).test.fingerprint()
     for seed in range(3):
-        made_up_run(folder / f"runs/blockdrop-{seed}", drawn(seed, images=images), seed=seed)
+        made_up_run(folder / f"runs/blockdrop-{seed}", drawn(seed, images=images), seed=seed, summary=JUDGED)
         other = drawn(seed, "ppo", images=images)
         made_up_run(folder / f"runs/ppo-{seed}", other, "ppo", seed, learning_rate=0.01 if seed < 2 else 0.02)
     exits = drawn(0, "msdnet", kind="exits", network="", images=images)
@@ -109,7 +114,7 @@ def two_agents(folder: Path) -> Path:
 
 def test_rows_differ_by_what_their_images_say(tmp_path):
     rows = rows_of(collect([str(two_agents(tmp_path))]).results)
-    a, b = table(rows, "g")
+    a, b = table(rows, answers_of(rows), "g")
     assert (a["row"], a["runs"], a["accuracy"], b["accuracy"]) == ("a", 2, 0.875, 0.25)
     assert a["accuracy_t95"] == pytest.approx(12.7062 * 0.125, rel=1e-4)  # t(0.975, 1) · sd/√2, sd = 0.125·√2
     assert b["accuracy_t95"] is None and a["kept"] == pytest.approx(5 / 4)
@@ -122,8 +127,8 @@ def test_rows_differ_by_what_their_images_say(tmp_path):
     curve = band(rows[0], "val/accuracy")
     assert curve is not None and curve.step_T == [10, 20, 30]
     assert curve.low_T[0] == pytest.approx(60) and curve.mean_T[0] == pytest.approx(60.5)
-    assert static_front(rows) == [(0.0, 0.1, "net"), (2.0, 0.9, "net")]
-    header, (line, *_) = display_table(table(rows, "g"))
+    assert static_front(fixed_lines(rows)) == [(0.0, 0.1, "net"), (2.0, 0.9, "net")]
+    header, (line, *_) = display_table(table(rows, answers_of(rows), "g"))
     assert line[header.index("accuracy, %")] == "87.50 ± 158.83" and "latency, ms" not in header
 
 
@@ -169,6 +174,35 @@ def test_runs_without_decisions_are_compared_by_their_summaries(tmp_path):
     made = compare([str(tmp_path / "runs")], tmp_path / "out")
     assert len(made.sections) == 1 and not (tmp_path / "out/differences.csv").read_text().strip()
     assert (tmp_path / "out/index.html").is_file()
+
+
+def test_what_is_printed_and_the_markdown_lead_with_the_verdict_of_each_row(workshop):
+    first = "blockdrop: pays (+2.00 points, +1.00 to +3.00, 3 seeds, against 2 evenly spread blocks)"
+    last = "msdnet, ppo learning_rate=0.02 and ppo learning_rate=0.01: not shown: judged by an older version"
+    printed = (workshop / "stdout.txt").read_text()
+    assert printed.startswith(
+        "Of 4 rows that learned, deciding per image pays for 1 and is not shown to pay, or not to"
+    )
+    assert f"\n  {first}\n  {last}" in printed and printed.index("\nMargins are") < printed.index("Runs on digits")
+    text = (workshop / "out/comparison.md").read_text()
+    last = last.replace("_", "\\_")
+    places = [
+        text.index(part) for part in ("Of 4 rows that", f"- {first}\n- {last}", "Most accurate", "| row | seeds |")
+    ]
+    assert places == sorted(places)
+    (line,) = (line for line in lines(workshop / "out/runs.csv") if line["run"] == "blockdrop-1")
+    assert (line["verdict"], line["rival"], line["rival_low"]) == ("pays", "2 evenly spread blocks", "0.01")
+
+
+def test_of_many_verdicts_the_first_are_printed(monkeypatch):
+    monkeypatch.setattr("policyskip.comparison.compare.MOST_ANSWERS", 3)
+    answers = [Answer(SimpleNamespace(label=f"a{n}"), NOT_SHOWN, "one seed") for n in range(5)]
+    _, *printed = _said(SimpleNamespace(answers=answers, sentences=["More."]))
+    assert [line.strip() for line in printed] == [
+        *("a0: not shown: one seed", "a1: not shown: one seed", "and 3 more rows, in comparison.md and index.html"),
+        "More.",
+    ]
+    assert _said(SimpleNamespace(answers=[], sentences=["More."])) == ["More."]
 
 
 def test_what_is_refused(tmp_path, monkeypatch):
@@ -305,10 +339,12 @@ def test_warnings_that_many_runs_have_are_one(tmp_path):
 
 
 def test_warnings_of_runs_are_passed_on(tmp_path):
-    summary = {"warnings": ["the policy has collapsed"], "test/static_search_finished": False}
-    made_up_run(tmp_path / "a", made_up_decisions([[1, 0]]), "a", summary=summary)
+    for n, key in enumerate(("test/static_search_finished", "test/rival_finished")):
+        summary = {"warnings": ["the policy has collapsed"], key: False}
+        made_up_run(tmp_path / f"a{n}", made_up_decisions([[1, 0]]), "a", n, summary=summary)
     collapsed, unfinished = collect([str(tmp_path)]).warnings
-    assert collapsed == "a: the policy has collapsed" and unfinished.endswith("ran out of front.budget")
+    assert collapsed == "2 runs: the policy has collapsed (a0, a1)"
+    assert unfinished == "2 runs: the search for its fixed choices ran out of front.budget (a0, a1)"
 
 
 def test_images_that_the_runs_did_not_see_are_not_shown(tmp_path):

@@ -26,7 +26,7 @@ from policyskip.evaluation import block_plots, exit_plots
 from policyskip.evaluation.figures import class_figures
 from policyskip.evaluation.tables import show_classes
 from tests.evaluation.test_plots import METRICS, blocks, exits, images
-from tests.made_up import drawn, made_up_run
+from tests.made_up import drawn, judged, made_up_run
 
 HOSTILE = (
     "<script>alert(1)</script>%{x} &lt;b&gt;",
@@ -50,6 +50,8 @@ def runs_of(folder: Path, texts: tuple[str, ...]) -> Path:
         classes = tuple(f"{texts[c % len(texts)]}{c}" for c in range(10))
         decisions = dataclasses.replace(drawn(n, kind=kind, images="same"), classes=classes)
         summary = {"backbone": text, "data": texts[0], "version": text, "warnings": [text], "env": text}
+        summary |= judged(0.02, 0.01, 0.03, rival=text) | {"test/verdict_because": text}
+        summary |= {"test/rival_low": None} if n % 4 == 3 else {}  # the run's own reason is shown
         name = os.fsdecode(text.encode("utf-8", "surrogatepass").replace(b"/", b":"))[:100]
         made_up_run(
             folder / f"{name}{n % 3}", decisions, texts[n - n % 2], n, summary, penalty=text, other={text: text}

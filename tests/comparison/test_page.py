@@ -13,7 +13,7 @@ import torch
 from policyskip.comparison.compare import compare
 from policyskip.comparison.sources import ExampleImages
 from policyskip.data import digits
-from tests.made_up import drawn, made_up_run
+from tests.made_up import drawn, judged, made_up_run
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 
@@ -23,7 +23,8 @@ def page(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("page")
     images = digits(torch.device("cpu"), 1, 1, 60).test.fingerprint()
     for seed in range(2):
-        made_up_run(folder / f"runs/blockdrop-{seed}", drawn(seed, images=images), seed=seed)
+        summary = judged(0.02 + seed / 1000, 0.01, 0.1, rival="2 <b>blocks")
+        made_up_run(folder / f"runs/blockdrop-{seed}", drawn(seed, images=images), seed=seed, summary=summary)
     made_up_run(folder / "runs/evil", drawn(5, images=images), "</script><b>evil", summary={"backbone": "<i>net"})
     exits = drawn(0, "msdnet", kind="exits", network="", images=images)
     made_up_run(folder / "runs/msdnet-0", exits, "msdnet", summary={"backbone": "msdnet"})
@@ -51,6 +52,23 @@ def test_its_content_can_be_read(page):
     assert [part["title"] for part in parts] == ["least computed", "most computed", "wrong"]
     used = {item["image"] for g in group["galleries"].values() for part in g for item in part["items"]}
     assert {str(index) for index in used} <= set(json.loads(content)["images"]["g0"])
+
+
+def test_the_page_leads_with_the_verdicts_which_need_no_script(page):
+    """A row that pays is above two that older versions judged, coloured, and with a picture of its interval."""
+    html = page.read_text().partition("<script")[0]
+    places = [html.index(text) for text in ('<p class="verdict">', '<table class="verdicts">', '<p class="said">')]
+    assert places == sorted(places) and html.index("<table>") > places[-1]
+    table = html[places[1] : html.index("</table>", places[1])]
+    lines = re.findall(r"<tr><td>(.*?)</tr>", table)
+    assert lines[0].startswith("blockdrop</td>") and len(lines) == 3
+    assert 'class="answer pays">pays<' in lines[0] and "+2.05 (+1.00 to +10.00)" in lines[0]
+    assert "2 &lt;b&gt;blocks" in lines[0] and '<svg class="interval pays"' in lines[0]
+    assert all('class="answer open">not shown<' in line and "older version" in line for line in lines[1:])
+    assert 'cx="70.0"' not in lines[0] and all("<svg" not in line for line in lines[1:])
+    css = page.read_text().partition("<style>")[2].partition("</style>")[0]
+    for name in ("--good", "--bad", "--middling", "--faint"):
+        assert css.count(f"{name}: #") == 2  # one for light pages, one for dark ones
 
 
 @pytest.mark.skipif(CHROMIUM is None, reason="there is no chromium")

@@ -11,9 +11,12 @@ import pytest
 import torch
 
 from policyskip.comparison import figures, plots
+from policyskip.comparison.answers import answers_of
 from policyskip.comparison.collect import collect
-from policyskip.comparison.series import front_of, gallery, static_front, use
-from policyskip.comparison.tables import Row, agreement, differences, disagreement_table, disagreements, rows_of, table
+from policyskip.comparison.fixed_lines import fixed_lines, static_front
+from policyskip.comparison.rows import Row, rows_of
+from policyskip.comparison.series import front_of, gallery, use
+from policyskip.comparison.tables import agreement, differences, disagreement_table, disagreements, table
 from policyskip.fronts import pareto
 from tests.comparison.test_compare import two_agents
 from tests.made_up import made_up_decisions, made_up_run
@@ -33,7 +36,7 @@ def hundred(tmp_path) -> list[Row]:
 
 
 def test_intervals_pair_images(hundred):
-    a, _ = table(hundred, "g")
+    a, _ = table(hundred, answers_of(hundred), "g")
     assert (a["change_images_low"], a["change_images_high"]) == (0, 0)
     (found,) = differences(hundred, "g")
     assert found["accuracy"] == pytest.approx(-0.01)
@@ -103,7 +106,10 @@ def test_fronts_by_hand(tmp_path):
     assert front_of([oracle, agent]) == [1] and pareto([1.0, 1.0], [0.4, 0.5]) == [1]
     fixed_F2 = torch.tensor([[1.0, 0.5], [1.5, 0.6], [1.8, 0.4], [2.0, 0.9]], dtype=torch.float64)
     made_up_run(tmp_path / "a", dataclasses.replace(made_up_decisions([[1, 0]]), static_F2=fixed_F2), "a")
-    assert [point[:2] for point in static_front(rows_in(tmp_path))] == [(1.0, 0.5), (2.0, 0.9)]  # below a mixture: out
+    assert [point[:2] for point in static_front(fixed_lines(rows_in(tmp_path)))] == [
+        (1.0, 0.5),
+        (2.0, 0.9),
+    ]  # below a mixture: out
 
 
 def test_examples_and_exits_by_hand(tmp_path):
@@ -120,7 +126,7 @@ def test_latencies_of_two_machines_are_not_averaged(devices, expected, tmp_path)
     for seed, device in enumerate(devices):
         measured = {"latency_ms": 1.0 + seed, "latency_device": device, "latency_threads": 2, "latency_batch": 256}
         made_up_run(tmp_path / f"a{seed}", made_up_decisions([[1, 0]]), "a", seed, summary=measured)
-    (line,) = table(rows_in(tmp_path), "g")
+    (line,) = table(rows_in(tmp_path), [], "g")
     assert line["latency_ms"] == expected
 
 
@@ -135,7 +141,7 @@ def test_a_row_is_the_mean_of_its_seeds(tmp_path):
     ):
         made_up_run(tmp_path / f"{name}{seed}", made_up_decisions([keep] * 4, prediction, full=full), name, seed)
     rows = rows_in(tmp_path)
-    a, b = table(rows, "g")
+    a, b = table(rows, answers_of(rows), "g")
     expected = {"accuracy": 0.75, "full_accuracy": 0.75, "change": 0.0, "macs": 1.5, "macs_share": 0.75, "kept": 1.5}
     assert {key: a[key] for key in expected} == expected and a["seconds"] == 10.5 and b["change"] == 0.25
     assert a["accuracy_t95"] == pytest.approx(12.7062 * 0.25, rel=1e-5) and b["accuracy_t95"] is None
@@ -148,7 +154,7 @@ def test_the_mean_exit_by_hand(tmp_path):
     """Of four images, one leaves at exit 0, one at 1 and two at 2."""
     exits = made_up_decisions([[1, 0, 0], [1, 1, 0], [1, 1, 1], [1, 1, 1]], kind="exits")
     made_up_run(tmp_path / "a", exits, "a")
-    (line,) = table(rows_in(tmp_path), "g")
+    (line,) = table(rows_in(tmp_path), [], "g")
     assert (line["kept"], line["of"], line["choice"]) == (1.25, 3, "exits")
 
 
