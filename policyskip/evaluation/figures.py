@@ -93,7 +93,7 @@ def exit_figures(decisions: Decisions, cache: CachedExits, validation: CachedExi
     right_K = accuracy_by_exit(exit_N, correct_N, K).tolist()
     return {
         "accuracy": decisions.accuracy,
-        "full_accuracy": cache.correct_MN[:, -1].double().mean().item(),
+        "full_accuracy": cache.full_correct_M.double().mean().item(),
         "macs_mean": macs_mean,
         "macs_sd": decisions.macs_N.std(correction=0).item(),
         "full_macs": decisions.full_macs,

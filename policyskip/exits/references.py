@@ -2,7 +2,7 @@
 
 Fixed and random exits ignore the image. Oracles see the label, and show how much better a policy could become.
 
-Shapes: M images of a set, N exits, E early exits (N - 1), C classes, P points on a curve.
+Shapes: M images of a set, N exits, F fixed choices, E early exits (N - 1), C classes, P points on a curve.
 """
 
 from __future__ import annotations
@@ -29,17 +29,27 @@ def static_exits(cache: CachedExits) -> tuple[Tensor, Tensor]:
     return cache.correct_MN.double().mean(0), cache.costs.straight_N
 
 
+def fixed_choices(cache: CachedExits) -> tuple[Tensor, Tensor]:
+    """Return all that ignores the image: each exit as in :func:`static_exits`, and what else the network has.
+
+    Returns: whether each choice is right on each image, bool (M, F), and MACs, float64 (F,).
+    """
+    right_MF = torch.cat([cache.correct_MN, cache.fixed_correct_MF], dim=1)
+    return right_MF, torch.cat([cache.costs.straight_N, cache.costs.fixed_F])
+
+
 def static_pairs(cache: CachedExits) -> list[list[float]]:
-    """Return pairs of MACs and accuracy, one for each exit, as :func:`static_exits` computes them."""
-    accuracy_N, macs_N = static_exits(cache)
-    return [[macs, accuracy] for macs, accuracy in zip(macs_N.tolist(), accuracy_N.tolist(), strict=True)]
+    """Return pairs of MACs and accuracy, one for each of the :func:`fixed_choices`."""
+    right_MF, macs_F = fixed_choices(cache)
+    return [list(pair) for pair in zip(macs_F.tolist(), right_MF.double().mean(0).tolist(), strict=True)]
 
 
 def static_mix(cache: CachedExits, macs: float, validation: CachedExits) -> tuple[Tensor, float]:
-    """Find the fixed exits of a cost that are best on validation images: one exit, or two of them mixed at random.
+    """Find the fixed choice of a cost that is best on validation images: one exit, or two of them mixed at random.
 
-    Which exits, and with what probability each, is chosen on the validation images, as for every other choice. The
-    accuracy on the judged images is therefore an honest one: the mixture may turn out worse there than another.
+    What the network has beside its exits counts as an exit here. Which exits, and with what probability each, is chosen
+    on the validation images, as for every other choice. The accuracy on the judged images is therefore an honest one:
+    the mixture may turn out worse there than another.
 
     Args:
         cache: the images to judge the mixture on.
@@ -51,17 +61,17 @@ def static_mix(cache: CachedExits, macs: float, validation: CachedExits) -> tupl
     Raises:
         ValueError: no exit costs as little as ``macs``.
     """
-    accuracy_N, macs_N = (values_N.tolist() for values_N in static_exits(validation))
+    macs_F, accuracy_F = zip(*static_pairs(validation), strict=True)
     mixes = []
-    for i, j in itertools.product(range(validation.num_exits), repeat=2):
-        if macs_N[i] <= macs and (i == j or macs < macs_N[j]):
-            weight = 0.0 if i == j else (macs - macs_N[i]) / (macs_N[j] - macs_N[i])
-            mixes.append(((1 - weight) * accuracy_N[i] + weight * accuracy_N[j], i, j, weight))
+    for i, j in itertools.product(range(len(macs_F)), repeat=2):
+        if macs_F[i] <= macs and (i == j or macs < macs_F[j]):
+            weight = 0.0 if i == j else (macs - macs_F[i]) / (macs_F[j] - macs_F[i])
+            mixes.append(((1 - weight) * accuracy_F[i] + weight * accuracy_F[j], i, j, weight))
     if not mixes:
         raise ValueError(f"no exit costs as little as {macs:g} MACs")
     _, i, j, weight = max(mixes)
-    right_MN = cache.correct_MN.double()
-    return (1 - weight) * right_MN[:, i] + weight * right_MN[:, j], (1 - weight) * macs_N[i] + weight * macs_N[j]
+    right_MF = fixed_choices(cache)[0].double()
+    return (1 - weight) * right_MF[:, i] + weight * right_MF[:, j], (1 - weight) * macs_F[i] + weight * macs_F[j]
 
 
 def random_exits(cache: CachedExits, share_N: Tensor) -> tuple[float, float]:
