@@ -1,12 +1,13 @@
-"""An image runs through few of a network's blocks first, and through more of them only if the answer is not sure enough.
+"""An image runs through few of a network's blocks, and through more if the answer is not sure enough.
 
-There is nothing to train: every pass is the frozen network itself with some of its blocks, and ends in the network's own
-head. Which blocks a pass keeps, and how sure an answer must be, is searched on validation images.
+There is nothing to train: a pass is the frozen network itself with some of its blocks, and ends in the network's head.
+Which blocks a pass keeps, and how sure an answer must be, is searched on validation images.
 """
 
 from __future__ import annotations
 
 import time
+from collections.abc import Sequence
 from typing import Any
 
 from policyskip.agents.early_exit import ThresholdAgent
@@ -17,7 +18,7 @@ from policyskip.errors import UserError
 from policyskip.exits.calibration import check_search
 from policyskip.exits.pass_search import Answers, find_answers, search_passes
 from policyskip.exits.rules import rule_named
-from policyskip.static_front import keep_text
+from policyskip.static_front import Keep, keep_text
 
 
 class Passes(ThresholdAgent):
@@ -28,6 +29,7 @@ class Passes(ThresholdAgent):
         images: the validation images on which the keep-sets are searched.
         target: what the keep-sets are searched for; see :func:`~policyskip.exits.targets.choose_index`.
         seed: draws the images of the search, and those by which blocks are put in order.
+        good: keep-sets that are known to be good, to try as well.
         passes: how many there are, 2 or 3.
         candidates: keep-sets that are tried, about.
         limit: validation images that the search uses, at most.
@@ -47,6 +49,7 @@ class Passes(ThresholdAgent):
         images: Images,
         target: dict[str, Any],
         seed: int,
+        good: Sequence[Keep] = (),
         passes: int = 2,
         candidates: int = 200,
         limit: int = 2000,
@@ -69,7 +72,7 @@ class Passes(ThresholdAgent):
             raise UserError(f"{network.name} has {network.num_blocks} blocks, too few for {passes} different passes")
         self.rule, self.search = rule, search
         started = time.monotonic()
-        answers = find_answers(network.freeze(), images, candidates, limit, seed)
+        answers = find_answers(network.freeze(), images, candidates, limit, seed, good)
         _check_tolerance(network, answers)
         self.network = PassNetwork(network, search_passes(answers, passes, target))
         self.search_seconds = time.monotonic() - started
@@ -100,7 +103,7 @@ def _check_tolerance(network: Backbone, answers: Answers) -> None:
     best, full, chance = float(accuracy_S[:-1].max()), float(accuracy_S[-1]), 1 / network.num_classes
     if best - chance < (full - chance) / 2:
         raise UserError(
-            f"{network.name} does not tolerate skipping: the best of {len(answers.sets) - 1} sets of fewer blocks answers "
-            f"{100 * best:.1f} % of the validation images right, all {network.num_blocks} blocks {100 * full:.1f} %; "
-            "policyskip pretrain trains networks that do"
+            f"{network.name} does not tolerate skipping: the best of {len(accuracy_S) - 1} sets of fewer blocks "
+            f"answers {100 * best:.1f} % of the validation images right, all {network.num_blocks} blocks "
+            f"{100 * full:.1f} %; policyskip pretrain trains networks that do"
         )

@@ -30,8 +30,15 @@ def resnet_exits(backbone: dict[str, Any], **arguments: Any) -> ResNetExits:
 
 
 def passes(backbone: dict[str, Any], sets: list[list[int]]) -> PassNetwork:
-    """Build :class:`PassNetwork` from its ``architecture``, which holds that of the network below."""
-    return PassNetwork(BACKBONES[backbone.get("network")](**_arguments(backbone)), sets)
+    """Build :class:`PassNetwork` from its ``architecture``, which holds that of the network below.
+
+    Raises:
+        UserError: the network below has no blocks, or the keep-sets are not of its blocks.
+    """
+    network = build_again(backbone)
+    if not isinstance(network, Backbone):
+        raise UserError(f"passes run through a network with blocks, and {network.name} has none")
+    return PassNetwork(network, sets)
 
 
 BACKBONES: dict[str | None, Callable[..., Backbone]] = {

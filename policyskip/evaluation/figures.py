@@ -90,6 +90,11 @@ def exit_figures(decisions: Decisions, cache: CachedExits, validation: CachedExi
     random_accuracy, random_macs = random_exits(cache, share_K)
     oracle_accuracy, oracle_macs = cache.judge(oracle_exit(cache.correct_MN))
     label_accuracy, label_macs = cache.judge(label_oracle(cache, [LABEL_NATS] * (K - 1)))
+    fixed = {
+        "fixed_names": list(cache.fixed_names),
+        "fixed_accuracy": cache.fixed_correct_MF.double().mean(0).tolist(),
+        "fixed_macs": cache.costs.fixed_F.tolist(),
+    }
     right_K = accuracy_by_exit(exit_N, correct_N, K).tolist()
     return {
         "accuracy": decisions.accuracy,
@@ -106,6 +111,7 @@ def exit_figures(decisions: Decisions, cache: CachedExits, validation: CachedExi
         "exit_macs": cache.macs_N.tolist(),
         "exit_alone_accuracy": alone_accuracy_K.tolist(),
         "exit_alone_macs": alone_macs_K.tolist(),
+        **(fixed if cache.fixed_names else {}),
         "static_accuracy": static_M.mean().item(),
         "static_macs": static_macs,
         "static_margin": difference_N.mean().item(),

@@ -1,9 +1,8 @@
 """The keep-sets of a network's passes are searched here, on validation images, for the target that a run has.
 
-Candidates are products of what is kept in each stage: in each stage blocks are dropped one after the other, first those
-without which the network answers best. Such sets agree in their first stages, so that passes share much. Each candidate
-runs once on the images. What a choice of passes then costs and gets right follows from these answers alone: nothing else
-runs.
+Candidates are products of what is kept in each stage: in each stage blocks are dropped one after the other, the first
+being those without which the network answers best. Such sets agree in their first stages, so that passes share much.
+Each candidate runs once on the images. What a choice of passes costs and gets right follows from these answers alone.
 
 Shapes: M images, S candidates, N passes, C classes, K blocks, G numbers of images that go on, P points on a curve.
 """
@@ -137,10 +136,13 @@ def stage_patterns(runner: Runner, levels: int) -> list[list[Keep]]:
     return patterns
 
 
-def find_answers(backbone: Backbone, images: Images, candidates: int, limit: int, seed: int) -> Answers:
+def find_answers(
+    backbone: Backbone, images: Images, candidates: int, limit: int, seed: int, good: Sequence[Keep] = ()
+) -> Answers:
     """Make about ``candidates`` keep-sets, and run each of them on at most ``limit`` of the images.
 
     Args:
+        good: sets to try as well.
         seed: draws the images, and of these the ones by which blocks are put in order.
 
     Raises:
@@ -158,7 +160,7 @@ def find_answers(backbone: Backbone, images: Images, candidates: int, limit: int
     patterns = stage_patterns(Runner(backbone, screened), levels)
     whole = (True,) * backbone.num_blocks
     sets = [tuple(itertools.chain(*parts)) for parts in itertools.product(*patterns)]
-    sets = [*(keep for keep in sets if keep != whole), whole]
+    sets = [*(keep for keep in dict.fromkeys([*sets, *good]) if keep != whole), whole]
     answers_SMC = Runner(backbone, batches).log_probabilities(sets, "searching passes on validation images")
     channels = batches[0].images.shape[1]
     costs = count_costs(backbone, (channels, height, width))

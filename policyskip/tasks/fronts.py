@@ -83,6 +83,12 @@ def remembered_front(setup: Setup, settings: FrontSection, sets_in_use: Sequence
     return known_front(setup.backbone, images, _cache(), at_least, _search_key(settings, sets_in_use))
 
 
+def known_good_sets(setup: Setup) -> list[Keep]:
+    """Return the sets on the hull of a network's static front, if there is one from an earlier search; else none."""
+    front = known_front(setup.backbone, setup.data.validation, _cache())
+    return [] if front is None else [front.sets[index] for index in front.hull]
+
+
 def _search_key(settings: FrontSection, sets_in_use: Sequence[Keep]) -> str:
     """Return a text that is the same for two searches over one network and data exactly if they do the same."""
     chosen = (settings.images, settings.budget, settings.learner_steps, sorted(map(keep_text, sets_in_use)))

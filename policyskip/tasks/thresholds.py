@@ -16,7 +16,7 @@ from torch import Tensor
 
 from policyskip.agents.early_exit import EarlyExitAgent, ThresholdAgent
 from policyskip.agents.passes import Passes
-from policyskip.backbones import checkpoints
+from policyskip.backbones import Backbone, checkpoints
 from policyskip.backbones.checkpoints import RANDOM
 from policyskip.backbones.exits import ExitNetwork, costly_exits, count_exit_costs, in_millions
 from policyskip.backbones.resnet_exits import ResNetExits
@@ -44,6 +44,7 @@ from policyskip.registry import declared_class
 from policyskip.runs.folder import Run
 from policyskip.runs.tracking import Tracker
 from policyskip.tasks.base import FamilyTask, Judgement, check_batch, names_of
+from policyskip.tasks.fronts import known_good_sets
 from policyskip.tasks.report import completed, head_of, write_finished
 
 ACCURACY_DROP = 0.002
@@ -162,9 +163,10 @@ def _agent(setup: Setup, settings: Settings, target: dict[str, Any]) -> Threshol
     searches = declared_class(class_of(setup.config, "agent", setup.trusted)) is Passes
     if not searches and not isinstance(network, ExitNetwork):
         raise UserError(f"{network.name} has no exits; say backbone=resnet32_exits, or agent=blockdrop to skip blocks")
-    for_search: dict[str, Any] = (
-        dict(images=setup.data.validation.plain(), target=target, seed=settings.seed) if searches else {}
-    )
+    for_search: dict[str, Any] = {}
+    if searches:
+        good = known_good_sets(setup) if isinstance(network, Backbone) else []
+        for_search = dict(images=setup.data.validation.plain(), target=target, seed=settings.seed, good=good)
     agent = build("agent", node, setup.trusted, network=network, total_steps=settings.train.steps, **for_search)
     if not isinstance(agent, ThresholdAgent):
         raise UserError(wrong_kind("agent", node, agent, "policyskip.agents.early_exit.EarlyExitAgent"))
