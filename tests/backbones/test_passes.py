@@ -9,7 +9,7 @@ from policyskip.backbones import PassNetwork, count_costs, count_exit_costs, loa
 from policyskip.backbones.checkpoints import save
 from policyskip.backbones.folding import folded
 from policyskip.errors import UserError
-from tests.conftest import small_backbone, small_images
+from tests.conftest import small_backbone
 
 TOLERANCE = {"rtol": 1e-4, "atol": 1e-5}
 SHAPE = (3, 12, 12)
@@ -95,4 +95,4 @@ def test_a_pass_is_described_with_what_it_costs():
     assert [line.split(" (")[0] for line in lines] == [
         f"pass {n} keeps {m} of 6 blocks" for n, m in ((1, 2), (2, 4), (3, 4))
     ]
-    assert "shares 1 of them with an earlier pass" in lines[1] and len(small_images(1)) == 1
+    assert "shares 1 of them with an earlier pass" in lines[1]
