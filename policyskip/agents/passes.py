@@ -68,11 +68,11 @@ class Passes(ThresholdAgent):
             )
         rule_named(rule)
         check_search(rule, search, passes)
-        if 2**network.num_blocks <= passes:
-            raise UserError(f"{network.name} has {network.num_blocks} blocks, too few for {passes} different passes")
         self.rule, self.search = rule, search
         started = time.monotonic()
         answers = find_answers(network.freeze(), images, candidates, limit, seed, good)
+        if len(answers.sets) < passes:
+            raise UserError(f"{network.name} has {network.num_blocks} blocks, too few for {passes} different passes")
         _check_tolerance(network, answers)
         self.network = PassNetwork(network, search_passes(answers, passes, target))
         self.search_seconds = time.monotonic() - started

@@ -35,8 +35,8 @@ SCREENED = 250
 """Images by which the blocks of a stage are put in order; the answers' likelihood says more than how many are right."""
 NEAR = 0.03
 """How far a candidate may lie below the best fixed choice of its cost and still be tried as a pass, as accuracy."""
-TRIED = 100
-"""Candidates that are tried as passes, at most: all pairs of them."""
+FEWEST, TRIED = 4, 100
+"""Candidates that are tried as passes, at least and at most: all pairs of them."""
 EXTENDED = 10
 """Pairs, the best for the target, for which a third pass is searched."""
 SHARES = (0.02, 0.05, *(0.05 * step for step in range(2, 19)))
@@ -113,7 +113,8 @@ class Runner:
 
 
 def stage_patterns(runner: Runner, levels: int) -> list[list[Keep]]:
-    """Find, for each stage of the network, up to ``levels`` keep-sets of its blocks, from all of them to one.
+    """Find, for each stage of the network, up to ``levels`` keep-sets of its blocks, from all of them to one (to none
+    in a stage of one block).
 
     Blocks are dropped one after the other, about a sixth of those left at a time: those without which, all other stages
     being whole, the labels are likeliest.
@@ -122,7 +123,7 @@ def stage_patterns(runner: Runner, levels: int) -> list[list[Keep]]:
     patterns, first = [], 0
     for number, size in enumerate(stages, 1):
         keep, chain = [True] * sum(stages), [(True,) * size]
-        while (left := sum(keep[first : first + size])) > 1:
+        while (left := sum(keep[first : first + size])) > (size > 1):
             kept = [k for k in range(first, first + size) if keep[k]]
             trials = [tuple(kept_k and k != dropped for k, kept_k in enumerate(keep)) for dropped in kept]
             answers_SMC = runner.log_probabilities(trials, f"searching what to drop in stage {number} of {len(stages)}")
@@ -145,8 +146,6 @@ def find_answers(
         good: sets to try as well.
         seed: draws the images, and of these the ones by which blocks are put in order.
 
-    Raises:
-        UserError: the network has too few blocks, or answers nothing right without some of them.
     """
     generator = torch.Generator().manual_seed(seed)
     count = max(1, min(limit, len(images), NUMBERS // (candidates * backbone.num_classes)))
@@ -337,4 +336,4 @@ def near_the_front(answers: Answers) -> Tensor:
     best_S = torch.from_numpy(np.interp(macs_S.numpy(), macs_S[hull].numpy(), accuracy_S[hull].numpy()))
     below_S = (best_S - accuracy_S).index_fill(0, torch.tensor([len(accuracy_S) - 1]), 0.0)
     nearest = below_S.argsort(stable=True)[:TRIED]
-    return nearest[below_S[nearest] <= NEAR].sort().values
+    return nearest[(below_S[nearest] <= NEAR) | (torch.arange(len(nearest)) < FEWEST)].sort().values

@@ -115,6 +115,19 @@ def test_bad_settings_are_named(changed, message):
         Passes(**given)
 
 
+@pytest.mark.parametrize("passes", [2, 3])
+def test_a_network_of_three_blocks_has_passes_too(passes):
+    given = dict(network=small_backbone(8), images=IMAGES, target={"macs_fraction": 0.9}, seed=0, passes=passes)
+    assert Passes(**given).network.num_exits == passes
+
+
+def test_too_few_blocks_are_refused(monkeypatch):
+    whole = Answers([(True,)], torch.zeros(1, 1, 2), torch.zeros(1).long(), planted().costs, torch.zeros(1, 1).double())
+    monkeypatch.setattr("policyskip.agents.passes.find_answers", lambda *given: whole)
+    with pytest.raises(UserError, match="too few for 2 different passes"):
+        Passes(small_backbone(8), IMAGES, {"knee": True}, 0)
+
+
 def test_a_network_that_answers_nothing_without_a_block_is_refused(monkeypatch):
     world = planted()
     world.log_probability_SMC[:3] = world.log_probability_SMC[:3].flip(2)
