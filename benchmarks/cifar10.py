@@ -28,6 +28,7 @@ from typing import Any
 import side_by_side
 import torch
 from side_by_side import Job
+from verdicts import verdict_table, write_rows
 
 from policyskip.data import imagefolder
 
@@ -101,7 +102,9 @@ def rows_of(depth: int, checkpoint: str) -> list[Row]:
         train(f"blockdrop_{penalty}", "blockdrop", *skipping, f"reward.penalty={penalty}", steps=updates)
         for penalty in (1, 2, 4, 8, 16)
     ]
-    rows += [train("passes", "passes", *leaving), *calibrated("passes")]
+    rows += [
+        Row(f"passes_{budget}", ("agent=passes", *skipping, f"target.macs_fraction={budget}")) for budget in BUDGETS
+    ]
     rows += [train("cdl", "cdl", *leaving, five, steps=500), *calibrated("cdl")]
     fixed = ("full", "first", "distributed", "best_static", "oracle")
     rows += [train(name, name, *skipping, "reward.penalty=4", learns=False) for name in fixed]
@@ -195,52 +198,15 @@ def write_csv(path: Path, places: list[Place]) -> None:
     key = itemgetter("network", "row", "seed")
     lines = list({key(line): line for line in [*known, *(p.line() for p in places if p.finished)]}.values())
     if lines:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with path.open("w", newline="") as file:
-            writer = csv.DictWriter(file, fieldnames=list(lines[-1]))
-            writer.writeheader()
-            writer.writerows(lines)
+        write_rows(path, lines)
 
 
 def table(comparison: Path, places: list[Place]) -> str:
     """Write what ``policyskip compare`` found for every row in Markdown, in the order of the rows."""
-    labels = {line["run"]: line["row"] for line in csv.DictReader((comparison / "runs.csv").open())}
-    figures = {line["row"]: line for line in csv.DictReader((comparison / "comparison.csv").open())}
-    lines = [
-        "| network | agent | accuracy | MACs, its own in | strongest rival of equal cost | margin | pays? "
-        "| of the oracle's gain |",
-        "|---|---|---|---|---|---|---|---|",
-    ]
-    for network, row in dict.fromkeys((place.network, place.row) for place in places):
-        runs = [p.folder.name for p in places if (p.network, p.row) == (network, row)]
-        label = next((labels[run] for run in runs if run in labels), None)
-        if label is None:
-            continue
-        of = figures[label]
-        oracle = " (sees the label)" if of["sees_the_label"] == "True" else ""
-        margin = "–"
-        if of["margin"]:
-            ends = margin_ends(of)
-            margin = f"{100 * float(of['margin']):+.2f} ({100 * ends[0]:+.2f} to {100 * ends[1]:+.2f})"
-        verdict = of["verdict"] or "–"
-        if of["verdict"] == "not shown" and of["verdict_because"]:
-            verdict += f": {of['verdict_because']}"
-        share = f"{100 * float(of['oracle_share']):.0f} %" if of["oracle_share"] else "–"
-        cells = [network, row.name.replace("_", " ") + oracle, spread(of, "accuracy", 100), spread(of, "macs_share", 1)]
-        lines.append("| " + " | ".join([*cells, of["rival"] or "–", margin, verdict, share]) + " |")
-    return "\n".join(lines)
-
-
-def spread(line: dict[str, str], key: str, scale: float) -> str:
-    """Write a mean over seeds, with half its 95 % interval where there are several seeds."""
-    half = line[f"{key}_t95"]
-    return f"{scale * float(line[key]):.2f}" + (f" ± {scale * float(half):.2f}" if half else "")
-
-
-def margin_ends(line: dict[str, str]) -> tuple[float, float]:
-    """Return the outer ends of a margin's two intervals, over seeds and over images."""
-    mean, half = float(line["margin"]), float(line["margin_t95"] or 0)
-    return min(mean - half, float(line["margin_images_low"])), max(mean + half, float(line["margin_images_high"]))
+    runs: dict[tuple[str, str], list[str]] = {}
+    for place in places:
+        runs.setdefault((place.network, place.row.name.replace("_", " ")), []).append(place.folder.name)
+    return verdict_table(comparison, ("network", "agent"), runs.items())
 
 
 def parsed() -> argparse.Namespace:
@@ -289,7 +255,10 @@ def main() -> None:
         place.done()
         write_csv(path, everything)
 
-    jobs = [Job(place.folder.name, place.commands, place.after, bool(place.row.base), partial(done, place)) for place in wanted]
+    jobs = [
+        Job(place.folder.name, place.commands, place.after, bool(place.row.base), partial(done, place))
+        for place in wanted
+    ]
     failed = side_by_side.run_all(jobs, options.jobs, runs / "logs", options.seconds)
     write_csv(path, everything)
     finished = [place for place in everything if place.finished]
