@@ -19,7 +19,7 @@ import argparse
 import csv
 import json
 import shutil
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from operator import itemgetter
 from pathlib import Path
@@ -73,6 +73,7 @@ class Row:
         learns: whether seeds make a difference; a row that draws no random numbers has one run.
         base: the row whose trained network this row takes with other thresholds, for ``budget``; "" trains its own.
         budget: share of the MACs.
+        network: the name of the row's network where that is not the one that all rows share.
     """
 
     name: str
@@ -80,6 +81,7 @@ class Row:
     learns: bool = True
     base: str = ""
     budget: float = 0.0
+    network: str = ""
 
 
 def rows_of(depth: int, checkpoint: str) -> list[Row]:
@@ -122,9 +124,9 @@ def rows_of(depth: int, checkpoint: str) -> list[Row]:
         for agent, more in (("ppo", ()), ("dqn", ("agent.buffer_size=300000",) if deep else ()))
     ]
     rows += [train("a2c", "a2c", *skipping, "reward.penalty=4", steps=updates)]
-    if depth == 32:  # a network of its own, which needs no trained one: one row is enough for both
-        rows += [train("msdnet", "msdnet", "backbone=msdnet_cifar", "data.batch_size=128", steps=4200)]
-        rows += calibrated("msdnet")
+    if depth == 32:  # a network that it trains itself: one row is enough beside both of the others
+        own = [train("msdnet", "msdnet", "backbone=msdnet_cifar", "data.batch_size=128", steps=4200)]
+        rows += [replace(row, network="msdnet") for row in [*own, *calibrated("msdnet")]]
     return rows
 
 
@@ -238,7 +240,7 @@ def main() -> None:
     if missing:
         print(f"not there, so left out: {', '.join(missing)}", flush=True)
     everything = [
-        Place(row, f"resnet{depth}", seed, runs, moved, (*task.arguments, *options.more))
+        Place(row, row.network or f"resnet{depth}", seed, runs, moved, (*task.arguments, *options.more))
         for depth, path in networks.items()
         for row in rows_of(depth, str(path))
         for seed in (options.seeds if row.learns else options.seeds[:1])

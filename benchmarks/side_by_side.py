@@ -101,8 +101,9 @@ def run_all(jobs: list[Job], at_once: int, logs: Path, seconds: float | None = N
         if seconds is not None and time.monotonic() - begun > seconds:
             say(f"time is over: {len(running)} runs are stopped, {len(waiting)} were not begun")
             for _, process in running.values():
-                process.terminate()
-                process.join(5)
+                process.terminate()  # it saves what it has
+            for _, process in running.values():
+                process.join(20)
             return [*unfinished, *running, *(job.name for job in waiting)]
         time.sleep(0.05)
     return unfinished
