@@ -1,6 +1,6 @@
-.PHONY: help check format test slow kills fuzz results
+.PHONY: help check format test slow kills fuzz results results-cifar10
 help:    ## show this
-	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/ —/'
+	@grep -E '^[a-z0-9-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/ —/'
 check:   ## everything that must pass: format, lint, types, tests
 	ruff format --check . && ruff check . && mypy && pytest -q
 format:  ## put the code in shape
@@ -15,5 +15,7 @@ fuzz:    ## thousands of hostile files, odd arguments and odd objects (20 minute
 	pytest -m 'slow or not slow' -n 0 -s tests/test_fuzz.py
 results: ## docs/results.md: all agents on digits, five seeds, and their picture (two hours)
 	python benchmarks/agents.py
-	policyskip compare 'runs=[runs/benchmark-*]' output=runs/results overwrite=true tracking=none
 	cp runs/results/plots/pareto_front.png docs/images/comparing.png
+results-cifar10: ## docs/results.md: all agents on CIFAR-10, three seeds (hours on two cores; ARGS="--device cuda --jobs 14")
+	python benchmarks/cifar10.py $(ARGS)
+	cp runs/cifar10/comparison/plots/pareto_front.png docs/images/comparing_cifar10.png

@@ -16,11 +16,13 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
+from verdicts import write_rows
+
 RESULTS = Path(__file__).parent / "results" / "digits.csv"
 SEEDS = (0, 1, 2)
 FIGURES = (
     *("accuracy", "full_accuracy", "kept_mean", "kept_sd", "macs_fraction", "policy_macs", "unique_decisions"),
-    *("static_accuracy", "static_blocks", "static_margin", "static_margin_ci95"),
+    *("verdict", "rival", "rival_accuracy", "rival_margin", "rival_low", "rival_high"),
 )
 
 
@@ -33,11 +35,16 @@ def run(penalty: str, seed: int) -> dict[str, str]:
         return row(penalty, json.loads((Path(folder) / "run" / "summary.json").read_text()))
 
 
+def text(value: float | str | None) -> str:
+    """Write a figure of a summary; "" for one that it lacks."""
+    return f"{value:.6g}" if isinstance(value, float) else "" if value is None else str(value)
+
+
 def row(penalty: str, summary: dict[str, Any]) -> dict[str, str]:
     """Return a run's row: its settings and its test figures."""
     seed = summary["seed"]
     row = {"penalty": penalty, "seed": str(seed), "steps": str(summary["steps"]), "seconds": str(summary["seconds"])}
-    row |= {name: f"{summary[f'test/{name}']:.6g}" for name in FIGURES}
+    row |= {name: text(summary.get(f"test/{name}")) for name in FIGURES}
     quarters = summary["test/kept_by_difficulty"]
     return row | {f"kept_quarter_{i + 1}": f"{kept:.3f}" for i, kept in enumerate(quarters)}
 
@@ -45,10 +52,11 @@ def row(penalty: str, summary: dict[str, Any]) -> dict[str, str]:
 def table(rows: list[dict[str, str]]) -> str:
     """Write the means and standard deviations over seeds for each penalty in Markdown."""
     lines = [
-        "| γ | full network | policy | best static choice of equal cost | margin | blocks kept "
+        "| γ | full network | policy | strongest rival of equal cost | margin | pays? | blocks kept "
         "| easiest → hardest quarter | MACs, policy's own in | decisions |",
-        "|---|---|---|---|---|---|---|---|---|",
+        "|---|---|---|---|---|---|---|---|---|---|",
     ]
+    rows = [row for row in rows if row["rival_margin"]]  # those of older versions have none
     for penalty in sorted({row["penalty"] for row in rows}, key=float):
         own_rows = [row for row in rows if row["penalty"] == penalty]
 
@@ -58,8 +66,9 @@ def table(rows: list[dict[str, str]]) -> str:
             return f"{statistics.mean(values):.2f} ± {spread:.2f}"
 
         quarters = [statistics.mean(float(row[f"kept_quarter_{i}"]) for row in own_rows) for i in (1, 4)]
-        cells = [penalty, mean("full_accuracy", 100), mean("accuracy", 100), mean("static_accuracy", 100)]
-        cells += [mean("static_margin", 100), mean("kept_mean"), f"{quarters[0]:.1f} → {quarters[1]:.1f}"]
+        cells = [penalty, mean("full_accuracy", 100), mean("accuracy", 100), mean("rival_accuracy", 100)]
+        cells += [mean("rival_margin", 100), ", ".join(row["verdict"] for row in own_rows), mean("kept_mean")]
+        cells += [f"{quarters[0]:.1f} → {quarters[1]:.1f}"]
         cells += [mean("macs_fraction"), ", ".join(row["unique_decisions"] for row in own_rows)]
         lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines)
@@ -72,12 +81,8 @@ def main() -> None:
     for penalty in penalties:
         for seed in SEEDS:
             rows.append(run(penalty, seed))
-            RESULTS.parent.mkdir(exist_ok=True)
-            with RESULTS.open("w", newline="") as file:
-                writer = csv.DictWriter(file, fieldnames=list(rows[-1]))
-                writer.writeheader()
-                writer.writerows(rows)
-    print(table(rows))
+            write_rows(RESULTS, rows)
+    print(table(list(csv.DictReader(RESULTS.open()))))
 
 
 if __name__ == "__main__":

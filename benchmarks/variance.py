@@ -29,7 +29,7 @@ from torch import Tensor
 from policyskip.agents.baselines import Baseline, greedy_advantage, leave_one_out_advantage, value_advantage
 from policyskip.agents.blockdrop import BlockDrop, reinforce_loss
 from policyskip.build import Setup, set_up
-from policyskip.config import FrontSection, plain
+from policyskip.config import Settings, plain, settings_of
 from policyskip.envs.block_selection import BlockSelectionVectorEnv
 from policyskip.evaluation.plots import figure_of, save
 from policyskip.tasks.fronts import best_set, static_front
@@ -49,7 +49,9 @@ def set_up_digits() -> tuple[Setup, BlockSelectionVectorEnv, BlockDrop]:
     with initialize_config_module("policyskip.configs", version_base="1.3"):
         config = plain(compose("train", overrides))
     setup = set_up(config, torch.device("cpu"))
-    front = static_front(setup, FrontSection(**config["front"]))
+    settings = settings_of(config, Settings).front
+    assert settings is not None
+    front = static_front(setup, settings)
     env = setup.env(setup.data.train, "shuffled", 0)
     agent = setup.agent(env, front, best_set(setup, front))
     assert isinstance(agent, BlockDrop)

@@ -1,19 +1,23 @@
-"""The small data sets that torchvision downloads."""
+"""The small data sets that torchvision knows: from its files, which it downloads, or from idx files in a folder."""
 
 from __future__ import annotations
 
 from pathlib import Path
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from policyskip.data.base import Data
+from policyskip.data.idx import idx_folder, read_split
 from policyskip.data.tensors import crop_and_flip, in_memory
 from policyskip.errors import UserError, first_line
 from policyskip.parallel import processes
 from policyskip.parallel.devices import usual_defaults
 
+IDX = ("mnist", "fashion_mnist")
+"""The sets that are also read from four idx files that lie in a folder, as their authors and Debian have them."""
+DEBIAN = {"fashion_mnist": " (Debian's package dataset-fashion-mnist puts it into /usr/share/datasets/fashion-mnist)"}
+"""Where a set is to be had without torchvision's download."""
 TORCHVISION = {"cifar10": "CIFAR10", "cifar100": "CIFAR100", "fashion_mnist": "FashionMNIST", "mnist": "MNIST"}
 
 
@@ -29,6 +33,8 @@ def torchvision_data(
     """Load one of torchvision's small sets, which torchvision downloads into ``root`` if it is not there.
 
     Args:
+        root: torchvision's folder of data; for MNIST and Fashion-MNIST, it may be a folder of the four idx files,
+            packed with gzip or not.
         validation: share of the training images that is held out.
         augment: whether training images are cropped at random and mirrored.
         download: whether the set may be downloaded.
@@ -41,27 +47,32 @@ def torchvision_data(
     import torchvision.datasets
 
     make = getattr(torchvision.datasets, TORCHVISION[name])
-    try:
-        with processes.one_a_machine_first():
-            train, test = (make(root, train=is_train, download=download) for is_train in (True, False))
-    except Exception as error:  # torchvision raises RuntimeError, URLError, OSError, …
-        raise UserError(
-            f"{name} is not in {Path(root).resolve()} and could not be downloaded ({first_line(error)}); "
-            f"put torchvision's files there, say data.root=FOLDER, or use data=digits"
-        ) from error
+    if name in IDX and (folder := idx_folder(root)) is not None:
+        splits, classes = [read_split(folder, split) for split in ("train", "test")], make.classes
+    else:
+        try:
+            with processes.one_a_machine_first():
+                sets = [make(root, train=is_train, download=download) for is_train in (True, False)]
+        except Exception as error:  # torchvision raises RuntimeError, URLError, OSError, …
+            raise UserError(
+                f"{name} is not in {Path(root).resolve()} and could not be downloaded ({first_line(error)}); "
+                f"put torchvision's files there, say data.root=FOLDER{DEBIAN.get(name, '')}, or use data=digits"
+            ) from error
+        splits = [(torch.as_tensor(images.data), torch.as_tensor(images.targets)) for images in sets]
+        classes = sets[0].classes
+    (train_images, train_labels), (test_images, test_labels) = splits
     return in_memory(
         name,
-        *(_as_images(train.data), torch.as_tensor(train.targets), _as_images(test.data), torch.as_tensor(test.targets)),
-        classes=tuple(str(c) for c in train.classes),
+        *(_as_images(train_images), train_labels, _as_images(test_images), test_labels),
+        classes=tuple(str(c) for c in classes),
         validation=validation,
         augment=crop_and_flip if augment else None,
         device=device,
     )
 
 
-def _as_images(pixels: Tensor | np.ndarray) -> Tensor:
+def _as_images(images: Tensor) -> Tensor:
     """Convert pixels (N, H, W) or (N, H, W, 3) to (N, 3, H, W)."""
-    images = torch.as_tensor(pixels)
     if images.dim() == 3:
         return images.unsqueeze(1).expand(-1, 3, -1, -1).contiguous()
     return images.permute(0, 3, 1, 2).contiguous()
