@@ -73,7 +73,7 @@ def test_train_prints_its_table_and_where_things_are(workshop):
     for words in (
         "policy, its own cost included",
         "full network",
-        "best static choice of equal cost",
+        "rival: ",
         "Run folder",
         "W&B",
     ):
