@@ -26,6 +26,8 @@ NEAR = 0.05
 """A fixed choice is near a cost if it is cheaper by at most this share of the full network's MACs."""
 AT_ONCE = 2**23
 """Numbers that the bootstrap holds in memory at once."""
+FEWEST = 40
+"""Images, or groups of images, below which an interval says nothing: the redrawn means vary too little."""
 UNFINISHED = "the search of fixed choices ran out of its budget"
 PAYS, DOES_NOT_PAY, NOT_SHOWN = "pays", "does not pay", "not shown"
 
@@ -215,8 +217,8 @@ def judge(
         [correct_N.double() - rival.correct_N - rival.choice.slope * (macs_N - cost) for rival in rivals]
     )
     comparisons = []
-    several = len(correct_N) > 1 and (group_N is None or len(group_N.unique()) > 1)
-    drawn_DR = redrawn_means(difference_RN, group_N, draws, seed) if several else None
+    units = len(correct_N) if group_N is None else len(group_N.unique())
+    drawn_DR = redrawn_means(difference_RN, group_N, draws, seed) if units > 1 else None
     for r, rival in enumerate(rivals):
         low = high = None
         if drawn_DR is not None:
@@ -228,7 +230,7 @@ def judge(
         comparisons.append(Comparison(rival.family.name, rival.choice.name, accuracy, macs, margin, low, high))
     comparisons.sort(key=lambda line: line.margin if line.low is None else line.low)
     unfinished = "" if finished else because_unfinished
-    answer, because, named = _answer(comparisons, unfinished, _has_rival_near(rivals, cost, full_macs))
+    answer, because, named = _answer(comparisons, units, unfinished, _has_rival_near(rivals, cost, full_macs))
     return Verdict(answer, because, named, comparisons, finished)
 
 
@@ -310,17 +312,20 @@ def _has_rival_near(rivals: Sequence[Rival], cost: float, full_macs: float) -> b
     )
 
 
-def _answer(lines: Sequence[Comparison], unfinished: str, near: bool) -> tuple[str, str, Comparison]:
+def _answer(lines: Sequence[Comparison], units: int, unfinished: str, near: bool) -> tuple[str, str, Comparison]:
     """Return the answer, why, and the comparison that it rests on.
 
     Args:
         lines: the comparisons, the strongest rival first.
+        units: number of judged images, or of groups of them.
         unfinished: says that the search did not come to its end; empty if it did.
         near: whether there is a rival near the policy's cost.
     """
     worst = lines[0]
     if worst.low is None:
         return NOT_SHOWN, "one image, or one group of images, has no interval", worst
+    if units < FEWEST:
+        return NOT_SHOWN, f"there are only {units} images, or groups of images that belong together", worst
     if lost := [line for line in lines if line.high is not None and line.high < 0]:
         return DOES_NOT_PAY, "a fixed choice of equal cost is more accurate", lost[0]
     if worst.low <= 0:

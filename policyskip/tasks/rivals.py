@@ -210,8 +210,9 @@ def searched_families(setup: Setup, front: StaticFront) -> list[Candidates]:
         ("searched blocks", list(range(len(front.sets)))),
         ("evenly spread blocks", [i for i, even in enumerate(is_even) if even]),
     ):
-        if rows:
-            chosen = (macs_F[rows], correct_FV[rows], complete, group_V)
+        if rows:  # evenly spread sets of every size are all that there are
+            whole = complete or (name != "searched blocks" and len(rows) == setup.backbone.num_blocks + 1)
+            chosen = (macs_F[rows], correct_FV[rows], whole, group_V)
             sets = [(0, front.sets[i]) for i in rows]
             families.append(Candidates(Family(name, [labels[i] for i in rows], *chosen), sets))
     return families
