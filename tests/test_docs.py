@@ -30,7 +30,7 @@ SMALL = [
     "train.validate_every=1",
     "train.log_every=1",
 ]
-EARLY = ["agent=msdnet", "agent=branchynet", "agent=cdl", "agent=distiller", "agent=passes"]
+EARLY = ["agent=msdnet", "agent=branchynet", "agent=cdl", "agent=distiller"]
 RESTING = [f"agent={name}" for name in ("full", "first", "distributed", "random", "best_static", "oracle")]
 FRONT = ["front.budget=4e3", "front.images=20"]
 DIGITS = ["data.train=64", "data.validation=32", "data.test=32"]
@@ -98,8 +98,6 @@ def test_every_command_runs(command, workshop):
         small += DIGITS if digits else []
         if not early and not any(word.startswith("backbone") for word in arguments):
             small += ["backbone=resnet20", "backbone.checkpoint=random"]  # the shipped network is tested elsewhere
-        if "agent=passes" in arguments:
-            small += ["agent.candidates=8", "agent.limit=16"]
         if verb != "pretrain" and not early:
             small += FRONT
         if any(word in RESTING for word in arguments):

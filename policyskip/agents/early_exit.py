@@ -1,7 +1,7 @@
-"""The family ``thresholds``: agents that have a network with exits, and a threshold at each exit.
+"""The family ``thresholds``: agents that train a network with exits by a joint loss, and a threshold at each exit.
 
-Most of them train the network by a joint loss, from a feed of labelled images. The thresholds are chosen afterwards, on
-the cached outputs of validation images (``exits/calibration.py``), and can be chosen again without learning.
+They learn by supervision from a feed of labelled images. The thresholds are chosen afterwards, on the cached outputs of
+validation images (``exits/calibration.py``), and can be chosen again without learning.
 
 Shapes: B images, N exits, E early exits (N - 1), C classes.
 """
@@ -51,51 +51,8 @@ def joint_loss(logits_BNC: Tensor, label_B: Tensor, weight_N: Tensor) -> Tensor:
     return weight_N @ entropy_NB.mean(1)
 
 
-class ThresholdAgent(Agent):
-    """An agent whose network has exits, and which lets images leave by a rule and a threshold at each exit.
-
-    Attributes:
-        network: the network with exits.
-        rule, search: names of the rule by which images leave, and of how its thresholds are searched.
-        policy: None until thresholds have been chosen.
-        decision_macs: 0, because the network's exit costs include the heads.
-        search_seconds: what it took to search the network that the run begins with.
-    """
-
-    family = "thresholds"
-    environments = ("early_exit",)
-    network: ExitNetwork
-    rule: str
-    search: str
-    policy: ThresholdPolicy | None = None  # type: ignore[assignment]  # there is none before thresholds are chosen
-    decision_macs = 0.0
-    search_seconds = 0.0
-
-    def act(self, observation: Tensor) -> Tensor:
-        """Decide for observations of ``policyskip/EarlyExit-v0``, float32 (B, C + 3 + N): bool (B,), True leaves.
-
-        Raises:
-            UserError: no thresholds have been chosen yet.
-        """
-        if self.policy is None:
-            raise UserError("this agent has no thresholds yet; calibrate it first")
-        return self.policy.decide(observation)
-
-    def network_to_deploy(self, validation: Callable[[], CachedExits]) -> tuple[ExitNetwork, list[str]]:
-        """Return the network with the exits that are deployed, and lines to print about them: all exits, and no line.
-
-        Args:
-            validation: computes the cached outputs of validation images, for agents that choose by them.
-        """
-        return self.network, []
-
-    def curve(self, validation: CachedExits) -> Curve:
-        """Search thresholds on the cached outputs of validation images: return the curve to choose a point from."""
-        return curve_of(validation, self.rule, self.search)
-
-
-class EarlyExitAgent(ThresholdAgent, Divisible):
-    """An agent that trains a network to classify at every exit.
+class EarlyExitAgent(Agent, Divisible):
+    """An agent that trains a network to classify at every exit, and lets images leave by a rule.
 
     A subclass defines :meth:`weights`.
 
@@ -111,13 +68,19 @@ class EarlyExitAgent(ThresholdAgent, Divisible):
 
     Attributes:
         trains_trunk: whether the trunk learns with the heads; if not, the heads alone learn.
+        policy: None until thresholds have been chosen.
+        decision_macs: 0, because the network's exit costs include the heads.
 
     Raises:
         UserError: a value that is not allowed, or a network of which every parameter is frozen.
     """
 
+    family = "thresholds"
     trains_network = True
     trains_trunk: ClassVar[bool] = True
+    environments = ("early_exit",)
+    policy: ThresholdPolicy | None  # type: ignore[assignment]  # there is none before thresholds are chosen
+    decision_macs = 0.0
 
     def __init__(
         self,
@@ -142,6 +105,7 @@ class EarlyExitAgent(ThresholdAgent, Divisible):
         rule_named(rule)
         check_search(rule, search, network.num_exits)
         self.network, self.total_steps, self.rule, self.search = network, total_steps, rule, search
+        self.policy = None
         self.step = 0
         trainable = [parameter for parameter in network.parameters() if parameter.requires_grad]
         if not trainable:
@@ -180,6 +144,28 @@ class EarlyExitAgent(ThresholdAgent, Divisible):
     @property
     def trainable_modules(self) -> list[nn.Module]:
         return [self.network]
+
+    def act(self, observation: Tensor) -> Tensor:
+        """Decide for observations of ``policyskip/EarlyExit-v0``, float32 (B, C + 3 + N): bool (B,), True leaves.
+
+        Raises:
+            UserError: no thresholds have been chosen yet.
+        """
+        if self.policy is None:
+            raise UserError("this agent has no thresholds yet; calibrate it first")
+        return self.policy.decide(observation)
+
+    def network_to_deploy(self, validation: Callable[[], CachedExits]) -> tuple[ExitNetwork, list[str]]:
+        """Return the network with the exits that are deployed, and lines to print about them: all exits, and no line.
+
+        Args:
+            validation: computes the cached outputs of validation images, for agents that choose by them.
+        """
+        return self.network, []
+
+    def curve(self, validation: CachedExits) -> Curve:
+        """Search thresholds on the cached outputs of validation images: return the curve to choose a point from."""
+        return curve_of(validation, self.rule, self.search)
 
     def state_dict(self) -> dict[str, Any]:
         return {

@@ -17,7 +17,6 @@ from policyskip.backbones.execution import dense, sparse, sparse_many
 from policyskip.backbones.exits import ExitCosts, ExitNetwork, costly_exits, count_exit_costs, rows_of, run_until
 from policyskip.backbones.gated import GatedNetwork
 from policyskip.backbones.msdnet import MSDNet
-from policyskip.backbones.passes import PassNetwork
 from policyskip.backbones.resnet_exits import ResNetExits
 
 __all__ = [
@@ -30,7 +29,6 @@ __all__ = [
     "GatedNetwork",
     "MSDNet",
     "Network",
-    "PassNetwork",
     "ResNetExits",
     "branchy_alexnet",
     "branchy_lenet",

@@ -14,7 +14,6 @@ from policyskip.backbones.base import Backbone, Network
 from policyskip.backbones.branchynet import BranchyAlexNet, BranchyLeNet, BranchyResNet
 from policyskip.backbones.exits import ExitNetwork
 from policyskip.backbones.msdnet import MSDNet
-from policyskip.backbones.passes import PassNetwork
 from policyskip.backbones.resnet import CifarResNet, TorchvisionResNet
 from policyskip.backbones.resnet_exits import ResNetExits
 from policyskip.errors import UserError
@@ -29,18 +28,6 @@ def resnet_exits(backbone: dict[str, Any], **arguments: Any) -> ResNetExits:
     return ResNetExits(BACKBONES[backbone.get("network")](**_arguments(backbone)), **arguments)
 
 
-def passes(backbone: dict[str, Any], sets: list[list[int]]) -> PassNetwork:
-    """Build :class:`PassNetwork` from its ``architecture``, which holds that of the network below.
-
-    Raises:
-        UserError: the network below has no blocks, or the keep-sets are not of its blocks.
-    """
-    network = build_again(backbone)
-    if not isinstance(network, Backbone):
-        raise UserError(f"passes run through a network with blocks, and {network.name} has none")
-    return PassNetwork(network, sets)
-
-
 BACKBONES: dict[str | None, Callable[..., Backbone]] = {
     None: CifarResNet,
     "torchvision_resnet": TorchvisionResNet,
@@ -51,7 +38,6 @@ EXIT_NETWORKS: dict[str | None, Callable[..., ExitNetwork]] = {
     "branchy_alexnet": BranchyAlexNet,
     "branchy_resnet": BranchyResNet,
     "resnet_exits": resnet_exits,
-    "passes": passes,
 }
 """The package's own networks by the key "network" of their ``architecture``, which a CIFAR ResNet's has not."""
 

@@ -4,13 +4,13 @@ An exit is a classifier head on the way through a network. What is computed for 
 and never recomputed, and an image that has left is computed no further. Exits are counted from 0; the last one, N-1, is
 the network's own head.
 
-Shapes: B images (B' of them still in the network), N exits, C classes, F fixed choices, H W pixels.
+Shapes: B images (B' of them still in the network), N exits, C classes, H W pixels.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -67,25 +67,6 @@ class ExitNetwork(Network):
     def remarks(self, image_shape: tuple[int, int, int]) -> list[str]:
         """Return lines to print before the network is trained on images of shape (3, H, W)."""
         return []
-
-    @property
-    def fixed_names(self) -> tuple[str, ...]:
-        """Return the names of F fixed choices that the network has beside its exits, the last of them its whole; none
-        where the last exit is the whole network."""
-        return ()
-
-    def fixed_logits(self, images: Tensor, logits_BNC: Tensor) -> Tensor:
-        """Compute the logits (B, F, C) of these fixed choices.
-
-        Args:
-            images: (B, 3, H, W).
-            logits_BNC: what :meth:`forward` gives for them.
-        """
-        return logits_BNC[:, :0]
-
-    def fixed_macs(self, image_shape: tuple[int, int, int]) -> Tensor:
-        """Count the MACs of these fixed choices for one image of shape (3, H, W), float64 (F,)."""
-        return torch.empty(0, dtype=torch.float64)
 
     def forward(self, images: Tensor) -> Tensor:
         """Compute the logits (B, N, C) of every exit. Gradients flow through all of them."""
@@ -145,17 +126,10 @@ def run_until(network: ExitNetwork, images: Tensor, leave: Leave) -> tuple[Tenso
 
 @dataclass(frozen=True)
 class ExitCosts:
-    """Holds the MACs of one image.
-
-    Attributes:
-        trunk_N, head_N: of each segment and of each head, float64 (N,).
-        fixed_F: of the fixed choices that the network has beside its exits, float64 (F,); see
-            :attr:`ExitNetwork.fixed_names`.
-    """
+    """Holds the MACs of one image: ``trunk_N`` of each segment and ``head_N`` of each head, float64 (N,)."""
 
     trunk_N: Tensor
     head_N: Tensor
-    fixed_F: Tensor = field(default_factory=lambda: torch.empty(0, dtype=torch.float64))
 
     @property
     def cumulative_N(self) -> Tensor:
@@ -169,9 +143,8 @@ class ExitCosts:
 
     @property
     def full(self) -> float:
-        """Return the MACs of the whole network: of leaving at the last exit, every head on the way included, unless the
-        network is more than that."""
-        return float(self.fixed_F[-1] if len(self.fixed_F) else self.cumulative_N[-1])
+        """Return the MACs of leaving at the last exit, every head on the way included."""
+        return float(self.cumulative_N[-1])
 
     def of(self, exit_B: Tensor) -> Tensor:
         """Return the MACs, float64 (B,), of leaving at exits int64 (B,)."""
@@ -188,8 +161,7 @@ def count_exit_costs(network: ExitNetwork, image_shape: tuple[int, int, int]) ->
             segment, state = counted(network.segment, n, state)
             trunk.append(segment if n else begin + segment)
             heads.append(counted(network.head, n, state)[0])
-        fixed_F = network.fixed_macs(image_shape)
-    return ExitCosts(torch.tensor(trunk, dtype=torch.float64), torch.tensor(heads, dtype=torch.float64), fixed_F)
+    return ExitCosts(torch.tensor(trunk, dtype=torch.float64), torch.tensor(heads, dtype=torch.float64))
 
 
 def costly_exits(costs: ExitCosts) -> list[str]:

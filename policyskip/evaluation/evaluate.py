@@ -110,7 +110,7 @@ def exit_decisions(
         ran_NK=(torch.arange(N, device=exit_M.device) <= exit_M.unsqueeze(1)).cpu(),
         macs_N=(cache.macs_N[exit_M] + policy_macs_M).double().cpu(),
         full_macs=cache.costs.full,
-        full_correct_N=cache.full_correct_M.cpu(),
+        full_correct_N=cache.correct_MN[:, -1].cpu(),
         difficulty_N=None if difficulty_M is None else difficulty_M.cpu(),
         policy_macs=policy_macs_M.mean().item(),
     )

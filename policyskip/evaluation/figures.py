@@ -86,15 +86,10 @@ def exit_figures(decisions: Decisions, cache: CachedExits) -> dict[str, Any]:
     random_accuracy, random_macs = random_exits(cache, share_K)
     oracle_accuracy, oracle_macs = cache.judge(oracle_exit(cache.correct_MN))
     label_accuracy, label_macs = cache.judge(label_oracle(cache, [LABEL_NATS] * (K - 1)))
-    fixed = {
-        "fixed_names": list(cache.fixed_names),
-        "fixed_accuracy": cache.fixed_correct_MF.double().mean(0).tolist(),
-        "fixed_macs": cache.costs.fixed_F.tolist(),
-    }
     right_K = accuracy_by_exit(exit_N, correct_N, K).tolist()
     return {
         "accuracy": decisions.accuracy,
-        "full_accuracy": cache.full_correct_M.double().mean().item(),
+        "full_accuracy": cache.correct_MN[:, -1].double().mean().item(),
         "macs_mean": macs_mean,
         "macs_sd": decisions.macs_N.std(correction=0).item(),
         "full_macs": decisions.full_macs,
@@ -107,7 +102,6 @@ def exit_figures(decisions: Decisions, cache: CachedExits) -> dict[str, Any]:
         "exit_macs": cache.macs_N.tolist(),
         "exit_alone_accuracy": alone_accuracy_K.tolist(),
         "exit_alone_macs": alone_macs_K.tolist(),
-        **(fixed if cache.fixed_names else {}),
         "random_accuracy": random_accuracy,
         "random_macs": random_macs,
         "oracle_accuracy": oracle_accuracy.item(),

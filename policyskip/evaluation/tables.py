@@ -103,15 +103,8 @@ def show_exits(summary: dict[str, Any]) -> None:
     """Print a policy beside its last exit, the fixed exits, its rivals, and the oracle."""
     test = _figures_on_test(summary)
     included = "heads and policy" if test["policy_macs"] else "heads"
-    whole: list[tuple[str, float, float]] = [
-        ("all to the last exit, heads included", test["full_accuracy"], test["full_macs"])
-    ]
-    alone = test["exit_alone_macs"][-1]
-    if "fixed_names" in test:  # the network has fixed choices beside its exits, and the last of them is its whole
-        columns = (test["fixed_names"], test["fixed_accuracy"], test["fixed_macs"])
-        whole, alone = list(zip(*columns, strict=True))[::-1], test["full_macs"]
     references = [
-        *whole,
+        ("all to the last exit, heads included", test["full_accuracy"], test["full_macs"]),
         *(
             (f"all straight to exit {n}", accuracy, macs)
             for n, (accuracy, macs) in enumerate(zip(test["exit_alone_accuracy"], test["exit_alone_macs"], strict=True))
@@ -127,6 +120,7 @@ def show_exits(summary: dict[str, Any]) -> None:
     cost = _cost(test["macs_mean"], full_macs, test["macs_sd"])
     rows = [(f"each image its own exit, {included} included", _percent(test["accuracy"]), *cost)]
     rows += [(label, _percent(accuracy), *_cost(macs, full_macs)) for label, accuracy, macs in references]
+    alone = test["exit_alone_macs"][-1]
     leaving = ", ".join(f"{100 * share:.1f} %" for share in test["exit_share"])
     right = ", ".join("–" if accuracy is None else f"{100 * accuracy:.1f} %" for accuracy in test["exit_accuracy"])
     lines = [

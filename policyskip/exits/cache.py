@@ -2,7 +2,7 @@
 
 Thresholds are fitted to these outputs, policies are judged on them, and the exit environment replays them.
 
-Shapes: M images of a set, N exits, C classes, F fixed choices, P policies.
+Shapes: M images of a set, N exits, C classes, P policies.
 """
 
 from __future__ import annotations
@@ -32,16 +32,11 @@ class CachedExits:
         logits_MNC: float32 (M, N, C).
         label_M: int64 (M,).
         costs: MACs of every exit for one image.
-        fixed_MFC: logits of the fixed choices that the network has beside its exits, float32 (M, F, C); None: it has
-            none. The last of them is the whole network.
-        fixed_names: their names.
     """
 
     logits_MNC: Tensor
     label_M: Tensor
     costs: ExitCosts
-    fixed_MFC: Tensor | None = None
-    fixed_names: tuple[str, ...] = ()
 
     def __len__(self) -> int:
         return len(self.label_M)
@@ -65,18 +60,6 @@ class CachedExits:
     def correct_MN(self) -> Tensor:
         """Return whether each exit's top class is the label, bool (M, N)."""
         return self.logits_MNC.argmax(-1) == self.label_M.unsqueeze(1)
-
-    @cached_property
-    def fixed_correct_MF(self) -> Tensor:
-        """Return whether each fixed choice beside the exits is right, bool (M, F)."""
-        if self.fixed_MFC is None:
-            return self.correct_MN[:, :0]
-        return self.fixed_MFC.argmax(-1) == self.label_M.unsqueeze(1)
-
-    @property
-    def full_correct_M(self) -> Tensor:
-        """Return whether the whole network is right, bool (M,): at its last exit, unless it is more than that."""
-        return (self.correct_MN if self.fixed_MFC is None else self.fixed_correct_MF)[:, -1]
 
     @cached_property
     def macs_N(self) -> Tensor:
@@ -118,13 +101,10 @@ def cache_exits(network: ExitNetwork, images: Images) -> CachedExits:
         raise UserError("there are no images to cache")
     _, channels, height, width = batch_at(images, torch.tensor([0])).images.shape
     batches = images.stream(sequential(len(images), max(1, PIXELS_AT_ONCE // (height * width))))
-    logits, labels, fixed = [], [], []
+    logits, labels = [], []
     with evaluation_mode(network), waiting("computing the outputs of every exit", len(images)) as wait:
         for batch in batches:
-            logits_BNC = network(batch.images)
-            logits.append(logits_BNC.float())
+            logits.append(network(batch.images).float())
             labels.append(batch.label_B)
-            fixed.append(network.fixed_logits(batch.images, logits_BNC).float())
             wait.advance(len(batch))
-    costs, names = count_exit_costs(network, (channels, height, width)), network.fixed_names
-    return CachedExits(torch.cat(logits), torch.cat(labels), costs, torch.cat(fixed) if names else None, names)
+    return CachedExits(torch.cat(logits), torch.cat(labels), count_exit_costs(network, (channels, height, width)))

@@ -100,12 +100,16 @@ class Curve:
 
     def front(self) -> Curve:
         """Return the points on the Pareto front: see :func:`~policyskip.fronts.pareto`."""
-        return self.only(torch.tensor(pareto(self.macs_P.tolist(), self.accuracy_P.tolist())))
-
-    def only(self, index: Tensor) -> Curve:
-        """Return a curve of the points with these indices, int64 (any number,)."""
-        columns = (self.threshold_PE[index], self.accuracy_P[index], self.error_P[index], self.macs_P[index])
-        return Curve(self.rule, *columns, self.last_accuracy, self.full_macs)
+        index = pareto(self.macs_P.tolist(), self.accuracy_P.tolist())
+        return Curve(
+            self.rule,
+            self.threshold_PE[index],
+            self.accuracy_P[index],
+            self.error_P[index],
+            self.macs_P[index],
+            self.last_accuracy,
+            self.full_macs,
+        )
 
     @property
     def drop_P(self) -> Tensor:
@@ -113,17 +117,10 @@ class Curve:
         accuracy, plus ``SPARE`` standard errors."""
         return self.last_accuracy - self.accuracy_P + SPARE * self.error_P
 
-    @property
-    def knee_index(self) -> int:
-        """Return the index of the point of the front where computing more stops paying: see
-        :func:`~policyskip.fronts.knee`."""
-        macs, accuracy = self.macs_P.tolist(), self.accuracy_P.tolist()
-        front = pareto(macs, accuracy)
-        return front[knee([macs[index] for index in front], [accuracy[index] for index in front])]
-
     def knee(self) -> Point:
-        """Return the point of the front where computing more stops paying."""
-        return self[self.knee_index]
+        """Return the point of the front where computing more stops paying: see :func:`~policyskip.fronts.knee`."""
+        front = self.front()
+        return front[knee(front.macs_P.tolist(), front.accuracy_P.tolist())]
 
 
 def quota_curve(rule: Rule, cache: CachedExits, points: int = 201) -> Curve:
@@ -181,9 +178,9 @@ def _screen(rule: Rule, cache: CachedExits, threshold_EG: Tensor, index_R: Tenso
     Returns: float64 (3, P): the number of images that are right; the number of images that are right where they leave
         or at the last exit, but not at both; and the MACs.
     """
-    correct_RN, full_R1 = cache.correct_MN[index_R], cache.full_correct_M[index_R].unsqueeze(1)
+    correct_RN = cache.correct_MN[index_R]
     macs_RN = cache.macs_N.expand_as(correct_RN)
-    value_QRN = torch.stack([correct_RN, correct_RN != full_R1, macs_RN / cache.costs.full]).float()
+    value_QRN = torch.stack([correct_RN, correct_RN != correct_RN[:, -1:], macs_RN / cache.costs.full]).float()
     total_QA = value_QRN[:, :, :1].sum(1).double()
     inside_AR = torch.ones(1, len(index_R), device=index_R.device)
     for e, threshold_G in enumerate(threshold_EG.to(index_R.device)):
@@ -215,7 +212,7 @@ def _judge(cache: CachedExits, exit_PM: Tensor) -> tuple[Tensor, Tensor, Tensor]
         exit but not at both, and mean MACs.
     """
     accuracy_P, macs_P = cache.judge(exit_PM)
-    differ_MN = cache.correct_MN != cache.full_correct_M.unsqueeze(1)
+    differ_MN = cache.correct_MN != cache.correct_MN[:, -1:]
     return accuracy_P, differ_MN.T.gather(0, exit_PM).double().mean(1), macs_P
 
 
@@ -224,7 +221,7 @@ def _curve(
 ) -> Curve:
     """Make a curve of P choices of thresholds, judged as :func:`_judge` does, in the order of their cost."""
     order = macs_P.cpu().argsort(stable=True)
-    last_accuracy = float(cache.full_correct_M.double().mean())
+    last_accuracy = float(cache.correct_MN[:, -1].double().mean())
     error_P = ((differ_P - (accuracy_P - last_accuracy) ** 2).clamp(min=0) / len(cache)).sqrt()
     figures = (accuracy_P.cpu()[order], error_P.cpu()[order], macs_P.cpu()[order], last_accuracy, cache.costs.full)
     return Curve(rule.name, threshold_PE[order], *figures)

@@ -2,7 +2,7 @@
 
 Fixed and random exits ignore the image. Oracles see the label, and show how much better a policy could become.
 
-Shapes: M images of a set, N exits, F fixed choices, E early exits (N - 1), C classes, P points on a curve.
+Shapes: M images of a set, N exits, E early exits (N - 1), C classes, P points on a curve.
 """
 
 from __future__ import annotations
@@ -28,19 +28,10 @@ def static_exits(cache: CachedExits) -> tuple[Tensor, Tensor]:
     return cache.correct_MN.double().mean(0), cache.costs.straight_N
 
 
-def fixed_choices(cache: CachedExits) -> tuple[Tensor, Tensor]:
-    """Return all that ignores the image: each exit as in :func:`static_exits`, and what else the network has.
-
-    Returns: whether each choice is right on each image, bool (M, F), and MACs, float64 (F,).
-    """
-    right_MF = torch.cat([cache.correct_MN, cache.fixed_correct_MF], dim=1)
-    return right_MF, torch.cat([cache.costs.straight_N, cache.costs.fixed_F])
-
-
 def static_pairs(cache: CachedExits) -> list[list[float]]:
-    """Return pairs of MACs and accuracy, one for each of the :func:`fixed_choices`."""
-    right_MF, macs_F = fixed_choices(cache)
-    return [list(pair) for pair in zip(macs_F.tolist(), right_MF.double().mean(0).tolist(), strict=True)]
+    """Return pairs of MACs and accuracy, one for each exit, as :func:`static_exits` computes them."""
+    accuracy_N, macs_N = static_exits(cache)
+    return [[macs, accuracy] for macs, accuracy in zip(macs_N.tolist(), accuracy_N.tolist(), strict=True)]
 
 
 def random_exits(cache: CachedExits, share_N: Tensor) -> tuple[float, float]:

@@ -53,14 +53,7 @@ def check_target(accuracy_drop: float | None, macs_fraction: float | None, knee:
 def choose(
     curve: Curve, accuracy_drop: float | None = None, macs_fraction: float | None = None, knee: bool = False
 ) -> Point:
-    """Choose the point of a curve that meets a target; for arguments and errors see :func:`choose_index`."""
-    return curve[choose_index(curve, accuracy_drop, macs_fraction, knee)]
-
-
-def choose_index(
-    curve: Curve, accuracy_drop: float | None = None, macs_fraction: float | None = None, knee: bool = False
-) -> int:
-    """Choose the point of a curve that meets a target, and return its index.
+    """Choose the point of a curve that meets a target.
 
     Args:
         accuracy_drop: choose the cheapest point that is at most this much less accurate than the last exit (0.01 is one
@@ -77,7 +70,7 @@ def choose_index(
     """
     check_target(accuracy_drop, macs_fraction, knee)
     if knee:
-        return curve.knee_index
+        return curve.knee()
     if accuracy_drop is not None:
         meets = (curve.drop_P <= accuracy_drop + 1e-9).nonzero().squeeze(1)  # sums may be rounded differently
         if not len(meets):
@@ -85,7 +78,7 @@ def choose_index(
             nearest = _rounded_up(float(curve.drop_P[best]))
             raise UnmetError(f"accuracy_drop={accuracy_drop:g}", nearest, curve[best])
         cheapest = meets[curve.macs_P[meets] == curve.macs_P[meets].min()]
-        return int(cheapest[curve.accuracy_P[cheapest].argmax()])
+        return curve[int(cheapest[curve.accuracy_P[cheapest].argmax()])]
     assert macs_fraction is not None
     fraction_P = curve.macs_P / curve.full_macs
     if macs_fraction < fraction_P.min() - 1e-9:
@@ -94,7 +87,7 @@ def choose_index(
         raise UnmetError(f"macs_fraction={macs_fraction:g}", nearest, curve[cheapest_point])
     spent = fraction_P[fraction_P <= macs_fraction + 1e-9].max()
     candidates = ((fraction_P <= spent) & (fraction_P >= spent - WINDOW)).nonzero().squeeze(1)
-    return int(candidates[curve.accuracy_P[candidates].argmax()])
+    return curve[int(candidates[curve.accuracy_P[candidates].argmax()])]
 
 
 def _rounded_up(target: float) -> str:

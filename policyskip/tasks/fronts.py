@@ -91,12 +91,6 @@ def remembered_front(setup: Setup, settings: FrontSection, sets_in_use: Iterable
     return known_front(setup.backbone, images, _cache(), at_least, settings.budget, sets_in_use)
 
 
-def known_good_sets(setup: Setup) -> list[Keep]:
-    """Return the sets on the hull of a network's static front, if there is one from an earlier search; else none."""
-    front = known_front(setup.backbone, setup.data.validation, _cache())
-    return [] if front is None else [front.sets[index] for index in front.hull]
-
-
 @contextmanager
 def _alone(setup: Setup, settings: FrontSection, hints: Iterable[Keep]) -> Iterator[None]:
     """Let runs that search the same do so one after the other, so that all but the first find what it has found."""

@@ -19,14 +19,13 @@ from policyskip.backbones import Backbone, count_costs
 from policyskip.backbones.execution import sparse
 from policyskip.backbones.exits import ExitNetwork
 from policyskip.backbones.folding import folded
-from policyskip.backbones.passes import PassNetwork
 from policyskip.backbones.resnet_exits import ResNetExits
 from policyskip.build import Setup
 from policyskip.config import FrontSection
-from policyskip.data import Images, groups_of, sequential, spread_indices
+from policyskip.data import Images, sequential, spread_indices
 from policyskip.evaluation.decisions import Decisions
 from policyskip.exits.cache import CachedExits
-from policyskip.exits.references import exit_histogram, fixed_choices, random_exits, static_exits
+from policyskip.exits.references import exit_histogram, random_exits, static_exits
 from policyskip.rivals import Choice, Family, Rival, choose
 from policyskip.runs.progress import waiting
 from policyskip.static_front import Keep, SetScorer, StaticFront, spread_set
@@ -103,29 +102,22 @@ def exit_verdict(
 
     Returns: the figures of the verdict.
     """
-    cost, has_blocks = decisions.macs_N.mean().item(), isinstance(network, ResNetExits | PassNetwork)
-    labels = [*(f"exit {n}" for n in range(cache.num_exits)), *cache.fixed_names]
-    correct_VF, macs_F = fixed_choices(validation)
-    group_V = _groups(setup.data.validation)
-    fixed = Family("fixed exits", labels, macs_F.cpu(), correct_VF.T.cpu(), not has_blocks, group_V)
+    cost, has_blocks = decisions.macs_N.mean().item(), isinstance(network, ResNetExits)
+    labels, straight_F = [f"exit {n}" for n in range(cache.num_exits)], validation.costs.straight_N
+    correct_FV, group_V = validation.correct_MN.T.cpu(), _groups(setup.data.validation)
+    fixed = Family("fixed exits", labels, straight_F, correct_FV, not has_blocks, group_V)
     found = []
     if (choice := choose(fixed, cost)) is not None:
-        correct_NF = fixed_choices(cache)[0].cpu()
-        found.append(Rival(fixed, choice, choice.mixed([correct_NF[:, n] for n, _ in choice.parts])))
+        found.append(Rival(fixed, choice, choice.mixed([cache.correct_MN[:, n].cpu() for n, _ in choice.parts])))
     found.append(dealt_exits(decisions, cache))
     unfinished = NOT_SEARCHED if has_blocks and front is None else ""
-    if isinstance(network, ResNetExits | PassNetwork) and front is not None:
-        parts: list[Backbone] = []
-        if isinstance(network, ResNetExits):
-            parts += [network.up_to(n).eval() for n in range(network.num_exits)]
-        else:
-            parts.append(network.backbone)
+    if isinstance(network, ResNetExits) and front is not None:
+        parts = [network.up_to(n).eval() for n in range(network.num_exits)]
         trunk = replace(setup, backbone=parts[-1])
         candidates = [
             replace(c, sets=[(len(parts) - 1, keep) for _, keep in c.sets]) for c in searched_families(trunk, front)
         ]
-        if len(parts) > 1:
-            candidates.append(exits_and_blocks(setup, parts))
+        candidates.append(exits_and_blocks(setup, parts))
         found += _chosen(parts, candidates, cost, setup.data.test.plain())[0]
         unfinished = "" if front.finished else SPENT
     return _verdict(setup, decisions, found, others, unfinished)
@@ -136,7 +128,7 @@ def front_of_trunk(setup: Setup, network: ExitNetwork, settings: FrontSection | 
 
     Returns: None if the network has no such blocks, or there are no settings, as in runs of older versions.
     """
-    if settings is None or not isinstance(network, ResNetExits | PassNetwork):
+    if settings is None or not isinstance(network, ResNetExits):
         return None
     return static_front(with_block_selection(replace(setup, backbone=network.backbone.eval(), reward=None)), settings)
 
@@ -344,7 +336,7 @@ def points_of(front: StaticFront, images: int) -> list[int]:
 
 def _groups(images: Images, count: int | None = None) -> Tensor | None:
     """Return which images of a set belong together, int64 (N,), or those of ``count`` images spread over the set."""
-    group_N = groups_of(images)
+    group_N: Tensor | None = getattr(images, "group_N", None)
     if group_N is None or count is None:
         return group_N
     return group_N[spread_indices(count, len(group_N))]

@@ -14,13 +14,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from policyskip.agents.early_exit import EarlyExitAgent, ThresholdAgent
-from policyskip.agents.passes import Passes
-from policyskip.backbones import Backbone, checkpoints
+from policyskip.agents.early_exit import EarlyExitAgent
+from policyskip.backbones import checkpoints
 from policyskip.backbones.checkpoints import RANDOM
 from policyskip.backbones.exits import ExitNetwork, costly_exits, count_exit_costs, in_millions
 from policyskip.backbones.resnet_exits import ResNetExits
-from policyskip.build import Setup, build, build_backbone, class_of, wrong_kind
+from policyskip.build import Setup, build, build_backbone, wrong_kind
 from policyskip.config import Settings, group_of
 from policyskip.data import Data, Feed
 from policyskip.deployment.loading import load_best_so_far, load_thresholds
@@ -38,13 +37,10 @@ from policyskip.exits.placement import probe_blocks, propose_exits
 from policyskip.exits.references import static_pairs
 from policyskip.exits.rules import exit_of, rule_named
 from policyskip.exits.targets import UnmetError, check_target, choose
-from policyskip.parallel import processes
 from policyskip.policies.thresholds import ThresholdPolicy
-from policyskip.registry import declared_class
 from policyskip.runs.folder import Run
 from policyskip.runs.tracking import Tracker
 from policyskip.tasks.base import FamilyTask, Judgement, check_batch, names_of
-from policyskip.tasks.fronts import known_good_sets
 from policyskip.tasks.report import completed, head_of, write_finished
 from policyskip.tasks.rivals import exit_verdict, front_of_trunk
 from policyskip.tasks.run_rivals import References, find_run_rivals
@@ -56,7 +52,7 @@ FEW = 500
 
 
 class ThresholdTask(FamilyTask):
-    """The task of a network with exits, which an agent trains or makes, and whose thresholds have to meet a target.
+    """The task of a network with exits, which an agent trains, and whose thresholds have to meet a target.
 
     Raises:
         UserError: the network has no exits, the configuration has no target, or no threshold can meet it.
@@ -67,13 +63,26 @@ class ThresholdTask(FamilyTask):
     def __init__(self, setup: Setup, settings: Settings) -> None:
         if settings.target is None:
             raise UserError("the configuration has no target, and leaving early needs one")
+        network = setup.backbone
+        if not isinstance(network, ExitNetwork):
+            raise UserError(
+                f"{network.name} has no exits; say backbone=resnet32_exits, or agent=blockdrop to skip blocks"
+            )
         self.target = settings.target.chosen or {"accuracy_drop": ACCURACY_DROP}
         check_target(**settings.target.model_copy(update=self.target).model_dump())
         _check_unused(setup)
-        self.setup, self.front_settings = setup, settings.front
+        self.setup, self.network, self.front_settings = setup, network, settings.front
         self.others = find_run_rivals(setup, settings.front)
-        self.learner: ThresholdAgent = processes.first(lambda: _agent(setup, settings, self.target))
-        self.network = network = self.learner.network
+        self.learner: EarlyExitAgent = build(
+            "agent",
+            group_of(setup.config, "agent"),
+            setup.trusted,
+            network=network,
+            total_steps=settings.train.steps,
+        )
+        if not isinstance(self.learner, EarlyExitAgent):
+            node = group_of(setup.config, "agent")
+            raise UserError(wrong_kind("agent", node, self.learner, "policyskip.agents.early_exit.EarlyExitAgent"))
         self.source = Feed(setup.data.train, setup.batch_size, "shuffled", settings.seed)
         check_batch(network, self.source.batch.images)
         self.names = names_of(setup, self.learner.name, EarlyExitVectorEnv.id)
@@ -86,8 +95,7 @@ class ThresholdTask(FamilyTask):
             )
         self.greeting = "\n".join(
             [
-                f"{self.names['agent']} {'learns' if self.learner.learns else 'is judged'} on {setup.data.name} "
-                f"over {network.name}; "
+                f"{self.names['agent']} learns on {setup.data.name} over {network.name}; "
                 f"leaving at its {network.num_exits} exits costs {in_millions(self.costs.cumulative_N)}",
                 *network.remarks(setup.data.image_shape),
                 *(f"warning: {line}" for line in [*costly_exits(self.costs), *self._warnings()]),
@@ -97,8 +105,7 @@ class ThresholdTask(FamilyTask):
     def _warnings(self) -> list[str]:
         """Return warnings of settings that are valid but probably a mistake."""
         warnings, images = [], len(self.setup.data.validation)
-        trains_trunk = isinstance(self.learner, EarlyExitAgent) and self.learner.trains_trunk
-        if not trains_trunk and group_of(self.setup.config, "backbone").get("checkpoint") == RANDOM:
+        if not self.learner.trains_trunk and group_of(self.setup.config, "backbone").get("checkpoint") == RANDOM:
             name = f"agent={self.learner.name}"
             warnings.append(f"{name} does not train the network, and backbone.checkpoint=random is not trained either")
         if images < FEW:
@@ -132,7 +139,7 @@ class ThresholdTask(FamilyTask):
         except UnmetError as unmet:  # what was learned is worth more than the target: it can be calibrated anew
             print(f"warning: {unmet}, and is what this run deploys")
             point = unmet.nearest
-        head = head_of(self.setup, self.names, seconds + learner.search_seconds)
+        head = head_of(self.setup, self.names, seconds)
         references = References(front_of_trunk(self.setup, predictor.network, self.front_settings), self.others)
 
         def write_more(new: Run) -> None:
@@ -156,26 +163,6 @@ class ThresholdTask(FamilyTask):
 
     def _cached_validation(self) -> CachedExits:
         return cache_exits(self.network, self.setup.data.validation.plain())
-
-
-def _agent(setup: Setup, settings: Settings, target: dict[str, Any]) -> ThresholdAgent:
-    """Make the configuration's agent; it gets what it needs of the network, the images of a search, and the target.
-
-    Raises:
-        UserError: the network has no exits, and the agent makes none; or the agent is of another kind.
-    """
-    node, network = group_of(setup.config, "agent"), setup.backbone
-    searches = declared_class(class_of(setup.config, "agent", setup.trusted)) is Passes
-    if not searches and not isinstance(network, ExitNetwork):
-        raise UserError(f"{network.name} has no exits; say backbone=resnet32_exits, or agent=blockdrop to skip blocks")
-    for_search: dict[str, Any] = {}
-    if searches:
-        good = known_good_sets(setup) if isinstance(network, Backbone) else []
-        for_search = dict(images=setup.data.validation.plain(), target=target, seed=settings.seed, good=good)
-    agent = build("agent", node, setup.trusted, network=network, total_steps=settings.train.steps, **for_search)
-    if not isinstance(agent, ThresholdAgent):
-        raise UserError(wrong_kind("agent", node, agent, "policyskip.agents.early_exit.EarlyExitAgent"))
-    return agent
 
 
 def _check_unused(setup: Setup) -> None:

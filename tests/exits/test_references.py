@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import itertools
 import math
-from dataclasses import replace
 
 import pytest
 import torch
@@ -15,7 +14,6 @@ from policyskip.exits.cache import CachedExits
 from policyskip.exits.references import (
     accuracy_by_exit,
     exit_histogram,
-    fixed_choices,
     label_oracle,
     oracle_curve,
     oracle_exit,
@@ -42,19 +40,6 @@ def test_static_exits_run_no_other_head():
     accuracy_N, macs_N = static_exits(cache)
     assert accuracy_N.tolist() == [0.5, 0.5, 1] and macs_N.tolist() == [3, 7, 10]
     assert static_pairs(cache) == [[3, 0.5], [7, 0.5], [10, 1]]
-
-
-def test_what_a_network_has_beside_its_exits_is_a_fixed_choice_too():
-    """A set of blocks that is always right for 5 beats every exit; the whole network, the last, is right for half."""
-    cache = answers(torch.tensor([[1, 0, 1], [0, 0, 1], [0, 0, 1], [0, 1, 1]]))
-    right_MF = torch.tensor([[1, 1], [1, 0], [1, 1], [1, 0]]).bool()
-    logits_MFC = torch.stack([right_MF.float(), 1 - right_MF.float()], dim=2)
-    costs = replace(cache.costs, fixed_F=torch.tensor([5.0, 9.0]).double())
-    cache = replace(cache, costs=costs, fixed_MFC=logits_MFC, fixed_names=("some blocks", "all blocks"))
-    assert static_pairs(cache) == [[3, 0.25], [7, 0.25], [10, 1], [5, 1], [9, 0.5]]
-    assert fixed_choices(cache)[0][:, 3:].tolist() == right_MF.tolist()
-    assert cache.full_correct_M.tolist() == [True, False, True, False] and cache.costs.full == 9
-    assert answers(torch.ones(4, 3)).full_correct_M.all() and answers(torch.ones(4, 3)).costs.full == 13
 
 
 def test_a_policy_pays_for_every_head_on_the_way():
