@@ -104,9 +104,6 @@ def rows_of(depth: int, checkpoint: str) -> list[Row]:
         train(f"blockdrop_{penalty}", "blockdrop", *skipping, f"reward.penalty={penalty}", steps=updates)
         for penalty in (1, 2, 4, 8, 16)
     ]
-    rows += [
-        Row(f"passes_{budget}", ("agent=passes", *skipping, f"target.macs_fraction={budget}")) for budget in BUDGETS
-    ]
     rows += [train("cdl", "cdl", *leaving, five, steps=500), *calibrated("cdl")]
     fixed = ("full", "first", "distributed", "best_static", "oracle")
     rows += [train(name, name, *skipping, "reward.penalty=4", learns=False) for name in fixed]

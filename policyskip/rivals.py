@@ -326,8 +326,8 @@ def _answer(lines: Sequence[Comparison], units: int, unfinished: str, near: bool
         return NOT_SHOWN, "one image, or one group of images, has no interval", worst
     if units < FEWEST:
         return NOT_SHOWN, f"there are only {units} images, or groups of images that belong together", worst
-    if lost := [line for line in lines if line.high is not None and line.high < 0]:
-        return DOES_NOT_PAY, "a fixed choice of equal cost is more accurate", lost[0]
+    if stronger := [line for line in lines if line.high is not None and line.high < 0]:
+        return DOES_NOT_PAY, "a fixed choice of equal cost is more accurate", stronger[0]
     if worst.low <= 0:
         return NOT_SHOWN, "the interval includes 0", worst
     if unfinished:

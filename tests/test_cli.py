@@ -126,7 +126,7 @@ def test_front_prints_and_writes(workshop):
     result = typed("front", *arguments, "output=front.json", cwd=workshop)
     (workshop / "front.json").unlink()
     assert result.returncode == 0, result.stderr
-    assert result.stdout.count("validation accuracy") >= 10
+    assert "the blocks that run" in result.stdout and "111111111" in result.stdout
 
 
 @pytest.mark.parametrize(("command", "name"), [("pretrain", "net"), ("train", "policy")])

@@ -47,7 +47,7 @@ def check_groups(group_N: Any, count: int) -> None:
 
 
 def named_groups(groups: Any, sizes: dict[str, int]) -> dict[str, Tensor]:
-    """Number the groups that a user names.
+    """Return the number of each image's group, for groups that a user names.
 
     Args:
         groups: for each training image the name or number of its group, (N,); or a dictionary of such by split.

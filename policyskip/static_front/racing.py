@@ -111,7 +111,7 @@ def search(
 
 
 class _Search:
-    """One search; see :func:`search`.
+    """A search that is under way, with what it has found so far; see :func:`search`.
 
     Attributes:
         best: for each range of costs, the best set so far that was scored on all images.

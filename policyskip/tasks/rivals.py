@@ -22,7 +22,7 @@ from policyskip.backbones.folding import folded
 from policyskip.backbones.resnet_exits import ResNetExits
 from policyskip.build import Setup
 from policyskip.config import FrontSection
-from policyskip.data import Images, sequential, spread_indices
+from policyskip.data import Images, groups_of, sequential, spread_indices
 from policyskip.evaluation.decisions import Decisions
 from policyskip.exits.cache import CachedExits
 from policyskip.exits.references import exit_histogram, random_exits, static_exits
@@ -336,7 +336,7 @@ def points_of(front: StaticFront, images: int) -> list[int]:
 
 def _groups(images: Images, count: int | None = None) -> Tensor | None:
     """Return which images of a set belong together, int64 (N,), or those of ``count`` images spread over the set."""
-    group_N: Tensor | None = getattr(images, "group_N", None)
+    group_N = groups_of(images)
     if group_N is None or count is None:
         return group_N
     return group_N[spread_indices(count, len(group_N))]

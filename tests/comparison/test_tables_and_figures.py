@@ -63,7 +63,7 @@ def test_intervals_draw_groups_of_images(knows, tmp_path):
     rows = rows_in(tmp_path)
     (found,) = differences(rows, "g")
     assert found["images_low"] == pytest.approx(-0.3) and found["images_high"] == 0
-    cells = {cell["row"]: cell for cell in table(rows, "g")}
+    cells = {cell["row"]: cell for cell in table(rows, [], "g")}
     low, high = cells["b"]["change_images_low"], cells["b"]["change_images_high"]
     assert (low, high) == pytest.approx((0, 0.3)) if "b" in knows else (0 < low < high < 0.2)
 
