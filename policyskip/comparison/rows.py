@@ -137,14 +137,16 @@ def _labels(results: list[Result]) -> list[str]:
 def _telling_keys(settings: list[dict[str, str]]) -> list[str]:
     """Choose the keys that tell most settings apart: first one, then the best beside it, and so on.
 
-    Among keys that help alike, the first in the order of the alphabet is chosen.
+    Among keys that help alike, one whose values need not be shortened is chosen, and then the first in the order of the
+    alphabet.
     """
     keys = sorted({key for setting in settings for key in setting})
+    is_short = {key: all(len(setting.get(key, "")) <= LONGEST_VALUE for setting in settings) for key in keys}
     chosen: list[str] = []
     kinds = 1
     while len(chosen) < MOST_KEYS:
         counts = {key: len({tuple(s.get(k) for k in (*chosen, key)) for s in settings}) for key in keys}
-        best = max(keys, key=lambda key: counts[key], default=None)  # the first of several
+        best = max(keys, key=lambda key: (counts[key], is_short[key]), default=None)  # the first of several
         if best is None or counts[best] == kinds:
             break
         chosen.append(best)
