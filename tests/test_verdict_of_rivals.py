@@ -116,15 +116,14 @@ def test_one_rival_that_is_better_decides():
     cost_N = torch.full((1000,), 10.0, dtype=torch.float64)
     found = judge(right(0.7), cost_N, [rival_of(right(0.5)), rival_of(right(0.8), "strong")], 100.0)
     assert (found.answer, found.rival.family) == ("does not pay", "strong") and found.rival.high < 0
-    late = judge(right(0.7), cost_N, [rival_of(right(0.8))], 100.0, finished=False)
+    late = judge(right(0.7), cost_N, [rival_of(right(0.8))], 100.0, unfinished="cut off")
     assert late.answer == "does not pay"  # a longer search finds no weaker rival
 
 
 @pytest.mark.parametrize(
     ("given", "because"),
     [
-        ({"finished": False}, "ran out of its budget"),
-        ({"finished": False, "because_unfinished": "nobody searched"}, "nobody searched"),
+        ({"unfinished": "nobody searched"}, "nobody searched"),
         ({"rival": rival_of(right(0.8), complete=False, macs=4.0)}, "no fixed choice costs nearly as much"),
         ({"rival": rival_of(right(0.898))}, "the interval includes 0"),
         ({"group_N": torch.zeros(1000, dtype=torch.int64)}, "has no interval"),

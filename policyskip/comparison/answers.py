@@ -16,10 +16,9 @@ from policyskip.comparison.fixed_lines import FixedLine, fixed_lines, network_of
 from policyskip.comparison.headroom import oracle_share
 from policyskip.comparison.rows import Row
 from policyskip.intervals import mean_and_half_interval
+from policyskip.rivals import DOES_NOT_PAY, NOT_SHOWN, PAYS
 from policyskip.texts import one_line
 
-PAYS, NOT_SHOWN, DOES_NOT_PAY = "pays", "not shown", "does not pay"
-"""The three answers."""
 OLDER = "judged by an older version"
 """The reason for the answer of a row whose runs have no verdict."""
 UNFINISHED = "the search for fixed choices is unfinished"
@@ -167,9 +166,9 @@ def _margins(row: Row) -> list[Margin]:
     rival that each run names count as well.
     """
     by_family: list[dict[str, dict[str, Any]]] = [
-        {str(rival["family"]): rival for rival in result.figure("rivals") or () if rival["low"] is not None}
+        {str(rival["family"]): rival for rival in reversed(result.figure("rivals") or []) if rival["low"] is not None}
         for result in row.results
-    ]
+    ]  # of two runs of one name, the stronger rival counts, which is listed first
     common = [family for family in by_family[0] if all(family in known for known in by_family)]
     margins = [_margin([known[family] for known in by_family]) for family in common]
     if not common or any(len(known) > len(common) for known in by_family):

@@ -8,9 +8,10 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Sequence
 
-from policyskip.comparison.answers import DOES_NOT_PAY, NOT_SHOWN, OLDER, PAYS, Answer, Margin
+from policyskip.comparison.answers import OLDER, Answer, Margin
 from policyskip.comparison.rows import Row
 from policyskip.comparison.tables import Cells
+from policyskip.rivals import DOES_NOT_PAY, NOT_SHOWN, PAYS
 
 NAMED = 5
 """How many rows a sentence names at most."""

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from policyskip.comparison.answers import DOES_NOT_PAY, NOT_SHOWN, OLDER, PAYS, Answer, Margin
+from policyskip.comparison.answers import OLDER, Answer, Margin
 from policyskip.comparison.formats import margin_text
 from policyskip.comparison.verdict import JUDGE_ANEW, about_margins, counted, in_order, other_text, rival_text
+from policyskip.rivals import DOES_NOT_PAY, NOT_SHOWN, PAYS
 from policyskip.texts import LONGEST_LINE, for_html
 
 COLUMNS = (

@@ -37,8 +37,7 @@ class StaticFront:
         sets: F keep-sets.
         kinds: how each set was found: "spread" (even distances), "stages" (even distances within each stage),
             "random", "surrogate" (predicted to be good, from the sets scored before), "moves" (a good set with one
-            block more, less or another), "learner" (an image-independent learner), "policy" (a policy's own), "all"
-            (every set was tried), "older version".
+            block more, less or another), "policy" (a policy's own), "all" (every set was tried), "older version".
         correct_FN: bool (F, N) on the CPU: whether each validation image of the search is classified rightly; None in
             files of older versions.
         macs: of each set.

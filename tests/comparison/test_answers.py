@@ -9,13 +9,14 @@ from typing import Any
 import pytest
 import torch
 
-from policyskip.comparison.answers import DOES_NOT_PAY, NOT_SHOWN, PAYS, Answer, answers_of
+from policyskip.comparison.answers import Answer, answers_of
 from policyskip.comparison.collect import collect
 from policyskip.comparison.fixed_lines import about_lines, fixed_lines, static_front
 from policyskip.comparison.formats import as_csv
 from policyskip.comparison.rows import Row, rows_of
 from policyskip.comparison.tables import run_table, table
 from policyskip.comparison.verdict import answer_lines, counted
+from policyskip.rivals import DOES_NOT_PAY, NOT_SHOWN, PAYS
 from tests.made_up import judged, made_up_decisions, made_up_run
 
 GOOD = ((0.020, 0.012, 0.028), (0.018, 0.010, 0.026), (0.022, 0.014, 0.030))
