@@ -177,6 +177,13 @@ def test_few_sets_are_all_tried():
     assert len(scorer.known) == 2**6 and found.exhausted and set(found.kinds.values()) == {"spread", "all"}
 
 
+def test_where_all_sets_are_tried_a_front_keeps_the_evenly_spread_ones_however_bad_they_are():
+    spread = {spread_set(6, m) for m in range(7)}
+    scorer = Planted(6, lambda keep: 0.1 if keep in spread else 0.9)
+    found = search(scorer, scorer.costs, budget=2**7 * 100)
+    assert spread <= set(sets_to_keep(scorer, scorer.costs, found.kinds)) and found.exhausted
+
+
 def test_hints_are_taken_in_and_a_spent_budget_is_admitted():
     scorer = Planted(8, lambda keep: 1.0 if keep == (True, False) * 4 else 0.5)
     found = search(scorer, scorer.costs, budget=0, hints={(True, False) * 4: "policy"})

@@ -75,6 +75,10 @@ CASES: dict[str, tuple[list[dict[str, Any]], str]] = {
         [judged(*figures, near=n != 2) for n, figures in enumerate(GOOD)],
         "no choice is near in 1 of 3 runs",
     ),
+    "few images": (
+        [judged(*f) | {"test/verdict": NOT_SHOWN, "test/verdict_because": "9 images"} for f in WORSE],
+        "9 images",
+    ),
     "an end of the search that is not known": (
         [judged(*figures) | {"test/rival_finished": None} for figures in GOOD],
         "the search for fixed choices is unfinished",
@@ -148,6 +152,17 @@ def test_a_family_that_some_seeds_lack_counts_by_the_rivals_that_runs_name(tmp_p
     answer = answer_in(tmp_path)
     assert (answer.verdict, answer.because) == (NOT_SHOWN, "the intervals over seeds and over images include 0")
     assert answer.margin.mean == pytest.approx((0.02 + 0.018 - 0.05) / 3)
+
+
+def test_of_two_runs_of_one_name_that_are_rivals_the_stronger_counts(tmp_path):
+    """A run lists its rivals with the strongest first."""
+    named = dict(family="the run full over net (seed0)", families={"moves": GOOD[0]})
+    runs = [judged(*figures, **named) for figures in WIDE]
+    for summary in runs:
+        summary["test/rivals"].append(summary["test/rivals"][0] | {"margin": 0.5, "low": 0.4, "high": 0.6})
+    seeds(tmp_path, *runs)
+    answer = answer_in(tmp_path)
+    assert answer.verdict == NOT_SHOWN and answer.margin.mean == pytest.approx(0.02)
 
 
 def test_the_most_frequent_rival_is_named_with_how_many_seeds_have_it(tmp_path):

@@ -23,7 +23,7 @@ from policyskip.exits.cache import cache_exits
 from policyskip.runs.folder import Run
 from policyskip.static_front import StaticFront, find_front
 from policyskip.tasks import rivals
-from policyskip.tasks.rivals import block_verdict, exit_verdict, own_family, points_of, searched_families, set_name
+from policyskip.tasks.rivals import block_verdict, exit_verdict, own_family, searched_families, set_name
 from policyskip.tasks.run_rivals import RunRival
 from tests.conftest import small_backbone, small_images, typed
 
@@ -80,9 +80,30 @@ def test_every_family_is_judged_and_the_chosen_sets_are_scored_as_the_network_de
     assert line["accuracy"] == pytest.approx(expected) and line["macs"] == pytest.approx(choice.macs)
     assert line["margin"] == pytest.approx(decisions.accuracy - expected)
     for macs, accuracy in pairs:
-        (index,) = (i for i in points_of(front, 60) if front.macs[i] == macs)
+        (index,) = (i for i in front.hull if front.macs[i] == macs)
         assert accuracy == right(setup, front.sets[index], setup.data.test).double().mean().item()
     assert block_verdict(setup, decisions, drawn_sets(1), front, []) == (figures, pairs)
+
+
+def test_beside_a_front_of_an_older_version_nothing_is_said_to_pay(setup, front, monkeypatch):
+    """The search of older versions ended with weak sets and called that its end."""
+    older = replace(front, correct_FN=None, stated_accuracy=front.accuracy)
+    decisions = decided(setup, torch.ones(60, 6, dtype=torch.bool))
+    every_right = replace(decisions, prediction_N=decisions.label_N)
+    for given, answer in ((front, "pays"), (older, "not shown")):
+        figures, _ = block_verdict(setup, every_right, None, given, [])
+        assert figures["verdict"] == answer and figures["rival_finished"] == (given is front)
+    assert "older version" in figures["verdict_because"]
+
+
+def test_the_picture_has_the_sets_that_the_policy_is_compared_with(setup, front, monkeypatch):
+    monkeypatch.setattr(rivals, "points_of", lambda front, images: [])
+    decisions = decided(setup, drawn_sets(0))
+    _, pairs = block_verdict(setup, decisions, None, front, [])
+    choice = rivals.choose(searched_families(setup, front)[0].family, decisions.macs_N.mean().item())
+    assert (
+        {front.macs[i] for i, _ in choice.parts} <= {macs for macs, _ in pairs} <= {front.macs[i] for i in front.hull}
+    )
 
 
 def test_a_policy_that_is_one_fixed_set_has_itself_as_a_rival(setup, front):
