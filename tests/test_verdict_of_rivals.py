@@ -112,6 +112,18 @@ def test_the_policy_pays_if_it_beats_every_rival_and_the_strongest_is_named():
     assert figures["rival"] == "good" and figures["rival_low"] == found.rival.low and len(figures["rivals"]) == 2
 
 
+def test_an_uncertain_choice_lowers_the_low_end_alone():
+    """The two choices are right on two of three validation images and on the third: in 7 of 27 draws the other one is
+    chosen, which is worse by a third, so a third is what the low end allows for. Of twelve such families, the high end
+    lies farther out."""
+    cost_N, sure = torch.full((1000,), 10.0, dtype=torch.float64), rival_of(right(0.8))
+    unsure = replace(sure, family=replace(sure.family, correct_FV=bits("110", "001")))
+    (certain,), (open_,) = (judge(right(0.9), cost_N, [rival], 100.0).comparisons for rival in (sure, unsure))
+    assert open_.high == certain.high and open_.low == pytest.approx(certain.low - 1 / 3, abs=0.02)
+    many = judge(right(0.9), cost_N, [sure] * 12, 100.0).comparisons[0]
+    assert many.low == certain.low and many.high > certain.high + 0.005
+
+
 def test_one_rival_that_is_better_decides():
     cost_N = torch.full((1000,), 10.0, dtype=torch.float64)
     found = judge(right(0.7), cost_N, [rival_of(right(0.5)), rival_of(right(0.8), "strong")], 100.0)
