@@ -232,14 +232,9 @@ def make_front(points: list[tuple[float, float]]) -> StaticFront:
     return StaticFront(sets, kinds, correct_FN, [macs for macs, _ in points], 100, True, 7, 9, "b", "d", 1e6)
 
 
-def test_mixing_by_hand():
+def test_the_hull_by_hand():
     """The third point lies under the line from the second to the fourth; the fifth costs more for less."""
-    front = make_front([(10, 0.1), (20, 0.7), (30, 0.75), (40, 0.9), (50, 0.8)])
-    assert front.mix_at(15) == [(0, 0.5), (1, 0.5)]
-    assert front.mix_at(25) == [(1, 0.75), (3, 0.25)]
-    assert front.mix_at(20) == [(1, 1.0)]
-    assert front.mix_at(45) == front.mix_at(99) == [(3, 1.0)]
-    assert front.mix_at(5) == [(0, 1.0)]
+    assert make_front([(10, 0.1), (20, 0.7), (30, 0.75), (40, 0.9), (50, 0.8)]).hull == [0, 1, 3]
 
 
 def test_a_front_is_found_stored_and_known_again(tmp_path):

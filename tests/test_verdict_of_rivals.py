@@ -149,6 +149,26 @@ def test_what_keeps_the_answer_open(given, because):
     assert found.answer == "not shown" and because in found.because and found.rival is not None
 
 
+def test_images_that_belong_together_make_the_interval_wide():
+    """In 100 groups of ten images that are alike, the interval is √10 times as wide as in 1,000 images of their own."""
+    correct_N, cost_N = right(0.5), torch.full((1000,), 10.0, dtype=torch.float64)
+    groups = (None, torch.arange(1000) // 10)
+    alone, together = (
+        judge(correct_N, cost_N, [rival_of(right(0.2))], 100.0, group_N=group_N).comparisons[0] for group_N in groups
+    )
+    assert together.high - together.low == pytest.approx(10**0.5 * (alone.high - alone.low), rel=0.1)
+
+
+@pytest.mark.parametrize("grouped", [False, True])
+def test_fewer_than_40_images_or_groups_show_nothing_however_clear_they_are(grouped):
+    for count, answers in ((39, ["not shown"] * 2), (40, ["pays", "does not pay"])):
+        group_N = torch.arange(count).repeat_interleave(5) if grouped else None
+        images = count if group_N is None else len(group_N)
+        cost_N = torch.full((images,), 10.0, dtype=torch.float64)
+        given = [(right(mine, images), rival_of(right(theirs, images))) for mine, theirs in ((1, 0), (0, 1))]
+        assert [judge(mine, cost_N, [rival], 100.0, group_N=group_N).answer for mine, rival in given] == answers
+
+
 def test_a_rival_that_is_hardly_cheaper_is_near():
     cost_N = torch.full((1000,), 10.0, dtype=torch.float64)
     assert judge(right(0.9), cost_N, [rival_of(right(0.8), complete=False, macs=5.1)], 100.0).answer == "pays"
