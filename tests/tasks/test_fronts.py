@@ -29,6 +29,8 @@ def test_the_shipped_front_is_that_of_the_shipped_network_on_the_default_validat
     front = known_front(load("resnet32_digits"), validation, tmp_path)
     assert front is not None and front.finished and {sum(keep) for keep in front.sets} == set(range(16))
     assert front.images == 2000 and front.correct_FN is not None and front.budget >= FRONT_BUDGET
+    others = digits(torch.device("cpu"), train=1, validation=1999, test=1).validation
+    assert known_front(load("resnet32_digits"), others, tmp_path) is None
 
 
 SETTINGS = FrontSection(budget=1, images=30)  # a search that runs out of its budget

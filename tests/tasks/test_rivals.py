@@ -12,6 +12,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from policyskip.agents import fixed
 from policyskip.backbones import count_costs, dense
 from policyskip.backbones.resnet_exits import ResNetExits
 from policyskip.build import Setup
@@ -20,9 +21,12 @@ from policyskip.evaluation.decisions import Decisions, load_decisions, save_deci
 from policyskip.evaluation.evaluate import exit_decisions
 from policyskip.evaluation.tables import show_blocks, show_exits, verdict_line
 from policyskip.exits.cache import cache_exits
+from policyskip.rewards import Macs
+from policyskip.rivals import Family
 from policyskip.runs.folder import Run
 from policyskip.static_front import StaticFront, find_front
-from policyskip.tasks import rivals
+from policyskip.tasks import blocks, rivals
+from policyskip.tasks.fronts import with_block_selection
 from policyskip.tasks.rivals import block_verdict, exit_verdict, own_family, searched_families, set_name
 from policyskip.tasks.run_rivals import RunRival
 from tests.conftest import small_backbone, small_images, typed
@@ -85,15 +89,15 @@ def test_every_family_is_judged_and_the_chosen_sets_are_scored_as_the_network_de
     assert block_verdict(setup, decisions, drawn_sets(1), front, []) == (figures, pairs)
 
 
-def test_beside_a_front_of_an_older_version_nothing_is_said_to_pay(setup, front, monkeypatch):
-    """The search of older versions ended with weak sets and called that its end."""
+def test_beside_a_weak_front_nothing_is_said_to_pay(setup, front):
+    """A search was cut off, or was one of an older version, which ended with weak sets and called that its end."""
     older = replace(front, correct_FN=None, stated_accuracy=front.accuracy)
     decisions = decided(setup, torch.ones(60, 6, dtype=torch.bool))
     every_right = replace(decisions, prediction_N=decisions.label_N)
-    for given, answer in ((front, "pays"), (older, "not shown")):
+    for given, because in ((front, ""), (older, "older version"), (replace(front, finished=False), "front.budget")):
         figures, _ = block_verdict(setup, every_right, None, given, [])
-        assert figures["verdict"] == answer and figures["rival_finished"] == (given is front)
-    assert "older version" in figures["verdict_because"]
+        assert figures["verdict"] == ("not shown" if because else "pays") and because in figures["verdict_because"]
+        assert figures["rival_finished"] == (not because)
 
 
 def test_the_picture_has_the_sets_that_the_policy_is_compared_with(setup, front, monkeypatch):
@@ -104,6 +108,22 @@ def test_the_picture_has_the_sets_that_the_policy_is_compared_with(setup, front,
     assert (
         {front.macs[i] for i, _ in choice.parts} <= {macs for macs, _ in pairs} <= {front.macs[i] for i in front.hull}
     )
+
+
+def test_a_policy_s_own_sets_are_those_that_it_uses_on_validation_images(setup, front, monkeypatch):
+    given = []
+
+    def verdict(setup, decisions, keep_VK, *others):
+        given.append(keep_VK)
+        return {}, []
+
+    monkeypatch.setattr(blocks, "block_verdict", verdict)
+    setup = with_block_selection(replace(setup, reward=Macs(1.0)))
+    agent = fixed.random(setup.env(setup.data.train), blocks=3)  # decides by the pixels
+    blocks.judge_policy(setup, agent, front, "test")
+    assert torch.equal(given[0], agent.policy.decide(setup.data.validation.images))
+    blocks.judge_policy(setup, agent, front, "validation")
+    assert len(given) == 1  # a verdict takes images on which nothing was chosen
 
 
 def test_a_policy_that_is_one_fixed_set_has_itself_as_a_rival(setup, front):
@@ -186,6 +206,15 @@ def test_exits_are_judged_beside_exits_blocks_and_both(setup, exits):
     dealt = by_family["the policy's decisions, dealt at random"]
     assert dealt["accuracy"] == pytest.approx(cache.correct_MN.double().mean().item())  # a third of the images each
     assert dealt["macs"] == pytest.approx(cache.costs.straight_N.mean().item())
+    cost = decisions.macs_N.mean().item()
+    choice = rivals.choose(searched_families(trunk, found)[0].family, cost)
+    expected = sum(w * right(trunk, found.sets[i], setup.data.test).double().mean().item() for i, w in choice.parts)
+    assert by_family["searched blocks"]["accuracy"] == pytest.approx(expected)
+    alone = Family("exits", ["0", "1", "2"], cache.costs.straight_N, validation.correct_MN.T)  # no head on the way
+    choice = rivals.choose(alone, cost)
+    expected = choice.mixed([cache.correct_MN[:, n] for n, _ in choice.parts]).mean().item()
+    assert by_family["fixed exits"]["accuracy"] == pytest.approx(expected)
+    assert by_family["fixed exits"]["macs"] == pytest.approx(choice.macs)
     without = exit_verdict(trunk, exits, decisions, cache, validation, None, [])
     assert len(without["rivals"]) == 2 and not without["rival_finished"]
     assert without["verdict"] != "pays"
