@@ -22,7 +22,7 @@ from policyskip.evaluation.evaluate import exit_decisions
 from policyskip.evaluation.tables import show_blocks, show_exits, verdict_line
 from policyskip.exits.cache import cache_exits
 from policyskip.rewards import Macs
-from policyskip.rivals import Family
+from policyskip.rivals import Family, choose
 from policyskip.runs.folder import Run
 from policyskip.static_front import StaticFront, find_front
 from policyskip.tasks import blocks, rivals
@@ -191,7 +191,9 @@ def test_the_network_up_to_an_exit_answers_as_the_exit(exits):
     assert exits.up_to(2) is exits.backbone and exits.backbone.num_blocks == 6
 
 
-def test_exits_are_judged_beside_exits_blocks_and_both(setup, exits):
+def test_exits_are_judged_beside_exits_blocks_and_both(setup, exits, monkeypatch):
+    families: dict[str, Family] = {}
+    monkeypatch.setattr(rivals, "choose", lambda f, macs: choose(families.setdefault(f.name, f), macs))
     cache, validation = (cache_exits(exits, images) for images in (setup.data.test, setup.data.validation))
     exit_M = torch.arange(60) % 3
     decisions = exit_decisions(exit_M, cache)
@@ -210,11 +212,12 @@ def test_exits_are_judged_beside_exits_blocks_and_both(setup, exits):
     choice = rivals.choose(searched_families(trunk, found)[0].family, cost)
     expected = sum(w * right(trunk, found.sets[i], setup.data.test).double().mean().item() for i, w in choice.parts)
     assert by_family["searched blocks"]["accuracy"] == pytest.approx(expected)
-    alone = Family("exits", ["0", "1", "2"], cache.costs.straight_N, validation.correct_MN.T)  # no head on the way
+    alone = families["fixed exits"]
+    assert torch.equal(alone.macs_F, cache.costs.straight_N)  # no head runs on the way
+    assert torch.equal(alone.correct_FV, validation.correct_MN.T)
     choice = rivals.choose(alone, cost)
     expected = choice.mixed([cache.correct_MN[:, n] for n, _ in choice.parts]).mean().item()
     assert by_family["fixed exits"]["accuracy"] == pytest.approx(expected)
-    assert by_family["fixed exits"]["macs"] == pytest.approx(choice.macs)
     without = exit_verdict(trunk, exits, decisions, cache, validation, None, [])
     assert len(without["rivals"]) == 2 and not without["rival_finished"]
     assert without["verdict"] != "pays"
