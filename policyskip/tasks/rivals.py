@@ -78,11 +78,8 @@ def block_verdict(
     more = [(0, front.sets[i]) for i in shown]
     found, correct = _chosen([setup.backbone], candidates, cost, images, more, known)
     found.append(dealt_blocks(setup, decisions, images))
-    pairs = [
-        (front.macs[i], correct[0, front.sets[i]].double().mean().item())
-        for i in front.hull
-        if (0, front.sets[i]) in correct  # those that the policy is compared with, too
-    ]
+    scored = [i for i in front.hull if (0, front.sets[i]) in correct]  # also those that the policy is compared with
+    pairs = [(front.macs[i], correct[0, front.sets[i]].double().mean().item()) for i in scored]
     return _verdict(setup, decisions, found, others, _unfinished(front)), pairs
 
 
@@ -115,7 +112,7 @@ def exit_verdict(
     if (choice := choose(fixed, cost)) is not None:
         found.append(Rival(fixed, choice, choice.mixed([cache.correct_MN[:, n].cpu() for n, _ in choice.parts])))
     found.append(dealt_exits(decisions, cache))
-    unfinished = NOT_SEARCHED if has_blocks and front is None else ""
+    unfinished = _unfinished(front) if has_blocks else ""
     if isinstance(network, ResNetExits) and front is not None:
         parts = [network.up_to(n).eval() for n in range(network.num_exits)]
         trunk = replace(setup, backbone=parts[-1])
@@ -124,7 +121,6 @@ def exit_verdict(
         ]
         candidates.append(exits_and_blocks(setup, parts))
         found += _chosen(parts, candidates, cost, setup.data.test.plain())[0]
-        unfinished = _unfinished(front)
     return _verdict(setup, decisions, found, others, unfinished)
 
 
@@ -138,8 +134,10 @@ def front_of_trunk(setup: Setup, network: ExitNetwork, settings: FrontSection | 
     return static_front(with_block_selection(replace(setup, backbone=network.backbone.eval(), reward=None)), settings)
 
 
-def _unfinished(front: StaticFront) -> str:
+def _unfinished(front: StaticFront | None) -> str:
     """Say why a front may lack the best fixed sets; an empty text if its search came to its end."""
+    if front is None:
+        return NOT_SEARCHED
     if front.correct_FN is None:
         return OLDER
     return "" if front.finished else SPENT
