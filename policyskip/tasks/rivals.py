@@ -72,9 +72,8 @@ def block_verdict(
     if keep_VK is not None:
         candidates.append(own_family(setup, keep_VK))
     shown = points_of(front, len(images))
-    known = {}
-    if decisions.full_correct_N is not None:
-        known[0, (True,) * setup.backbone.num_blocks] = decisions.full_correct_N
+    full, full_correct_N = (0, (True,) * setup.backbone.num_blocks), decisions.full_correct_N
+    known = {} if full_correct_N is None else {full: full_correct_N}
     more = [(0, front.sets[i]) for i in shown]
     found, correct = _chosen([setup.backbone], candidates, cost, images, more, known)
     found.append(dealt_blocks(setup, decisions, images))
