@@ -180,7 +180,13 @@ def verdict(
     rivals.append(Rival(family, chosen, torch.from_numpy(test.correct_FN[dealt_N, rows]).double()))
     columns: tuple[Tensor, Tensor] = torch.from_numpy(correct_N), torch.from_numpy(macs_N)
     return judge(
-        *columns, rivals, 1.0, unfinished="" if finished else "cut off", group_N=groups[1], draws=draws, seed=seed
+        *columns,
+        rivals,
+        1.0,
+        unfinished="" if finished else "the search was cut off",
+        group_N=groups[1],
+        draws=draws,
+        seed=seed,
     )
 
 
