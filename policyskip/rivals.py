@@ -28,7 +28,6 @@ AT_ONCE = 2**23
 """Numbers that the bootstrap holds in memory at once."""
 FEWEST = 40
 """Images, or groups of images, below which an interval says nothing: the redrawn means vary too little."""
-UNFINISHED = "the search of fixed choices ran out of its budget"
 PAYS, DOES_NOT_PAY, NOT_SHOWN = "pays", "does not pay", "not shown"
 
 
@@ -185,9 +184,8 @@ def judge(
     macs_N: Tensor,
     rivals: Sequence[Rival],
     full_macs: float,
-    finished: bool = True,
+    unfinished: str = "",
     group_N: Tensor | None = None,
-    because_unfinished: str = UNFINISHED,
     draws: int = DRAWS,
     seed: int = 0,
 ) -> Verdict:
@@ -206,13 +204,13 @@ def judge(
         correct_N: bool (N,), whether the policy is right.
         macs_N: float64 (N,), its cost for each image, its own included.
         rivals: one for each family that has a choice at c or below (see :func:`choose`).
-        finished: whether the search of the fixed choices came to its end.
+        unfinished: says why there may be better fixed choices than those that were found, such as that their search did
+            not come to its end; empty if it did.
         group_N: int64 (N,), which images belong together and are drawn together; None: each stands for itself.
-        because_unfinished: what is said if the search did not come to its end, and that alone keeps the answer open.
     """
     cost = macs_N.mean().item()
     if not rivals:
-        return Verdict(NOT_SHOWN, "every fixed choice costs more than the policy", None, [], finished)
+        return Verdict(NOT_SHOWN, "every fixed choice costs more than the policy", None, [], not unfinished)
     difference_RN = torch.stack(
         [correct_N.double() - rival.correct_N - rival.choice.slope * (macs_N - cost) for rival in rivals]
     )
@@ -229,9 +227,8 @@ def judge(
         margin = correct_N.double().mean().item() - accuracy
         comparisons.append(Comparison(rival.family.name, rival.choice.name, accuracy, macs, margin, low, high))
     comparisons.sort(key=lambda line: line.margin if line.low is None else line.low)
-    unfinished = "" if finished else because_unfinished
     answer, because, named = _answer(comparisons, units, unfinished, _has_rival_near(rivals, cost, full_macs))
-    return Verdict(answer, because, named, comparisons, finished)
+    return Verdict(answer, because, named, comparisons, not unfinished)
 
 
 def redrawn_means(value_RN: Tensor, group_N: Tensor | None, draws: int, seed: int) -> Tensor:
@@ -318,7 +315,7 @@ def _answer(lines: Sequence[Comparison], units: int, unfinished: str, near: bool
     Args:
         lines: the comparisons, the strongest rival first.
         units: number of judged images, or of groups of them.
-        unfinished: says that the search did not come to its end; empty if it did.
+        unfinished: see :func:`judge`.
         near: whether there is a rival near the policy's cost.
     """
     worst = lines[0]

@@ -81,7 +81,8 @@ def judged(
         | {"margin": m, "low": a, "high": b}
         for n, (name, (m, a, b)) in enumerate(compared.items())
     ]
-    verdict = "pays" if low > 0 and finished and near else "does not pay" if high < 0 else "not shown"
+    denied = any(end < 0 for _, _, end in compared.values())
+    verdict = "does not pay" if denied else "pays" if low > 0 and finished and near else "not shown"
     figures: dict[str, Any] = {
         "verdict": verdict,
         "verdict_because": "as the test says" if near else "no choice is near",

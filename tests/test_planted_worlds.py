@@ -265,7 +265,7 @@ def judged(kind: str, budget: float = 1e9) -> dict[str, Any]:
     """Return the figures of a policy of planted_network.py, judged as a run does, its search bounded by ``budget``."""
     data, backbone = planted_network.images(torch.device("cpu"), 600), planted_network.PlantedNetwork()
     setup = with_block_selection(Setup({}, torch.device("cpu"), data, backbone, Utilization(1.0), 600))
-    settings = FrontSection(budget=budget, images=600, learner_steps=0)
+    settings = FrontSection(budget=budget, images=600)
     return judge_policy(setup, planted_network.agent(None, kind), static_front(setup, settings), "test").figures
 
 

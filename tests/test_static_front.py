@@ -177,6 +177,13 @@ def test_few_sets_are_all_tried():
     assert len(scorer.known) == 2**6 and found.exhausted and set(found.kinds.values()) == {"spread", "all"}
 
 
+def test_where_all_sets_are_tried_a_front_keeps_the_evenly_spread_ones_however_bad_they_are():
+    spread = {spread_set(6, m) for m in range(7)}
+    scorer = Planted(6, lambda keep: 0.1 if keep in spread else 0.9)
+    found = search(scorer, scorer.costs, budget=2**7 * 100)
+    assert spread <= set(sets_to_keep(scorer, scorer.costs, found.kinds)) and found.exhausted
+
+
 def test_hints_are_taken_in_and_a_spent_budget_is_admitted():
     scorer = Planted(8, lambda keep: 1.0 if keep == (True, False) * 4 else 0.5)
     found = search(scorer, scorer.costs, budget=0, hints={(True, False) * 4: "policy"})
@@ -225,14 +232,9 @@ def make_front(points: list[tuple[float, float]]) -> StaticFront:
     return StaticFront(sets, kinds, correct_FN, [macs for macs, _ in points], 100, True, 7, 9, "b", "d", 1e6)
 
 
-def test_mixing_by_hand():
+def test_the_hull_by_hand():
     """The third point lies under the line from the second to the fourth; the fifth costs more for less."""
-    front = make_front([(10, 0.1), (20, 0.7), (30, 0.75), (40, 0.9), (50, 0.8)])
-    assert front.mix_at(15) == [(0, 0.5), (1, 0.5)]
-    assert front.mix_at(25) == [(1, 0.75), (3, 0.25)]
-    assert front.mix_at(20) == [(1, 1.0)]
-    assert front.mix_at(45) == front.mix_at(99) == [(3, 1.0)]
-    assert front.mix_at(5) == [(0, 1.0)]
+    assert make_front([(10, 0.1), (20, 0.7), (30, 0.75), (40, 0.9), (50, 0.8)]).hull == [0, 1, 3]
 
 
 def test_a_front_is_found_stored_and_known_again(tmp_path):

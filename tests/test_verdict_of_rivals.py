@@ -112,19 +112,30 @@ def test_the_policy_pays_if_it_beats_every_rival_and_the_strongest_is_named():
     assert figures["rival"] == "good" and figures["rival_low"] == found.rival.low and len(figures["rivals"]) == 2
 
 
+def test_an_uncertain_choice_lowers_the_low_end_alone():
+    """The two choices are right on two of three validation images and on the third: in 7 of 27 draws the other one is
+    chosen, which is worse by a third, so a third is what the low end allows for. Of twelve such families, the high end
+    lies farther out."""
+    cost_N, sure = torch.full((1000,), 10.0, dtype=torch.float64), rival_of(right(0.8))
+    unsure = replace(sure, family=replace(sure.family, correct_FV=bits("110", "001")))
+    (certain,), (open_,) = (judge(right(0.9), cost_N, [rival], 100.0).comparisons for rival in (sure, unsure))
+    assert open_.high == certain.high and open_.low == pytest.approx(certain.low - 1 / 3, abs=0.02)
+    many = judge(right(0.9), cost_N, [sure] * 12, 100.0).comparisons[0]
+    assert many.low == certain.low and many.high > certain.high + 0.005
+
+
 def test_one_rival_that_is_better_decides():
     cost_N = torch.full((1000,), 10.0, dtype=torch.float64)
     found = judge(right(0.7), cost_N, [rival_of(right(0.5)), rival_of(right(0.8), "strong")], 100.0)
     assert (found.answer, found.rival.family) == ("does not pay", "strong") and found.rival.high < 0
-    late = judge(right(0.7), cost_N, [rival_of(right(0.8))], 100.0, finished=False)
+    late = judge(right(0.7), cost_N, [rival_of(right(0.8))], 100.0, unfinished="cut off")
     assert late.answer == "does not pay"  # a longer search finds no weaker rival
 
 
 @pytest.mark.parametrize(
     ("given", "because"),
     [
-        ({"finished": False}, "ran out of its budget"),
-        ({"finished": False, "because_unfinished": "nobody searched"}, "nobody searched"),
+        ({"unfinished": "nobody searched"}, "nobody searched"),
         ({"rival": rival_of(right(0.8), complete=False, macs=4.0)}, "no fixed choice costs nearly as much"),
         ({"rival": rival_of(right(0.898))}, "the interval includes 0"),
         ({"group_N": torch.zeros(1000, dtype=torch.int64)}, "has no interval"),
@@ -136,6 +147,26 @@ def test_what_keeps_the_answer_open(given, because):
     rival = given.pop("rival", rival_of(right(0.8)))
     found = judge(right(0.9), cost_N, [rival], 100.0, **given)
     assert found.answer == "not shown" and because in found.because and found.rival is not None
+
+
+def test_images_that_belong_together_make_the_interval_wide():
+    """In 100 groups of ten images that are alike, the interval is √10 times as wide as in 1,000 images of their own."""
+    correct_N, cost_N = right(0.5), torch.full((1000,), 10.0, dtype=torch.float64)
+    groups = (None, torch.arange(1000) // 10)
+    alone, together = (
+        judge(correct_N, cost_N, [rival_of(right(0.2))], 100.0, group_N=group_N).comparisons[0] for group_N in groups
+    )
+    assert together.high - together.low == pytest.approx(10**0.5 * (alone.high - alone.low), rel=0.1)
+
+
+@pytest.mark.parametrize("grouped", [False, True])
+def test_fewer_than_40_images_or_groups_show_nothing_however_clear_they_are(grouped):
+    for count, answers in ((39, ["not shown"] * 2), (40, ["pays", "does not pay"])):
+        group_N = torch.arange(count).repeat_interleave(5) if grouped else None
+        images = count if group_N is None else len(group_N)
+        cost_N = torch.full((images,), 10.0, dtype=torch.float64)
+        given = [(right(mine, images), rival_of(right(theirs, images))) for mine, theirs in ((1, 0), (0, 1))]
+        assert [judge(mine, cost_N, [rival], 100.0, group_N=group_N).answer for mine, rival in given] == answers
 
 
 def test_a_rival_that_is_hardly_cheaper_is_near():

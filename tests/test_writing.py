@@ -263,7 +263,7 @@ def test_a_front_with_impossible_numbers_is_refused(change, tmp_path):
     path = tmp_path / "front.json"
     path.write_text(json.dumps(SOUND))
     front = StaticFront.load(path)
-    assert front.sets == [(False, False), (False, True)] and front.mix_at(1.5)
+    assert front.sets == [(False, False), (False, True)] and front.hull == [0, 1]
     front.save(path)
     assert StaticFront.load(path) == front
     path.write_text(json.dumps(SOUND | change))

@@ -179,7 +179,15 @@ def verdict(
     assert chosen is not None
     rivals.append(Rival(family, chosen, torch.from_numpy(test.correct_FN[dealt_N, rows]).double()))
     columns: tuple[Tensor, Tensor] = torch.from_numpy(correct_N), torch.from_numpy(macs_N)
-    return judge(*columns, rivals, 1.0, finished=finished, group_N=groups[1], draws=draws, seed=seed)
+    return judge(
+        *columns,
+        rivals,
+        1.0,
+        unfinished="" if finished else "the search was cut off",
+        group_N=groups[1],
+        draws=draws,
+        seed=seed,
+    )
 
 
 # Policies that gain nothing

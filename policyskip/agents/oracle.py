@@ -1,9 +1,9 @@
 """The oracle searches the best set of blocks for each image, and may see the label for it.
 
 The oracle cannot be deployed. It shows how much deciding per image could gain: at least this much, since the search
-tries the static front's sets and changes them block by block, but not all 2^K sets.
+tries the best of the static front's sets and changes them block by block, but not all 2^K sets.
 
-Shapes: B images, F sets on the front, S decisions for each image, K blocks.
+Shapes: B images, F sets that are tried first, S decisions for each image, K blocks.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from torch import Tensor
 
 from policyskip.agents.fixed import FixedAgent
 from policyskip.envs.block_selection import BlockSelectionVectorEnv
+from policyskip.fronts import pareto
 from policyskip.policies.fixed import OraclePolicy
 from policyskip.static_front import StaticFront
 
@@ -22,7 +23,8 @@ class Oracle(FixedAgent):
 
     Args:
         env: the environment that the agent will act in (for its sizes).
-        front: the static front, whose sets are tried first; None: all blocks and no block are tried first.
+        front: the static front. Tried first are all blocks, no block, and those sets of the front that are more
+            accurate on validation images than every cheaper one.
     """
 
     sees_the_label = True
@@ -30,10 +32,11 @@ class Oracle(FixedAgent):
     def __init__(self, env: BlockSelectionVectorEnv, front: StaticFront | None = None) -> None:
         super().__init__("oracle", OraclePolicy())
         K = env.backbone.num_blocks
-        self.sets_FK = torch.tensor([(False,) * K, (True,) * K] if front is None else front.sets)
+        best = [] if front is None else [front.sets[i] for i in pareto(front.macs, front.accuracy)]
+        self.sets_FK = torch.tensor(list(dict.fromkeys([(False,) * K, (True,) * K, *best])))
 
     def decide(self, env: BlockSelectionVectorEnv) -> Tensor:
-        """Find the best of the front's sets for each image shown, bool (B, K), then flip single blocks as long as a
+        """Find the best of the first sets for each image shown, bool (B, K), then flip single blocks as long as a
         flip helps.
 
         The reward, which sees the label, judges every flip.

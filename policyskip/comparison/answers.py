@@ -16,10 +16,9 @@ from policyskip.comparison.fixed_lines import FixedLine, fixed_lines, network_of
 from policyskip.comparison.headroom import oracle_share
 from policyskip.comparison.rows import Row
 from policyskip.intervals import mean_and_half_interval
+from policyskip.rivals import DOES_NOT_PAY, NOT_SHOWN, PAYS
 from policyskip.texts import one_line
 
-PAYS, NOT_SHOWN, DOES_NOT_PAY = "pays", "not shown", "does not pay"
-"""The three answers."""
 OLDER = "judged by an older version"
 """The reason for the answer of a row whose runs have no verdict."""
 UNFINISHED = "the search for fixed choices is unfinished"
@@ -131,7 +130,8 @@ def answers_of(rows: Sequence[Row]) -> list[Answer]:
 def _judged(row: Row) -> tuple[str, str, Margin | None]:
     """Find a row's answer, the reasons where it is not shown, and the margin that decides.
 
-    A row has to be above every family of rivals, and one that is above it is enough for "does not pay".
+    A row has to be above every family of rivals, and one that is above it is enough for "does not pay", if a run says
+    so, too: runs of too few images never do.
     """
     older = [result for result in row.results if result.figure("verdict") is None]
     if older:
@@ -141,8 +141,9 @@ def _judged(row: Row) -> tuple[str, str, Margin | None]:
         because = next(result.figure("verdict_because") for result in row.results if _has_no_interval(result))
         return NOT_SHOWN, one_line(because or "a run has no rival"), None
     margins = _margins(row)
+    denied = any(result.figure("verdict") == DOES_NOT_PAY for result in row.results)
     for margin in margins:
-        if margin.below:
+        if margin.below and denied:
             return DOES_NOT_PAY, "", margin
     undecided = next((margin for margin in margins if not margin.above), None)
     reasons = ["one seed"] if len(row.results) == 1 else []
@@ -167,9 +168,9 @@ def _margins(row: Row) -> list[Margin]:
     rival that each run names count as well.
     """
     by_family: list[dict[str, dict[str, Any]]] = [
-        {str(rival["family"]): rival for rival in result.figure("rivals") or () if rival["low"] is not None}
+        {str(rival["family"]): rival for rival in reversed(result.figure("rivals") or []) if rival["low"] is not None}
         for result in row.results
-    ]
+    ]  # of two runs of one name, the stronger rival counts, which is listed first
     common = [family for family in by_family[0] if all(family in known for known in by_family)]
     margins = [_margin([known[family] for known in by_family]) for family in common]
     if not common or any(len(known) > len(common) for known in by_family):
@@ -186,7 +187,7 @@ def _margin(rivals: Sequence[dict[str, Any]]) -> Margin:
 
 
 def _doubts(row: Row) -> list[str]:
-    """Return what runs of a row say against their own rivals: that a search was cut off, or that no rival is near.
+    """Return why runs of a row give no answer although their intervals may: such as that a search was cut off.
 
     A reason that does not hold for all runs says for how many it does.
     """
@@ -196,11 +197,12 @@ def _doubts(row: Row) -> list[str]:
 
 
 def _doubt(result: Result) -> str:
-    """Return why a run is not called one that pays, although it may beat its rival; "" if there is no such reason."""
+    """Return why a run's answer is open, other than that its interval includes 0; "" if there is no such reason."""
     if result.figure("rival_finished") is not True:
         return UNFINISHED
-    if result.figure("rival_low") > 0 and result.figure("verdict") == NOT_SHOWN:
-        return one_line(result.figure("verdict_because") or "a run is not said to pay")
+    includes_0 = result.figure("rival_low") <= 0 <= result.figure("rival_high")
+    if result.figure("verdict") == NOT_SHOWN and not includes_0:
+        return one_line(result.figure("verdict_because") or "a run gives no reason")
     return ""
 
 

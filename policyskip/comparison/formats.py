@@ -7,8 +7,8 @@ import io
 from collections.abc import Sequence
 from typing import Any
 
-from policyskip.comparison.answers import PAYS
 from policyskip.comparison.tables import Cells
+from policyskip.rivals import PAYS
 from policyskip.texts import for_csv, for_markdown
 
 

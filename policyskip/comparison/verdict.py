@@ -8,9 +8,10 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Sequence
 
-from policyskip.comparison.answers import DOES_NOT_PAY, NOT_SHOWN, OLDER, PAYS, Answer, Margin
+from policyskip.comparison.answers import OLDER, Answer, Margin
 from policyskip.comparison.rows import Row
 from policyskip.comparison.tables import Cells
+from policyskip.rivals import DOES_NOT_PAY, NOT_SHOWN, PAYS
 
 NAMED = 5
 """How many rows a sentence names at most."""
@@ -18,8 +19,6 @@ FEW_IMAGES = 500
 """Test images below which one image more or less is seen in an accuracy."""
 SAID = {PAYS: "pays", DOES_NOT_PAY: "does not pay", NOT_SHOWN: "is not shown to pay, or not to,"}
 """The answers in sentences, in the order in which rows are counted."""
-JUDGE_ANEW = "train anew, or let policyskip evaluate judge each run"
-"""What can be done about runs without a verdict."""
 ABOUT_MARGINS = (
     "Margins are in points of accuracy over the strongest fixed choice of equal cost, with the outer ends of two 95 % "
     "intervals: over seeds, and over images and the choice."
@@ -72,7 +71,7 @@ def answer_lines(answers: Sequence[Answer]) -> list[str]:
             older[answer.because].append(answer.row)
         else:
             lines.append(f"{answer.row.label}: {said_of(answer)}")
-    lines += [f"{_listed(rows)}: {NOT_SHOWN}: {because} ({JUDGE_ANEW})" for because, rows in older.items()]
+    lines += [f"{_listed(rows)}: {NOT_SHOWN}: {because} (train anew)" for because, rows in older.items()]
     return lines
 
 

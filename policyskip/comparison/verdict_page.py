@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from policyskip.comparison.answers import DOES_NOT_PAY, NOT_SHOWN, OLDER, PAYS, Answer, Margin
+from policyskip.comparison.answers import OLDER, Answer, Margin
 from policyskip.comparison.formats import margin_text
-from policyskip.comparison.verdict import JUDGE_ANEW, about_margins, counted, in_order, other_text, rival_text
+from policyskip.comparison.verdict import about_margins, counted, in_order, other_text, rival_text
+from policyskip.rivals import DOES_NOT_PAY, NOT_SHOWN, PAYS
 from policyskip.texts import LONGEST_LINE, for_html
 
 COLUMNS = (
@@ -35,7 +36,7 @@ def verdict_html(answers: Sequence[Answer]) -> str:
     scale = min(max(ends, default=MOST_POINTS), MOST_POINTS) or MOST_POINTS
     head = "".join(f"<th>{for_html(column)}</th>" for column in COLUMNS)
     body = "".join(_line(answer, scale) for answer in in_order(answers))
-    older = f" Runs that were judged by an older version: {JUDGE_ANEW}." if any(map(_is_older, answers)) else ""
+    older = " Train runs anew that were judged by an older version." if any(map(_is_older, answers)) else ""
     return (
         f'<p class="verdict">{for_html(counted(answers), LONGEST_LINE)}</p>'
         f'<div class="scroll"><table class="verdicts"><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>'

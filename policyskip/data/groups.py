@@ -23,7 +23,6 @@ from policyskip.errors import UserError
 SPLIT_SEED = 0
 """Decides which images are held out for validation. It is the same in every run, whatever the run's seed, because
 weights and thresholds were chosen on these images."""
-SPLITS = ("train", "validation", "test")
 
 
 def groups_of(images: Images) -> Tensor | None:

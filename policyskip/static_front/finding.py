@@ -105,7 +105,7 @@ def sets_to_keep(scorer: SetScorer, costs: Costs, kinds: Mapping[Keep, str]) -> 
     for keep in known:
         by_size[sum(keep)].append(keep)
         by_cost[int(macs[keep] / costs.full / BIN - 1e-9)].append(keep)
-    kept = {keep for keep in known if kinds[keep] in ("spread", "policy", "learner", "older version")}
+    kept = {keep for keep in known if kinds[keep] in ("spread", "policy")}
     for groups, most in ((by_size, KEPT_OF_SIZE), (by_cost, KEPT_IN_RANGE)):
         for sets in groups.values():
             kept |= set(sorted(sets, key=lambda keep: -sureness[keep])[:most])

@@ -6,7 +6,7 @@ Shapes: F sets, N validation images of the search.
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -14,7 +14,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from policyskip.errors import UserError
 from policyskip.files import read, reporting_write_errors, write
 from policyskip.fronts import concave_hull
 from policyskip.runs import schemas
@@ -37,8 +36,7 @@ class StaticFront:
         sets: F keep-sets.
         kinds: how each set was found: "spread" (even distances), "stages" (even distances within each stage),
             "random", "surrogate" (predicted to be good, from the sets scored before), "moves" (a good set with one
-            block more, less or another), "learner" (an image-independent learner), "policy" (a policy's own), "all"
-            (every set was tried), "older version".
+            block more, less or another), "policy" (a policy's own), "all" (every set was tried), "older version".
         correct_FN: bool (F, N) on the CPU: whether each validation image of the search is classified rightly; None in
             files of older versions.
         macs: of each set.
@@ -76,43 +74,6 @@ class StaticFront:
     def hull(self) -> list[int]:
         """Return the indices of the sets, cheapest first, that are best on validation images alone or mixed."""
         return concave_hull(self.macs, self.accuracy)
-
-    def mix_at(self, macs: float) -> list[tuple[int, float]]:
-        """Find the one or two sets that, mixed at random, cost ``macs`` and are most accurate on validation images.
-
-        Mixing two fixed sets reaches every point on the line between them, so the best static choice at a given cost
-        lies on the upper concave hull of the front. A cost outside the front's range gives the nearest end.
-
-        Returns: pairs (index of the set, weight in (0, 1]); the weights sum to 1.
-        """
-        hull = self.hull
-        above = next((position for position, i in enumerate(hull) if self.macs[i] > macs), None)
-        if above is None or above == 0:
-            return [(hull[-1 if above is None else 0], 1.0)]
-        low, high = hull[above - 1], hull[above]
-        weight = (macs - self.macs[low]) / (self.macs[high] - self.macs[low])
-        return [(i, weight_i) for i, weight_i in ((low, 1 - weight), (high, weight)) if weight_i > 0]
-
-    def joined_by(self, sets: list[Keep], kinds: list[str], correct_FN: Tensor, macs: list[float]) -> StaticFront:
-        """Return this front with more sets; those that it has already are left out.
-
-        Args:
-            correct_FN: bool (F, N), what the sets do on the images of this front's search.
-
-        Raises:
-            UserError: this front is of an older version, which does not say what its sets do on each image.
-        """
-        if self.correct_FN is None:
-            raise UserError("a front of an older version takes no more sets")
-        new = [i for i, keep in enumerate(sets) if keep not in set(self.sets)]
-        return replace(
-            self,
-            sets=[*self.sets, *(sets[i] for i in new)],
-            kinds=[*self.kinds, *(kinds[i] for i in new)],
-            correct_FN=torch.cat([self.correct_FN, correct_FN[new]]),
-            macs=[*self.macs, *(macs[i] for i in new)],
-            tried=self.tried + len(new),
-        )
 
     def _content(self) -> dict[str, Any]:
         """Return what a file holds."""

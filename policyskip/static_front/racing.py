@@ -131,8 +131,7 @@ class _Search:
 
     def run(self, hints: dict[Keep, str]) -> Found:
         ends = {self.full: "spread", (False,) * self.K: "spread"}
-        known = {keep: "older version" for keep in self.scorer.known}
-        self.found.kinds |= known | hints | ends
+        self.found.kinds |= hints | ends
         self.scorer.score([*ends, *hints])
         self.on_pass()
         if len(self.scorer.known) == 2**self.K:
@@ -185,6 +184,7 @@ class _Search:
 
     def _try_every_set(self) -> None:
         """Score all 2^K sets on all images."""
+        self.found.kinds |= {keep: "spread" for keep in spread_sets(self.K)}
         for code in range(2**self.K):
             self.found.kinds.setdefault(tuple(bool(code >> k & 1) for k in range(self.K)), "all")
         every = sorted(self.found.kinds)  # sets that begin alike stand side by side, and share what they compute

@@ -24,7 +24,6 @@ from policyskip.runs.folder import Run
 from policyskip.runs.progress import waiting
 from policyskip.static_front import (
     Keep,
-    SetScorer,
     StaticFront,
     find_front,
     front_file,
@@ -40,8 +39,8 @@ def static_front(setup: Setup, settings: FrontSection, sets_in_use: Sequence[Kee
     Args:
         setup: names the network and its data.
         settings: how long to search, and on how many images.
-        sets_in_use: keep-sets that a policy uses, which are scored in any case. A search that is made now starts from
-            them, too; a front that is known already is joined by them.
+        sets_in_use: keep-sets that a policy uses, from which a search that is made now starts, too. Another policy's
+            rivals never come of them.
     """
     hints = dict.fromkeys(sets_in_use, "policy")
     if (known := remembered_front(setup, settings)) is None:
@@ -49,7 +48,7 @@ def static_front(setup: Setup, settings: FrontSection, sets_in_use: Sequence[Kee
             known = remembered_front(setup, settings, hints)  # another process may have searched it
             if known is None:
                 known = _searched(with_block_selection(setup), settings, hints)
-    return _joined(setup, known, hints)
+    return known
 
 
 def _searched(setup: Setup, settings: FrontSection, hints: Mapping[Keep, str]) -> StaticFront:
@@ -69,19 +68,6 @@ def _searched(setup: Setup, settings: FrontSection, hints: Mapping[Keep, str]) -
         if hints or front.budget == float("inf"):  # no other search will go on from here
             scores.unlink(missing_ok=True)
     return front
-
-
-def _joined(setup: Setup, front: StaticFront, hints: Mapping[Keep, str]) -> StaticFront:
-    """Return a front with those of the hints that it lacks, scored on the images of its search."""
-    new = sorted(set(hints) - set(front.sets))
-    if not new or front.correct_FN is None:
-        return front
-    scorer = SetScorer(setup.backbone, setup.data.validation, front.images)
-    with waiting("judging the policy's own sets on validation images", front.images) as wait:
-        scorer.on_batch = wait.advance
-        correct_FN = torch.stack(scorer.correct(new))
-    macs: list[float] = with_block_selection(setup).env(setup.data.validation).costs.of(torch.tensor(new)).tolist()
-    return front.joined_by(new, [hints[keep] for keep in new], correct_FN, macs)
 
 
 def remembered_front(setup: Setup, settings: FrontSection, sets_in_use: Iterable[Keep] = ()) -> StaticFront | None:

@@ -42,6 +42,7 @@ MOST_POINTS, FEWEST_POINTS, MOST_DEALS = 20, 6, 8
 """Sets of the static front that pictures show; and how often the policy's decisions are dealt at random, at most."""
 SPENT = "the search of fixed blocks ended before its plan was carried out; raise front.budget"
 NOT_SEARCHED = "the blocks of the network were not searched for fixed choices"
+OLDER = "fixed blocks were searched by an older version, which found weaker ones; train anew"
 
 
 @dataclass(frozen=True)
@@ -71,14 +72,14 @@ def block_verdict(
     if keep_VK is not None:
         candidates.append(own_family(setup, keep_VK))
     shown = points_of(front, len(images))
-    known = {}
-    if decisions.full_correct_N is not None:
-        known[0, (True,) * setup.backbone.num_blocks] = decisions.full_correct_N
+    full, full_correct_N = (0, (True,) * setup.backbone.num_blocks), decisions.full_correct_N
+    known = {} if full_correct_N is None else {full: full_correct_N}
     more = [(0, front.sets[i]) for i in shown]
     found, correct = _chosen([setup.backbone], candidates, cost, images, more, known)
     found.append(dealt_blocks(setup, decisions, images))
-    pairs = [(front.macs[i], correct[0, front.sets[i]].double().mean().item()) for i in shown]
-    return _verdict(setup, decisions, found, others, "" if front.finished else SPENT), pairs
+    scored = [i for i in front.hull if (0, front.sets[i]) in correct]  # also those that the policy is compared with
+    pairs = [(front.macs[i], correct[0, front.sets[i]].double().mean().item()) for i in scored]
+    return _verdict(setup, decisions, found, others, _unfinished(front)), pairs
 
 
 def exit_verdict(
@@ -110,7 +111,7 @@ def exit_verdict(
     if (choice := choose(fixed, cost)) is not None:
         found.append(Rival(fixed, choice, choice.mixed([cache.correct_MN[:, n].cpu() for n, _ in choice.parts])))
     found.append(dealt_exits(decisions, cache))
-    unfinished = NOT_SEARCHED if has_blocks and front is None else ""
+    unfinished = _unfinished(front) if has_blocks else ""
     if isinstance(network, ResNetExits) and front is not None:
         parts = [network.up_to(n).eval() for n in range(network.num_exits)]
         trunk = replace(setup, backbone=parts[-1])
@@ -119,7 +120,6 @@ def exit_verdict(
         ]
         candidates.append(exits_and_blocks(setup, parts))
         found += _chosen(parts, candidates, cost, setup.data.test.plain())[0]
-        unfinished = "" if front.finished else SPENT
     return _verdict(setup, decisions, found, others, unfinished)
 
 
@@ -133,6 +133,15 @@ def front_of_trunk(setup: Setup, network: ExitNetwork, settings: FrontSection | 
     return static_front(with_block_selection(replace(setup, backbone=network.backbone.eval(), reward=None)), settings)
 
 
+def _unfinished(front: StaticFront | None) -> str:
+    """Say why a front may lack the best fixed sets; an empty text if its search came to its end."""
+    if front is None:
+        return NOT_SEARCHED
+    if front.correct_FN is None:
+        return OLDER
+    return "" if front.finished else SPENT
+
+
 def _verdict(
     setup: Setup, decisions: Decisions, found: list[Rival], others: Sequence[RunRival], unfinished: str
 ) -> dict[str, Any]:
@@ -144,9 +153,8 @@ def _verdict(
         decisions.macs_N,
         [*found, *(other.rival() for other in near)],
         decisions.full_macs,
-        not unfinished,
-        _groups(setup.data.test),
         unfinished,
+        _groups(setup.data.test),
     )
     dearer = [other.name for other in others if other.is_dearer(cost)]
     return verdict.figures() | ({"rivals_dearer": dearer} if dearer else {})
@@ -196,7 +204,7 @@ def searched_families(setup: Setup, front: StaticFront) -> list[Candidates]:
     group_V, macs_F = _groups(images, correct_FV.shape[1]), torch.tensor(front.macs, dtype=torch.float64)
     is_even = [keep == spread_set(len(keep), sum(keep)) for keep in front.sets]  # whatever found it
     labels = [set_name(front.sets[i], "spread" if is_even[i] else kind) for i, kind in enumerate(kinds)]
-    complete = "all" in kinds or front.budget == float("inf")
+    complete = "all" in kinds
     families = []
     for name, rows in (
         ("searched blocks", list(range(len(front.sets)))),

@@ -107,7 +107,9 @@ def test_the_oracle_is_never_below_any_policy():
     it can, so that no policy of equal cost is right more often."""
     for reward in (Macs(2.0), Utilization(2.0), Linear(0.5)):
         env = make_env(reward)
-        oracle = Oracle(env, replace(make_front(), sets=[tuple(k) for k in EVERY.tolist()]))
+        rising = [n / 2**K for n in range(2**K)]
+        every = dict(sets=[tuple(keep) for keep in EVERY.tolist()], macs=rising, stated_accuracy=rising)
+        oracle = Oracle(env, replace(make_front(), **every))
         keep_BK = oracle.decide(env)
         every_SBK = EVERY.unsqueeze(1).expand(-1, len(keep_BK), -1)
         everything, chosen = env.score(every_SBK), env.score(keep_BK)
@@ -118,6 +120,12 @@ def test_the_oracle_is_never_below_any_policy():
             assert torch.equal(chosen.correct_B, correct_SB.any(0))
             cheapest_B = torch.where(correct_SB, macs_SB, torch.inf).amin(0)
             torch.testing.assert_close(chosen.macs_B, cheapest_B.where(correct_SB.any(0), macs_SB.amin(0)))
+
+
+def test_the_oracle_tries_sets_that_are_better_than_every_cheaper_one_and_both_ends():
+    front = replace(make_front(), macs=[0, 2, 1, 1, 4, 3, 6], stated_accuracy=[0.5, 0.6, 0.6, 0.7, 0.7, 0.9, 0.8])
+    tried = ["".join("01"[kept] for kept in keep) for keep in Oracle(make_env(), front).sets_FK.tolist()]
+    assert tried == ["000000", "111111", "010101", "111110"]
 
 
 def test_the_oracle_s_search_starts_from_the_front_and_flips_single_blocks():

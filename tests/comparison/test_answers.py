@@ -9,13 +9,14 @@ from typing import Any
 import pytest
 import torch
 
-from policyskip.comparison.answers import DOES_NOT_PAY, NOT_SHOWN, PAYS, Answer, answers_of
+from policyskip.comparison.answers import Answer, answers_of
 from policyskip.comparison.collect import collect
 from policyskip.comparison.fixed_lines import about_lines, fixed_lines, static_front
 from policyskip.comparison.formats import as_csv
 from policyskip.comparison.rows import Row, rows_of
 from policyskip.comparison.tables import run_table, table
 from policyskip.comparison.verdict import answer_lines, counted
+from policyskip.rivals import DOES_NOT_PAY, NOT_SHOWN, PAYS
 from tests.made_up import judged, made_up_decisions, made_up_run
 
 GOOD = ((0.020, 0.012, 0.028), (0.018, 0.010, 0.026), (0.022, 0.014, 0.030))
@@ -73,6 +74,10 @@ CASES: dict[str, tuple[list[dict[str, Any]], str]] = {
     "no rival near": (
         [judged(*figures, near=n != 2) for n, figures in enumerate(GOOD)],
         "no choice is near in 1 of 3 runs",
+    ),
+    "few images": (
+        [judged(*f) | {"test/verdict": NOT_SHOWN, "test/verdict_because": "9 images"} for f in WORSE],
+        "9 images",
     ),
     "an end of the search that is not known": (
         [judged(*figures) | {"test/rival_finished": None} for figures in GOOD],
@@ -147,6 +152,17 @@ def test_a_family_that_some_seeds_lack_counts_by_the_rivals_that_runs_name(tmp_p
     answer = answer_in(tmp_path)
     assert (answer.verdict, answer.because) == (NOT_SHOWN, "the intervals over seeds and over images include 0")
     assert answer.margin.mean == pytest.approx((0.02 + 0.018 - 0.05) / 3)
+
+
+def test_of_two_runs_of_one_name_that_are_rivals_the_stronger_counts(tmp_path):
+    """A run lists its rivals with the strongest first."""
+    named = dict(family="the run full over net (seed0)", families={"moves": GOOD[0]})
+    runs = [judged(*figures, **named) for figures in WIDE]
+    for summary in runs:
+        summary["test/rivals"].append(summary["test/rivals"][0] | {"margin": 0.5, "low": 0.4, "high": 0.6})
+    seeds(tmp_path, *runs)
+    answer = answer_in(tmp_path)
+    assert answer.verdict == NOT_SHOWN and answer.margin.mean == pytest.approx(0.02)
 
 
 def test_the_most_frequent_rival_is_named_with_how_many_seeds_have_it(tmp_path):

@@ -13,7 +13,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from policyskip.comparison.answers import NOT_SHOWN, Answer, answers_of
+from policyskip.comparison.answers import Answer, answers_of
 from policyskip.comparison.collect import collect
 from policyskip.comparison.compare import _said, compare
 from policyskip.comparison.fixed_lines import fixed_lines, static_front
@@ -25,6 +25,7 @@ from policyskip.comparison.tables import differences, disagreements, table
 from policyskip.data import digits
 from policyskip.errors import UserError
 from policyskip.evaluation import decisions
+from policyskip.rivals import NOT_SHOWN
 from policyskip.runs.folder import Run
 from tests.conftest import typed
 from tests.made_up import drawn, judged, made_up_decisions, made_up_run

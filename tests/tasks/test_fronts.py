@@ -11,7 +11,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from policyskip.backbones import count_costs, load
+from policyskip.backbones import load
 from policyskip.build import Setup
 from policyskip.config import FrontSection
 from policyskip.data import Data, TensorImages, digits
@@ -29,6 +29,8 @@ def test_the_shipped_front_is_that_of_the_shipped_network_on_the_default_validat
     front = known_front(load("resnet32_digits"), validation, tmp_path)
     assert front is not None and front.finished and {sum(keep) for keep in front.sets} == set(range(16))
     assert front.images == 2000 and front.correct_FN is not None and front.budget >= FRONT_BUDGET
+    others = digits(torch.device("cpu"), train=1, validation=1999, test=1).validation
+    assert known_front(load("resnet32_digits"), others, tmp_path) is None
 
 
 SETTINGS = FrontSection(budget=1, images=30)  # a search that runs out of its budget
@@ -63,18 +65,6 @@ def test_a_search_is_made_once_for_each_network_and_settings(searches):
     static_front(small_setup(seed=1), SETTINGS)
     static_front(small_setup(), more.model_copy(update={"images": 40}))
     assert len(searches) == 4
-
-
-def test_a_policy_s_own_sets_join_a_known_front_without_a_new_search(searches):
-    own = [(True, False, True, False, False, True), (False,) * 6]
-    known = static_front(small_setup(), SETTINGS)
-    joined = static_front(small_setup(), SETTINGS, own)
-    assert searches == [1] and len(joined.sets) == len(known.sets) + 1
-    assert (joined.sets[-1], joined.kinds[-1]) == (own[0], "policy") and joined.images == known.images == 30
-    scorer = SetScorer(small_backbone(), small_images(seed=1), 30)
-    assert torch.equal(joined.correct_FN[-1], scorer.correct(own)[0])
-    assert joined.macs[-1] == pytest.approx(count_costs(small_backbone(), (3, 12, 12)).of(torch.tensor(own[0])).item())
-    assert static_front(small_setup(), SETTINGS) == known  # what one run brings does not change another's rivals
 
 
 def test_a_search_that_starts_from_a_policy_s_sets_is_found_by_those_sets_alone(searches):

@@ -12,6 +12,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from policyskip.agents import fixed
 from policyskip.backbones import count_costs, dense
 from policyskip.backbones.resnet_exits import ResNetExits
 from policyskip.build import Setup
@@ -20,10 +21,13 @@ from policyskip.evaluation.decisions import Decisions, load_decisions, save_deci
 from policyskip.evaluation.evaluate import exit_decisions
 from policyskip.evaluation.tables import show_blocks, show_exits, verdict_line
 from policyskip.exits.cache import cache_exits
+from policyskip.rewards import Macs
+from policyskip.rivals import Family, choose
 from policyskip.runs.folder import Run
 from policyskip.static_front import StaticFront, find_front
-from policyskip.tasks import rivals
-from policyskip.tasks.rivals import block_verdict, exit_verdict, own_family, points_of, searched_families, set_name
+from policyskip.tasks import blocks, rivals
+from policyskip.tasks.fronts import with_block_selection
+from policyskip.tasks.rivals import block_verdict, exit_verdict, own_family, searched_families, set_name
 from policyskip.tasks.run_rivals import RunRival
 from tests.conftest import small_backbone, small_images, typed
 
@@ -80,9 +84,46 @@ def test_every_family_is_judged_and_the_chosen_sets_are_scored_as_the_network_de
     assert line["accuracy"] == pytest.approx(expected) and line["macs"] == pytest.approx(choice.macs)
     assert line["margin"] == pytest.approx(decisions.accuracy - expected)
     for macs, accuracy in pairs:
-        (index,) = (i for i in points_of(front, 60) if front.macs[i] == macs)
+        (index,) = (i for i in front.hull if front.macs[i] == macs)
         assert accuracy == right(setup, front.sets[index], setup.data.test).double().mean().item()
     assert block_verdict(setup, decisions, drawn_sets(1), front, []) == (figures, pairs)
+
+
+def test_beside_a_weak_front_nothing_is_said_to_pay(setup, front):
+    """A search was cut off, or was one of an older version, which ended with weak sets and called that its end."""
+    older = replace(front, correct_FN=None, stated_accuracy=front.accuracy)
+    decisions = decided(setup, torch.ones(60, 6, dtype=torch.bool))
+    every_right = replace(decisions, prediction_N=decisions.label_N)
+    for given, because in ((front, ""), (older, "older version"), (replace(front, finished=False), "front.budget")):
+        figures, _ = block_verdict(setup, every_right, None, given, [])
+        assert figures["verdict"] == ("not shown" if because else "pays") and because in figures["verdict_because"]
+        assert figures["rival_finished"] == (not because)
+
+
+def test_the_picture_has_the_sets_that_the_policy_is_compared_with(setup, front, monkeypatch):
+    monkeypatch.setattr(rivals, "points_of", lambda front, images: [])
+    decisions = decided(setup, drawn_sets(0))
+    _, pairs = block_verdict(setup, decisions, None, front, [])
+    choice = rivals.choose(searched_families(setup, front)[0].family, decisions.macs_N.mean().item())
+    assert (
+        {front.macs[i] for i, _ in choice.parts} <= {macs for macs, _ in pairs} <= {front.macs[i] for i in front.hull}
+    )
+
+
+def test_a_policy_s_own_sets_are_those_that_it_uses_on_validation_images(setup, front, monkeypatch):
+    given = []
+
+    def verdict(setup, decisions, keep_VK, *others):
+        given.append(keep_VK)
+        return {}, []
+
+    monkeypatch.setattr(blocks, "block_verdict", verdict)
+    setup = with_block_selection(replace(setup, reward=Macs(1.0)))
+    agent = fixed.random(setup.env(setup.data.train), blocks=3)  # decides by the pixels
+    blocks.judge_policy(setup, agent, front, "test")
+    assert torch.equal(given[0], agent.policy.decide(setup.data.validation.images))
+    blocks.judge_policy(setup, agent, front, "validation")
+    assert len(given) == 1  # a verdict takes images on which nothing was chosen
 
 
 def test_a_policy_that_is_one_fixed_set_has_itself_as_a_rival(setup, front):
@@ -150,7 +191,9 @@ def test_the_network_up_to_an_exit_answers_as_the_exit(exits):
     assert exits.up_to(2) is exits.backbone and exits.backbone.num_blocks == 6
 
 
-def test_exits_are_judged_beside_exits_blocks_and_both(setup, exits):
+def test_exits_are_judged_beside_exits_blocks_and_both(setup, exits, monkeypatch):
+    families: dict[str, Family] = {}
+    monkeypatch.setattr(rivals, "choose", lambda f, macs: choose(families.setdefault(f.name, f), macs))
     cache, validation = (cache_exits(exits, images) for images in (setup.data.test, setup.data.validation))
     exit_M = torch.arange(60) % 3
     decisions = exit_decisions(exit_M, cache)
@@ -165,6 +208,16 @@ def test_exits_are_judged_beside_exits_blocks_and_both(setup, exits):
     dealt = by_family["the policy's decisions, dealt at random"]
     assert dealt["accuracy"] == pytest.approx(cache.correct_MN.double().mean().item())  # a third of the images each
     assert dealt["macs"] == pytest.approx(cache.costs.straight_N.mean().item())
+    cost = decisions.macs_N.mean().item()
+    choice = rivals.choose(searched_families(trunk, found)[0].family, cost)
+    expected = sum(w * right(trunk, found.sets[i], setup.data.test).double().mean().item() for i, w in choice.parts)
+    assert by_family["searched blocks"]["accuracy"] == pytest.approx(expected)
+    alone = families["fixed exits"]
+    assert torch.equal(alone.macs_F, cache.costs.straight_N)  # no head runs on the way
+    assert torch.equal(alone.correct_FV, validation.correct_MN.T)
+    choice = rivals.choose(alone, cost)
+    expected = choice.mixed([cache.correct_MN[:, n] for n, _ in choice.parts]).mean().item()
+    assert by_family["fixed exits"]["accuracy"] == pytest.approx(expected)
     without = exit_verdict(trunk, exits, decisions, cache, validation, None, [])
     assert len(without["rivals"]) == 2 and not without["rival_finished"]
     assert without["verdict"] != "pays"
