@@ -15,7 +15,7 @@ COLUMNS = (
     "deciding per image",
     "margin, points",
     "",
-    "seeds",
+    "runs",
     "strongest fixed choice of equal cost",
     "remarks",
 )

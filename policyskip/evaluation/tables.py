@@ -13,6 +13,9 @@ from policyskip.exits.references import LABEL_NATS
 from policyskip.texts import LONGEST_LINE, one_line
 from policyskip.typed.streams import line_width
 
+CHEAPER = 0.9
+"""A rival that costs less than this share of a policy's cost, and is as accurate, is worth a line of its own."""
+
 
 class PlainConsole(Console):
     """A console on which every text is one line, shown as it is: no markup, and what cannot be seen is escaped."""
@@ -40,6 +43,10 @@ def verdict_line(summary: dict[str, Any]) -> str:
     subject = "this policy" if learned else f"{summary['agent']}, {remark},"
     if test.get("verdict") is None:
         return f"Whether {subject} pays is not shown: it was judged by an older version."
+    if summary.get("steps") == 0 and test.get("unique_decisions") == 1 and not test.get("exits"):
+        return (
+            f"{summary['agent']} decides the same for every image: it is a fixed choice itself, and needs no verdict."
+        )
     answer, because = test["verdict"], test["verdict_because"]
     if test.get("rival") is None:
         return f"Whether {subject} pays is not shown: {because}."
@@ -73,6 +80,19 @@ def _rivals(test: Mapping[str, Any]) -> Table | None:
     return table
 
 
+def _cheaper(test: Mapping[str, Any]) -> list[str]:
+    """Return a line for the cheapest rival that costs clearly less and is not shown to be less accurate."""
+    as_good = [line for line in test.get("rivals") or [] if line["low"] is not None and line["low"] <= 0]
+    cheaper = [line for line in as_good if line["macs"] < CHEAPER * test["macs_mean"]]
+    if not cheaper:
+        return []
+    line = min(cheaper, key=lambda line: float(line["macs"]))
+    share = line["macs"] / test["macs_mean"]
+    return [
+        f"For {share:.2f} of its cost, {line['name']} is not shown to be less accurate ({_percent(line['accuracy'])})."
+    ]
+
+
 def _dearer(test: Mapping[str, Any]) -> list[str]:
     """Return a line for each run of ``front.rivals`` that costs more than the policy."""
     return [f"No rival at this cost: {name}, which costs more." for name in test.get("rivals_dearer") or []]
@@ -92,7 +112,7 @@ def show_blocks(summary: dict[str, Any]) -> None:
         name, accuracy = f"rival: {test['rival']}", _percent(test["rival_accuracy"])
         rows.append((name, accuracy, "", *_cost(test["rival_macs"], full_macs), ""))
     columns = ("", "accuracy", "blocks kept", "MACs (millions)", "of full", "decisions")
-    lines = [verdict_line(summary), *_dearer(test)]
+    lines = [verdict_line(summary), *_cheaper(test), *_dearer(test)]
     if "kept_by_difficulty" in test:
         quarters = ", ".join("–" if kept is None else f"{kept:.1f}" for kept in test["kept_by_difficulty"])
         lines.append(f"Blocks kept, from the easiest quarter of the images to the hardest: {quarters}.")
@@ -125,6 +145,7 @@ def show_exits(summary: dict[str, Any]) -> None:
     right = ", ".join("–" if accuracy is None else f"{100 * accuracy:.1f} %" for accuracy in test["exit_accuracy"])
     lines = [
         verdict_line(summary),
+        *_cheaper(test),
         *_dearer(test),
         f"Without early exits the network costs {alone / 1e6:.2f} M MACs; "
         f"the policy's {test['macs_mean'] / 1e6:.2f} M are {test['macs_mean'] / alone:.3f} of that.",

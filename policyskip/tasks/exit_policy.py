@@ -99,7 +99,7 @@ class ExitPolicyTask(FamilyTask):
         predictor = ExitPredictor(policy, self.network, data.classes, data.image_shape, agent.decision_macs)
         test = cache_exits(predictor.network, data.test.plain())
         validation = cache_exits(predictor.network, data.validation.plain())
-        references = References(front_of_trunk(setup, predictor.network, self.front_settings), self.others)
+        references = References(front_of_trunk(setup, self.network, self.front_settings), self.others)
         judgement = judge_exit_policy(setup, predictor, test, validation, "test", references)
         described = describe_exit_policy(predictor)
         draw = partial(exit_pictures, cache=test, budgeted=[])

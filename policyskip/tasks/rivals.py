@@ -126,6 +126,9 @@ def exit_verdict(
 def front_of_trunk(setup: Setup, network: ExitNetwork, settings: FrontSection | None) -> StaticFront | None:
     """Return the static front of the blocks that a network's exits follow, searched now unless it is known.
 
+    Args:
+        network: as it was trained; a copy with folded batch norm has another hash, by which no front is known.
+
     Returns: None if the network has no such blocks, or there are no settings, as in runs of older versions.
     """
     if settings is None or not isinstance(network, ResNetExits):
@@ -292,6 +295,8 @@ def dealt_blocks(setup: Setup, decisions: Decisions, images: Images) -> Rival:
     They are dealt several times where that is cheap, and the expected correctness of an image is its mean over these.
     """
     N, backbone = len(images), folded(setup.backbone)
+    if (decisions.ran_NK == decisions.ran_NK[0]).all():  # whatever is dealt, each image gets the same
+        return _dealt(decisions.macs_N.mean().item() - decisions.policy_macs, 0.0, decisions.correct_N.double())
     kept = decisions.ran_NK.double().sum(1).mean().item()
     deals = int(min(MOST_DEALS, max(1, WORK // max(1.0, N * kept))))
     generator = torch.Generator().manual_seed(0)

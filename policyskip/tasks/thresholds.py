@@ -140,7 +140,7 @@ class ThresholdTask(FamilyTask):
             print(f"warning: {unmet}, and is what this run deploys")
             point = unmet.nearest
         head = head_of(self.setup, self.names, seconds)
-        references = References(front_of_trunk(self.setup, predictor.network, self.front_settings), self.others)
+        references = References(front_of_trunk(self.setup, network, self.front_settings), self.others)
 
         def write_more(new: Run) -> None:
             run.deploy_best(new)
