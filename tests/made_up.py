@@ -66,7 +66,7 @@ def judged(
     finished: bool = True,
     near: bool = True,
     family: str = "evenly spread blocks",
-    families: dict[str, tuple[float, float, float]] | None = None,
+    families: dict[str, tuple[float, float, float | None]] | None = None,
 ) -> dict[str, Any]:
     """What a run's summary says of its policy against the strongest fixed choice.
 
@@ -75,13 +75,19 @@ def judged(
         family: of that rival.
         families: the same for further families of rivals, by name.
     """
-    compared = {family: (margin, low, high)} | (families or {})
+    compared: dict[str, tuple[float, float, float | None]] = {family: (margin, low, high)} | (families or {})
     lines = [
         {"family": name, "name": rival if n == 0 else f"a choice of {name}", "accuracy": 0.8 - m, "macs": 1.0}
         | {"margin": m, "low": a, "high": b}
         for n, (name, (m, a, b)) in enumerate(compared.items())
     ]
-    verdict = "pays" if low > 0 and finished and near else "does not pay" if high < 0 else "not shown"
+    verdict = (
+        "pays"
+        if low > 0 and finished and near
+        else "does not pay"
+        if any(end is not None and end < 0 for *_, end in compared.values())
+        else "not shown"
+    )
     figures: dict[str, Any] = {
         "verdict": verdict,
         "verdict_because": "as the test says" if near else "no choice is near",

@@ -328,6 +328,7 @@ DAMAGED: dict[str, Any] = {
     "an accuracy of text": {"accuracy": [0.5, "0.9"]},
     "an accuracy that is no number": {"accuracy": [0.5, math.nan]},
     "costs below 0": {"macs": [-1e300, 2.0]},
+    "no costs": {"macs": [0.0, 0.0]},
     "infinite costs": {"macs": [1.0, math.inf]},
     "true for a number": {"images": True},
     "images below 1": {"images": -3},

@@ -142,7 +142,7 @@ def _judged(row: Row) -> tuple[str, str, Margin | None]:
         return NOT_SHOWN, one_line(because or "a run has no rival"), None
     margins = _margins(row)
     for margin in margins:
-        if margin.below:
+        if margin.below and not any(map(_is_open_below_0, row.results)):
             return DOES_NOT_PAY, "", margin
     undecided = next((margin for margin in margins if not margin.above), None)
     reasons = ["one seed"] if len(row.results) == 1 else []
@@ -167,7 +167,7 @@ def _margins(row: Row) -> list[Margin]:
     rival that each run names count as well.
     """
     by_family: list[dict[str, dict[str, Any]]] = [
-        {str(rival["family"]): rival for rival in result.figure("rivals") or () if rival["low"] is not None}
+        {str(line["family"]): line for line in result.figure("rivals") or () if None not in (line["low"], line["high"])}
         for result in row.results
     ]
     common = [family for family in by_family[0] if all(family in known for known in by_family)]
@@ -199,9 +199,15 @@ def _doubt(result: Result) -> str:
     """Return why a run is not called one that pays, although it may beat its rival; "" if there is no such reason."""
     if result.figure("rival_finished") is not True:
         return UNFINISHED
-    if result.figure("rival_low") > 0 and result.figure("verdict") == NOT_SHOWN:
+    if _is_open_below_0(result) or (result.figure("rival_low") > 0 and result.figure("verdict") == NOT_SHOWN):
         return one_line(result.figure("verdict_because") or "a run is not said to pay")
     return ""
+
+
+def _is_open_below_0(result: Result) -> bool:
+    """Return whether a run is not said to lose although a rival is above it, because it has too few images."""
+    highs = [line["high"] for line in result.figure("rivals") or ()]
+    return result.figure("verdict") == NOT_SHOWN and any(high is not None and high < 0 for high in highs)
 
 
 def _has_no_interval(result: Result) -> bool:
