@@ -59,6 +59,8 @@ class Family:
         F = len(self.labels)
         if not F or self.macs_F.shape != (F,) or self.macs_F.dtype != torch.float64:
             raise ValueError(f"{F} choices need as many costs, float64, got {tuple(self.macs_F.shape)}")
+        if not self.macs_F.isfinite().all() or self.slope - self.slope:  # infinity less infinity is no number
+            raise ValueError("what the choices cost, and the slope, must be finite numbers")
         if self.correct_FV is None and F > 1:
             raise ValueError(f"a choice among {F} needs validation images")
         if self.correct_FV is not None and (self.correct_FV.ndim != 2 or len(self.correct_FV) != F):
@@ -207,7 +209,13 @@ def judge(
         unfinished: says why there may be better fixed choices than those that were found, such as that their search did
             not come to its end; empty if it did.
         group_N: int64 (N,), which images belong together and are drawn together; None: each stands for itself.
+
+    Raises:
+        ValueError: the columns are of different numbers of images, or hold numbers that are not finite.
     """
+    columns = [correct_N, macs_N, *([] if group_N is None else [group_N]), *(rival.correct_N for rival in rivals)]
+    if any(column_N.shape != correct_N.shape or not column_N.isfinite().all() for column_N in columns):
+        raise ValueError(f"every column must hold {len(correct_N)} finite numbers, one for each judged image")
     cost = macs_N.mean().item()
     if not rivals:
         return Verdict(NOT_SHOWN, "every fixed choice costs more than the policy", None, [], not unfinished)

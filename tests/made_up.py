@@ -66,7 +66,7 @@ def judged(
     finished: bool = True,
     near: bool = True,
     family: str = "evenly spread blocks",
-    families: dict[str, tuple[float, float, float]] | None = None,
+    families: dict[str, tuple[float, float, float | None]] | None = None,
 ) -> dict[str, Any]:
     """What a run's summary says of its policy against the strongest fixed choice.
 
@@ -75,13 +75,13 @@ def judged(
         family: of that rival.
         families: the same for further families of rivals, by name.
     """
-    compared = {family: (margin, low, high)} | (families or {})
+    compared: dict[str, tuple[float, float, float | None]] = {family: (margin, low, high)} | (families or {})
     lines = [
         {"family": name, "name": rival if n == 0 else f"a choice of {name}", "accuracy": 0.8 - m, "macs": 1.0}
         | {"margin": m, "low": a, "high": b}
         for n, (name, (m, a, b)) in enumerate(compared.items())
     ]
-    denied = any(end < 0 for _, _, end in compared.values())
+    denied = any(end is not None and end < 0 for *_, end in compared.values())
     verdict = "does not pay" if denied else "pays" if low > 0 and finished and near else "not shown"
     figures: dict[str, Any] = {
         "verdict": verdict,

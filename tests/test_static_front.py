@@ -16,6 +16,7 @@ import pytest
 import torch
 
 from policyskip.backbones import Costs, count_costs, sparse
+from policyskip.errors import UserError
 from policyskip.static_front import (
     Keep,
     SetScorer,
@@ -318,6 +319,18 @@ def test_a_front_says_how_strong_it_is():
     assert lines[-1].split() == ["1.00", "3", "90.00", "90.00", "10.00", "moves", "1110"] and len(lines) == 6
     nothing = replace(make_front([(10, 0.1), (20, 0.7)]), tried=2, finished=False)
     assert "has found nothing" in describe(nothing)[0]
+    both = replace(make_front([(10, 0.1), (20, 0.7)]), sets=[(False,), (True,)], tried=2, budget=math.inf)
+    assert "2 fixed sets of 1 blocks" in describe(both)[0]  # there are no others
+
+
+def test_a_search_without_a_budget_or_images_is_refused():
+    """No sum is larger than NaN, so such a budget would never be spent."""
+    backbone = small_backbone()
+    costs = count_costs(backbone, (3, 12, 12))
+    with pytest.raises(UserError, match="front.budget must not be negative"):
+        find_front(backbone, small_images(), costs, budget=math.nan, limit=40)
+    with pytest.raises(UserError, match="no validation images"):
+        find_front(backbone, small_images(0), costs, budget=1e4, limit=40)
 
 
 DAMAGED: dict[str, Any] = {
@@ -330,6 +343,7 @@ DAMAGED: dict[str, Any] = {
     "an accuracy of text": {"accuracy": [0.5, "0.9"]},
     "an accuracy that is no number": {"accuracy": [0.5, math.nan]},
     "costs below 0": {"macs": [-1e300, 2.0]},
+    "no costs": {"macs": [0.0, 0.0]},
     "infinite costs": {"macs": [1.0, math.inf]},
     "true for a number": {"images": True},
     "images below 1": {"images": -3},

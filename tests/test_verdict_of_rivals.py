@@ -210,3 +210,22 @@ def test_a_policy_without_any_gain_hardly_ever_pays():
         rival = Rival(family, choice, draw(1, 400)[0].double())
         pays += judge(draw(1, 400)[0], cost_N, [rival], 20.0, draws=300, seed=world).answer == "pays"
     assert pays < 9
+
+
+@pytest.mark.parametrize("odd", [float("nan"), float("inf")])
+def test_numbers_that_are_not_finite_are_refused_and_never_pay(odd):
+    """Every comparison with NaN is false, so a lower end of NaN would be taken for one above 0."""
+    cost_N, rival = torch.full((100,), 10.0, dtype=torch.float64), rival_of(right(0.5, 100))
+    for columns in ((cost_N * odd, rival), (cost_N, replace(rival, correct_N=rival.correct_N + odd))):
+        with pytest.raises(ValueError, match="100 finite numbers"):
+            judge(right(0.9, 100), columns[0], [columns[1]], 100.0)
+    for changes in ({"macs_F": costs(1, 2, odd)}, {"slope": odd}):
+        with pytest.raises(ValueError, match="finite"):
+            replace(SETS, **changes)
+
+
+def test_columns_of_different_numbers_of_images_are_refused():
+    cost_N, rival = torch.full((100,), 10.0, dtype=torch.float64), rival_of(right(0.5, 100))
+    for macs_N, group_N in ((cost_N[:1], None), (cost_N, torch.arange(99))):
+        with pytest.raises(ValueError, match="100 finite numbers, one for each judged image"):
+            judge(right(0.9, 100), macs_N, [rival], 100.0, group_N=group_N)

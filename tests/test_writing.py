@@ -116,6 +116,14 @@ def test_a_file_is_made_under_a_name_that_nobody_foresees_and_never_through_a_li
         write(Path("/"), b"")
 
 
+def test_a_file_of_something_else_is_not_replaced_by_an_output(tmp_path):
+    (tmp_path / "notes.txt").write_text("mine")
+    for command in ("front", "profile"):
+        result = typed(command, "output=notes.txt", cwd=tmp_path)
+        assert result.returncode == 2 and "output=notes.txt is there, and is no JSON file" in result.stderr
+    assert (tmp_path / "notes.txt").read_text() == "mine"
+
+
 def test_neither_a_pipe_nor_a_device_is_replaced_by_a_file(tmp_path, monkeypatch):
     """Whoever may write in /dev would lose /dev/null for all programs."""
     os.mkfifo(tmp_path / "pipe")

@@ -168,7 +168,11 @@ def _margins(row: Row) -> list[Margin]:
     rival that each run names count as well.
     """
     by_family: list[dict[str, dict[str, Any]]] = [
-        {str(rival["family"]): rival for rival in reversed(result.figure("rivals") or []) if rival["low"] is not None}
+        {
+            str(line["family"]): line
+            for line in reversed(result.figure("rivals") or ())
+            if None not in (line["low"], line["high"])
+        }
         for result in row.results
     ]  # of two runs of one name, the stronger rival counts, which is listed first
     common = [family for family in by_family[0] if all(family in known for known in by_family)]

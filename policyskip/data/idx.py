@@ -38,15 +38,17 @@ def idx_folder(root: str) -> Path | None:
 
 
 def read_split(folder: Path, split: str) -> tuple[Tensor, Tensor]:
-    """Read the images of a split, uint8 (N, H, W), and their labels, int64 (N,).
+    """Read the images of a split, uint8 (N, H, W), and their labels, int64 (N,), from 0 to 9.
 
     Raises:
-        UserError: a file is damaged, or there are not as many labels as images.
+        UserError: a file is damaged, a label is that of no class, or there are not as many labels as images.
     """
     images, labels = (
         _read(folder, f"{PARTS[split]}-{kind}-ubyte", dimensions)
         for kind, dimensions in (("images-idx3", 3), ("labels-idx1", 1))
     )
+    if len(labels) and labels.max() > 9:
+        raise UserError(f"{folder} has a label of {labels.max()} for the split {split}; there are ten classes, 0 to 9")
     if not 0 < len(images) == len(labels):
         raise UserError(f"{folder} holds {len(images)} images and {len(labels)} labels for the split {split}")
     return torch.from_numpy(images), torch.from_numpy(labels).long()

@@ -49,6 +49,8 @@ def torchvision_data(
     make = getattr(torchvision.datasets, TORCHVISION[name])
     if name in IDX and (folder := idx_folder(root)) is not None:
         splits, classes = [read_split(folder, split) for split in ("train", "test")], make.classes
+        if splits[0][0].shape[1:] != splits[1][0].shape[1:]:
+            raise UserError(f"the training and the test images of {name} in {folder} are of different sizes")
     else:
         try:
             with processes.one_a_machine_first():

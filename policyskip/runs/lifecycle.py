@@ -8,7 +8,7 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -118,7 +118,7 @@ def check_new_folder(key: str, folder: Any) -> None:
 
 
 def check_new_file(key: str, file: str) -> None:
-    """Refuse a path that cannot become a file, before anything is computed for it.
+    """Refuse a path that cannot become a JSON file, or is a file of something else, before anything is computed for it.
 
     Raises:
         UserError: naming the key and the path.
@@ -126,6 +126,9 @@ def check_new_file(key: str, file: str) -> None:
     path = Path(file)
     if path.exists() and not path.is_file():
         raise UserError(f"{key}={file} is there, and is no file; say a file to write")
+    with suppress(FileNotFoundError, PermissionError), path.open("rb") as old:  # else it is reported when it is written
+        if old.read(1) not in (b"", b"{"):
+            raise UserError(f"{key}={file} is there, and is no JSON file; it would be lost, so say another one")
     _check_parents(key, path.parent)
 
 

@@ -49,10 +49,12 @@ def find_front(
             a larger budget, takes them from there, and finds what it would have found in one go.
 
     Raises:
-        UserError: ``budget`` is negative, or ``limit`` below 1.
+        UserError: ``budget`` is negative or no number, ``limit`` below 1, or there are no images.
     """
-    if budget < 0 or limit < 1:
+    if not budget >= 0 or limit < 1:
         raise UserError(f"front.budget must not be negative and front.images at least 1, got {budget} and {limit}")
+    if not len(images):
+        raise UserError("there are no validation images on which fixed sets could be searched")
     scorer = SetScorer(backbone, images, limit, on_progress=on_progress)
     if scores_file is not None:
         scorer.stored = stored_scores(scores_file, backbone.num_blocks, scorer.count)

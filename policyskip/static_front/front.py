@@ -116,6 +116,8 @@ class StaticFront:
         lengths = {len(content[key]) for key in ("sets", "kinds", "accuracy", "correct", "macs") if key in content}
         if len(lengths) > 1 or len({len(keep) for keep in sets}) > 1:
             raise ValueError("its sets, accuracies and costs do not belong together")
+        if not max(content["macs"]):
+            raise ValueError("none of its sets costs anything")
         correct_FN = None
         if "correct" in content:
             correct_FN = torch.stack([_unhex(text, content["images"]) for text in content["correct"]])

@@ -87,8 +87,7 @@ class Ranges:
         return self._valued[keep][1:]
 
     def fit(self, number: int, share: float = 1.0) -> tuple[Surrogate, list[Keep]]:
-        """Return a surrogate fitted to sets that cost about as much as those of a range, or to a random ``share`` of
-        them.
+        """Return a surrogate fitted to sets that cost about as much as a range's, or to a random ``share`` of them.
 
         Returns: the surrogate, and the sets of the range that were scored so far, the best predicted first.
         """

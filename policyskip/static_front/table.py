@@ -55,7 +55,7 @@ def describe(front: StaticFront) -> list[str]:
 
 def _effort(front: StaticFront, K: int) -> str:
     """Say in a line what the search did, and whether that was all that it had planned."""
-    if front.tried == 2:
+    if front.tried == 2 and K > 1:
         return f"The search has found nothing: it scored only all {K} blocks and no block; raise front.budget"
     end = "its whole plan was carried out" if front.finished else "it ended before its plan was carried out"
     if front.budget == float("inf"):

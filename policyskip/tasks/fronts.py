@@ -14,6 +14,7 @@ import torch
 from filelock import FileLock
 from platformdirs import user_cache_path
 
+from policyskip.backbones import ExitNetwork
 from policyskip.build import Setup
 from policyskip.config import FrontSection
 from policyskip.errors import UserError
@@ -41,7 +42,14 @@ def static_front(setup: Setup, settings: FrontSection, sets_in_use: Sequence[Kee
         settings: how long to search, and on how many images.
         sets_in_use: keep-sets that a policy uses, from which a search that is made now starts, too. Another policy's
             rivals never come of them.
+
+    Raises:
+        UserError: the network has exits, which are no blocks.
     """
+    if isinstance(setup.backbone, ExitNetwork):
+        raise UserError(
+            "fixed sets are searched over blocks, and this network has exits; name one without by backbone="
+        )
     hints = dict.fromkeys(sets_in_use, "policy")
     if (known := remembered_front(setup, settings)) is None:
         with _alone(setup, settings, hints):

@@ -23,6 +23,7 @@ from policyskip.backbones.resnet_exits import ResNetExits
 from policyskip.build import Setup
 from policyskip.config import FrontSection
 from policyskip.data import Images, groups_of, sequential, spread_indices
+from policyskip.errors import UserError
 from policyskip.evaluation.decisions import Decisions
 from policyskip.exits.cache import CachedExits
 from policyskip.exits.references import exit_histogram, random_exits, static_exits
@@ -196,7 +197,11 @@ def _chosen(
 
 
 def searched_families(setup: Setup, front: StaticFront) -> list[Candidates]:
-    """Return the families of all sets of a static front, and of those that are spread evenly over the blocks."""
+    """Return the families of all sets of a static front, and of those that are spread evenly over the blocks.
+
+    Raises:
+        UserError: the front is of more validation images than there are.
+    """
     images = setup.data.validation.plain()
     correct_FV, kinds = front.correct_FN, front.kinds
     if correct_FV is None:  # a front of an older version
@@ -204,6 +209,8 @@ def searched_families(setup: Setup, front: StaticFront) -> list[Candidates]:
         with waiting("scoring fixed choices on validation images", scorer.count) as wait:
             scorer.on_batch = wait.advance
             correct_FV = torch.stack(scorer.correct(front.sets))
+    if correct_FV.shape[1] > len(images):
+        raise UserError(f"the static front is of {front.images} validation images, and there are {len(images)}")
     group_V, macs_F = _groups(images, correct_FV.shape[1]), torch.tensor(front.macs, dtype=torch.float64)
     is_even = [keep == spread_set(len(keep), sum(keep)) for keep in front.sets]  # whatever found it
     labels = [set_name(front.sets[i], "spread" if is_even[i] else kind) for i, kind in enumerate(kinds)]

@@ -5,6 +5,7 @@ These are finished runs that decide the same for every image, such as a smaller 
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -54,13 +55,14 @@ class RunRival:
 
 
 def find_run_rivals(setup: Setup, settings: RivalsSection | None) -> list[RunRival]:
-    """Read the runs of ``front.rivals``.
+    """Read the runs of ``front.rivals``, each once.
 
     Raises:
         UserError: one of them is missing or not finished, was judged on other images or classes, or decides image by
             image; the message names it.
     """
-    return [_read(setup, folder) for folder in (settings.rivals if settings is not None else [])]
+    folders = settings.rivals if settings is not None else []
+    return [_read(setup, folder) for folder in {os.path.realpath(folder): folder for folder in folders}.values()]
 
 
 def _read(setup: Setup, folder: str) -> RunRival:

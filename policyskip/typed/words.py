@@ -115,9 +115,15 @@ def _read(command: str, word: str) -> Override:
         return OverridesParser.create().parse_override(word)
     except HydraException as error:
         hint = "unusual letters go in quotes of their own"
-        raise UserError(
-            f"{one_line(word)} cannot be read; {hint}: {shell_argument(key, Path(value)) if value else 'key=value'}"
-        ) from error
+        raise UserError(f"{one_line(word)} cannot be read; {hint}: {_quoted(key, value)}") from error
+
+
+def _quoted(key: str, value: str) -> str:
+    """Return ``key=value`` as it is to be typed; of a list, each part is quoted."""
+    if re.fullmatch(r"\[[^'\"\\$`!]+\]", value):
+        parts = ",".join(f"'{part.strip()}'" for part in value[1:-1].split(","))
+        return f'"{key}=[{parts}]"'
+    return shell_argument(key, Path(value)) if value else "key=value"
 
 
 def _check(override: Override) -> None:

@@ -93,6 +93,14 @@ CASES: dict[str, tuple[list[dict[str, Any]], str]] = {
     "older runs": ([{}, {}], "judged by an older version"),
     "an older run": ([judged(*GOOD[0]), {}, judged(*GOOD[2])], "1 of 3 runs were judged by an older version"),
     "one image": ([judged(*GOOD[0]) | {"test/rival_low": None}, judged(*GOOD[1])], "as the test says"),
+    "too few images to lose": (
+        [judged(*figures) | {"test/verdict": "not shown", "test/verdict_because": "few images"} for figures in WORSE],
+        "few images",
+    ),
+    "an end that is missing": (
+        [judged(*f, families={"moves": (0.1, 0.05, None)}) for f in WIDE],
+        "the interval over images includes 0",
+    ),
     "ends that contradict each other": (
         [judged(-0.01, 0.02, 0.03), judged(-0.01, 0.02, 0.03)],
         "the intervals over seeds and over images contradict each other",

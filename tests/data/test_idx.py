@@ -50,12 +50,19 @@ def test_idx_files_that_are_missing_or_damaged_are_named(idx_files):
         b"": "no idx file of bytes with 1 dimensions",
         bytes([0, 0, 8, 1, 0, 0, 0, 9, 1, 2]): r"it says \(9,\), and holds 2 bytes",
         bytes([0, 0, 8, 1, 0, 0, 0, 1, 1]): "2 images and 1 labels for the split test",
+        bytes([0, 0, 8, 1, 0, 0, 0, 2, 9, 10]): "a label of 10 for the split test; there are ten classes, 0 to 9",
     }.items():
         labels.write_bytes(content)
         with pytest.raises(UserError, match=problem):
             load_data("mnist", CPU, root=str(idx_files))
     labels.unlink()
     with pytest.raises(UserError, match="neither t10k-labels-idx1-ubyte nor t10k-labels-idx1-ubyte.gz"):
+        load_data("mnist", CPU, root=str(idx_files))
+
+
+def test_idx_files_of_images_of_two_sizes_are_refused(idx_files):
+    idx(idx_files / "t10k-images-idx3-ubyte", np.zeros((2, 7, 7), np.uint8))
+    with pytest.raises(UserError, match="training and the test images of mnist in .* are of different sizes"):
         load_data("mnist", CPU, root=str(idx_files))
 
 

@@ -17,6 +17,7 @@ from policyskip.backbones import count_costs, dense
 from policyskip.backbones.resnet_exits import ResNetExits
 from policyskip.build import Setup
 from policyskip.data import Data, TensorImages
+from policyskip.errors import UserError
 from policyskip.evaluation.decisions import Decisions, load_decisions, save_decisions
 from policyskip.evaluation.evaluate import exit_decisions
 from policyskip.evaluation.tables import show_blocks, show_exits, verdict_line
@@ -276,7 +277,7 @@ def workshop(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_a_finished_run_is_a_rival_and_its_folder_is_not_needed_again(workshop):
     runs = workshop / "runs"
-    given = "front.rivals=[runs/distributed,runs/full]"
+    given = f"front.rivals=[runs/distributed,runs/full,{runs}/../runs/distributed]"  # the first and the last are one
     result = typed("train", *SMALL, *LEARN, given, "agent.warm_start=false", "run.dir=runs/x", cwd=workshop)
     assert result.returncode == 0, result.stderr
     summary = json.loads((runs / "x/summary.json").read_text())
@@ -329,6 +330,12 @@ def test_a_front_without_a_policy_takes_no_rivals(tmp_path):
     assert result.returncode == 2 and "front.rivals: train compares rivals with a policy" in result.stderr
 
 
+@pytest.mark.parametrize("backbone", ["resnet32_digits_exits", "msdnet_digits"])
+def test_a_front_over_a_network_with_exits_is_refused_in_one_line(backbone, tmp_path):
+    result = typed("front", *DATA[:-1], f"backbone={backbone}", cwd=tmp_path)
+    assert result.returncode == 2 and "this network has exits; name one without by backbone=" in result.stderr
+
+
 def test_an_older_summary_is_shown_without_a_verdict(capsys):
     """What version 0.4 wrote."""
     stored = Path(__file__).parent.parent / "stored" / "runs"
@@ -345,6 +352,12 @@ def test_a_run_that_costs_more_is_no_rival_at_that_cost(setup, front):
     assert figures["rivals_dearer"] == ["b"]
     (line,) = (line for line in figures["rivals"] if line["family"] == "the run a")
     assert line["margin"] == 0 and figures["verdict"] != "pays"
+
+
+def test_a_front_of_more_images_than_there_are_is_refused(setup, front):
+    more = replace(front, images=70, correct_FN=torch.ones(len(front.sets), 70, dtype=torch.bool))
+    with pytest.raises(UserError, match="the static front is of 70 validation images, and there are 60"):
+        searched_families(setup, more)
 
 
 def test_images_that_belong_together_are_drawn_together(setup, front, monkeypatch):

@@ -54,6 +54,7 @@ REFUSED = {
     "evaluate runs/x": "did you mean run=runs/x",
     "compare runs": "did you mean runs=runs",
     "evaluate run=x/agent=full,seed=0": "cannot be read; unusual letters go in quotes of their own: \"run='x/agent=full,seed=0'\"",
+    "train front.rivals=[~/a,b]": "unusual letters go in quotes of their own: \"front.rivals=\\['~/a','b'\\]\"",
     "front output=/": "output=/ is there, and is no file",
     "front output=true": "output=./true",
     "train run.dir=..": "run.dir=.. is no folder of its own",
