@@ -12,7 +12,7 @@ from torch import Tensor
 
 from policyskip.static_front.front import StaticFront
 from policyskip.static_front.ranges import BIN
-from policyskip.static_front.scoring import keep_text
+from policyskip.static_front.scoring import Keep, keep_text
 
 HEADER = ("MACs", "blocks", "accuracy", "on other images", "evenly spread", "found by", "the blocks that run")
 
@@ -77,3 +77,15 @@ def accuracy_on_other_images(correct_FN: Tensor, choice: Sequence[int]) -> float
     if correct_FN.shape[1] < 2:
         return None
     return (second[first.argmax()] + first[second.argmax()]).item() / 2
+
+
+def set_name(keep: Keep, kind: str) -> str:
+    """Name a set of blocks by its size and by how it was found: "33 evenly spread blocks"."""
+    size, K = sum(keep), len(keep)
+    if size in (0, K):
+        return f"all {K} blocks" if size else "none of the blocks"
+    words = {"spread": "evenly spread ", "stages": "stage-wise spread ", "random": "randomly drawn "}
+    noun = "block" if size == 1 else "blocks"
+    if kind == "policy":
+        return f"{size} {noun} that the policy often chooses"
+    return f"{size} {words.get(kind, 'searched ')}{noun}"

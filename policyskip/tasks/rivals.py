@@ -30,6 +30,7 @@ from policyskip.exits.references import exit_histogram, random_exits, static_exi
 from policyskip.rivals import Choice, Family, Rival, choose
 from policyskip.runs.progress import waiting
 from policyskip.static_front import Keep, SetScorer, StaticFront, spread_set
+from policyskip.static_front.table import set_name
 from policyskip.tasks.fronts import static_front, with_block_selection
 from policyskip.tasks.run_rivals import RunRival
 
@@ -127,8 +128,7 @@ def exit_verdict(
 def front_of_trunk(setup: Setup, network: ExitNetwork, settings: FrontSection | None) -> StaticFront | None:
     """Return the static front of the blocks that a network's exits follow, searched now unless it is known.
 
-    Args:
-        network: as it was trained; a copy with folded batch norm has another hash, by which no front is known.
+    The network is given as it was trained: a copy with folded batch norm has another hash, by which no front is known.
 
     Returns: None if the network has no such blocks, or there are no settings, as in runs of older versions.
     """
@@ -226,18 +226,6 @@ def searched_families(setup: Setup, front: StaticFront) -> list[Candidates]:
             sets = [(0, front.sets[i]) for i in rows]
             families.append(Candidates(Family(name, [labels[i] for i in rows], *chosen), sets))
     return families
-
-
-def set_name(keep: Keep, kind: str) -> str:
-    """Name a set of blocks by its size and by how it was found: "33 evenly spread blocks"."""
-    size, K = sum(keep), len(keep)
-    if size in (0, K):
-        return f"all {K} blocks" if size else "none of the blocks"
-    words = {"spread": "evenly spread ", "stages": "stage-wise spread ", "random": "randomly drawn "}
-    noun = "block" if size == 1 else "blocks"
-    if kind == "policy":
-        return f"{size} {noun} that the policy often chooses"
-    return f"{size} {words.get(kind, 'searched ')}{noun}"
 
 
 def own_family(setup: Setup, keep_VK: Tensor) -> Candidates:

@@ -26,9 +26,10 @@ from policyskip.rewards import Macs
 from policyskip.rivals import Family, choose
 from policyskip.runs.folder import Run
 from policyskip.static_front import StaticFront, find_front
+from policyskip.static_front.table import set_name
 from policyskip.tasks import blocks, rivals
 from policyskip.tasks.fronts import with_block_selection
-from policyskip.tasks.rivals import block_verdict, exit_verdict, own_family, searched_families, set_name
+from policyskip.tasks.rivals import block_verdict, exit_verdict, own_family, searched_families
 from policyskip.tasks.run_rivals import RunRival
 from tests.conftest import small_backbone, small_images, typed
 
