@@ -94,7 +94,9 @@ def test_every_family_is_judged_and_the_chosen_sets_are_scored_as_the_network_de
 def test_beside_a_weak_front_nothing_is_said_to_pay(setup, front):
     """A search was cut off, or was one of an older version, which ended with weak sets and called that its end."""
     older = replace(front, correct_FN=None, stated_accuracy=front.accuracy)
-    decisions = decided(setup, torch.ones(60, 6, dtype=torch.bool))
+    keep_NK = torch.ones(60, 6, dtype=torch.bool)
+    keep_NK[0, 0] = False  # of one decision for all, whatever is dealt is what was decided
+    decisions = decided(setup, keep_NK)
     every_right = replace(decisions, prediction_N=decisions.label_N)
     for given, because in ((front, ""), (older, "older version"), (replace(front, finished=False), "front.budget")):
         figures, _ = block_verdict(setup, every_right, None, given, [])
