@@ -37,7 +37,7 @@ from policyskip.deployment.policy_files import read_policy
 from policyskip.errors import UserError, users_problem
 from policyskip.evaluation import speed
 from policyskip.evaluation.figures import class_figures
-from policyskip.evaluation.tables import show_classes
+from policyskip.evaluation.tables import show_classes, show_rivals
 from policyskip.files import shell_argument
 from policyskip.memory import is_out_of_memory, keep_freed_memory
 from policyskip.parallel import processes
@@ -211,7 +211,8 @@ def evaluate(config: DictConfig) -> int:
     run = open_run(settings.run)
     judgement = dispatch.judge(_setup_of(run, settings, plain(config)), run, settings.split)
     summary = {f"{settings.split}/{key}": value for key, value in judgement.figures.items()}
-    print(*(f"{key}: {value}" for key, value in summary.items()), sep="\n")
+    print(*(f"{key}: {value}" for key, value in summary.items() if not key.endswith("/rivals")), sep="\n")
+    show_rivals(judgement.figures)
     show_classes(class_figures(judgement.decisions))
     if settings.split != "test":
         print(f"No verdict on {settings.split} images: it takes images on which nothing was learned or chosen.")

@@ -93,6 +93,16 @@ def _cheaper(test: Mapping[str, Any]) -> list[str]:
     ]
 
 
+def show_rivals(test: Mapping[str, Any]) -> None:
+    """Print the rivals of every family, the strongest first, if there are any.
+
+    Args:
+        test: figures on the test split, by their names without ``test/``.
+    """
+    if (table := _rivals(test)) is not None:
+        console().print(table)
+
+
 def _dearer(test: Mapping[str, Any]) -> list[str]:
     """Return a line for each run of ``front.rivals`` that costs more than the policy."""
     return [f"No rival at this cost: {name}, which costs more." for name in test.get("rivals_dearer") or []]
@@ -198,7 +208,6 @@ def _show(summary: dict[str, Any], columns: Sequence[str], rows: Iterable[Sequen
         table.add_row(*row)
     out = console()
     out.print(table)
-    if (rivals := _rivals(_figures_on_test(summary))) is not None:
-        out.print(rivals)
+    show_rivals(_figures_on_test(summary))
     for line in [*lines, *(f"warning: {warning}" for warning in summary.get("warnings", []))]:
         out.print(line)
