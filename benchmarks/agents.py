@@ -15,7 +15,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-from verdicts import verdict_table, write_rows
+from verdicts import figures_of, verdict_table, write_rows
 
 RESULTS = Path(__file__).parent / "results" / "agents.csv"
 SEEDS = (0, 1, 2, 3, 4)
@@ -46,12 +46,7 @@ def run(name: str, seed: int) -> dict[str, str]:
     summary = json.loads((folder / "summary.json").read_text())
     row = {"name": name, "env": summary["env"], "seed": str(seed), "steps": str(summary["steps"])}
     row["seconds"] = str(summary["seconds"])
-    return row | {figure: text(summary.get(f"test/{figure}")) for figure in FIGURES}
-
-
-def text(value: float | str | None) -> str:
-    """Write a figure of a summary; "" for one that it lacks."""
-    return f"{value:.6g}" if isinstance(value, float) else "" if value is None else str(value)
+    return row | figures_of(summary, FIGURES)
 
 
 def table(comparison: Path) -> str:

@@ -23,12 +23,11 @@ from dataclasses import dataclass, replace
 from functools import partial
 from operator import itemgetter
 from pathlib import Path
-from typing import Any
 
 import side_by_side
 import torch
 from side_by_side import Job
-from verdicts import verdict_table, write_rows
+from verdicts import figures_of, verdict_table, write_rows
 
 from policyskip.data import imagefolder
 
@@ -184,11 +183,7 @@ class Place:
         summary = json.loads((self.folder / "summary.json").read_text())
         line = {"network": self.network, "row": self.row.name, "seed": str(self.seed), "env": summary["env"]}
         line |= {"steps": str(summary["steps"]), "seconds": str(summary["seconds"])}
-        return line | {figure: _text(summary.get(f"test/{figure}")) for figure in FIGURES}
-
-
-def _text(value: Any) -> str:
-    return f"{value:.6g}" if isinstance(value, float) else "" if value is None else str(value)
+        return line | figures_of(summary, FIGURES)
 
 
 def write_csv(path: Path, places: list[Place]) -> None:

@@ -16,7 +16,7 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from verdicts import write_rows
+from verdicts import figures_of, write_rows
 
 RESULTS = Path(__file__).parent / "results" / "digits.csv"
 SEEDS = (0, 1, 2)
@@ -35,16 +35,11 @@ def run(penalty: str, seed: int) -> dict[str, str]:
         return row(penalty, json.loads((Path(folder) / "run" / "summary.json").read_text()))
 
 
-def text(value: float | str | None) -> str:
-    """Write a figure of a summary; "" for one that it lacks."""
-    return f"{value:.6g}" if isinstance(value, float) else "" if value is None else str(value)
-
-
 def row(penalty: str, summary: dict[str, Any]) -> dict[str, str]:
     """Return a run's row: its settings and its test figures."""
     seed = summary["seed"]
     row = {"penalty": penalty, "seed": str(seed), "steps": str(summary["steps"]), "seconds": str(summary["seconds"])}
-    row |= {name: text(summary.get(f"test/{name}")) for name in FIGURES}
+    row |= figures_of(summary, FIGURES)
     quarters = summary["test/kept_by_difficulty"]
     return row | {f"kept_quarter_{i + 1}": f"{kept:.3f}" for i, kept in enumerate(quarters)}
 

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import csv
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 HEADER = (
     *("accuracy", "MACs, its own in", "strongest rival of equal cost", "margin (its interval)", "pays?"),
@@ -59,6 +60,15 @@ def margin_ends(line: dict[str, str]) -> tuple[float, float]:
 def _read(path: Path) -> list[dict[str, str]]:
     with path.open(newline="") as file:
         return list(csv.DictReader(file))
+
+
+def figures_of(summary: Mapping[str, Any], names: Iterable[str]) -> dict[str, str]:
+    """Return figures ``test/…`` of a summary as text for a CSV file; "" for one that the summary lacks."""
+
+    def text(value: Any) -> str:
+        return f"{value:.6g}" if isinstance(value, float) else "" if value is None else str(value)
+
+    return {name: text(summary.get(f"test/{name}")) for name in names}
 
 
 def write_rows(path: Path, rows: list[dict[str, str]]) -> None:
