@@ -128,6 +128,7 @@ def _run_course(
         lifecycle.keep_initial_network(run, task.trained_network, group_of(content, "backbone"))
     if processes.is_first():
         own_code.keep(run)
+        task.keep_what_may_go(run)
     group = f"{task.names.get('agent', command)}-{task.names['data']}"
     tags = [*task.names.values(), f"seed {settings.seed}"]
     labels = labels_of(settings.tracking, group, command, tags, lifecycle.typed_changes())
@@ -172,7 +173,7 @@ def _agent_task(
             node = processes.first(partial(_with_placed_exits, node, built[0], device, settings.seed))
             content = {**content, "backbone": {**group_of(content, "backbone"), "exits": node["exits"]}}
         setup = set_up(content, device, built=built)
-    return content, dispatch.start(setup, settings)
+    return content, dispatch.start(setup, settings, run)
 
 
 def _with_placed_exits(node: dict[str, Any], data: Any, device: torch.device, seed: int) -> dict[str, Any]:

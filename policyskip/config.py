@@ -44,7 +44,7 @@ class RunSection(_Section):
 
 
 class FrontSection(_Section):
-    budget: NonNegativeFloat
+    budget: NonNegativeFloat | None
     images: PositiveInt
     seconds: NonNegativeFloat | None = None
     learner_steps: NonNegativeInt | None = None  # in runs of older versions, whose search had a learner; not read

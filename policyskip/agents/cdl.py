@@ -77,10 +77,10 @@ class CDL(EarlyExitAgent):
         admitted = self.admit_heads(validation())
         lines = []
         for e, stage in enumerate(self.stages):
-            verdict = "admitted" if stage.admitted else "dropped"
+            verdict = f"admitted, deployed as exit {admitted.index(e)}" if stage.admitted else "dropped"
             lines.append(
-                f"head {e}: {stage.resolved} of {stage.resolved + stage.passed} validation images leave, "
-                f"gain {stage.gain / 1e6:+.3f} M MACs an image: {verdict}"
+                f"exit {e} after block {self.network.exits[e]}: {stage.resolved} of {stage.resolved + stage.passed} "
+                f"validation images leave, gain {stage.gain / 1e6:+.3f} M MACs an image: {verdict}"
             )
         if not admitted:
             lines.append(

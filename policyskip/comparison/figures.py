@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from policyskip.comparison.fixed_lines import BEST_FIXED, FIXED, MANY_POINTS, about_lines, fixed_lines, static_front
+from policyskip.comparison.fixed_lines import BEST_FIXED, FIXED, MANY_POINTS, about_lines, best_of_lines, fixed_lines
 from policyskip.comparison.rows import Row
 from policyskip.comparison.series import (
     CURVES,
@@ -45,7 +45,7 @@ def pareto_front(rows: Sequence[Row], cells: Cells, styles: dict[str, Style]) ->
         trace = _trace(FIXED, points, STATIC, "lines+markers", marker)
         data.append(trace | {"legendgroup": "fixed choices", "showlegend": n == 0})
     if len(lines) > 1:
-        best = _trace(BEST_FIXED, static_front(lines), STATIC, "lines", {})
+        best = _trace(BEST_FIXED, best_of_lines(lines), STATIC, "lines", {})
         data.append(best | {"line": {"color": STATIC, "width": 1, "dash": "dot"}})
     front = [(cells[n]["macs"], cells[n]["accuracy"], cells[n]["row"]) for n in front_of(cells)]
     steps = _trace("Pareto front of the agents", front, "#888888", "lines", {})

@@ -85,7 +85,7 @@ def fixed_lines(rows: Sequence[Row]) -> list[FixedLine]:
     return lines
 
 
-def static_front(lines: Sequence[FixedLine]) -> list[tuple[float, float, str]]:
+def best_of_lines(lines: Sequence[FixedLine]) -> list[tuple[float, float, str]]:
     """Return the best fixed choices over any of the networks: MACs, test accuracy, and the network's name.
 
     Between neighbours lie the mixtures of two. Which network is best at a cost is seen on the test images themselves.

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 from matplotlib.lines import Line2D
 
-from policyskip.comparison.fixed_lines import BEST_FIXED, FIXED, MANY_POINTS, about_lines, fixed_lines, static_front
+from policyskip.comparison.fixed_lines import BEST_FIXED, FIXED, MANY_POINTS, about_lines, best_of_lines, fixed_lines
 from policyskip.comparison.rows import Row
 from policyskip.comparison.series import (
     CURVES,
@@ -63,7 +63,7 @@ def pareto_front(rows: Sequence[Row], cells: Cells, styles: dict[str, Style], pa
         marker, label = "s" if len(points) <= MANY_POINTS else "", FIXED if n == 0 else None
         axes.plot(*zip(*points, strict=True), color=STATIC, marker=marker, markersize=3, linewidth=1, label=label)
     if len(lines) > 1:
-        best = [(macs / 1e6, 100 * accuracy) for macs, accuracy, _ in static_front(lines)]
+        best = [(macs / 1e6, 100 * accuracy) for macs, accuracy, _ in best_of_lines(lines)]
         axes.plot(*zip(*best, strict=True), ":", color=STATIC, linewidth=1, label=BEST_FIXED)
     axes.step(
         *([cells[n]["macs"] / 1e6 for n in front], [100 * cells[n]["accuracy"] for n in front]),

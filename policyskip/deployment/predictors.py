@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from policyskip.backbones import Backbone, Costs, ExitCosts, ExitNetwork, count_costs, count_exit_costs, run_until
 from policyskip.backbones.folding import folded
 from policyskip.backbones.gated import GatedNetwork
+from policyskip.backbones.resnet_exits import ResNetExits
 from policyskip.errors import UserError
 from policyskip.exits.rules import decisions_at
 from policyskip.finite import described, plain_tensor
@@ -229,7 +230,7 @@ class ExitPredictor(BasePredictor):
         decision_macs: what deciding costs at one exit.
 
     Attributes:
-        network_hash: content hash of the network that was given.
+        network_hash, trunk_hash: content hashes of the network that was given, and of it without exits, if it has that.
     """
 
     network: ExitNetwork
@@ -245,6 +246,7 @@ class ExitPredictor(BasePredictor):
         super().__init__(network, classes, image_shape)
         self.policy: Any = policy.eval()
         self.network_hash, self.decision_macs = network.content_hash(), decision_macs
+        self.trunk_hash = network.backbone.content_hash() if isinstance(network, ResNetExits) else ""
         self.costs: ExitCosts = count_exit_costs(self.network, image_shape)
         N = self.network.num_exits
         decisions_N = decisions_at(torch.arange(N), N)

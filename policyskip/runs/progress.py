@@ -38,7 +38,6 @@ class Wait:
         what: a short text such as "drawing pictures".
         total: amount of work; None if it is not known.
         done: amount that was done before.
-        at_most: whether the work may end before ``total`` is reached.
         counted: whether the amounts are shown, rather than a percentage.
         patience: seconds for which nothing is said.
     """
@@ -48,12 +47,11 @@ class Wait:
         what: str,
         total: float | None = None,
         done: float = 0,
-        at_most: bool = False,
         counted: bool = False,
         patience: float | None = None,
     ) -> None:
         self.what, self.total, self.done, self.before = one_line(what), total, done, done
-        self.at_most, self.counted = at_most, counted
+        self.counted = counted
         self.patience = PATIENCE if patience is None else patience
         self.started = time.monotonic()
         self.reported = False
@@ -62,6 +60,10 @@ class Wait:
     def advance(self, amount: float = 1) -> None:
         """Note that ``amount`` more has been done."""
         self.done += amount
+
+    def expect(self, total: float) -> None:
+        """Note that there is ``total`` to do in all."""
+        self.total = total
 
     def reach(self, done: float) -> None:
         """Note that ``done`` of ``total`` has been done."""
@@ -93,7 +95,7 @@ class Wait:
         """Say how much longer it takes, or else how long it has taken so far."""
         if (left := self.seconds_left) is None:
             return f"{duration(self.seconds)} so far"
-        return f"{'at most ' if self.at_most else ''}{duration(left)} left"
+        return f"{duration(left)} left"
 
     def amount_text(self) -> str:
         """Say how much is done; "" if the total is not known."""
@@ -179,15 +181,15 @@ def hide() -> None:
 
 
 @contextmanager
-def waiting(what: str, total: float | None = None, at_most: bool = False) -> Iterator[Wait]:
+def waiting(what: str, total: float | None = None) -> Iterator[Wait]:
     """Show the body on the screen if it takes longer than two seconds; it calls :meth:`Wait.advance` as it goes on.
 
     Args:
-        what, total, at_most: see :class:`Wait`.
+        what, total: see :class:`Wait`.
 
     Yields: the wait.
     """
-    with _reported(Wait(what, total, at_most=at_most)) as wait:
+    with _reported(Wait(what, total)) as wait:
         yield wait
 
 

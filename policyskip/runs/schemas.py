@@ -212,7 +212,7 @@ SCHEMAS: dict[str, type[BaseModel]] = {
     "summary.json": _schema("Summary", _SUMMARY, null=True),
     "profile.json": _schema("Profile", _PROFILE),
     "front.json": _schema("Front", _FRONT | _FRONT_LATER),
-    "rivals.json": _schema("Rivals", _RIVALS),
+    "rivals.json": _schema("Rivals", _RIVALS | {"images": Name}),
     "comparison.json": _schema("Comparison", _COMPARISON),
     "decisions": _schema("Decisions", _DECISIONS),
 }

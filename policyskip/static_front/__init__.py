@@ -4,7 +4,7 @@ from policyskip.static_front.cache import front_file, known_front, remember
 from policyskip.static_front.finding import find_front
 from policyskip.static_front.front import StaticFront
 from policyskip.static_front.proposals import spread_set
-from policyskip.static_front.racing import least_budget, search, tries_every_set
+from policyskip.static_front.racing import least_budget, search
 from policyskip.static_front.scoring import Keep, SetScorer, keep_text
 
 __all__ = [
@@ -19,5 +19,4 @@ __all__ = [
     "remember",
     "search",
     "spread_set",
-    "tries_every_set",
 ]

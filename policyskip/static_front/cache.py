@@ -9,13 +9,13 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from safetensors.torch import load, save
 
 from policyskip.backbones import Backbone
 from policyskip.backbones.checkpoints import WEIGHTS
 from policyskip.data import Images
 from policyskip.errors import UserError
-from policyskip.files import read, write
+from policyskip.files import check_regular, write
+from policyskip.sealed import sealed, unsealed
 from policyskip.static_front.front import StaticFront
 from policyskip.static_front.scoring import Keep, Scores, keep_text
 
@@ -99,7 +99,7 @@ def store_scores(known: Mapping[Keep, Scores], path: Path) -> None:
     }
     with suppress(OSError):
         path.parent.mkdir(parents=True, exist_ok=True)
-    write(path, save(tensors))
+    write(path, sealed(tensors))
 
 
 def stored_scores(path: Path, num_blocks: int, count: int) -> dict[Keep, Scores]:
@@ -108,7 +108,8 @@ def stored_scores(path: Path, num_blocks: int, count: int) -> dict[Keep, Scores]
     Returns: the scores by their sets; nothing if the file is not there, is damaged or belongs to another search.
     """
     try:
-        tensors = load(read(path, MOST_BYTES))
+        check_regular(path, MOST_BYTES)
+        tensors = unsealed(path)
         keep_FK, images_F, probability = tensors["sets"], tensors["images"], tensors["probability"]
         right = torch.from_numpy(np.unpackbits(tensors["right"].numpy(), count=len(probability))).bool()
         is_whole = keep_FK.shape == (len(images_F), num_blocks) and int(images_F.sum()) == len(right)

@@ -38,6 +38,7 @@ def find_front(
     on_progress: Callable[[int], object] | None = None,
     seconds: float | None = None,
     scores_file: Path | None = None,
+    on_expected: Callable[[float], object] | None = None,
 ) -> StaticFront:
     """Search the static front of a backbone on at most ``limit`` validation images.
 
@@ -47,6 +48,7 @@ def find_front(
         on_progress: see :class:`~policyskip.static_front.scoring.SetScorer`.
         scores_file: where the scores are stored now and then and at the end. A search that was interrupted, or one with
             a larger budget, takes them from there, and finds what it would have found in one go.
+        on_expected: called now and then with what will have been spent at the end, as far as that can be foreseen.
 
     Raises:
         UserError: ``budget`` is negative or no number, ``limit`` below 1, or there are no images.
@@ -66,8 +68,10 @@ def find_front(
                 longer = {k: s for k, s in scorer.stored.items() if len(s) > len(scorer.known.get(k, ()))}
                 store_scores({**scorer.known, **longer}, scores_file)
 
-    def after_pass() -> None:
+    def after_pass(expected: float) -> None:
         nonlocal stored_at
+        if on_expected is not None:
+            on_expected(expected)
         if time.monotonic() - stored_at > STORE_EVERY:
             store_now()
             stored_at = time.monotonic()

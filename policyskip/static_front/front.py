@@ -5,6 +5,7 @@ Shapes: F sets, N validation images of the search.
 
 from __future__ import annotations
 
+import hashlib
 import json
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -17,6 +18,7 @@ from torch import Tensor
 from policyskip.files import read, reporting_write_errors, write
 from policyskip.fronts import concave_hull
 from policyskip.runs import schemas
+from policyskip.sealed import DIGEST_KEY
 from policyskip.static_front.proposals import spread_set
 from policyskip.static_front.scoring import Keep, keep_text
 
@@ -97,7 +99,8 @@ class StaticFront:
         """
         with reporting_write_errors(path):
             path.parent.mkdir(parents=True, exist_ok=True)
-        write(path, (json.dumps(self._content(), indent=0) + "\n").encode())
+        content = self._content()
+        write(path, (json.dumps(content | {DIGEST_KEY: _digest(content)}, indent=0) + "\n").encode())
 
     @staticmethod
     def load(path: Path) -> StaticFront:
@@ -110,6 +113,8 @@ class StaticFront:
             content: dict[str, Any] = schemas.check("front.json", json.loads(read(path, MOST_BYTES)))
         except RecursionError as error:
             raise ValueError("it is nested too deeply") from error
+        if content.pop(DIGEST_KEY, digest := _digest(content)) != digest:
+            raise ValueError("its content has been changed since it was written")
         if unknown := sorted(set(content) - KEYS):
             raise ValueError(f"it has a key {unknown[0]!r:.80}")
         sets: list[Keep] = [tuple(mark == "1" for mark in keep) for keep in content["sets"]]
@@ -134,6 +139,12 @@ class StaticFront:
             stated_accuracy=[] if "correct" in content else content["accuracy"],
             **{key: content[key] for key in ("macs", "images", "finished", "backbone", "data")},
         )
+
+
+def _digest(content: dict[str, Any]) -> str:
+    """Return the SHA-256 digest of what a file holds beside it."""
+    plain = {key: content[key] for key in sorted(content) if key != DIGEST_KEY}
+    return hashlib.sha256(json.dumps(plain).encode()).hexdigest()
 
 
 def _hex(correct_N: Tensor) -> str:

@@ -65,12 +65,15 @@ def least_budget(K: int, count: int) -> int:
 
     A search over small networks, or in which fewer sets are promoted, takes less.
     """
-    few, some = min(FEW, count), min(SOME, count)
     spread = count * sum(map(sum, spread_sets(K)))
-    drawn = samples(K) * few * 0.6 * K
-    in_round = PROPOSALS * few + PROMOTED * (some - few) + FINALISTS * (count - some)
-    plan = spread + drawn + ROUNDS * in_round * K / BIN / 2
-    return int(min(plan, 2 ** (K + 1) * count))
+    drawn = samples(K) * min(FEW, count) * 0.6 * K
+    return int(min(spread + drawn + ROUNDS * round_cost(K, count), 2 ** (K + 1) * count))
+
+
+def round_cost(K: int, count: int) -> float:
+    """Return the images × blocks that a round takes at most, in a search over K blocks on ``count`` images."""
+    few, some = min(FEW, count), min(SOME, count)
+    return (PROPOSALS * few + PROMOTED * (some - few) + FINALISTS * (count - some)) * K / BIN / 2
 
 
 def tries_every_set(K: int, count: int, budget: float) -> bool:
@@ -84,7 +87,7 @@ def search(
     budget: float,
     hints: Mapping[Keep, str] | None = None,
     seconds: float | None = None,
-    on_pass: Callable[[], object] | None = None,
+    on_pass: Callable[[float], object] | None = None,
 ) -> Found:
     """Search the best fixed keep-sets of every cost.
 
@@ -103,37 +106,40 @@ def search(
         budget: bound on ``scorer.spent``. All blocks, no block and the hints are scored even if it is too small.
         hints: sets found elsewhere, and how each was found.
         seconds: end after so many seconds; what is found then depends on the machine. None: no bound.
-        on_pass: called now and then, between two passes.
+        on_pass: called now and then, between two passes, with what ``scorer.spent`` will be at the end, as far as that
+            can be foreseen: if no round after those of the plan finds anything better.
 
     Returns: what was found; the scores are in ``scorer.known``.
     """
-    return _Search(scorer, costs, budget, seconds, on_pass or (lambda: None)).run(dict(hints or {}))
+    return _Search(scorer, costs, budget, seconds, on_pass or (lambda expected: None)).run(dict(hints or {}))
 
 
 class _Search:
     """A search that is under way, with what it has found so far; see :func:`search`.
 
     Attributes:
-        best: for each range of costs, the best set so far that was scored on all images.
+        expected: what will have been spent at the end, as far as that can be foreseen and the budget allows it.
+        rounds_left: the rounds that are still to come if those after the plan find nothing better.
     """
 
     def __init__(
-        self, scorer: SetScorer, costs: Costs, budget: float, seconds: float | None, on_pass: Callable[[], object]
+        self, scorer: SetScorer, costs: Costs, budget: float, seconds: float | None, on_pass: Callable[[float], object]
     ) -> None:
         self.scorer, self.costs, self.budget, self.on_pass = scorer, costs, budget, on_pass
-        self.ends = None if seconds is None else time.monotonic() + seconds
+        self.seconds, self.began = seconds, time.monotonic()
         self.K, self.stages = scorer.backbone.num_blocks, scorer.backbone.stages
         self.full: Keep = (True,) * self.K
         self.few, self.some = (min(images, scorer.count) for images in (FEW, SOME))
         self.found = Found()
         self.draw = random.Random(0)
         self.ranges = Ranges(scorer, costs, self.draw)
+        self.rounds_left, self.round_cost = ROUNDS + PATIENCE, round_cost(self.K, scorer.count)
+        self.expected = least_budget(self.K, scorer.count) + PATIENCE * self.round_cost
 
     def run(self, hints: dict[Keep, str]) -> Found:
         ends = {self.full: "spread", (False,) * self.K: "spread"}
         self.found.kinds |= hints | ends
         self.scorer.score([*ends, *hints])
-        self.on_pass()
         if len(self.scorer.known) == 2**self.K:
             self.found.finished = self.found.exhausted = True
             return self.found
@@ -145,12 +151,12 @@ class _Search:
             for keep in spread_sets(self.K):
                 self._score([keep], "spread")
             self._draw_sets()
-            for _ in range(ROUNDS):
+            while self.rounds_left > PATIENCE:
                 self._round()
+                self.rounds_left -= 1
             self.found.finished = True
-            idle = 0
-            while idle < PATIENCE:
-                idle = 0 if self._round() else idle + 1
+            while self.rounds_left:
+                self.rounds_left = PATIENCE if self._round() else self.rounds_left - 1
             self.found.exhausted = True
         except _StoppedError:
             pass
@@ -174,16 +180,19 @@ class _Search:
         Raises:
             _StoppedError: the budget or the time does not allow it.
         """
-        if self.ends is not None and time.monotonic() > self.ends:
+        elapsed = time.monotonic() - self.began
+        if self.seconds is not None and elapsed > self.seconds:
             self.found.out_of_time = True
             raise _StoppedError
         if self.scorer.spent + self.scorer.price(sets, images) > self.budget:
             raise _StoppedError
         self.scorer.score(sets, images)
-        self.on_pass()
+        in_time = self.budget if self.seconds is None else self.scorer.spent * self.seconds / max(elapsed, 1e-9)
+        self.on_pass(min(self.expected, self.budget, in_time))
 
     def _try_every_set(self) -> None:
         """Score all 2^K sets on all images."""
+        self.expected = (2**self.K - 1) * self.scorer.count
         self.found.kinds |= {keep: "spread" for keep in spread_sets(self.K)}
         for code in range(2**self.K):
             self.found.kinds.setdefault(tuple(bool(code >> k & 1) for k in range(self.K)), "all")
@@ -207,11 +216,13 @@ class _Search:
 
     def _round(self) -> bool:
         """Propose sets and let them race; return whether any range of costs has a better set than before."""
-        before = self.ranges.champions()
+        before, begin = self.ranges.champions(), self.scorer.spent
+        self.expected = begin + self.rounds_left * self.round_cost
         for kind, sets in self._proposals().items():
             self._score(sorted(sets), kind, self.few)
         self._promote(self.few, self.some, PROMOTED, margin=0.003)
         self._promote(self.some, self.scorer.count, FINALISTS, margin=0.0)
+        self.round_cost = self.scorer.spent - begin
         return self.ranges.champions() != before
 
     def _promote(self, heat: int, images: int, most: int, margin: float) -> None:

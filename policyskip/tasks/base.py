@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import copy
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -21,6 +22,7 @@ from policyskip.errors import UserError
 from policyskip.evaluation.decisions import Decisions
 from policyskip.runs.folder import Run
 from policyskip.runs.tracking import Tracker
+from policyskip.tasks.run_rivals import RunRival, save_run_rivals
 from policyskip.training import ONE_IMAGE
 
 
@@ -41,6 +43,9 @@ class Task(ABC):
     source: Any
     names: dict[str, str]
     greeting: str
+
+    def keep_what_may_go(self, run: Run) -> None:  # noqa: B027 - most tasks have nothing of the kind
+        """Write what the configuration names by folders that may be gone when the run is resumed into its folder."""
 
     @property
     @abstractmethod
@@ -70,10 +75,12 @@ class FamilyTask(Task):
     Args:
         setup: what the run's configuration names.
         settings: what was typed beside it.
+        others: finished runs to compare with.
     """
 
     setup: Setup
     learner: Agent
+    others: Sequence[RunRival]
 
     @property
     def trained_network(self) -> Network | None:
@@ -81,12 +88,15 @@ class FamilyTask(Task):
         return network if self.learner.trains_network else None
 
     @abstractmethod
-    def __init__(self, setup: Setup, settings: Settings) -> None: ...
+    def __init__(self, setup: Setup, settings: Settings, others: Sequence[RunRival]) -> None: ...
+
+    def keep_what_may_go(self, run: Run) -> None:
+        save_run_rivals(run, self.others, self.setup.data.test)
 
     @staticmethod
     @abstractmethod
-    def judge(setup: Setup, run: Run, split: str) -> Judgement:
-        """Judge a finished run's best weights, from its folder, on a split."""
+    def judge(setup: Setup, run: Run, split: str, compared: bool) -> Judgement:
+        """Judge a finished run's best weights, from its folder, on a split; beside its rivals if ``compared``."""
 
 
 @dataclass(frozen=True)

@@ -38,7 +38,7 @@ from policyskip.tasks.base import FamilyTask, Judgement, check_batch, names_of
 from policyskip.tasks.fronts import best_set, load_front, remembered_front, static_front
 from policyskip.tasks.report import completed, head_of, write_finished
 from policyskip.tasks.rivals import block_verdict
-from policyskip.tasks.run_rivals import RunRival, find_run_rivals, load_run_rivals, save_run_rivals
+from policyskip.tasks.run_rivals import RunRival, load_run_rivals
 from policyskip.texts import a_type
 
 
@@ -49,12 +49,11 @@ class BlockTask(FamilyTask):
         UserError: the configuration has no network with blocks, no reward or no front.
     """
 
-    def __init__(self, setup: Setup, settings: Settings) -> None:
+    def __init__(self, setup: Setup, settings: Settings, others: Sequence[RunRival]) -> None:
         _check(setup)
         if settings.front is None:
             raise UserError("the configuration has no front, and skipping blocks needs one")
-        self.setup = setup
-        self.others = find_run_rivals(setup, settings.front)
+        self.setup, self.others = setup, others
         self.source = env = setup.env(setup.data.train, "shuffled", settings.seed)
         everything = torch.ones(len(env.observation), env.backbone.num_blocks, dtype=torch.bool, device=env.device)
         env.rewards(env.score(everything))  # a reward that fails is refused before there is a run folder
@@ -91,7 +90,6 @@ class BlockTask(FamilyTask):
         def write_more(new: Run) -> None:
             run.deploy_best(new)
             self.front.save(new.folder / "front.json")
-            save_run_rivals(new, self.others)
 
         return write_finished(setup, run, tracker, head, judgement, "blocks", described, draw, write_more)
 
@@ -99,16 +97,17 @@ class BlockTask(FamilyTask):
         show_blocks(summary)
 
     @staticmethod
-    def judge(setup: Setup, run: Run, split: str) -> Judgement:
+    def judge(setup: Setup, run: Run, split: str, compared: bool) -> Judgement:
         _check(setup)
-        front = load_front(run, setup.backbone.num_blocks)
+        front = load_front(run, setup.backbone.num_blocks, setup.backbone.content_hash())
         agent = setup.agent(setup.env(setup.data.validation, "shuffled"), front)  # SB3 asks for a shuffled order
         load_weights(agent.policy, run, "the run's config.yaml")
-        return judge_policy(setup, agent, front, split, load_run_rivals(run, len(setup.data.test)))
+        others = load_run_rivals(run, setup.data.test) if compared else None
+        return judge_policy(setup, agent, front, split, others)
 
 
 def judge_policy(
-    setup: Setup, agent: Agent, front: StaticFront, split: str, others: Sequence[RunRival] = ()
+    setup: Setup, agent: Agent, front: StaticFront, split: str, others: Sequence[RunRival] | None = ()
 ) -> Judgement:
     """Judge an agent's greedy decisions on a split, beside the full network, and on test beside its rivals.
 
@@ -116,13 +115,13 @@ def judge_policy(
     rivals are chosen on validation images, and the policy has learned from training images.
 
     Args:
-        others: finished runs to compare with.
+        others: finished runs to compare with; None: there is no verdict.
     """
     decisions = evaluate(agent, setup.env(setup.data.split(split).plain()))
     figures, pairs = block_figures(decisions), list[tuple[float, float]]()
     if split == "test":
         validation = None
-        if not agent.sees_the_label:
+        if not agent.sees_the_label and others is not None:
             validation = evaluate(agent, setup.env(setup.data.validation.plain()), full=False).ran_NK
         verdict, pairs = block_verdict(setup, decisions, validation, front, others)
         figures |= verdict

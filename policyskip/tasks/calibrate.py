@@ -46,7 +46,7 @@ def recalibrate(setup: Setup, run: Run, target: TargetSection) -> dict[str, Any]
     def write_more(new: Run) -> None:
         lifecycle.save_changed_config(new, run.command, changed)
 
-    references = References.load(run, predictor.network, len(setup.data.test))
+    references = References.load(run, predictor, setup.data.test)
     chain = (setup, predictor, validation, curve, point, target.chosen, references)
     return deploy_point(*chain, run, Tracker(run, "none", {}), head, write_more)
 

@@ -23,6 +23,7 @@ from policyskip.tasks.blocks import BlockTask
 from policyskip.tasks.exit_policy import ExitPolicyTask
 from policyskip.tasks.gates import GateTask
 from policyskip.tasks.network_check import network_warnings, remark
+from policyskip.tasks.run_rivals import find_run_rivals
 from policyskip.tasks.thresholds import ThresholdTask
 from policyskip.texts import one_line
 
@@ -34,8 +35,8 @@ FAMILIES: dict[str, type[FamilyTask]] = {
 }
 
 
-def start(setup: Setup, settings: Settings) -> FamilyTask:
-    """Make the task of a ``train`` configuration.
+def start(setup: Setup, settings: Settings, resumed: Run | None = None) -> FamilyTask:
+    """Make the task of a ``train`` configuration, of a new run or of one that is resumed.
 
     Raises:
         UserError: the agent cannot act in the environment, cannot learn for that many updates, or not in several
@@ -48,7 +49,8 @@ def start(setup: Setup, settings: Settings) -> FamilyTask:
     if processes.world() > 1 and not issubclass(agent, Divisible):
         target = class_of(setup.config, "agent", setup.trusted)
         raise UserError(f"the agent {target.__name__} learns in one process; start it without torchrun")
-    task = FAMILIES[family_of(setup)](setup, settings)
+    others = find_run_rivals(setup, settings.front, resumed)
+    task = FAMILIES[family_of(setup)](setup, settings, others)
     state = task.learner.state_dict()
     problem = _not_plain(state, "state_dict") if isinstance(state, dict) else type(state).__name__
     if problem:
@@ -115,15 +117,15 @@ def _check_declarations(agent: type[Agent]) -> None:
         raise UserError(f"{name} must declare environments, a tuple of names, got {environments!r}")
 
 
-def judge(setup: Setup, run: Run, split: str) -> Judgement:
-    """Judge a finished run, from its folder, on a split.
+def judge(setup: Setup, run: Run, split: str, compared: bool = True) -> Judgement:
+    """Judge a finished run, from its folder, on a split; beside its rivals if ``compared``, which takes longer.
 
     Raises:
         UserError: a file of the run is damaged, or the run did not get that far.
     """
     if isinstance(setup.reward, Adaptive):  # it moves, and goes on from where it stood
         _restore_reward(setup.reward, run)
-    return FAMILIES[family_of(setup)].judge(setup, run, split)
+    return FAMILIES[family_of(setup)].judge(setup, run, split, compared)
 
 
 def _restore_reward(reward: Adaptive, run: Run) -> None:

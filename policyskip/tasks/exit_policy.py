@@ -5,6 +5,7 @@ Shapes: M images of a set, N exits.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import partial
 from typing import Any
 
@@ -34,7 +35,7 @@ from policyskip.runs.tracking import Tracker
 from policyskip.tasks.base import FamilyTask, Judgement, names_of
 from policyskip.tasks.report import completed, head_of, write_finished
 from policyskip.tasks.rivals import exit_verdict, front_of_trunk
-from policyskip.tasks.run_rivals import References, find_run_rivals
+from policyskip.tasks.run_rivals import References, RunRival
 
 
 class ExitPolicyTask(FamilyTask):
@@ -45,7 +46,7 @@ class ExitPolicyTask(FamilyTask):
         UserError: the network has no early exits, there is no reward, or there is a target.
     """
 
-    def __init__(self, setup: Setup, settings: Settings) -> None:
+    def __init__(self, setup: Setup, settings: Settings, others: Sequence[RunRival]) -> None:
         network = setup.backbone
         if settings.target is not None and settings.target.chosen:
             raise UserError("target is for thresholds; a learned policy has none, and follows reward.penalty")
@@ -54,7 +55,7 @@ class ExitPolicyTask(FamilyTask):
         if setup.reward is None:
             raise UserError("the configuration has no reward, and this command needs one; say reward=macs")
         self.setup, self.network, self.reward, self.front_settings = setup, network, setup.reward, settings.front
-        self.others = find_run_rivals(setup, settings.front)
+        self.others = others
         self.source = env = setup.env(setup.data.train, "shuffled", settings.seed)
         everyone = torch.ones(len(env.observation), dtype=torch.bool, device=env.device)
         reward_of(self.reward, env.score(everyone))  # a reward that fails is refused before there is a run folder
@@ -116,7 +117,7 @@ class ExitPolicyTask(FamilyTask):
         show_exits(summary)
 
     @staticmethod
-    def judge(setup: Setup, run: Run, split: str) -> Judgement:
+    def judge(setup: Setup, run: Run, split: str, compared: bool) -> Judgement:
         """Judge a finished run's best weights, from its folder, on a split.
 
         Raises:
@@ -125,9 +126,10 @@ class ExitPolicyTask(FamilyTask):
         predictor = load_predictor(run, setup.device, trust=setup.trusted)
         if not isinstance(predictor, ExitPredictor):
             raise UserError(f"{run.folder / 'policy.json'} is not that of a policy that leaves early")
-        validation = cache_exits(predictor.network, setup.data.validation.plain())
-        cache = cache_exits(predictor.network, setup.data.split(split).plain())
-        references = References.load(run, predictor.network, len(setup.data.test))
+        cache, validation, references = cache_exits(predictor.network, setup.data.split(split).plain()), None, None
+        if compared:
+            validation = cache_exits(predictor.network, setup.data.validation.plain())
+            references = References.load(run, predictor, setup.data.test)
         return judge_exit_policy(setup, predictor, cache, validation, split, references)
 
 
@@ -135,17 +137,18 @@ def judge_exit_policy(
     setup: Setup,
     predictor: ExitPredictor,
     cache: CachedExits,
-    validation: CachedExits,
+    validation: CachedExits | None,
     split: str,
-    references: References,
+    references: References | None,
 ) -> Judgement:
-    """Judge a policy on the cached outputs of a split; on test, beside rivals that are chosen on validation images."""
+    """Judge a policy on the cached outputs of a split; on test, beside rivals chosen on validation images, if these
+    are given."""
     exit_M = exits_of(predictor.policy, cache)
     difficulty = setup.data.split(split).difficulty
     record = exit_decisions(exit_M, cache, predictor.decision_macs, difficulty)
     decisions = completed(record, setup, split, static_pairs(cache), setup.backbone.content_hash())
     figures = exit_figures(decisions, cache)
-    if split == "test":
+    if split == "test" and validation is not None and references is not None:
         given = (setup, predictor.network, decisions, cache, validation)
         figures |= exit_verdict(*given, references.front, references.others)
     return Judgement(decisions, figures)

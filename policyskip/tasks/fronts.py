@@ -29,9 +29,12 @@ from policyskip.static_front import (
     find_front,
     front_file,
     known_front,
+    least_budget,
     remember,
-    tries_every_set,
 )
+
+USUAL_BUDGET = 1.2e7
+"""The images × blocks of a search that nobody has given a budget; deep networks take more."""
 
 
 def static_front(setup: Setup, settings: FrontSection, sets_in_use: Sequence[Keep] = ()) -> StaticFront:
@@ -64,13 +67,11 @@ def _searched(setup: Setup, settings: FrontSection, hints: Mapping[Keep, str]) -
     backbone, images = setup.backbone, setup.data.validation
     count = min(settings.images, len(images))
     costs = setup.env(images).costs
-    whole = tries_every_set(backbone.num_blocks, count, settings.budget)
-    most = count * (2**backbone.num_blocks - 1) if whole else settings.budget
     file = front_file(backbone.content_hash(), images.fingerprint(), count, _cache(), hints)
     scores = file.with_suffix(".scores")
-    with waiting("searching the best fixed keep-sets on validation images", most, at_most=not whole) as wait:
-        seconds, budget = settings.seconds, settings.budget
-        front = find_front(backbone, images, costs, budget, count, hints, wait.reach, seconds, scores)
+    with waiting("searching the best fixed keep-sets on validation images") as wait:
+        chain = (backbone, images, costs, _budget(setup, settings), count, hints)
+        front = find_front(*chain, wait.reach, settings.seconds, scores, wait.expect)
     with suppress(UserError):  # a cache that cannot be written costs time, nothing else
         remember(front, _cache(), hints)
         if hints or front.budget == float("inf"):  # no other search will go on from here
@@ -82,7 +83,15 @@ def remembered_front(setup: Setup, settings: FrontSection, sets_in_use: Iterable
     """Return the static front of a network from an earlier search; None if none was as thorough as ``settings`` ask."""
     images = setup.data.validation
     at_least = min(settings.images, len(images))
-    return known_front(setup.backbone, images, _cache(), at_least, settings.budget, sets_in_use)
+    return known_front(setup.backbone, images, _cache(), at_least, _budget(setup, settings), sets_in_use)
+
+
+def _budget(setup: Setup, settings: FrontSection) -> float:
+    """Return the budget of a search: that of the settings, or else one that suffices for the whole plan at least."""
+    if settings.budget is not None:
+        return settings.budget
+    count = min(settings.images, len(setup.data.validation))
+    return max(USUAL_BUDGET, least_budget(setup.backbone.num_blocks, count))
 
 
 @contextmanager
@@ -135,8 +144,8 @@ def best_set(setup: Setup, front: StaticFront, count: int = 2000) -> Keep:
     return sets[int(total_S.argmax())]
 
 
-def load_front(run: Run, num_blocks: int) -> StaticFront:
-    """Read the static front that a run was judged beside, over a network of ``num_blocks`` blocks.
+def load_front(run: Run, num_blocks: int, network_hash: str) -> StaticFront:
+    """Read the static front that a run was judged beside, over a network of ``num_blocks`` blocks and of this hash.
 
     Raises:
         UserError: there is none, or it is damaged or of another network.
@@ -148,4 +157,6 @@ def load_front(run: Run, num_blocks: int) -> StaticFront:
         front = StaticFront.load(run.path("front.json"))
         if len(front.sets[0]) != num_blocks:
             raise ValueError(f"its sets are of {len(front.sets[0])} blocks, the network has {num_blocks}")
+    if front.backbone != network_hash:
+        raise UserError(f"{path} is of a network of other weights ({front.backbone}) than the run's ({network_hash})")
     return front

@@ -34,7 +34,7 @@ from policyskip.tasks.base import FamilyTask, Judgement, check_batch, names_of
 from policyskip.tasks.fronts import load_front, static_front, with_block_selection
 from policyskip.tasks.report import completed, head_of, write_finished
 from policyskip.tasks.rivals import block_verdict
-from policyskip.tasks.run_rivals import RunRival, find_run_rivals, load_run_rivals, save_run_rivals
+from policyskip.tasks.run_rivals import RunRival, load_run_rivals
 
 
 class GateTask(FamilyTask):
@@ -46,7 +46,7 @@ class GateTask(FamilyTask):
 
     learner: SkipNet
 
-    def __init__(self, setup: Setup, settings: Settings) -> None:
+    def __init__(self, setup: Setup, settings: Settings, others: Sequence[RunRival]) -> None:
         agent = f"agent={str(group_of(setup.config, 'agent').get('_target_')).rpartition('.')[2].lower()}"
         if setup.reward is not None:
             raise UserError(f"{agent} learns by its own loss (agent.alpha, agent.cost) and takes no reward")
@@ -54,8 +54,7 @@ class GateTask(FamilyTask):
             raise UserError(f"{agent} learns from labelled images and takes no env")
         if settings.front is None:
             raise UserError("the configuration has no front, and skipping blocks needs one")
-        self.setup, self.front_settings = setup, settings.front
-        self.others = find_run_rivals(setup, settings.front)
+        self.setup, self.front_settings, self.others = setup, settings.front, others
         self.learner = make_agent(setup)
         self.source = Feed(setup.data.train, setup.batch_size, "shuffled", settings.seed)
         check_batch(self.learner.network.backbone, self.source.batch.images)
@@ -87,7 +86,6 @@ class GateTask(FamilyTask):
             run.deploy_best(new)
             checkpoints.save(agent.network.backbone, new.folder / "network.safetensors")
             front.save(new.folder / "front.json")
-            save_run_rivals(new, self.others)
 
         return write_finished(setup, run, tracker, head, judgement, "gates", described, draw, write_more)
 
@@ -97,10 +95,11 @@ class GateTask(FamilyTask):
         print(f"Before training, all its blocks kept, the network was right on {before:.2f} %.")
 
     @staticmethod
-    def judge(setup: Setup, run: Run, split: str) -> Judgement:
+    def judge(setup: Setup, run: Run, split: str, compared: bool) -> Judgement:
         agent = make_agent(setup)
         load_weights(agent.network, run, "the run's config.yaml")
-        front, others = load_front(run, setup.backbone.num_blocks), load_run_rivals(run, len(setup.data.test))
+        front = load_front(run, setup.backbone.num_blocks, agent.network.backbone.content_hash())
+        others = load_run_rivals(run, setup.data.test) if compared else None
         return judge_gates(setup, agent, front, split, others)
 
     def _sets_in_use(self, count: int = 16) -> list[Keep]:
@@ -111,19 +110,21 @@ class GateTask(FamilyTask):
 
 
 def judge_gates(
-    setup: Setup, agent: SkipNet, front: StaticFront, split: str, others: Sequence[RunRival] = ()
+    setup: Setup, agent: SkipNet, front: StaticFront, split: str, others: Sequence[RunRival] | None = ()
 ) -> Judgement:
     """Judge the gates' greedy decisions on a split, beside the network before training, and on test beside its rivals.
 
     Args:
-        others: finished runs to compare with.
+        others: finished runs to compare with; None: there is no verdict.
     """
     images = setup.data.split(split).plain()
     decisions = evaluate_gates(agent, images, setup.batch_size)
     before = accuracy(setup.backbone, images, setup.batch_size)
     figures, pairs = block_figures(decisions) | {"before_accuracy": before}, list[tuple[float, float]]()
     if split == "test":
-        keep_VK = evaluate_gates(agent, setup.data.validation.plain(), setup.batch_size).ran_NK
+        keep_VK = None
+        if others is not None:
+            keep_VK = evaluate_gates(agent, setup.data.validation.plain(), setup.batch_size).ran_NK
         verdict, pairs = block_verdict(with_network_of(agent, setup), decisions, keep_VK, front, others)
         figures |= verdict
     frozen = setup.backbone.content_hash() if group_of(setup.config, "agent").get("frozen") else ""

@@ -56,7 +56,7 @@ class Candidates:
 
 
 def block_verdict(
-    setup: Setup, decisions: Decisions, keep_VK: Tensor | None, front: StaticFront, others: Sequence[RunRival]
+    setup: Setup, decisions: Decisions, keep_VK: Tensor | None, front: StaticFront, others: Sequence[RunRival] | None
 ) -> tuple[dict[str, Any], list[tuple[float, float]]]:
     """Judge a policy that decides which blocks run on the test images, against every family of rivals.
 
@@ -65,22 +65,23 @@ def block_verdict(
         decisions: what the policy decided for the test images.
         keep_VK: bool (V, K), what it decides for the validation images; None if it sees their labels.
         front: the static front of the network.
-        others: finished runs to compare with.
+        others: finished runs to compare with; None: with nothing, so that there are no figures.
 
     Returns: the figures of the verdict, and MACs and accuracy, on test images, of sets on the front's hull.
     """
     images, cost = setup.data.test.plain(), decisions.macs_N.mean().item()
-    candidates = searched_families(setup, front)
+    candidates = searched_families(setup, front) if others is not None else []
     if keep_VK is not None:
         candidates.append(own_family(setup, keep_VK))
-    shown = points_of(front, len(images))
     full, full_correct_N = (0, (True,) * setup.backbone.num_blocks), decisions.full_correct_N
     known = {} if full_correct_N is None else {full: full_correct_N}
-    more = [(0, front.sets[i]) for i in shown]
+    more = [(0, front.sets[i]) for i in points_of(front, len(images))]
     found, correct = _chosen([setup.backbone], candidates, cost, images, more, known)
-    found.append(dealt_blocks(setup, decisions, images))
     scored = [i for i in front.hull if (0, front.sets[i]) in correct]  # also those that the policy is compared with
     pairs = [(front.macs[i], correct[0, front.sets[i]].double().mean().item()) for i in scored]
+    if others is None:
+        return {}, pairs
+    found.append(dealt_blocks(setup, decisions, images))
     return _verdict(setup, decisions, found, others, _unfinished(front)), pairs
 
 
@@ -200,7 +201,7 @@ def searched_families(setup: Setup, front: StaticFront) -> list[Candidates]:
     """Return the families of all sets of a static front, and of those that are spread evenly over the blocks.
 
     Raises:
-        UserError: the front is of more validation images than there are.
+        UserError: the front is of other validation images than there are.
     """
     images = setup.data.validation.plain()
     correct_FV, kinds = front.correct_FN, front.kinds
@@ -209,8 +210,8 @@ def searched_families(setup: Setup, front: StaticFront) -> list[Candidates]:
         with waiting("scoring fixed choices on validation images", scorer.count) as wait:
             scorer.on_batch = wait.advance
             correct_FV = torch.stack(scorer.correct(front.sets))
-    if correct_FV.shape[1] > len(images):
-        raise UserError(f"the static front is of {front.images} validation images, and there are {len(images)}")
+    elif front.data != images.fingerprint():
+        raise UserError(f"the static front is of other validation images than those of {setup.data.name}")
     group_V, macs_F = _groups(images, correct_FV.shape[1]), torch.tensor(front.macs, dtype=torch.float64)
     is_even = [keep == spread_set(len(keep), sum(keep)) for keep in front.sets]  # whatever found it
     labels = [set_name(front.sets[i], "spread" if is_even[i] else kind) for i, kind in enumerate(kinds)]
@@ -335,8 +336,7 @@ def points_of(front: StaticFront, images: int) -> list[int]:
     """Return the indices of sets on a front's hull, spread over the cost, as many as are quickly scored on so many
     images, the cheapest and the dearest among them."""
     hull = front.hull
-    affordable = 2 * WORK // max(1, images * len(front.sets[0]))
-    count = max(FEWEST_POINTS, min(MOST_POINTS, affordable))
+    count = max(FEWEST_POINTS, min(MOST_POINTS, 2 * WORK // max(1, images * len(front.sets[0]))))
     macs_H = torch.tensor([front.macs[i] for i in hull], dtype=torch.float64)
     wanted_P = torch.linspace(0, 1, count, dtype=torch.float64) * (macs_H[-1] - macs_H[0]) + macs_H[0]
     return [hull[place] for place in (macs_H - wanted_P[:, None]).abs().argmin(1).unique().tolist()]

@@ -12,10 +12,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from policyskip.backbones import ExitNetwork
 from policyskip.backbones.resnet_exits import ResNetExits
 from policyskip.build import Setup
 from policyskip.config import RivalsSection
+from policyskip.data import Images
+from policyskip.deployment.predictors import ExitPredictor
 from policyskip.errors import UserError
 from policyskip.evaluation.decisions import Decisions, load_decisions
 from policyskip.rivals import Choice, Family, Rival
@@ -54,13 +55,15 @@ class RunRival:
         return Rival(family, Choice([(0, 1.0)], self.name, self.macs, 0.0), self.correct_N.double())
 
 
-def find_run_rivals(setup: Setup, settings: RivalsSection | None) -> list[RunRival]:
-    """Read the runs of ``front.rivals``, each once.
+def find_run_rivals(setup: Setup, settings: RivalsSection | None, resumed: Run | None) -> list[RunRival]:
+    """Read the runs of ``front.rivals``, each once; of a resumed run, what its own folder keeps of them.
 
     Raises:
         UserError: one of them is missing or not finished, was judged on other images or classes, or decides image by
             image; the message names it.
     """
+    if resumed is not None and resumed.has(FILE):
+        return load_run_rivals(resumed, setup.data.test)
     folders = settings.rivals if settings is not None else []
     return [_read(setup, folder) for folder in {os.path.realpath(folder): folder for folder in folders}.values()]
 
@@ -94,28 +97,31 @@ def _is_fixed(decisions: Decisions) -> bool:
     return bool((decisions.ran_NK == decisions.ran_NK[0]).all() and same_cost)
 
 
-def save_run_rivals(run: Run, rivals: Sequence[RunRival]) -> None:
-    """Write what is needed of the runs that a run was compared with, if there are any, into its folder."""
+def save_run_rivals(run: Run, rivals: Sequence[RunRival], images: Images) -> None:
+    """Write what is needed of the runs that a run is compared with on test images, if there are any, into its
+    folder."""
     if rivals:
         entries = [
             {"name": r.name, "macs": r.macs, "correct": "".join("01"[right] for right in r.correct_N.tolist())}
             for r in rivals
         ]
-        run.save_json(FILE, {"runs": entries})
+        run.save_json(FILE, {"runs": entries, "images": images.fingerprint()})
 
 
-def load_run_rivals(run: Run, images: int) -> list[RunRival]:
-    """Read what :func:`save_run_rivals` wrote for test images of this number; none if it wrote nothing.
+def load_run_rivals(run: Run, images: Images) -> list[RunRival]:
+    """Read what :func:`save_run_rivals` wrote for these test images; none if it wrote nothing.
 
     Raises:
-        UserError: the file is damaged.
+        UserError: the file is damaged, or about other images.
     """
     if not run.has(FILE):
         return []
-    rivals = []
-    for entry in run.load_json(FILE)["runs"]:
-        if len(entry["correct"]) != images:
-            raise UserError(f"{run.folder / FILE} is damaged: it is about {len(entry['correct'])} images, not {images}")
+    rivals, content, N = [], run.load_json(FILE), len(images)
+    if content.get("images", own := images.fingerprint()) != own:
+        raise UserError(f"{run.folder / FILE} is about other test images than those that are here now")
+    for entry in content["runs"]:
+        if len(entry["correct"]) != N:
+            raise UserError(f"{run.folder / FILE} is damaged: it is about {len(entry['correct'])} images, not {N}")
         correct_N = torch.tensor([mark == "1" for mark in entry["correct"]])
         rivals.append(RunRival(entry["name"], entry["macs"], correct_N))
     return rivals
@@ -130,19 +136,18 @@ class References:
     others: Sequence[RunRival]
 
     @staticmethod
-    def load(run: Run, network: ExitNetwork, images: int) -> References:
-        """Read those of a finished run over a network, which were judged on a number of test images.
+    def load(run: Run, predictor: ExitPredictor, images: Images) -> References:
+        """Read those of a finished run, which deploys ``predictor`` and was judged on these test images.
 
         Raises:
-            UserError: a file is damaged.
+            UserError: a file is damaged, or is about another network or other images.
         """
-        front = None
+        front, network = None, predictor.network
         if isinstance(network, ResNetExits) and run.has("front.json"):
-            front = load_front(run, network.backbone.num_blocks)
+            front = load_front(run, network.backbone.num_blocks, predictor.trunk_hash)
         return References(front, load_run_rivals(run, images))
 
     def save(self, run: Run) -> None:
-        """Write them into a run's folder, as far as there are any."""
+        """Write the front into a run's folder, if there is one; the finished runs are there from the start."""
         if self.front is not None:
             self.front.save(run.folder / "front.json")
-        save_run_rivals(run, self.others)

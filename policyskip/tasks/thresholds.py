@@ -6,7 +6,7 @@ Shapes: M images of a set, N exits, E early exits (N - 1), P points on a curve.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from functools import partial
 from typing import Any
@@ -43,7 +43,7 @@ from policyskip.runs.tracking import Tracker
 from policyskip.tasks.base import FamilyTask, Judgement, check_batch, names_of
 from policyskip.tasks.report import completed, head_of, write_finished
 from policyskip.tasks.rivals import exit_verdict, front_of_trunk
-from policyskip.tasks.run_rivals import References, find_run_rivals
+from policyskip.tasks.run_rivals import References, RunRival
 
 ACCURACY_DROP = 0.002
 """The target of a run that names none: at most this much less accurate than the last exit, on validation images."""
@@ -60,7 +60,7 @@ class ThresholdTask(FamilyTask):
 
     choose_by = "mean_accuracy"
 
-    def __init__(self, setup: Setup, settings: Settings) -> None:
+    def __init__(self, setup: Setup, settings: Settings, others: Sequence[RunRival]) -> None:
         if settings.target is None:
             raise UserError("the configuration has no target, and leaving early needs one")
         network = setup.backbone
@@ -71,8 +71,7 @@ class ThresholdTask(FamilyTask):
         self.target = settings.target.chosen or {"accuracy_drop": ACCURACY_DROP}
         check_target(**settings.target.model_copy(update=self.target).model_dump())
         _check_unused(setup)
-        self.setup, self.network, self.front_settings = setup, network, settings.front
-        self.others = find_run_rivals(setup, settings.front)
+        self.setup, self.network, self.front_settings, self.others = setup, network, settings.front, others
         self.learner: EarlyExitAgent = build(
             "agent",
             group_of(setup.config, "agent"),
@@ -154,11 +153,12 @@ class ThresholdTask(FamilyTask):
         show_table(summary)
 
     @staticmethod
-    def judge(setup: Setup, run: Run, split: str) -> Judgement:
+    def judge(setup: Setup, run: Run, split: str, compared: bool) -> Judgement:
         predictor = load_thresholds(run, setup.device, setup.trusted)
-        validation = cache_exits(predictor.network, setup.data.validation.plain())
-        cache = cache_exits(predictor.network, setup.data.split(split).plain())
-        references = References.load(run, predictor.network, len(setup.data.test))
+        cache, validation, references = cache_exits(predictor.network, setup.data.split(split).plain()), None, None
+        if compared:
+            validation = cache_exits(predictor.network, setup.data.validation.plain())
+            references = References.load(run, predictor, setup.data.test)
         return judge_thresholds(setup, predictor, cache, validation, split, references)
 
     def _cached_validation(self) -> CachedExits:
@@ -186,17 +186,18 @@ def judge_thresholds(
     setup: Setup,
     predictor: ThresholdPredictor,
     cache: CachedExits,
-    validation: CachedExits,
+    validation: CachedExits | None,
     split: str,
-    references: References,
+    references: References | None,
 ) -> Judgement:
-    """Judge thresholds on the cached outputs of a split; on test, beside rivals chosen on validation images."""
+    """Judge thresholds on the cached outputs of a split; on test, beside rivals chosen on validation images, if these
+    are given."""
     policy = predictor.policy
     exit_M = exit_of(policy.rule, cache.probability_MNC, policy.threshold_E)
     difficulty = setup.data.split(split).difficulty
     decisions = completed(exit_decisions(exit_M, cache, difficulty_M=difficulty), setup, split, static_pairs(cache), "")
     figures = exit_figures(decisions, cache)
-    if split == "test":
+    if split == "test" and validation is not None and references is not None:
         given = (setup, predictor.network, decisions, cache, validation)
         figures |= exit_verdict(*given, references.front, references.others)
     return Judgement(decisions, figures)

@@ -11,7 +11,7 @@ import torch
 
 from policyskip.comparison.answers import Answer, answers_of
 from policyskip.comparison.collect import collect
-from policyskip.comparison.fixed_lines import about_lines, fixed_lines, static_front
+from policyskip.comparison.fixed_lines import about_lines, best_of_lines, fixed_lines
 from policyskip.comparison.formats import as_csv
 from policyskip.comparison.rows import Row, rows_of
 from policyskip.comparison.tables import run_table, table
@@ -298,7 +298,7 @@ def test_lines_of_fixed_choices_by_hand(tmp_path):
     assert frozen.at(0.9) is None and frozen.at(1.5) == (1.5, pytest.approx(0.45)) and frozen.at(9.0) == (3.0, 0.9)
     assert frozen.reaching(0.3) == (1.0, 0.5) and frozen.reaching(0.95) is None
     assert frozen.reaching(0.65) == (pytest.approx(2.5), 0.65)
-    assert [point[:2] for point in static_front(lines)] == [(1.0, 0.5), (3.0, 0.9)]
+    assert [point[:2] for point in best_of_lines(lines)] == [(1.0, 0.5), (3.0, 0.9)]
     assert "chosen on validation" in about_lines(lines) and "Those of older runs are the best" in about_lines(lines)
     assert "older" not in about_lines(lines[:1]) and "dotted" not in about_lines(lines[:1]) and about_lines([]) == ""
 

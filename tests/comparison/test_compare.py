@@ -16,7 +16,7 @@ import torch
 from policyskip.comparison.answers import Answer, answers_of
 from policyskip.comparison.collect import collect
 from policyskip.comparison.compare import _said, compare
-from policyskip.comparison.fixed_lines import fixed_lines, static_front
+from policyskip.comparison.fixed_lines import best_of_lines, fixed_lines
 from policyskip.comparison.formats import display_table
 from policyskip.comparison.groups import groups_of
 from policyskip.comparison.rows import rows_of
@@ -128,7 +128,7 @@ def test_rows_differ_by_what_their_images_say(tmp_path):
     curve = band(rows[0], "val/accuracy")
     assert curve is not None and curve.step_T == [10, 20, 30]
     assert curve.low_T[0] == pytest.approx(60) and curve.mean_T[0] == pytest.approx(60.5)
-    assert static_front(fixed_lines(rows)) == [(0.0, 0.1, "net"), (2.0, 0.9, "net")]
+    assert best_of_lines(fixed_lines(rows)) == [(0.0, 0.1, "net"), (2.0, 0.9, "net")]
     header, (line, *_) = display_table(table(rows, answers_of(rows), "g"))
     assert line[header.index("accuracy, %")] == "87.50 ± 158.83" and "latency, ms" not in header
 

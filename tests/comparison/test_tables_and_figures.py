@@ -13,7 +13,7 @@ import torch
 from policyskip.comparison import figures, plots
 from policyskip.comparison.answers import answers_of
 from policyskip.comparison.collect import collect
-from policyskip.comparison.fixed_lines import fixed_lines, static_front
+from policyskip.comparison.fixed_lines import best_of_lines, fixed_lines
 from policyskip.comparison.rows import Row, rows_of
 from policyskip.comparison.series import front_of, gallery, use
 from policyskip.comparison.tables import agreement, differences, disagreement_table, disagreements, table
@@ -106,7 +106,7 @@ def test_fronts_by_hand(tmp_path):
     assert front_of([oracle, agent]) == [1] and pareto([1.0, 1.0], [0.4, 0.5]) == [1]
     fixed_F2 = torch.tensor([[1.0, 0.5], [1.5, 0.6], [1.8, 0.4], [2.0, 0.9]], dtype=torch.float64)
     made_up_run(tmp_path / "a", dataclasses.replace(made_up_decisions([[1, 0]]), static_F2=fixed_F2), "a")
-    assert [point[:2] for point in static_front(fixed_lines(rows_in(tmp_path)))] == [
+    assert [point[:2] for point in best_of_lines(fixed_lines(rows_in(tmp_path)))] == [
         (1.0, 0.5),
         (2.0, 0.9),
     ]  # below a mixture: out

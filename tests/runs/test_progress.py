@@ -154,9 +154,10 @@ def test_the_bar_and_the_time_left_by_hand():
     assert wait.bar_line(100, "#", ".") == "work 50 %  ##########..........  20 s left"
     assert Wait("work", 80).time_text() == Wait("work").time_text() == "0 s so far"
     assert Wait("work", 0).share is None
-    bound = Wait("work", 10, at_most=True)
+    bound = Wait("work")
+    bound.expect(10)
     bound.reach(20)
-    assert bound.share == 1.0 and bound.time_text() == "at most 0 s left"
+    assert bound.share == 1.0 and bound.time_text() == "0 s left"
     assert "\x1b" not in Wait("\x1b[2J", 1).line()
 
 
