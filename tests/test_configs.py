@@ -84,7 +84,8 @@ def test_settings_are_typed(command, section):
 
 def test_the_front_s_settings_are_typed():
     with initialize_config_module("policyskip.configs", version_base="1.3"):
-        assert settings_of(compose("front"), FrontSettings).front.images == 2000
+        front = settings_of(compose("front"), FrontSettings).front
+        assert (front.images, front.budget) == (2000, None)
 
 
 def test_the_default_is_blockdrop_on_digits():

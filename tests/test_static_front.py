@@ -7,6 +7,8 @@ import json
 import math
 import os
 import random
+from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import replace
 from functools import cache
 from types import SimpleNamespace
@@ -198,6 +200,22 @@ def test_a_search_that_is_out_of_time_says_so():
     assert found.out_of_time and not found.finished and len(scorer.known) == 2
 
 
+def test_a_search_foresees_that_its_time_is_over(monkeypatch):
+    seconds = itertools.count()
+    monkeypatch.setattr(racing, "time", SimpleNamespace(monotonic=lambda: next(seconds)))  # a second a pass
+    scorer, foreseen = Planted(16, additive), list[float]()
+    assert search(scorer, scorer.costs, 1e5, seconds=10, on_pass=foreseen.append).out_of_time
+    assert len(foreseen) == 10 and foreseen[0] < 1e5 and foreseen[-1] == scorer.spent
+
+
+def test_a_search_foresees_when_it_ends_and_not_when_its_budget_would():
+    scorer, foreseen = Planted(8, additive, count=200), list[tuple[int, float]]()
+    found = search(scorer, scorer.costs, 1e5, on_pass=lambda expected: foreseen.append((scorer.spent, expected)))
+    assert found.exhausted and scorer.spent < 0.7e5 and all(expected <= 1e5 for _, expected in foreseen)
+    late = [expected for spent, expected in foreseen if spent > 0.7 * scorer.spent]
+    assert late and all(abs(expected / scorer.spent - 1) < 0.25 for expected in late)
+
+
 def test_the_surrogate_recovers_additive_values_from_few_noisy_scores():
     draw = torch.Generator().manual_seed(0)
     keep_FK = torch.rand(120, 20, generator=draw) < 0.6
@@ -296,6 +314,13 @@ def test_an_interrupted_search_goes_on_and_ends_as_one_without_interruption(kill
     assert more == find_front(backbone, images, costs, 1e9, 30)
 
 
+def every_change(content: bytes) -> Iterator[bytes]:
+    """The content with each of its bytes changed in turn, and at last without its last bytes."""
+    for place in range(len(content)):
+        yield content[:place] + bytes([content[place] ^ 1]) + content[place + 1 :]
+    yield content[:-3]
+
+
 def test_scores_of_another_search_or_damaged_ones_are_not_read(tmp_path):
     file = tmp_path / "a.scores"
     store_scores(
@@ -304,8 +329,23 @@ def test_scores_of_another_search_or_damaged_ones_are_not_read(tmp_path):
     (scores,) = stored_scores(file, 2, 3).values()
     assert scores.right_n.tolist() == [True, False, True] and scores.probability_n.tolist() == [0.5, 0.25, 1.0]
     assert stored_scores(file, 3, 3) == stored_scores(file, 2, 2) == stored_scores(tmp_path / "none", 2, 3) == {}
-    file.write_bytes(file.read_bytes()[:-1])
-    assert stored_scores(file, 2, 3) == {}
+    for content in every_change(file.read_bytes()):
+        file.write_bytes(content)
+        (kept,) = stored_scores(file, 2, 3).values() or [scores]
+        assert torch.equal(kept.right_n, scores.right_n) and torch.equal(kept.probability_n, scores.probability_n)
+    assert stored_scores(file, 2, 3) == {}  # cut short
+
+
+def test_a_front_of_which_a_letter_is_damaged_is_not_used(tmp_path):
+    backbone, images = small_backbone(), small_images()
+    front = find_front(backbone, images, count_costs(backbone, (3, 12, 12)), budget=1, limit=8)
+    remember(front, tmp_path)
+    (file,) = tmp_path.iterdir()
+    assert StaticFront.load(file) == front
+    for content in itertools.islice(every_change(file.read_bytes()), 0, None, 7):
+        file.write_bytes(content)
+        with suppress(ValueError):
+            assert StaticFront.load(file) == front
 
 
 def test_a_front_says_how_strong_it_is():

@@ -21,6 +21,7 @@ from policyskip.data import Feed, TensorImages
 from policyskip.envs.exit_sources import observe
 from policyskip.errors import UserError
 from policyskip.exits.cache import CachedExits, cache_exits
+from policyskip.exits.placement import Stage
 from policyskip.policies.thresholds import ThresholdPolicy
 from tests.conftest import small_backbone, small_images
 
@@ -142,6 +143,20 @@ def test_cdl_drops_a_head_that_saves_nothing():
     assert fewer.num_exits == 2
     torch.testing.assert_close(fewer(images.images)[:, 0], net(images.images)[:, 0])
     torch.testing.assert_close(fewer(images.images)[:, 1], net(images.images)[:, 2])
+
+
+def test_cdl_says_which_exit_each_head_becomes(monkeypatch):
+    agent = CDL(network(), 5)
+    agent.stages = [Stage(3, 5, -2e6, False), Stage(4, 4, 1e6, True)]
+    monkeypatch.setattr(agent, "admit_heads", lambda validation: [1])
+    fewer, lines = agent.network_to_deploy(lambda: None)
+    assert fewer.exits == (3,) and [line.partition(": ")[0] for line in lines] == [
+        "exit 0 after block 1",
+        "exit 1 after block 3",
+    ]
+    assert lines[0].endswith(": dropped") and lines[1].endswith(
+        "gain +1.000 M MACs an image: admitted, deployed as exit 0"
+    )
 
 
 def test_cdl_needs_a_residual_network():

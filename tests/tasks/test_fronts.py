@@ -6,19 +6,24 @@ import os
 import shutil
 import threading
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import nullcontext
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
 import torch
 
-from policyskip.backbones import load
+from policyskip.backbones import count_costs, load
 from policyskip.build import Setup
 from policyskip.config import FrontSection
 from policyskip.data import Data, TensorImages, digits
 from policyskip.envs.block_selection import BlockSelectionVectorEnv
-from policyskip.static_front import SetScorer, StaticFront, find_front, known_front
+from policyskip.errors import UserError
+from policyskip.runs.folder import Run
+from policyskip.runs.progress import Wait
+from policyskip.static_front import SetScorer, StaticFront, find_front, known_front, least_budget
 from policyskip.tasks import fronts as report
-from policyskip.tasks.fronts import static_front
+from policyskip.tasks.fronts import load_front, static_front
 from tests.conftest import small_backbone, small_images
 
 FRONT_BUDGET = 1.2e7  # what `train` and `front` ask for unless they are told otherwise
@@ -133,6 +138,38 @@ def test_a_cache_that_cannot_be_used_costs_time_and_nothing_else(obstacle, searc
         file.write_text("{")
     assert static_front(small_setup(), SETTINGS) == static_front(small_setup(), SETTINGS)
     assert len(searches) == (2 if obstacle == "damaged" else 3)  # what is damaged is written anew; a pipe is left alone
+
+
+def test_a_front_of_other_weights_is_refused_by_name(tmp_path):
+    setup = small_setup()
+    front = find_front(setup.backbone, setup.data.validation, count_costs(setup.backbone, (3, 12, 12)), 1, 30)
+    front.save(tmp_path / "front.json")
+    assert load_front(Run(tmp_path), 6, setup.backbone.content_hash()) == front
+    other = small_backbone(seed=1).content_hash()
+    with pytest.raises(UserError, match=f"front.json is of a network of other weights .* than the run's .{other}"):
+        load_front(Run(tmp_path), 6, other)
+
+
+def test_the_time_left_is_that_of_what_will_be_done(searches, monkeypatch):
+    waits = []
+    monkeypatch.setattr(
+        report, "waiting", lambda what, *more: nullcontext(waits.append(Wait(what, *more)) or waits[-1])
+    )
+    static_front(small_setup(), FrontSection(budget=1e12, images=30))
+    (wait,) = (wait for wait in waits if "searching" in wait.what)
+    assert wait.total == 30 * (2**6 - 1) <= wait.done <= 2 * wait.total
+
+
+@pytest.mark.parametrize(("K", "expected"), [(15, FRONT_BUDGET), (54, FRONT_BUDGET), (100, least_budget(100, 2000))])
+def test_without_a_budget_a_search_has_one_for_its_whole_plan(K, expected, monkeypatch):
+    """What the plan takes is tested in test_static_front.py."""
+    data = replace(small_setup().data, validation=small_images(2000))
+    setup = replace(small_setup(), data=data, backbone=SimpleNamespace(num_blocks=K))
+    budgets = []
+    monkeypatch.setattr(report, "known_front", lambda *arguments: budgets.append(arguments[4]))
+    for budget in (None, 5):
+        report.remembered_front(setup, FrontSection(budget=budget, images=2000))
+    assert budgets == [expected, 5]
 
 
 def test_the_best_set_is_sought_over_all_classes():

@@ -12,6 +12,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from policyskip import training
 from policyskip.agents import fixed
 from policyskip.backbones import count_costs, dense
 from policyskip.backbones.resnet_exits import ResNetExits
@@ -30,7 +31,7 @@ from policyskip.static_front.table import set_name
 from policyskip.tasks import blocks, rivals
 from policyskip.tasks.fronts import with_block_selection
 from policyskip.tasks.rivals import block_verdict, exit_verdict, own_family, searched_families
-from policyskip.tasks.run_rivals import RunRival
+from policyskip.tasks.run_rivals import RunRival, load_run_rivals
 from tests.conftest import small_backbone, small_images, typed
 
 SHAPE = (3, 12, 12)
@@ -69,6 +70,11 @@ def decided(setup: Setup, keep_NK: Tensor, policy_macs: float = 0.0) -> Decision
 
 def drawn_sets(seed: int, count: int = 60) -> Tensor:
     return torch.rand(count, 6, generator=torch.Generator().manual_seed(seed)) < 0.6
+
+
+def test_a_front_of_other_images_is_refused(setup, front):
+    with pytest.raises(UserError, match="the static front is of other validation images than those of small"):
+        searched_families(setup, replace(front, data="others"))
 
 
 def test_every_family_is_judged_and_the_chosen_sets_are_scored_as_the_network_decides(setup, front):
@@ -298,6 +304,26 @@ def test_a_finished_run_is_a_rival_and_its_folder_is_not_needed_again(workshop):
     shutil.move(moved, runs / "distributed")
     assert again.returncode == 0 and "Every figure is that of summary.json." in again.stdout, again.stderr
     assert "No verdict on validation images" in typed("evaluate", "run=runs/x", "split=validation", cwd=workshop).stdout
+
+
+def test_an_unfinished_run_goes_on_when_its_rival_has_gone(workshop, monkeypatch):
+    def interrupted(*arguments, **options):
+        raise KeyboardInterrupt
+
+    runs, words = workshop / "runs", ["agent.warm_start=false", "front.rivals=[runs/distributed]", "run.dir=runs/cut"]
+    with monkeypatch.context() as patch:
+        patch.setattr(training, "train", interrupted)
+        assert typed("train", *SMALL, *LEARN, *words, cwd=workshop).returncode == 130
+    moved = shutil.move(runs / "distributed", workshop / "elsewhere")
+    result = typed("train", "run.resume=runs/cut", cwd=workshop)
+    shutil.move(moved, runs / "distributed")
+    assert result.returncode == 0, result.stderr
+    compared = json.loads((runs / "cut/summary.json").read_text())["test/rivals"]
+    assert [line["name"] for line in compared if "the run" in line["family"]] == [
+        "distributed over resnet8 (distributed)"
+    ]
+    with pytest.raises(UserError, match="rivals.json is about other test images"):
+        load_run_rivals(Run(runs / "cut"), small_images(50))
 
 
 @pytest.mark.parametrize(
