@@ -296,8 +296,7 @@ def compare(config: DictConfig) -> int:
         command=lifecycle.typed_command(),
     )
     comparison.show(made)
-    tracking = settings.tracking
-    where = log_comparison(made.folder, made.tables, made.pictures, tracking.mode, plain(config), labels)
+    where = log_comparison(made.folder, made.tables, made.pictures, settings.tracking.mode, typed, labels)
     print(f"Page:   {made.folder / 'index.html'}\nTables: {made.folder / 'comparison.csv'}\nW&B:    {where}")
     return 0
 

@@ -210,7 +210,7 @@ def searched_families(setup: Setup, front: StaticFront) -> list[Candidates]:
         with waiting("scoring fixed choices on validation images", scorer.count) as wait:
             scorer.on_batch = wait.advance
             correct_FV = torch.stack(scorer.correct(front.sets))
-    elif front.data != images.fingerprint():
+    elif front.data != images.fingerprint() or correct_FV.shape[1] > len(images):
         raise UserError(f"the static front is of other validation images than those of {setup.data.name}")
     group_V, macs_F = _groups(images, correct_FV.shape[1]), torch.tensor(front.macs, dtype=torch.float64)
     is_even = [keep == spread_set(len(keep), sum(keep)) for keep in front.sets]  # whatever found it

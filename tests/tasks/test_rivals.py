@@ -72,11 +72,6 @@ def drawn_sets(seed: int, count: int = 60) -> Tensor:
     return torch.rand(count, 6, generator=torch.Generator().manual_seed(seed)) < 0.6
 
 
-def test_a_front_of_other_images_is_refused(setup, front):
-    with pytest.raises(UserError, match="the static front is of other validation images than those of small"):
-        searched_families(setup, replace(front, data="others"))
-
-
 def test_every_family_is_judged_and_the_chosen_sets_are_scored_as_the_network_decides(setup, front):
     decisions = decided(setup, drawn_sets(0))
     figures, pairs = block_verdict(setup, decisions, drawn_sets(1), front, [])
@@ -383,10 +378,11 @@ def test_a_run_that_costs_more_is_no_rival_at_that_cost(setup, front):
     assert line["margin"] == 0 and figures["verdict"] != "pays"
 
 
-def test_a_front_of_more_images_than_there_are_is_refused(setup, front):
+def test_a_front_of_other_images_or_of_more_than_there_are_is_refused(setup, front):
     more = replace(front, images=70, correct_FN=torch.ones(len(front.sets), 70, dtype=torch.bool))
-    with pytest.raises(UserError, match="the static front is of 70 validation images, and there are 60"):
-        searched_families(setup, more)
+    for other in (more, replace(front, data="others")):
+        with pytest.raises(UserError, match="the static front is of other validation images than those of small"):
+            searched_families(setup, other)
 
 
 def test_images_that_belong_together_are_drawn_together(setup, front, monkeypatch):
