@@ -214,11 +214,8 @@ def average(figures: Mapping[str, Figure]) -> Mapping[str, Figure]:
     if device is None:
         total = torch.tensor(list(figures.values()), dtype=torch.float64)
     else:
-        numbers = [
-            value if isinstance(value, Tensor) else torch.tensor(value, dtype=torch.float64)
-            for value in figures.values()
-        ]
-        total = torch.stack([sent(number, device).double() for number in numbers])
+        numbers = [sent(torch.as_tensor(value, dtype=torch.float64), device) for value in figures.values()]
+        total = torch.stack(numbers)
     with reporting_lost_processes():
         dist.all_reduce(total)
     means = total / world()
