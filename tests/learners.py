@@ -99,6 +99,13 @@ LEARNERS: dict[str, Callable[[int], Made]] = {
 }
 
 
+def network_of(learner: Any) -> torch.nn.Module:
+    """What the learner trains."""
+    if hasattr(learner, "backbone"):
+        return learner.backbone
+    return learner.network if hasattr(learner, "network") else learner.policy
+
+
 def learn(
     name: str,
     run: Run,
