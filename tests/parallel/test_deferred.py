@@ -28,6 +28,14 @@ from policyskip.runs.folder import Run, create
 from tests.learners import LEARNERS, blockdrop, learn
 
 GPU = torch.device("cuda:0")
+ASKING_NOTHING = (
+    "blockdrop",
+    "blockdrop with a value baseline",
+    "blockdrop on a budget",
+    "branchynet by SGD",
+    "msdnet",
+    "cdl",
+)
 
 
 @pytest.fixture
@@ -195,7 +203,7 @@ def on_made_up_gpu(*owners: Any) -> None:
                     group["params"] = [moved(parameter) for parameter in group["params"]]
 
 
-@pytest.mark.parametrize("name", ["blockdrop", "blockdrop on a budget", "branchynet by SGD", "msdnet", "cdl"])
+@pytest.mark.parametrize("name", ASKING_NOTHING)
 def test_an_update_on_a_gpu_asks_it_for_nothing(name, monkeypatch):
     learner, source, _ = LEARNERS[name](8)
     feed = getattr(source, "feed", source)
