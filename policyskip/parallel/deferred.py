@@ -106,6 +106,6 @@ def fetched(window: Sequence[Mapping[str, Figure]]) -> list[dict[str, float]]:
 
 def sent(tensor: Tensor, device: torch.device) -> Tensor:
     """Return a tensor on another device; a GPU gets one of the CPU in its turn, and nothing waits for that."""
-    if device.type != "cuda" or tensor.device.type != "cpu":
+    if device.type != "cuda" or tensor.device.type != "cpu" or not tensor.numel():
         return tensor.to(device)
     return tensor.pin_memory().to(device, non_blocking=True)  # a copy from other memory would wait for the GPU

@@ -28,12 +28,12 @@ def runs(tmp_path_factory) -> Path:
 
 def finished(agent: str, device: torch.device, runs: Path) -> Path:
     """A short run of an agent on a device, which is made once."""
-    if not (runs / agent).exists():
-        where = "cuda:0" if device.type == "cuda" else "cpu"
-        words = [f"agent={agent}", *WORDS.get(agent, []), f"device={where}", f"run.dir={agent}", "front.budget=2e3"]
-        result = typed("train", "+experiment=debug", *words, cwd=runs)
+    folder = runs / f"{agent}-{device}".replace(":", "-")
+    if not folder.exists():
+        words = [f"agent={agent}", *WORDS.get(agent, []), f"device={device}", f"run.dir={folder.name}"]
+        result = typed("train", "+experiment=debug", *words, "front.budget=2e3", cwd=runs)
         assert result.returncode == 0, result.stderr
-    return runs / agent
+    return folder
 
 
 @pytest.mark.parametrize("agent", AGENTS)
@@ -41,6 +41,13 @@ def test_every_agents_short_run_ends_with_a_summary(agent, device, runs):
     summary = json.loads((finished(agent, device, runs) / "summary.json").read_text())
     assert summary["agent"] == agent and 0 <= summary["test/accuracy"] <= 1
     assert 0 < summary["test/macs_fraction"] <= 1.5
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="there are not two GPUs")
+@pytest.mark.parametrize("agent", ["blockdrop", "skipnet", "branchynet", "dqn"])
+def test_the_second_gpu_serves_as_well_as_the_first(agent, runs):
+    assert (finished(agent, torch.device("cuda:1"), runs) / "summary.json").exists()
+    assert torch.cuda.current_device() == 0
 
 
 @pytest.mark.parametrize("agent", ["blockdrop", "skipnet", "branchynet", "msdnet", "ppo"])
