@@ -10,9 +10,9 @@ import torch
 from torch import Tensor
 
 from policyskip.backbones import Backbone, dense
+from policyskip.backbones.folding import folded
 from policyskip.backbones.resnet import TorchvisionResNet
 from policyskip.envs.block_selection import BlockSelectionVectorEnv
-from policyskip.errors import UserError
 from tests.conftest import small_backbone, small_images, with_statistics
 
 pytestmark = pytest.mark.gpu
@@ -39,15 +39,10 @@ NETWORKS = [  # shortcut, width, side, precision
 
 
 def kernels(backbone: Backbone, side: int, precision: str = "float32") -> Any:
-    """The execution by kernels; the test is skipped where the package says that this network has none."""
+    """The execution by kernels."""
     from policyskip.execution.ways import Execution
 
-    try:
-        execution = Execution(backbone, (3, side, side), "kernel", precision)
-    except UserError as error:
-        if getattr(backbone, "architecture", {}).get("width") in (16, 32):
-            raise  # these must have some
-        pytest.skip(str(error))
+    execution = Execution(backbone, (3, side, side), "kernel", precision)
     assert execution.way == "kernel" and execution.why
     return execution
 
@@ -86,13 +81,24 @@ def check_equal(found: Tensor, images: Tensor, keep_SBK: Tensor, backbone: Backb
 @pytest.mark.parametrize(("shortcut", "width", "side", "precision"), NETWORKS)
 @torch.no_grad()
 def test_kernels_give_what_dense_gives(device, shortcut, width, side, precision):
-    if device.type == "cpu" and width * side > 600:
-        pytest.skip("the interpreter takes too long")
     backbone = on(device, shortcut, width)
     execution = kernels(backbone, side, precision)
-    images, keep_SBK = batch(device, side)
+    images, keep_SBK = batch(device, side, 7 if device.type == "cuda" else 2)  # the interpreter takes long
     check_equal(execution.logits_many(images, keep_SBK), images, keep_SBK, backbone, precision)
     check_equal(execution.whole(images).unsqueeze(0), images, torch.ones_like(keep_SBK[:1]), backbone, precision)
+
+
+@pytest.mark.parametrize(("shortcut", "width", "side", "precision"), NETWORKS[4:7])
+@torch.no_grad()
+def test_kernels_of_tiles_do_too(device, shortcut, width, side, precision):
+    """They are for networks that the kernels of whole stages are not for, and run these as well."""
+    from policyskip.execution.tile_network import TileNetwork
+    from policyskip.execution.ways import PRECISIONS
+
+    backbone = on(device, shortcut, width)
+    network = TileNetwork(folded(backbone).to(PRECISIONS[precision]), (3, side, side), precision == "float32_exact")
+    images, keep_SBK = batch(device, side, 7 if device.type == "cuda" else 2)
+    check_equal(network.logits(images, keep_SBK), images, keep_SBK, backbone, precision)
 
 
 @pytest.mark.parametrize("precision", TOLERANCE)
@@ -187,6 +193,7 @@ def test_one_cuda_graph_serves_all_decisions(gpu, S):
     images, keep_SBK = batch(gpu, 32, S=S)
     direct = execution.kernels.logits(images, keep_SBK)
     stream, graph, given = torch.cuda.Stream(), torch.cuda.CUDAGraph(), keep_SBK.clone()
+    torch.cuda.synchronize()
     with torch.cuda.stream(stream):
         execution.kernels.logits(images, given)
     stream.synchronize()
