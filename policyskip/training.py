@@ -101,7 +101,7 @@ def train(
     started = time.monotonic() - progress.seconds
 
     def read() -> None:
-        """Bring over the figures of the last updates, and find out whether something was wrong in them."""
+        """Read the figures of the last updates from the device, and whether something was wrong in them."""
         nonlocal unread
         if (problem := deferred.first_problem()) is not None:
             raise NotFiniteError(f"{problem}, as was found after update {step}")

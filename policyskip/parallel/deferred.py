@@ -35,7 +35,7 @@ class Deferred:
 
     @contextmanager
     def during(self, update: int) -> Iterator[None]:
-        """Defer what the body asks of a GPU; the body is the update of this number."""
+        """Let checks and figures of the body, the update of this number, stay on a GPU."""
         self.update = update
         token = _current.set(self)
         try:
@@ -78,7 +78,7 @@ def figure(value: Tensor) -> Figure:
 
 
 def numbers_of(tensors: Sequence[Tensor]) -> list[float]:
-    """Bring tensors of one number each, of shape () and of any real dtype, over from their device in one transfer.
+    """Read tensors of one number each, of shape () and of any real dtype, from their device in one transfer.
 
     Returns: exactly the numbers that ``item()`` of each would give, as floats.
     """
@@ -95,7 +95,7 @@ def numbers_of(tensors: Sequence[Tensor]) -> list[float]:
 
 
 def fetched(window: Sequence[Mapping[str, Figure]]) -> list[dict[str, float]]:
-    """Bring the figures of several updates over from the device in one transfer; those that are numbers stay."""
+    """Read the figures of several updates from the device in one transfer; those that are numbers stay."""
     waiting = [value for figures in window for value in figures.values() if isinstance(value, Tensor)]
     numbers = iter(numbers_of(waiting))
     return [

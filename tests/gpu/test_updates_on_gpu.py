@@ -79,8 +79,8 @@ def test_what_goes_wrong_is_noticed_before_anything_is_saved(gpu, learners_there
             learner.policy.keep_head.bias.data.fill_(torch.nan)
 
     run = create(str(tmp_path / "run"), "policyskip train", "")
-    told = r"its logits held numbers that are not finite in update 5, as was found after update 6; .*, of update 3"
-    with pytest.raises(UserError, match=told):
+    expected = r"its logits held numbers that are not finite in update 5, as was found after update 6; .*, of update 3"
+    with pytest.raises(UserError, match=expected):
         learn("blockdrop", run, spoil=spoil)
     assert run.load_checkpoint()["step"] == 3
 

@@ -74,8 +74,9 @@ def check_equal(found: Tensor, images: Tensor, keep_SBK: Tensor, backbone: Backb
     expected = truth(backbone, images, keep_SBK)
     scale = expected.abs().max()
     own = Execution(backbone, tuple(images.shape[1:]), "dense", precision).logits_many(images, keep_SBK)  # type: ignore[arg-type]
-    lost, own_loss = ((logits.cpu().double() - expected).abs().max() / scale for logits in (found, own))
-    assert lost <= max(TOLERANCE[precision], 3 * own_loss), f"{lost:.2e} of the largest logit; torch {own_loss:.2e}"
+    error, own_error = ((logits.cpu().double() - expected).abs().max() / scale for logits in (found, own))
+    allowed = max(TOLERANCE[precision], 3 * own_error)
+    assert error <= allowed, f"{error:.2e} of the largest logit; torch {own_error:.2e}"
 
 
 @pytest.mark.parametrize(("shortcut", "width", "side", "precision"), NETWORKS)

@@ -107,10 +107,10 @@ def test_what_goes_wrong_is_noticed_before_anything_is_saved(what, tmp_path, lik
     with pytest.raises(UserError) as refused:
         learn("blockdrop", run, spoil=spoil)
     wrong = "blockdrop: its logits held" if what == "weight" else "the reward <lambda> returned"
-    told = (
+    expected = (
         rf"{wrong} numbers that are not finite in update 4, as was found after update 4; .*checkpoint\.pt, of update 3"
     )
-    assert re.fullmatch(told, str(refused.value))
+    assert re.fullmatch(expected, str(refused.value))
     assert run.load_checkpoint()["step"] == 3 and find_nonfinite(run.load_checkpoint()) is None
 
 
