@@ -21,7 +21,7 @@ from policyskip.backbones.execution import dense
 from policyskip.envs.base import ImageVectorEnv
 from policyskip.errors import UserError
 from policyskip.finite import find_nonfinite
-from policyskip.parallel import deferred
+from policyskip.parallel import deferred, processes
 from policyskip.parallel.deferred import Deferred, fetched, figure, numbers_of
 from policyskip.rewards import Budget, Linear
 from policyskip.runs.folder import Run, create
@@ -145,6 +145,15 @@ def test_a_price_on_the_device_is_the_same_price():
         tensors = there.adapt({"macs_fraction": torch.tensor(share, dtype=torch.float64)})
         assert numbers == fetched([tensors])[0]
     assert there.state_dict() == here.state_dict() and type(there.state_dict()["excess"]) is float
+
+
+def test_means_over_processes_stay_on_the_device(monkeypatch):
+    """The other of two processes has 1 for every figure."""
+    monkeypatch.setattr(processes, "world", lambda: 2)
+    monkeypatch.setattr(processes.dist, "all_reduce", lambda total: total.add_(1))
+    means = processes.average({"loss": torch.tensor(0.5), "lr": 2})
+    assert all(isinstance(mean, Tensor) for mean in means.values()) and fetched([means]) == [{"loss": 0.75, "lr": 1.5}]
+    assert processes.average({"loss": 0.5, "lr": 2}) == {"loss": 0.75, "lr": 1.5}
 
 
 class Asks(TorchDispatchMode):
