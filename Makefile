@@ -1,4 +1,4 @@
-.PHONY: help check format test slow kills fuzz results results-cifar10
+.PHONY: help check format test slow gpu kills fuzz results results-cifar10
 help:    ## show this
 	@grep -E '^[a-z0-9-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/ —/'
 check:   ## everything that must pass: format, lint, types, tests
@@ -9,6 +9,8 @@ test:    ## the default tests (minutes)
 	pytest
 slow:    ## the slow tests too
 	pytest -m 'not gpu'
+gpu:     ## the tests that need an NVIDIA GPU (minutes); tests/gpu says how to try them on a CPU
+	pytest -m gpu -n 0 --durations 10 tests/gpu
 kills:   ## kill runs at 30 moments; each must go on to the same figures (minutes)
 	pytest -m slow -n 0 -s tests/test_kills.py
 fuzz:    ## thousands of hostile files, odd arguments and odd objects (20 minutes)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import operator
 import warnings
 from collections.abc import Iterator
@@ -12,6 +13,7 @@ import torch
 from torch import Tensor
 
 from policyskip.errors import UserError, in_one_line
+from policyskip.parallel.deferred import answers_at_once, deferred_on, numbers_of
 from policyskip.texts import one_line
 
 
@@ -93,6 +95,9 @@ def described(tensor: Tensor, of: str = "") -> str:
 def check_finite(learner: str, update: int, **tensors: Tensor) -> None:
     """Stop a run before an update that would be made from NaN or infinite numbers.
 
+    In an update on a GPU, which is not asked at once, such numbers are noted, and stop the run before it saves anything
+    (see ``parallel/deferred.py``).
+
     Args:
         learner: its name.
         update: its number, counted from 1.
@@ -101,6 +106,11 @@ def check_finite(learner: str, update: int, **tensors: Tensor) -> None:
     Raises:
         NotFiniteError: a tensor holds such a number; the error names the first such tensor, the learner and the update.
     """
+    device = next((tensor.device for tensor in tensors.values()), torch.device("cpu"))
+    if (deferred := deferred_on(device)) is not None:
+        wrong = "held numbers that are not finite"
+        deferred.note({f"{learner}: its {name.replace('_', ' ')} {wrong}": tensor for name, tensor in tensors.items()})
+        return
     for name, tensor in tensors.items():
         values = tensor.detach()
         bad = values[~torch.isfinite(values)]
@@ -135,7 +145,14 @@ def find_nonfinite(state: Any) -> str | None:
 
     Returns: keys and indices with dots between them, such as ``policy.0.weight``.
     """
-    return next((path.removeprefix(".") for path, x in _float_tensors(state, "") if not torch.isfinite(x).all()), None)
+    tensors = list(_float_tensors(state, ""))
+    elsewhere = [x for _, x in tensors if x.numel() and not answers_at_once(x.device)]
+    largest = torch._foreach_norm(elsewhere, torch.inf) if elsewhere else ()
+    bad = {id(x) for x, norm in zip(elsewhere, numbers_of(largest)) if not math.isfinite(norm)}  # asked in one go
+    for path, x in tensors:
+        if id(x) in bad or (answers_at_once(x.device) and not torch.isfinite(x).all()):
+            return path.removeprefix(".")
+    return None
 
 
 def _float_tensors(state: Any, path: str) -> Iterator[tuple[str, Tensor]]:

@@ -25,6 +25,9 @@ KEPT_BYTES = 2**30
 KEPT_BYTES_OLD_GLIBC = 2**25
 """The largest such size that older versions of glibc accept."""
 
+WORDS_OF_FULL_GPUS = ("CUDA error: out of memory", "CUBLAS_STATUS_ALLOC_FAILED", "CUDNN_STATUS_ALLOC_FAILED")
+"""What errors of CUDA and its libraries say when the GPU's memory does not suffice; torch's own have a type."""
+
 Result = TypeVar("Result")
 
 
@@ -46,9 +49,16 @@ def release_freed_memory() -> None:
 
 def is_out_of_memory(error: BaseException) -> bool:
     """Return whether an error says that the memory of the GPU or of the machine does not suffice."""
-    if isinstance(error, torch.OutOfMemoryError | MemoryError):
+    if isinstance(error, MemoryError) or is_out_of_gpu_memory(error):
         return True
     return isinstance(error, RuntimeError) and "can't allocate memory" in str(error)
+
+
+def is_out_of_gpu_memory(error: BaseException) -> bool:
+    """Return whether an error says that the memory of the GPU does not suffice, be it torch's own or a library's."""
+    if isinstance(error, torch.OutOfMemoryError):
+        return True
+    return isinstance(error, RuntimeError) and any(words in str(error) for words in WORDS_OF_FULL_GPUS)
 
 
 class BatchSplitter:
@@ -68,7 +78,7 @@ class BatchSplitter:
 
         Raises:
             UserError: ``batch_size`` is no positive whole number.
-            torch.OutOfMemoryError: a single image is too much.
+            RuntimeError: a single image is too much, or whatever else went wrong in ``call``.
         """
         batch_size = whole_number("batch_size", batch_size, 1)
         results: list[Result] = []
@@ -79,8 +89,8 @@ class BatchSplitter:
                 results.append(call(slice(begin, begin + size)))
                 begin += size
                 continue
-            except torch.OutOfMemoryError:
-                if size <= 1:
+            except RuntimeError as error:
+                if size <= 1 or not is_out_of_gpu_memory(error):
                     raise
             torch.cuda.empty_cache()  # out here, because inside "except" the failed call's tensors are not yet freed
             if self.largest_batch is None:

@@ -20,6 +20,7 @@ from policyskip.errors import UserError
 from policyskip.finite import check_finite, check_gradients
 from policyskip.parallel import processes
 from policyskip.parallel.data_parallel import Divisible
+from policyskip.parallel.deferred import Figure, figure, sent
 from policyskip.runs.progress import waiting
 
 
@@ -67,7 +68,7 @@ class Pretrainer(Divisible):
         )
         self.schedule = torch.optim.lr_scheduler.LambdaLR(self.optimizer, lambda step: one_cycle(step / total_steps))
 
-    def update(self, feed: Feed) -> dict[str, float]:
+    def update(self, feed: Feed) -> dict[str, Figure]:
         """Take one step on the batch that the feed shows, and let it show the next one.
 
         Dropped blocks are not computed, so the statistics of a block's batch normalisation are those of the images
@@ -90,8 +91,8 @@ class Pretrainer(Divisible):
         self.optimizer.step()
         self.schedule.step()
         feed.advance()
-        accuracy = (logits_BC.argmax(1) == batch.label_B).float().mean().item()
-        return {"loss": loss.item(), "accuracy": accuracy, "lr": float(self.schedule.get_last_lr()[0])}
+        accuracy = figure((logits_BC.argmax(1) == batch.label_B).float().mean())
+        return {"loss": figure(loss), "accuracy": accuracy, "lr": float(self.schedule.get_last_lr()[0])}
 
     @property
     def trainable_modules(self) -> list[nn.Module]:
@@ -103,7 +104,7 @@ class Pretrainer(Divisible):
             return sparse(self.backbone, images, keep_BK)
         x = self.backbone.features(images)
         for block, keep_B in zip(self.backbone.blocks, keep_BK.unbind(1), strict=True):
-            x = run_block_together(block, x, keep_B.nonzero().squeeze(1).to(x.device))
+            x = run_block_together(block, x, sent(keep_B.nonzero().squeeze(1), x.device))
         return self.backbone.head(x)
 
     def _sample(self, images: int) -> Tensor:

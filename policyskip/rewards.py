@@ -9,10 +9,11 @@ Shapes: B decisions (one for each image, or S for each image laid end to end), K
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol, runtime_checkable
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 import torch.nn.functional as F
@@ -20,6 +21,7 @@ from torch import Tensor
 
 from policyskip.errors import UserError, named
 from policyskip.finite import described, repr_of, unusual
+from policyskip.parallel.deferred import Figure, deferred_on, sent
 from policyskip.texts import one_line
 
 
@@ -65,8 +67,12 @@ Reward = Callable[[Outcome], Tensor]
 class Adaptive(Protocol):
     """The protocol of a reward that changes while an agent learns, as :class:`Budget` does."""
 
-    def adapt(self, figures: dict[str, float]) -> dict[str, float]:
-        """Change the reward after an update with these figures (``macs_fraction``, …), and return figures to log."""
+    def adapt(self, figures: dict[str, Any]) -> dict[str, Any]:
+        """Change the reward after an update with these figures (``macs_fraction``, …), and return figures to log.
+
+        The figures are numbers. A reward with an attribute ``takes_tensors``, which is true, may get tensors of shape
+        () on a GPU instead, and return such: so the update does not wait for the GPU.
+        """
         ...
 
     def selection_score(self, figures: dict[str, float]) -> float:
@@ -200,7 +206,7 @@ class Latency:
         Raises:
             UserError: the table is of a network with another number of blocks.
         """
-        kept_ms_K, dropped_ms_K = self.kept_ms_K.to(keep_BK.device), self.dropped_ms_K.to(keep_BK.device)
+        kept_ms_K, dropped_ms_K = sent(self.kept_ms_K, keep_BK.device), sent(self.dropped_ms_K, keep_BK.device)
         if keep_BK.shape[1] != len(kept_ms_K):
             raise UserError(f"the table of reward=latency has {len(kept_ms_K)} blocks, the network {keep_BK.shape[1]}")
         return self.always_ms + dropped_ms_K.sum() + keep_BK.double() @ (kept_ms_K - dropped_ms_K)
@@ -232,6 +238,8 @@ class Budget:
             or above 1000, or ``rate`` 0.
     """
 
+    takes_tensors = True
+
     def __init__(self, target: float, rate: float = 0.05, gain: float = 2.0, multiplier: float = 0.2) -> None:
         for key, value in {"target": target, "rate": rate, "gain": gain, "multiplier": multiplier}.items():
             check_weight(key, value)
@@ -240,25 +248,26 @@ class Budget:
                 f"reward.target must be above 0 and below 1, reward.rate positive, reward.gain not negative, neither "
                 f"above 1000, and reward.multiplier from 0 to 10; got {target}, {rate}, {gain} and {multiplier}"
             )
-        self.target, self.rate, self.gain, self.multiplier = target, rate, gain, multiplier
-        self.excess = 0.0
+        self.target, self.rate, self.gain = target, rate, gain
+        self.multiplier: Figure = multiplier
+        self.excess: Figure = 0.0
 
     @property
-    def price(self) -> float:
+    def price(self) -> Figure:
         """Return the price that an image pays for all MACs of the whole network."""
-        return max(0.0, self.multiplier + self.gain * self.excess)
+        return _between(self.multiplier + self.gain * self.excess, 0.0)
 
     def __call__(self, outcome: Outcome) -> Tensor:
         return outcome.correct_B.float() - self.price * outcome.macs_fraction_B
 
-    def adapt(self, figures: dict[str, float]) -> dict[str, float]:
+    def adapt(self, figures: dict[str, Any]) -> dict[str, Any]:
         """Move the price; ``figures`` has no ``macs_fraction`` as long as no episode has ended.
 
         Returns: the new multiplier and price, to log.
         """
         self.excess = figures.get("macs_fraction", self.target) - self.target
         moved = self.multiplier + self.rate * self.excess
-        self.multiplier = min(max(moved, 0.0), 10.0)  # a target out of reach must not raise it without end
+        self.multiplier = _between(moved, 0.0, 10.0)  # a target out of reach must not raise it without end
         return {"multiplier": self.multiplier, "price": self.price}
 
     def selection_score(self, figures: dict[str, float]) -> float:
@@ -266,10 +275,15 @@ class Budget:
         return figures["accuracy"] - 10 * max(0.0, abs(figures["macs_fraction"] - self.target) - 0.005)
 
     def state_dict(self) -> dict[str, float]:
-        return {"multiplier": self.multiplier, "excess": self.excess}
+        return {"multiplier": float(self.multiplier), "excess": float(self.excess)}
 
     def load_state_dict(self, state: dict[str, float]) -> None:
         self.multiplier, self.excess = state["multiplier"], state["excess"]
+
+
+def _between(number: Figure, least: float, most: float = math.inf) -> Figure:
+    """Return a number, or the nearest between two others."""
+    return number.clamp(least, most) if isinstance(number, Tensor) else min(max(number, least), most)
 
 
 def reward_of(reward: Reward, outcome: Outcome) -> Tensor:
@@ -294,6 +308,9 @@ def reward_of(reward: Reward, outcome: Outcome) -> Tensor:
     if reward_B.shape != outcome.correct_B.shape or not reward_B.is_floating_point():
         raise UserError(f"the reward {name} must return {expected}, not {described(reward_B, ' of shape')}")
     single_B = reward_B.detach().float()  # in which a number beyond 3.4e38 is infinite
+    if (deferred := deferred_on(single_B.device)) is not None:
+        deferred.note({f"the reward {name} returned numbers that are not finite": single_B})
+        return single_B.to(outcome.keep_BK.device)
     finite_B = torch.isfinite(single_B)
     if not finite_B.all():
         bad = reward_B[~finite_B]

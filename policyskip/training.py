@@ -8,16 +8,17 @@ from __future__ import annotations
 
 import signal
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, Protocol, TypeVar
 
 from torch import Tensor
 
 from policyskip.errors import UserError, users_problem
-from policyskip.finite import NotFiniteError, find_nonfinite
+from policyskip.finite import NotFiniteError, find_nonfinite, unusual
 from policyskip.memory import is_out_of_memory, release_freed_memory
 from policyskip.parallel import processes
+from policyskip.parallel.deferred import MOST_UPDATES, Deferred, Figure, fetched
 from policyskip.rewards import Adaptive
 from policyskip.runs import progress as screen
 from policyskip.runs.folder import Run
@@ -40,7 +41,7 @@ S = TypeVar("S", bound=Source, contravariant=True)
 class Learner(Protocol[S]):
     """Anything that learns: an agent, or a network in pretraining."""
 
-    def update(self, source: S) -> dict[str, float]: ...
+    def update(self, source: S) -> Mapping[str, Figure]: ...
 
     def state_dict(self) -> dict[str, Any]: ...
 
@@ -90,11 +91,22 @@ def train(
     if resume:
         progress = restored(learner, source, deployable, run, steps)
         run.rewind_metrics(progress.step)
-    step, best, window = progress.step, progress.best, progress.window
+    step, best = progress.step, progress.best
+    window: list[dict[str, Any]] = [*progress.window]
+    deferred = Deferred()
+    unread = 0  # the last updates of the window, whose figures may still be on the device
     if begun is not None:
         begun()
     saved_step = step if resume else None
     started = time.monotonic() - progress.seconds
+
+    def read() -> None:
+        """Read the figures of the last updates from the device, and whether something was wrong in them."""
+        nonlocal unread
+        if (problem := deferred.first_problem()) is not None:
+            raise NotFiniteError(f"{problem}, as was found after update {step}")
+        window[len(window) - unread :] = fetched(window[len(window) - unread :])
+        unread = 0
 
     def check() -> None:
         name = find_nonfinite(learner.state_dict())
@@ -103,6 +115,7 @@ def train(
 
     def save() -> None:
         nonlocal saved_step
+        read()
         check()
         run.save_checkpoint(
             {
@@ -126,23 +139,30 @@ def train(
 
     with _with_checkpoint_hint(last_good), _stop_requests() as stop_requested, screen.updates(steps, step) as show:
         while step < steps:
-            window.append(processes.average(_updated(learner, source)))
-            if adaptive is not None:
-                window[-1] |= adaptive.adapt(window[-1])
-            step += 1
-            show(step, window[-1])
+            with deferred.during(step + 1):
+                figures = dict(processes.average(_updated(learner, source)))
+                if adaptive is not None:
+                    known = figures if getattr(adaptive, "takes_tensors", False) else fetched([figures])[0]
+                    figures = known | adaptive.adapt(known)
+            window.append(figures)
+            step, unread = step + 1, unread + 1
+            fresh = unread
+            due = step % log_every == 0 or step % validate_every == 0 or step == steps
+            if due or _is_known(figures) or unread == MOST_UPDATES:
+                read()
+            show(step, [] if unread else window[len(window) - fresh :])
             if step % log_every == 0 or step == steps:
                 means = {f"train/{key}": sum(m[key] for m in window) / len(window) for key in _common(window)}
                 tracker.log(step, time.monotonic() - started, means)
-                window = []
+                window.clear()
                 release_freed_memory()
             if step % validate_every == 0 or step == steps:
                 check()
                 with screen.waiting("validating"):
-                    figures = processes.first(lambda: _with_selection_score(validate(), adaptive))
-                tracker.log(step, time.monotonic() - started, {f"val/{key}": value for key, value in figures.items()})
-                if figures[choose_by] > best and step >= min(choose_after, 1.0) * steps:
-                    best = figures[choose_by]
+                    judged = processes.first(lambda: _with_selection_score(validate(), adaptive))
+                tracker.log(step, time.monotonic() - started, {f"val/{key}": value for key, value in judged.items()})
+                if judged[choose_by] > best and step >= min(choose_after, 1.0) * steps:
+                    best = judged[choose_by]
                     run.save_best(deployable())
                 save()
             if processes.any_process(stop_requested()):
@@ -213,7 +233,7 @@ def evaluate_only(
     return True
 
 
-def _updated(learner: Any, source: Source) -> dict[str, float]:
+def _updated(learner: Any, source: Source) -> dict[str, Figure]:
     """Let a learner take an update, and return its figures.
 
     Raises:
@@ -221,13 +241,25 @@ def _updated(learner: Any, source: Source) -> dict[str, float]:
     """
     figures = learner.update(source)
     if not isinstance(figures, dict) or not all(
-        isinstance(key, str) and isinstance(value, int | float) for key, value in figures.items()
+        isinstance(key, str) and _is_figure(value) for key, value in figures.items()
     ):
         raise UserError(f"update of {name_of(learner)} must return numbers by name, a dictionary, got {figures!r:.80}")
     return figures
 
 
-def _common(window: list[dict[str, float]]) -> list[str]:
+def _is_figure(value: Any) -> bool:
+    """Return whether a value is a real number, or a tensor of one, of shape ()."""
+    if isinstance(value, Tensor):
+        return unusual(value) is None and value.dim() == 0
+    return isinstance(value, int | float)
+
+
+def _is_known(figures: dict[str, Any]) -> bool:
+    """Return whether the figures of an update are numbers, and not tensors on a device."""
+    return not any(isinstance(value, Tensor) for value in figures.values())
+
+
+def _common(window: list[dict[str, Any]]) -> list[str]:
     """Return the names of the figures that every update of a window has."""
     return [key for key in window[0] if all(key in figures for figures in window)]
 

@@ -29,12 +29,14 @@ from policyskip.training import train
 from tests.conftest import small_backbone, small_images
 
 SHAPE = (3, 12, 12)
+DEVICE = torch.device("cpu")
+"""The device that learners are made on; tests/gpu changes it."""
 Made = tuple[Any, Any, Callable[[], dict[str, torch.Tensor]]]
 
 
 def augmented() -> TensorImages:
     images = small_images()
-    return TensorImages(images.images, images.label_N, augment=crop_and_flip)
+    return TensorImages(images.images.to(DEVICE), images.label_N.to(DEVICE), augment=crop_and_flip)
 
 
 def feed() -> Feed:
@@ -44,29 +46,29 @@ def feed() -> Feed:
 def exits() -> ResNetExits:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        return ResNetExits(small_backbone(), [1, 3], "linear", SHAPE)
+        return ResNetExits(small_backbone(), [1, 3], "linear", SHAPE).to(DEVICE)
 
 
 def msdnet_network() -> MSDNet:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         return MSDNet(5, num_exits=2, base=1, step=1, step_mode="even", channels=8, growth_rate=4,
-                      growth_factors=[1, 2], bottleneck_factors=[1, 2])  # fmt: skip
+                      growth_factors=[1, 2], bottleneck_factors=[1, 2]).to(DEVICE)  # fmt: skip
 
 
 def blockdrop(steps: int, reward: Reward | None = None, **options: Any) -> Made:
-    env = BlockSelectionVectorEnv(16, backbone=small_backbone(), images=augmented(), seed=0, reward=reward)
+    env = BlockSelectionVectorEnv(16, backbone=small_backbone().to(DEVICE), images=augmented(), seed=0, reward=reward)
     agent = BlockDrop(env, steps, width=4, samples=2, curriculum=0.5, schedule="onecycle", alpha_end=0.98, **options)
     return agent, env, agent.policy.state_dict
 
 
 def skipnet(steps: int) -> Made:
-    agent = SkipNet(small_backbone(), SHAPE, steps, supervised=0.5, lr=0.01, hybrid_lr=0.01)
+    agent = SkipNet(small_backbone().to(DEVICE), SHAPE, steps, supervised=0.5, lr=0.01, hybrid_lr=0.01)
     return agent, feed(), agent.network.state_dict
 
 
 def pretrain(steps: int, **options: Any) -> Made:
-    backbone = small_backbone()
+    backbone = small_backbone().to(DEVICE)
     return Pretrainer(backbone, steps, **options), feed(), backbone.state_dict
 
 
@@ -74,7 +76,7 @@ def deep(steps: int) -> Made:
     """Pretrain from random weights in float64, because in float32 rounding would decide some of the ReLUs."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        backbone = CifarResNet(32, 5, width=4).double()
+        backbone = CifarResNet(32, 5, width=4).to(DEVICE, torch.float64)
     return Pretrainer(backbone, steps), feed(), backbone.state_dict
 
 
@@ -97,6 +99,13 @@ LEARNERS: dict[str, Callable[[int], Made]] = {
     "pretrain a deep network in float64": deep,
     "pretrain with blocks that hardly run": lambda steps: pretrain(steps, stochastic_depth="linear", survival=0.02),
 }
+
+
+def network_of(learner: Any) -> torch.nn.Module:
+    """What the learner trains."""
+    if hasattr(learner, "backbone"):
+        return learner.backbone
+    return learner.network if hasattr(learner, "network") else learner.policy
 
 
 def learn(

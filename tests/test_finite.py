@@ -11,14 +11,7 @@ import torch
 from policyskip.errors import UserError
 from policyskip.finite import NotFiniteError, check_finite, check_gradients, find_nonfinite
 from policyskip.runs.folder import create
-from tests.learners import LEARNERS, learn
-
-
-def network_of(learner: Any) -> torch.nn.Module:
-    """What the learner trains."""
-    if hasattr(learner, "backbone"):
-        return learner.backbone
-    return learner.network if hasattr(learner, "network") else learner.policy
+from tests.learners import LEARNERS, learn, network_of
 
 
 def weights(learner: Any) -> list[torch.Tensor]:

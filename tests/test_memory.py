@@ -70,3 +70,19 @@ def test_environments_and_predictors_go_on(monkeypatch):
 def test_memory_that_does_not_suffice_is_recognised():
     allocator = RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes")
     assert is_out_of_memory(allocator) and is_out_of_memory(MemoryError()) and not is_out_of_memory(RuntimeError("x"))
+
+
+@pytest.mark.parametrize(
+    "words", ["CUDA error: out of memory", "CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling", "x"]
+)
+def test_a_library_of_cuda_that_finds_no_memory_halves_batches_too(words):
+    def call(rows: slice) -> int:
+        if rows.stop - rows.start > 2:
+            raise RuntimeError(words)
+        return rows.stop - rows.start
+
+    if words == "x":
+        with pytest.raises(RuntimeError, match="^x$"):
+            BatchSplitter()(call, 4, 4)
+    else:
+        assert BatchSplitter()(call, 4, 4) == [2, 2] and is_out_of_memory(RuntimeError(words))

@@ -6,11 +6,13 @@ Shapes: B images.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Mapping
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
+from policyskip.parallel.deferred import Figure
 from policyskip.policies.base import Policy
 
 
@@ -48,14 +50,16 @@ class Agent(ABC):
         return type(self).__name__.lower()
 
     @abstractmethod
-    def update(self, source: Any) -> dict[str, float]:
+    def update(self, source: Any) -> Mapping[str, Figure]:
         """Take one learning step on the images that ``source`` shows, and let it show the next ones.
 
         Args:
             source: what the run learns from: the environment, or a :class:`~policyskip.data.Feed` of labelled images
                 for the families gates and thresholds.
 
-        Returns: figures of this step by name; they are averaged and logged as ``train/<name>``.
+        Returns: figures of this step by name, a dictionary; they are averaged and logged as ``train/<name>``. A figure
+        may be a tensor of shape (), which the training loop brings over when it logs: an update that asks a GPU for
+        nothing (no ``item()``) does not wait for it. :func:`~policyskip.parallel.deferred.figure` makes figures.
         """
 
     @torch.no_grad()

@@ -33,6 +33,7 @@ from policyskip.errors import UserError, check_choice
 from policyskip.finite import check_finite, check_gradients
 from policyskip.parallel import processes
 from policyskip.parallel.data_parallel import Divisible
+from policyskip.parallel.deferred import Figure, figure, sent
 from policyskip.policies.networks import KeepPolicy, check_policy, policy_network
 
 VALUE_LR = 10
@@ -187,7 +188,7 @@ class BlockDrop(Agent, Divisible):
         self.decision_macs = count_macs(self.policy, env.observation[:1])
         self._free_blocks()
 
-    def update(self, source: BlockSelectionVectorEnv) -> dict[str, float]:
+    def update(self, source: BlockSelectionVectorEnv) -> dict[str, Figure]:
         """Sample decisions, score them in one pass (with the greedy one, if that is the baseline), and take a step down
         the loss."""
         self._free_blocks()
@@ -201,17 +202,17 @@ class BlockDrop(Agent, Divisible):
         outcome = source.score(torch.cat(to_score))
         reward = source.rewards(outcome).view(-1, len(logits_BK))
         reward_SB = reward[: self.samples]
-        metrics = {"sampled_reward": reward_SB.mean().item()}
+        metrics = {"sampled_reward": figure(reward_SB.mean())}
         value_fit: Tensor | float = 0.0
         if self.baseline == "greedy":
             advantage_SB = greedy_advantage(reward_SB, reward[-1])
             correct_B = outcome.correct_B[-len(logits_BK) :]
-            metrics |= {"reward": reward[-1].mean().item(), "accuracy": correct_B.float().mean().item()}
+            metrics |= {"reward": figure(reward[-1].mean()), "accuracy": figure(correct_B.float().mean())}
         elif self.baseline == "leave_one_out":
             advantage_SB = leave_one_out_advantage(reward_SB)
         elif value_B is not None:
             advantage_SB, value_fit = value_advantage(reward_SB, value_B), value_loss(value_B, reward_SB)
-            metrics["value_loss"] = value_fit.item()
+            metrics["value_loss"] = figure(value_fit)
         else:
             advantage_SB = reward_SB
 
@@ -226,11 +227,11 @@ class BlockDrop(Agent, Divisible):
         source.advance()
 
         return metrics | {
-            "loss": loss.item(),
-            "kept": greedy_BK.sum(1).float().mean().item(),
-            "macs_fraction": (source.costs.of(greedy_BK).mean().item() + self.decision_macs) / source.costs.full,
-            "entropy": bernoulli_entropy(probability_BK).mean().item(),
-            "free_blocks": float(self.policy.free_K.sum()),
+            "loss": figure(loss),
+            "kept": figure(greedy_BK.sum(1).float().mean()),
+            "macs_fraction": (figure(source.costs.of(greedy_BK).mean()) + self.decision_macs) / source.costs.full,
+            "entropy": figure(bernoulli_entropy(probability_BK).mean()),
+            "free_blocks": figure(self.policy.free_K.sum().double()),
             "lr": float(self.schedule.get_last_lr()[0]),
         }
 
@@ -253,14 +254,14 @@ class BlockDrop(Agent, Divisible):
         """Sample decisions, bool (S, B, K), from the bounded Bernoulli; blocks that are not yet free are kept."""
         B, K = probability_BK.shape
         whole_batch = torch.rand(self.samples, processes.world() * B, K, generator=self.generator)
-        uniform = processes.this_process_slice(whole_batch, 1).to(probability_BK.device)
+        uniform = sent(processes.this_process_slice(whole_batch, 1), probability_BK.device)
         return (uniform < bounded(probability_BK, self.alpha)) | ~self.policy.free_K
 
     def _free_blocks(self) -> None:
         """Free the last e+1 blocks in curriculum epoch e, counted from 0 (paper)."""
         K = len(self.policy.free_K)
         epoch = int(self.step / self.steps_per_block) if self.steps_per_block else K
-        self.policy.free_K.copy_(torch.arange(K) >= K - 1 - epoch)
+        self.policy.free_K.copy_(torch.arange(K, device=self.policy.free_K.device) >= K - 1 - epoch)
 
     def state_dict(self) -> dict[str, Any]:
         head = {} if self.value_head is None else {"value_head": self.value_head.state_dict()}

@@ -27,6 +27,7 @@ from policyskip.exits.calibration import Curve, check_search, curve_of
 from policyskip.exits.rules import rule_named
 from policyskip.finite import check_finite, check_gradients
 from policyskip.parallel.data_parallel import Divisible
+from policyskip.parallel.deferred import Figure, figure, sent
 from policyskip.policies.thresholds import ThresholdPolicy
 
 OptimizerName = Literal["sgd", "adam"]
@@ -123,12 +124,13 @@ class EarlyExitAgent(Agent, Divisible):
     def weights(self) -> Tensor:
         """Return the weight of each exit's loss at this update, float (N,)."""
 
-    def update(self, source: Feed) -> dict[str, float]:
+    def update(self, source: Feed) -> dict[str, Figure]:
         """Take one step down the joint loss on the batch that the feed shows."""
         batch = source.batch
         self.network.train()
         logits_BNC = self.forward_through_ddp(self.network, batch.images)
-        loss = joint_loss(logits_BNC, batch.label_B, self.weights().to(logits_BNC))
+        weight_N = sent(self.weights().to(logits_BNC.dtype), logits_BNC.device)
+        loss = joint_loss(logits_BNC, batch.label_B, weight_N)
         check_finite(self.name, self.step + 1, logits=logits_BNC, loss=loss)
         self.optimizer.zero_grad(set_to_none=True)
         loss.backward()
@@ -138,8 +140,8 @@ class EarlyExitAgent(Agent, Divisible):
         self.step += 1
         source.advance()
         correct_N = (logits_BNC.argmax(-1) == batch.label_B.unsqueeze(1)).float().mean(0)
-        metrics = {"loss": loss.item(), "accuracy": correct_N[-1].item(), "lr": self.schedule.get_last_lr()[0]}
-        return metrics | {f"accuracy_exit{n}": accuracy for n, accuracy in enumerate(correct_N.tolist())}
+        metrics = {"loss": figure(loss), "accuracy": figure(correct_N[-1]), "lr": self.schedule.get_last_lr()[0]}
+        return metrics | {f"accuracy_exit{n}": figure(accuracy) for n, accuracy in enumerate(correct_N.unbind())}
 
     @property
     def trainable_modules(self) -> list[nn.Module]:

@@ -27,6 +27,7 @@ from policyskip.errors import UserError, check_choice
 from policyskip.finite import check_finite, check_gradients
 from policyskip.parallel import processes
 from policyskip.parallel.data_parallel import Divisible
+from policyskip.parallel.deferred import Figure, figure, sent
 
 
 def skipnet_returns(ce_B: Tensor, keep_BG: Tensor, cost_G: Tensor, alpha: float) -> Tensor:
@@ -197,7 +198,7 @@ class SkipNet(Agent, Divisible):
 
         self.schedule = torch.optim.lr_scheduler.LambdaLR(self.optimizer, rate_factor)
 
-    def update(self, source: Feed) -> dict[str, float]:
+    def update(self, source: Feed) -> dict[str, Figure]:
         """Take one step on the batch that the feed shows, in the stage that this update belongs to."""
         images, label_B = source.batch.images, source.batch.label_B
         hybrid = self.step >= self.supervised_steps
@@ -225,12 +226,12 @@ class SkipNet(Agent, Divisible):
         self.step += 1
         source.advance()
         return {
-            "loss": loss.item(),
-            "cross_entropy": ce_B.mean().item(),
-            "reward": return_BG[:, 0].mean().item(),
-            "accuracy": (run.logits_BC.argmax(1) == label_B).float().mean().item(),
-            "kept": run.keep_BK.sum(1).float().mean().item(),
-            "keep_probability": run.gate_BG.sigmoid().mean().item(),
+            "loss": figure(loss),
+            "cross_entropy": figure(ce_B.mean()),
+            "reward": figure(return_BG[:, 0].mean()),
+            "accuracy": figure((run.logits_BC.argmax(1) == label_B).float().mean()),
+            "kept": figure(run.keep_BK.sum(1).float().mean()),
+            "keep_probability": figure(run.gate_BG.sigmoid().mean()),
             "hybrid": float(hybrid),
             "lr": float(self.schedule.get_last_lr()[0]),
         }
@@ -266,7 +267,7 @@ class SkipNet(Agent, Divisible):
     def _uniform(self, B: int) -> Tensor:
         """Draw uniform numbers (B, G), for this process's slice of the whole batch."""
         whole_batch = torch.rand(processes.world() * B, len(self.cost_G), generator=self.generator)
-        return processes.this_process_slice(whole_batch).to(self.cost_G.device)
+        return sent(processes.this_process_slice(whole_batch), self.cost_G.device)
 
     def state_dict(self) -> dict[str, Any]:
         return {

@@ -15,6 +15,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from policyskip.backbones.base import Backbone, evaluation_mode
 from policyskip.backbones.folding import one_pass_flops
+from policyskip.parallel.deferred import sent
 
 
 @dataclass(frozen=True)
@@ -32,7 +33,7 @@ class Costs:
 
     def of(self, keep: Tensor) -> Tensor:
         """Return the MACs, float64 (…), of keep decisions, bool (…, K)."""
-        return self.always + (keep * self.block_K.to(keep.device)).sum(-1)  # for one image much faster than ``@``
+        return self.always + (keep * sent(self.block_K, keep.device)).sum(-1)  # for one image much faster than ``@``
 
 
 def counted(call: Callable[..., Any], *inputs: Any) -> tuple[float, Any]:

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from policyskip.backbones.base import Backbone, Block
 from policyskip.parallel import processes
+from policyskip.parallel.deferred import sent
 
 
 def check_keep(backbone: Backbone, images: Tensor, keep_BK: Tensor) -> None:
@@ -75,7 +76,7 @@ def sparse(backbone: Backbone, images: Tensor, keep_BK: Tensor, break_even_K: Se
 
 def _rows(which_KB: Tensor, device: torch.device) -> tuple[Tensor, ...]:
     """Find, for each block, the rows, int64 (B',), of the images where ``which_KB``, bool (K, B), is true."""
-    return which_KB.nonzero()[:, 1].to(device).split(which_KB.sum(1).tolist())
+    return sent(which_KB.nonzero()[:, 1], device).split(which_KB.sum(1).tolist())
 
 
 def sparse_many(backbone: Backbone, images: Tensor, keep_SBK: Tensor) -> Tensor:

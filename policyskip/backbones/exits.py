@@ -18,6 +18,7 @@ from torch import Tensor
 from policyskip.backbones.base import Network, evaluation_mode
 from policyskip.backbones.costs import counted
 from policyskip.errors import UserError
+from policyskip.parallel.deferred import sent
 
 State = dict[Hashable, Tensor]
 """The tensors that are carried forward from one exit to the next, by keys of the network's own choice. The first
@@ -148,7 +149,7 @@ class ExitCosts:
 
     def of(self, exit_B: Tensor) -> Tensor:
         """Return the MACs, float64 (B,), of leaving at exits int64 (B,)."""
-        return self.cumulative_N.to(exit_B.device)[exit_B]
+        return sent(self.cumulative_N, exit_B.device)[exit_B]
 
 
 def count_exit_costs(network: ExitNetwork, image_shape: tuple[int, int, int]) -> ExitCosts:

@@ -17,6 +17,7 @@ from torch import Tensor
 from policyskip.data.base import SMALLEST_SIDE, WHOLE, Batch
 from policyskip.data.workers import answers
 from policyskip.errors import UserError
+from policyskip.parallel.deferred import sent
 
 LARGEST_SIDE = 2**13
 """The largest height and width that images may be scaled to, in pixels."""
@@ -59,7 +60,7 @@ class ReadImages(ABC):
         for index_B, images in answers(self._read_batch, requests, self.workers):
             pixels = torch.from_numpy(images).permute(0, 3, 1, 2).contiguous()
             index = torch.tensor(index_B)
-            yield Batch(pixels.to(self.device), self.label_N[index].to(self.device), index)
+            yield Batch(sent(pixels, self.device), sent(self.label_N[index], self.device), index)
 
     def _read_batch(self, request: tuple[list[int], int]) -> tuple[list[int], np.ndarray]:
         """Read the images of these indices to uint8 (B, H, W, 3), and return them behind the indices."""

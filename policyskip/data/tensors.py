@@ -15,6 +15,7 @@ from torch import Tensor
 from policyskip.data.base import WHOLE, Batch, Data, described
 from policyskip.data.groups import check_groups, hold_out
 from policyskip.errors import UserError
+from policyskip.parallel.deferred import sent
 
 Augment = Callable[[Tensor, torch.Generator], Tensor]
 """Augmentation of a batch: images uint8 (B, 3, H, W) to images of the same shape and dtype."""
@@ -31,9 +32,8 @@ def crop_and_flip(images: Tensor, generator: torch.Generator, pad: int = 4) -> T
     rows = torch.arange(H) + dy
     device = images.device
     batch = torch.arange(B, device=device).view(B, 1, 1)
-    return padded.permute(0, 2, 3, 1)[batch, rows.to(device)[:, :, None], columns.to(device)[:, None, :]].permute(
-        0, 3, 1, 2
-    )
+    rows, columns = sent(rows, device), sent(columns, device)
+    return padded.permute(0, 2, 3, 1)[batch, rows[:, :, None], columns[:, None, :]].permute(0, 3, 1, 2)
 
 
 class TensorImages:
@@ -75,7 +75,7 @@ class TensorImages:
 
     def stream(self, orders: Iterable[tuple[Tensor, int]], rows: slice = WHOLE) -> Iterator[Batch]:
         for index_B, seed in orders:
-            on_device = index_B.to(self.images.device)
+            on_device = sent(index_B, self.images.device)
             images = self.images[on_device]
             if self.augment is not None:
                 images = self.augment(images, torch.Generator().manual_seed(seed))

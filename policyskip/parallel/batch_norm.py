@@ -33,7 +33,7 @@ class WholeBatchNorm2d(nn.BatchNorm2d):
         """
         if not self.training:
             return super().forward(x)
-        own_count = x.new_tensor([x.numel() / x.shape[1]])
+        own_count = x.new_full((1,), x.numel() / x.shape[1])
         sum_C, count = _Sum.apply(torch.cat([x.sum((0, 2, 3)), own_count])).split([x.shape[1], 1])
         mean_C = sum_C / count
         centred = x - mean_C.view(1, -1, 1, 1)

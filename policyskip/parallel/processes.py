@@ -13,7 +13,7 @@ import socket
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from datetime import timedelta
 from typing import TypeVar
@@ -27,6 +27,7 @@ from torch.distributed.distributed_c10d import PrefixStore, Store
 from torch.distributed.rendezvous import rendezvous
 
 from policyskip.errors import UserError, in_one_line
+from policyskip.parallel.deferred import Figure, sent
 from policyskip.runs import progress
 from policyskip.texts import one_line
 
@@ -199,18 +200,26 @@ def any_process(flag: bool) -> bool:
     return bool(largest)
 
 
-def average(figures: dict[str, float]) -> dict[str, float]:
+def average(figures: Mapping[str, Figure]) -> Mapping[str, Figure]:
     """Return the mean of each figure over the processes, which all have to call this with the same keys.
+
+    Where a figure is still on a device, all means are tensors there, and nothing waits for the device.
 
     Raises:
         UserError: another process has died.
     """
     if world() == 1:
         return figures
-    total = torch.tensor(list(figures.values()), dtype=torch.float64)
+    device = next((value.device for value in figures.values() if isinstance(value, Tensor)), None)
+    if device is None:
+        total = torch.tensor(list(figures.values()), dtype=torch.float64)
+    else:
+        numbers = [sent(torch.as_tensor(value, dtype=torch.float64), device) for value in figures.values()]
+        total = torch.stack(numbers)
     with reporting_lost_processes():
         dist.all_reduce(total)
-    return dict(zip(figures, (total / world()).tolist(), strict=True))
+    means = total / world()
+    return dict(zip(figures, means.tolist() if device is None else means.unbind(), strict=True))
 
 
 def per_process_batch_size(batch_size: int) -> int:

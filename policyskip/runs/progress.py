@@ -9,7 +9,7 @@ from __future__ import annotations
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from itertools import accumulate
 from typing import Any
@@ -27,8 +27,8 @@ SHOWN_FIGURES = ("reward", "sampled_reward", "accuracy", "kept", "loss")
 """The figures of an update that its progress line shows, where the learner has them."""
 LONGEST_BAR, SHORTEST_BAR = 20, 5
 
-ShowUpdate = Callable[[int, dict[str, float]], None]
-"""Shows an update's number and figures."""
+ShowUpdate = Callable[[int, Sequence[dict[str, float]]], None]
+"""Shows an update's number, and the figures of the updates whose figures have become known since the last call."""
 
 
 class Wait:
@@ -200,15 +200,16 @@ def updates(steps: int, done: int) -> Iterator[ShowUpdate]:
     Args:
         done: updates that were done before.
 
-    Yields: a function that shows an update; figures are running means.
+    Yields: a function that shows how far it has come; figures are running means.
     """
     means: dict[str, float] = {}
     wait = Wait("step", steps, done, counted=True, patience=0)
 
-    def note(step: int, metrics: dict[str, float]) -> None:
-        for key in SHOWN_FIGURES:
-            if key in metrics:
-                means[key] = 0.9 * means.get(key, metrics[key]) + 0.1 * metrics[key]
+    def note(step: int, fresh: Sequence[dict[str, float]]) -> None:
+        for metrics in fresh:
+            for key in SHOWN_FIGURES:
+                if key in metrics:
+                    means[key] = 0.9 * means.get(key, metrics[key]) + 0.1 * metrics[key]
         wait.figures = tuple(f"{key} {value:.3f}" for key, value in means.items())
         wait.reach(step)
 
@@ -219,8 +220,8 @@ def updates(steps: int, done: int) -> Iterator[ShowUpdate]:
         return
     interval = max(1, steps // 20)
 
-    def print_some(step: int, metrics: dict[str, float]) -> None:
-        note(step, metrics)
+    def print_some(step: int, fresh: Sequence[dict[str, float]]) -> None:
+        note(step, fresh)
         if step == steps:
             print(wait.last_line(), flush=True)
         elif step % interval == 0:

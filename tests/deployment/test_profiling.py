@@ -115,7 +115,7 @@ def test_profile_is_typed_and_read(tmp_path, monkeypatch):
     words = ("+experiment=debug", "reward=latency", "reward.table=t.json", "run.dir=run", "device=cpu", QUICK_FRONT)
     result = typed("train", *words, cwd=tmp_path)
     assert result.returncode == 0, result.stderr
-    result = typed("profile", "run=run", "repeats=1", "batch_sizes=[4]", "images=8", cwd=tmp_path)
+    result = typed("profile", "run=run", "device=cpu", "repeats=1", "batch_sizes=[4]", "images=8", cwd=tmp_path)
     assert result.returncode == 0 and "measured" in result.stdout, result.stderr
     times = json.loads((tmp_path / "run" / "profile.json").read_text())["batches"]["4"]
     assert times["run"]["time_ratio"] > 0 and 0 < times["run"]["macs_ratio"] <= 1.2
@@ -126,19 +126,19 @@ def test_profile_is_typed_and_read(tmp_path, monkeypatch):
         "policyskip.deployment.profiling.milliseconds",
         lambda calls, *_: {name: {"predict": 8.0}.get(name, 16.0) for name in calls},
     )
-    result = typed("profile", "run=run", "repeats=1", "batch_sizes=[1,4]", "images=8", cwd=tmp_path)
+    result = typed("profile", "run=run", "device=cpu", "repeats=1", "batch_sizes=[1,4]", "images=8", cwd=tmp_path)
     assert result.returncode == 0, result.stderr
     times = json.loads((tmp_path / "run" / "profile.json").read_text())["batches"]["4"]["run"]
     assert (times["time_ratio"], times["predict_ms"]) == (0.5, 1.0)  # eight images take 8 ms instead of 16
     summary = json.loads((tmp_path / "run" / "summary.json").read_text())
     assert summary["latency_ms"] == 1.0 and summary["latency_batch"] == 4
-    result = typed("profile", "run=run", "batch_sizes=[4]", "images=3", cwd=tmp_path)
+    result = typed("profile", "run=run", "device=cpu", "batch_sizes=[4]", "images=3", cwd=tmp_path)
     assert result.returncode == 2 and "cannot be measured on 3 images; say images=" in result.stderr
     (tmp_path / "run" / "profile.json").write_text("{}")
     with pytest.raises(UserError, match=r"profile\.json is damaged; `policyskip profile run=` makes it anew"):
         policyskip.load(tmp_path / "run")
     assert policyskip.load(tmp_path / "run", planned=False).plan == {}
-    result = typed("profile", "run=run", "repeats=1", "batch_sizes=[4]", "images=8", cwd=tmp_path)
+    result = typed("profile", "run=run", "device=cpu", "repeats=1", "batch_sizes=[4]", "images=8", cwd=tmp_path)
     assert result.returncode == 0 and policyskip.load(tmp_path / "run").plan, result.stderr
 
 

@@ -111,7 +111,7 @@ def test_on_a_terminal_a_line_for_each_wait_is_updated_and_taken_away(monkeypatc
     monkeypatch.setenv("COLUMNS", "80")
     monkeypatch.setenv("TERM", "xterm")
     with updates(600, 0) as show, waiting("validating"):
-        show(12, {"reward": 0.5, "loss": 0.25})
+        show(12, [{"reward": 0.5, "loss": 0.25}])
         until(lambda: "validating" in sys.stderr.getvalue())
     shown = sys.stderr.getvalue()
     assert "step 12/600" in shown and "reward 0.500" in shown and "validating" in shown
@@ -122,7 +122,7 @@ def test_on_a_terminal_a_line_for_each_wait_is_updated_and_taken_away(monkeypatc
 def test_updates_are_about_twenty_plain_lines_elsewhere(capsys):
     with updates(100, 40) as show:
         for step in range(41, 101):
-            show(step, {"reward": 1.0})
+            show(step, [{"reward": 1.0}])
     lines = capsys.readouterr().out.splitlines()
     assert [line.split()[1] for line in lines] == [f"{step}/100" for step in range(45, 101, 5)]
     assert all("reward 1.000" in line for line in lines)
