@@ -31,6 +31,7 @@ from policyskip.backbones.checkpoints import check_data, seeded
 from policyskip.config import first_problem, group_of
 from policyskip.data import Data, Images, Order, batch_at
 from policyskip.errors import UserError
+from policyskip.execution.ways import How
 from policyskip.parallel import processes
 from policyskip.policies.base import Policy
 from policyskip.rewards import Reward
@@ -180,6 +181,11 @@ class Setup:
     trusted: bool = True
     warnings: list[str] = field(default_factory=list)  # about the network, for the screen and the summary
 
+    @property
+    def how(self) -> How:
+        """Return in which way and precision networks are executed; stored runs of older versions say nothing of it."""
+        return How(str(self.config.get("execution") or "auto"), str(self.config.get("precision") or "float32"))
+
     def env(self, images: Images, order: Order = "sequential", seed: int = 0) -> Any:
         """Make an environment over a set of images.
 
@@ -190,7 +196,9 @@ class Setup:
         given = {network: self.backbone, "images": images, "reward": self.reward, "order": order, "seed": seed}
         count = min(self.batch_size, len(images))
         node = group_of(self.config, "env")
-        env = build("env", node, self.trusted, num_envs=count, **given)
+        how: dict[str, Any] = {} if self.how == How() else {"execution": self.how.way, "precision": self.how.precision}
+        _check_takes(node, how, self.trusted)
+        env = build("env", node, self.trusted, num_envs=count, **given, **how)
         if not all(hasattr(env, name) for name in ("observation", "costs", "score", "advance")):
             raise UserError(wrong_kind("env", node, env, "policyskip.envs.base.DecisionEnv"))
         return env
@@ -225,6 +233,14 @@ class Setup:
             raise UserError(wrong_kind("agent", node, agent, "policyskip.agents.base.Agent"))
         _check_agent(f"agent: {node['_target_']}", agent)
         return agent
+
+
+def _check_takes(node: dict[str, Any], how: dict[str, Any], trusted: bool) -> None:
+    """Refuse (UserError) a way or a precision that the class of an environment, of the user's own, would not see."""
+    parameters = inspect.signature(class_of({"env": node}, "env", trusted)).parameters if how else {}
+    if how and not any(p.kind is p.VAR_KEYWORD for p in parameters.values()):
+        if missing := [key for key in how if key not in parameters]:
+            raise UserError(f"{node['_target_']} takes no {missing[0]}; leave execution and precision out")
 
 
 def set_up(

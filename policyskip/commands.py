@@ -310,7 +310,7 @@ def _setup_of(run: Run, settings: Any, typed: dict[str, Any]) -> Setup:
     """Build what the configuration in a run's folder names, with what was typed of its data and its network.
 
     Args:
-        settings: of a command that has ``device`` and ``trust``.
+        settings: of a command that has ``device``, ``execution``, ``precision`` and ``trust``.
 
     Raises:
         UserError: the weights that were typed are of another network.
@@ -318,6 +318,7 @@ def _setup_of(run: Run, settings: Any, typed: dict[str, Any]) -> Setup:
     saved = lifecycle.saved_config(run)
     lifecycle.check_kind(run, saved, pretrained=False)
     settings_of(saved, Settings)
+    saved = {**saved, "execution": settings.execution, "precision": settings.precision or saved.get("precision")}
     setup = _set_up_saved(saved, run, find_device(settings.device), settings.trust, groups := _groups(typed))
     if "checkpoint" in groups.get("backbone", {}) and run.has("policy.json"):
         network = read_policy(run).network

@@ -30,6 +30,7 @@ LAYERS = (
     ("policies",),  # from what is observed to a decision
     ("envs",),
     ("exits", "static_front", "runs.lifecycle"),  # what needs networks and images, and no environment
+    ("execution",),  # how a network runs: kernels on a GPU, gathering, or everything
     ("backbones", "data"),  # networks, and images: neither needs the other
 )
 # Below all of them. Its modules may import each other, without a circle.

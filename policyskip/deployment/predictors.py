@@ -21,7 +21,7 @@ from policyskip.errors import UserError
 from policyskip.execution.exits import ExitExecution
 from policyskip.execution.gates import GateExecution
 from policyskip.execution.ways import Execution, How, NetworkExecution
-from policyskip.exits.rules import RULES, decisions_at
+from policyskip.exits.rules import Delta, Measured, decisions_at
 from policyskip.finite import described, plain_tensor
 from policyskip.memory import BatchSplitter
 from policyskip.parallel.devices import device_named, usual_defaults
@@ -305,7 +305,7 @@ class ExitPredictor(BasePredictor):
         return segments_N <= prediction.exit_B.unsqueeze(1)
 
     def _answer(self, images: Tensor) -> tuple[Tensor, Tensor]:
-        own = type(self.policy) is ExitPolicy or getattr(self.policy, "rule", None) in RULES.values()
+        own = type(self.policy) is ExitPolicy or type(getattr(self.policy, "rule", None)) in (Measured, Delta)
         return self.execution.run_until(images, self.policy.leave, may_record=own)
 
 

@@ -99,7 +99,7 @@ class NetworkExecution:
 
     def _choose(self) -> None:
         """Choose the way on the device that the network is on now."""
-        network = self._given if self.as_it_is else self.network
+        network: Any = self._given if self.as_it_is else self.network
         self.kernels, self.why = None, "as asked"
         self.way = self.asked if self.asked in ("gather", "dense") else "gather"
         if self.asked in ("auto", "kernel"):
@@ -256,12 +256,9 @@ def full_float32(active: bool) -> Iterator[None]:
     if not active:
         yield
         return
-    settings = (torch.backends.cudnn, torch.backends.cuda.matmul)
-    before = [setting.allow_tf32 for setting in settings]
+    convolutions, products = torch.backends.cudnn.allow_tf32, torch.backends.cuda.matmul.allow_tf32
     try:
-        for setting in settings:
-            setting.allow_tf32 = False
+        torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = False
         yield
     finally:
-        for setting, allowed in zip(settings, before, strict=True):
-            setting.allow_tf32 = allowed
+        torch.backends.cudnn.allow_tf32, torch.backends.cuda.matmul.allow_tf32 = convolutions, products

@@ -16,11 +16,12 @@ import torch
 from policyskip.backbones import Backbone, Costs
 from policyskip.data import Images
 from policyskip.errors import UserError
+from policyskip.execution.ways import How
 from policyskip.static_front.cache import store_scores, stored_scores
 from policyskip.static_front.front import StaticFront
 from policyskip.static_front.racing import search
 from policyskip.static_front.ranges import BIN
-from policyskip.static_front.scoring import Keep, SetScorer
+from policyskip.static_front.scoring import DEFAULT, Keep, SetScorer
 
 KEPT_IN_RANGE, KEPT_OF_SIZE = 5, 2
 """The sets that a front keeps of each range of costs, and of each number of blocks."""
@@ -38,6 +39,7 @@ def find_front(
     on_progress: Callable[[int], object] | None = None,
     seconds: float | None = None,
     scores_file: Path | None = None,
+    how: How = DEFAULT,
 ) -> StaticFront:
     """Search the static front of a backbone on at most ``limit`` validation images.
 
@@ -47,6 +49,7 @@ def find_front(
         on_progress: see :class:`~policyskip.static_front.scoring.SetScorer`.
         scores_file: where the scores are stored now and then and at the end. A search that was interrupted, or one with
             a larger budget, takes them from there, and finds what it would have found in one go.
+        how: in which way and precision the network is executed.
 
     Raises:
         UserError: ``budget`` is negative or no number, ``limit`` below 1, or there are no images.
@@ -55,7 +58,7 @@ def find_front(
         raise UserError(f"front.budget must not be negative and front.images at least 1, got {budget} and {limit}")
     if not len(images):
         raise UserError("there are no validation images on which fixed sets could be searched")
-    scorer = SetScorer(backbone, images, limit, on_progress=on_progress)
+    scorer = SetScorer(backbone, images, limit, on_progress=on_progress, how=how)
     if scores_file is not None:
         scorer.stored = stored_scores(scores_file, backbone.num_blocks, scorer.count)
     stored_at = time.monotonic()

@@ -57,10 +57,10 @@ def finished(setup: Setup, run: Run) -> tuple[ThresholdPredictor, CachedExits, C
     Raises:
         UserError: it has no early exits.
     """
-    predictor = load_thresholds(run, setup.device, setup.trusted)
+    predictor = load_thresholds(run, setup.device, setup.trusted, setup.how)
     if predictor.network.num_exits == 1:
         raise UserError(f"the run {run.folder} has no early exits, so there are no thresholds to choose")
-    validation = cache_exits(predictor.network, setup.data.validation.plain())
+    validation = cache_exits(predictor.network, setup.data.validation.plain(), setup.how)
     return predictor, validation, curve_of(validation, predictor.policy.rule.name, predictor.search)
 
 

@@ -66,13 +66,14 @@ def _searched(setup: Setup, settings: FrontSection, hints: Mapping[Keep, str]) -
     costs = setup.env(images).costs
     whole = tries_every_set(backbone.num_blocks, count, settings.budget)
     most = count * (2**backbone.num_blocks - 1) if whole else settings.budget
-    file = front_file(backbone.content_hash(), images.fingerprint(), count, _cache(), hints)
+    precision = setup.how.precision
+    file = front_file(backbone.content_hash(), images.fingerprint(), count, _cache(), hints, precision)
     scores = file.with_suffix(".scores")
     with waiting("searching the best fixed keep-sets on validation images", most, at_most=not whole) as wait:
         seconds, budget = settings.seconds, settings.budget
-        front = find_front(backbone, images, costs, budget, count, hints, wait.reach, seconds, scores)
+        front = find_front(backbone, images, costs, budget, count, hints, wait.reach, seconds, scores, setup.how)
     with suppress(UserError):  # a cache that cannot be written costs time, nothing else
-        remember(front, _cache(), hints)
+        remember(front, _cache(), hints, precision)
         if hints or front.budget == float("inf"):  # no other search will go on from here
             scores.unlink(missing_ok=True)
     return front
@@ -82,14 +83,17 @@ def remembered_front(setup: Setup, settings: FrontSection, sets_in_use: Iterable
     """Return the static front of a network from an earlier search; None if none was as thorough as ``settings`` ask."""
     images = setup.data.validation
     at_least = min(settings.images, len(images))
-    return known_front(setup.backbone, images, _cache(), at_least, settings.budget, sets_in_use)
+    return known_front(
+        setup.backbone, images, _cache(), at_least, settings.budget, sets_in_use, setup.how.precision
+    )
 
 
 @contextmanager
 def _alone(setup: Setup, settings: FrontSection, hints: Iterable[Keep]) -> Iterator[None]:
     """Let runs that search the same do so one after the other, so that all but the first find what it has found."""
     searched_on = (setup.backbone.content_hash(), setup.data.validation.fingerprint())
-    lock = FileLock(front_file(*searched_on, settings.images, _cache(), hints).with_suffix(".lock"))
+    file = front_file(*searched_on, settings.images, _cache(), hints, setup.how.precision)
+    lock = FileLock(file.with_suffix(".lock"))
     with suppress(OSError, NotImplementedError), waiting("waiting for a process that searches the same fixed sets"):
         _cache().mkdir(parents=True, exist_ok=True)
         lock.acquire()

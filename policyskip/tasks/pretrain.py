@@ -66,7 +66,7 @@ class PretrainTask(Task):
 
     def validate(self) -> dict[str, Any]:
         """Return the accuracy on validation images with all blocks, and with a random half of them."""
-        return self.learner.accuracies(self.data.validation)
+        return self.learner.accuracies(self.data.validation, way=self.settings.execution)
 
     def deployable(self) -> dict[str, Tensor]:
         return self.network.state_dict()
@@ -79,7 +79,7 @@ class PretrainTask(Task):
             command=run.command, **self.names, seed=settings.seed, steps=settings.train.steps
         )
         summary |= {"seconds": round(seconds, 1), "hash": network.content_hash()}
-        summary |= {f"test/{key}": value for key, value in self.learner.accuracies(self.data.test).items()}
+        summary |= {f"test/{key}": value for key, value in self.learner.accuracies(self.data.test, way=settings.execution).items()}
         with run.generation() as new:
             run.deploy_best(new)
             checkpoints.save(network, new.folder / DEPLOYED)

@@ -131,8 +131,10 @@ class ThresholdTask(FamilyTask):
         network, lines = learner.network_to_deploy(self._cached_validation)
         print(*lines, sep="\n", end="\n" if lines else "")
         nobody_leaves = ThresholdPolicy(learner.rule, [rule_named(learner.rule).extremes[0]] * (network.num_exits - 1))
-        predictor = ThresholdPredictor(nobody_leaves, learner.search, network, data.classes, data.image_shape)
-        validation = cache_exits(predictor.network, data.validation.plain())
+        predictor = ThresholdPredictor(
+            nobody_leaves, learner.search, network, data.classes, data.image_shape, self.setup.how
+        )
+        validation = cache_exits(predictor.network, data.validation.plain(), self.setup.how)
         curve = learner.curve(validation)
         try:
             point = choose(curve, **self.target)
@@ -155,14 +157,14 @@ class ThresholdTask(FamilyTask):
 
     @staticmethod
     def judge(setup: Setup, run: Run, split: str) -> Judgement:
-        predictor = load_thresholds(run, setup.device, setup.trusted)
-        validation = cache_exits(predictor.network, setup.data.validation.plain())
-        cache = cache_exits(predictor.network, setup.data.split(split).plain())
+        predictor = load_thresholds(run, setup.device, setup.trusted, setup.how)
+        validation = cache_exits(predictor.network, setup.data.validation.plain(), setup.how)
+        cache = cache_exits(predictor.network, setup.data.split(split).plain(), setup.how)
         references = References.load(run, predictor.network, len(setup.data.test))
         return judge_thresholds(setup, predictor, cache, validation, split, references)
 
     def _cached_validation(self) -> CachedExits:
-        return cache_exits(self.network, self.setup.data.validation.plain())
+        return cache_exits(self.network, self.setup.data.validation.plain(), self.setup.how)
 
 
 def _check_unused(setup: Setup) -> None:
@@ -246,7 +248,7 @@ def deploy_point(
     """
     data = setup.data
     predictor.policy = policy = ThresholdPolicy(point.rule, point.thresholds).to(setup.device)
-    test = cache_exits(predictor.network, data.test.plain())
+    test = cache_exits(predictor.network, data.test.plain(), setup.how)
     judgement = judge_thresholds(setup, predictor, test, validation, "test", references)
     budgeted = budgeted_pairs(test, policy, curve)
     described = describe_thresholds(predictor)
