@@ -196,9 +196,9 @@ class Setup:
         given = {network: self.backbone, "images": images, "reward": self.reward, "order": order, "seed": seed}
         count = min(self.batch_size, len(images))
         node = group_of(self.config, "env")
-        how: dict[str, Any] = {} if self.how == How() else {"execution": self.how.way, "precision": self.how.precision}
-        _check_takes(node, how, self.trusted)
-        env = build("env", node, self.trusted, num_envs=count, **given, **how)
+        if self.how != How():
+            node = {**node, "execution": self.how.way, "precision": self.how.precision}
+        env = build("env", node, self.trusted, num_envs=count, **given)
         if not all(hasattr(env, name) for name in ("observation", "costs", "score", "advance")):
             raise UserError(wrong_kind("env", node, env, "policyskip.envs.base.DecisionEnv"))
         return env
@@ -233,14 +233,6 @@ class Setup:
             raise UserError(wrong_kind("agent", node, agent, "policyskip.agents.base.Agent"))
         _check_agent(f"agent: {node['_target_']}", agent)
         return agent
-
-
-def _check_takes(node: dict[str, Any], how: dict[str, Any], trusted: bool) -> None:
-    """Refuse (UserError) a way or a precision that the class of an environment, of the user's own, would not see."""
-    parameters = inspect.signature(class_of({"env": node}, "env", trusted)).parameters if how else {}
-    if how and not any(p.kind is p.VAR_KEYWORD for p in parameters.values()):
-        if missing := [key for key in how if key not in parameters]:
-            raise UserError(f"{node['_target_']} takes no {missing[0]}; leave execution and precision out")
 
 
 def set_up(

@@ -38,6 +38,7 @@ from policyskip.errors import UserError, users_problem
 from policyskip.evaluation import speed
 from policyskip.evaluation.figures import class_figures
 from policyskip.evaluation.tables import show_classes, show_rivals
+from policyskip.execution.ways import How
 from policyskip.files import shell_argument
 from policyskip.memory import is_out_of_memory, keep_freed_memory
 from policyskip.parallel import processes
@@ -247,8 +248,7 @@ def front(config: DictConfig) -> int:
     if settings.output:
         lifecycle.check_new_file("output", settings.output)
     best = static_front(set_up(plain(config), find_device(settings.device)), settings.front)
-    for line in describe(best):
-        print(line)
+    print(*describe(best), sep="\n")
     if settings.output:
         best.save(Path(settings.output))
         print(f"Written to {settings.output}")
@@ -261,15 +261,15 @@ def profile(config: DictConfig) -> int:
     Raises:
         UserError: what the settings name cannot be built.
     """
-    settings = settings_of(config, ProfileSettings)
+    settings, content = settings_of(config, ProfileSettings), plain(config)
     if settings.output:
         lifecycle.check_new_file("output", settings.output)
-    device, content = find_device(settings.device), plain(config)
+    device, how = find_device(settings.device), How(settings.execution, settings.precision or "float32")
     if settings.run is None:
         data, _ = build_data(group_of(content, "data"), device)
         backbone = build_backbone(group_of(content, "backbone"), data, device)
         path = Path(settings.output or f"profile-{backbone.name}.json")
-        return speed.of_network(backbone, data.image_shape, settings.batch_sizes, settings.repeats, path)
+        return speed.of_network(backbone, data.image_shape, settings.batch_sizes, settings.repeats, path, how)
     run = open_run(settings.run)
     setup = _setup_of(run, settings, content)
     path = Path(settings.output) if settings.output else run.folder / "profile.json"
@@ -295,8 +295,7 @@ def compare(config: DictConfig) -> int:
         command=lifecycle.typed_command(),
     )
     comparison.show(made)
-    tracking = settings.tracking
-    where = log_comparison(made.folder, made.tables, made.pictures, tracking.mode, plain(config), labels)
+    where = log_comparison(made.folder, made.tables, made.pictures, settings.tracking.mode, typed, labels)
     print(f"Page:   {made.folder / 'index.html'}\nTables: {made.folder / 'comparison.csv'}\nW&B:    {where}")
     return 0
 

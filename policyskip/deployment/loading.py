@@ -20,10 +20,10 @@ from policyskip.data.base import check_types
 from policyskip.deployment.networks import built, load_state, network_of
 from policyskip.deployment.policy_files import Family, PolicyFile, damaged_policy, read_policy
 from policyskip.deployment.policy_schema import check_agreement, check_arguments
-from policyskip.deployment.predictors import DEFAULT, ExitPredictor, GatedPredictor, Predictor, ThresholdPredictor
+from policyskip.deployment.predictors import ExitPredictor, GatedPredictor, Predictor, ThresholdPredictor
 from policyskip.deployment.profiling import device_name
 from policyskip.errors import UserError, first_line, in_one_line, users_problem
-from policyskip.execution.ways import How
+from policyskip.execution.ways import DEFAULT, How
 from policyskip.exits.rules import check_thresholds
 from policyskip.memory import keep_freed_memory
 from policyskip.parallel.devices import usual_defaults
@@ -187,7 +187,9 @@ def _load_gates(run: Run, file: PolicyFile, network: Any, device: str | torch.de
     return GatedPredictor(network, file.classes, file.image_shape, how)
 
 
-def _load_thresholds(run: Run, file: PolicyFile, network: Any, device: str | torch.device, how: How) -> ThresholdPredictor:
+def _load_thresholds(
+    run: Run, file: PolicyFile, network: Any, device: str | torch.device, how: How
+) -> ThresholdPredictor:
     thresholds = [float(threshold) for threshold in file.policy["thresholds"]]
     check_thresholds(thresholds, network.num_exits)
     policy = ThresholdPolicy(str(file.policy["rule"]), thresholds).to(device)
@@ -262,6 +264,8 @@ def _plan(run: Run, predictor: Predictor) -> dict[int, list[float]]:
     try:
         here = (read_policy(run).network["hash"], device_name(network.mean.device), torch.get_num_threads())
         if (content["hash"], content["device"], content["threads"]) != here:
+            return {}
+        if content.get("execution", {}).get("precision", "float32") != "float32":
             return {}
         plan = {
             int(size): [float(share) for share in times["break_even"]] for size, times in content["batches"].items()

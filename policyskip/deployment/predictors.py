@@ -20,7 +20,7 @@ from policyskip.backbones.gated import GatedNetwork
 from policyskip.errors import UserError
 from policyskip.execution.exits import ExitExecution
 from policyskip.execution.gates import GateExecution
-from policyskip.execution.ways import Execution, How, NetworkExecution
+from policyskip.execution.ways import DEFAULT, Execution, How, NetworkExecution
 from policyskip.exits.rules import Delta, Measured, decisions_at
 from policyskip.finite import described, plain_tensor
 from policyskip.memory import BatchSplitter
@@ -28,9 +28,6 @@ from policyskip.parallel.devices import device_named, usual_defaults
 from policyskip.policies.base import Policy
 from policyskip.policies.perceptrons import ExitPolicy
 from policyskip.policies.thresholds import ThresholdPolicy
-
-
-DEFAULT = How()
 
 
 @dataclass(frozen=True)

@@ -34,7 +34,7 @@ class LayerSkipVectorEnv(ImageVectorEnv):
     important of it (``correct``, ``macs``, ``kept``) in ``info["final_info"]``, and the observation at block K - 1 in
     ``info["final_obs"]``; at the steps before, ``info`` is empty.
 
-    A block is computed for the images that keep it and for no others (see ``execution``); nothing is computed twice. In sequential order
+    A block is computed for the images that keep it and for no others; nothing is computed twice. In sequential order
     the last batch is short, and after it the observation is empty.
     :meth:`score` takes decisions about all K blocks, bool (…, B, K), at whatever block the episodes are.
     Arguments: see :class:`ImageVectorEnv`.

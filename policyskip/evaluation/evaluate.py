@@ -15,13 +15,10 @@ from policyskip.data import Images, sequential
 from policyskip.envs.base import ImageVectorEnv
 from policyskip.evaluation.decisions import BLOCKS, EXITS, Decisions
 from policyskip.execution.gates import GateExecution
-from policyskip.execution.ways import How
+from policyskip.execution.ways import DEFAULT, How
 from policyskip.exits.cache import CachedExits
 from policyskip.exits.rules import decisions_at
 from policyskip.runs.progress import waiting
-
-
-DEFAULT = How()
 
 
 def evaluate(agent: Agent, env: ImageVectorEnv, full: bool = True) -> Decisions:

@@ -48,9 +48,7 @@ def no_kernels_on(device: torch.device, asked: bool) -> str:
     return ""
 
 
-def kernels_for(
-    folded: Backbone, image_shape: tuple[int, int, int], exact: bool
-) -> tuple[KernelNetwork | None, str]:
+def kernels_for(folded: Backbone, image_shape: tuple[int, int, int], exact: bool) -> tuple[KernelNetwork | None, str]:
     """Make the kernels of a network where kernels can run.
 
     Args:

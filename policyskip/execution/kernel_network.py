@@ -16,7 +16,7 @@ NO_GRADIENTS = "kernels give no gradients: call under torch.no_grad(), or say ex
 
 
 class KernelNetwork(ABC):
-    """A frozen, folded backbone whose blocks run in Triton kernels, where a skipped block is a branch that is not taken.
+    """A frozen, folded backbone whose blocks run in Triton kernels: a skipped block is a branch that is not taken.
 
     Args:
         folded: made by :func:`~policyskip.backbones.folding.folded`, on its device and in its precision (float32,

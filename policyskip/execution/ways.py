@@ -52,6 +52,9 @@ class How(NamedTuple):
         return self
 
 
+DEFAULT = How()
+
+
 class NetworkExecution:
     """Holds a network ready to be executed, and the way that was chosen for it; subclasses say what is executed.
 

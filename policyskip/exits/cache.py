@@ -19,11 +19,10 @@ from policyskip.backbones.exits import ExitCosts, ExitNetwork, count_exit_costs
 from policyskip.data import Images, batch_at, sequential
 from policyskip.errors import UserError
 from policyskip.execution.exits import ExitExecution
-from policyskip.execution.ways import How
+from policyskip.execution.ways import DEFAULT, How
 from policyskip.memory import BatchSplitter
 from policyskip.runs.progress import waiting
 
-DEFAULT = How()
 PIXELS_AT_ONCE = 2**20
 """Pixels of the images that are classified at once, so that they fit into memory."""
 

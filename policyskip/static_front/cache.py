@@ -61,9 +61,7 @@ def known_front(
     return min(found, key=lambda front: (front.images, -front.budget), default=None)
 
 
-def remember(
-    front: StaticFront, cache: Path, hints: Iterable[Keep] = (), precision: str = "float32"
-) -> None:
+def remember(front: StaticFront, cache: Path, hints: Iterable[Keep] = (), precision: str = "float32") -> None:
     """Write a front into the folder ``cache``, for :func:`known_front`.
 
     Raises:

@@ -16,12 +16,12 @@ import torch
 from policyskip.backbones import Backbone, Costs
 from policyskip.data import Images
 from policyskip.errors import UserError
-from policyskip.execution.ways import How
+from policyskip.execution.ways import DEFAULT, How
 from policyskip.static_front.cache import store_scores, stored_scores
 from policyskip.static_front.front import StaticFront
 from policyskip.static_front.racing import search
 from policyskip.static_front.ranges import BIN
-from policyskip.static_front.scoring import DEFAULT, Keep, SetScorer
+from policyskip.static_front.scoring import Keep, SetScorer
 
 KEPT_IN_RANGE, KEPT_OF_SIZE = 5, 2
 """The sets that a front keeps of each range of costs, and of each number of blocks."""

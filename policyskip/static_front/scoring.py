@@ -16,13 +16,12 @@ from torch import Tensor
 from policyskip.backbones import Backbone
 from policyskip.data import Batch, Images, batch_at, spread_indices
 from policyskip.data.base import IN_MEMORY_BYTES
-from policyskip.execution.ways import Execution, How
+from policyskip.execution.ways import DEFAULT, Execution, How
 from policyskip.memory import BatchSplitter, release_freed_memory
 from policyskip.runs.progress import waiting
 
 Keep = tuple[bool, ...]
 """A keep-set: for each of the K blocks, whether it runs."""
-DEFAULT = How()
 PIXELS_AT_ONCE = 2**23
 """Kernels score as many sets one beside the other as have so many pixels in all."""
 CPU_BATCH, GPU_BATCH = 250, 4096

@@ -41,6 +41,7 @@ def recalibrate(setup: Setup, run: Run, target: TargetSection) -> dict[str, Any]
     names = ("agent", "env", "backbone", "data", "seed", "steps", "seconds")
     with damaged(run.folder / "summary.json"):
         head: dict[str, Any] = {name: before[name] for name in names}
+    head |= {"execution": predictor.execution.way, "precision": setup.how.precision}
     changed = {**lifecycle.saved_config(run), "target": target.model_dump()}  # a resumed run keeps to the target
 
     def write_more(new: Run) -> None:

@@ -96,16 +96,14 @@ class ExitPolicyTask(FamilyTask):
     def finish(self, run: Run, tracker: Tracker, seconds: float) -> dict[str, Any]:
         setup, data, agent, policy = self.setup, self.setup.data, self.learner, self.policy
         load_best_so_far(policy, run)
-        predictor = ExitPredictor(
-            policy, self.network, data.classes, data.image_shape, agent.decision_macs, setup.how
-        )
+        predictor = ExitPredictor(policy, self.network, data.classes, data.image_shape, agent.decision_macs, setup.how)
         test = cache_exits(predictor.network, data.test.plain(), setup.how)
         validation = cache_exits(predictor.network, data.validation.plain(), setup.how)
         references = References(front_of_trunk(setup, self.network, self.front_settings), self.others)
         judgement = judge_exit_policy(setup, predictor, test, validation, "test", references)
         described = describe_exit_policy(predictor)
         draw = partial(exit_pictures, cache=test, budgeted=[])
-        head = head_of(setup, self.names, seconds)
+        head = head_of(setup, self.names, seconds, predictor.execution.way)
 
         def write_more(new: Run) -> None:
             run.deploy_best(new)

@@ -83,9 +83,7 @@ def remembered_front(setup: Setup, settings: FrontSection, sets_in_use: Iterable
     """Return the static front of a network from an earlier search; None if none was as thorough as ``settings`` ask."""
     images = setup.data.validation
     at_least = min(settings.images, len(images))
-    return known_front(
-        setup.backbone, images, _cache(), at_least, settings.budget, sets_in_use, setup.how.precision
-    )
+    return known_front(setup.backbone, images, _cache(), at_least, settings.budget, sets_in_use, setup.how.precision)
 
 
 @contextmanager

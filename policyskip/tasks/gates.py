@@ -27,6 +27,7 @@ from policyskip.evaluation.decisions import Decisions
 from policyskip.evaluation.evaluate import evaluate_gates
 from policyskip.evaluation.figures import block_figures
 from policyskip.evaluation.tables import show_blocks
+from policyskip.execution.gates import GateExecution
 from policyskip.execution.ways import Execution
 from policyskip.runs.folder import Run
 from policyskip.runs.progress import waiting
@@ -83,7 +84,8 @@ class GateTask(FamilyTask):
         judgement = judge_gates(setup, agent, front, "test", self.others)
         described = describe_gates(agent.network)
         draw = partial(block_pictures, stages=setup.backbone.stages)
-        head = head_of(setup, self.names, seconds)
+        way = GateExecution(agent.network, setup.data.image_shape, *setup.how).way
+        head = head_of(setup, self.names, seconds, way)
 
         def write_more(new: Run) -> None:
             run.deploy_best(new)

@@ -79,7 +79,10 @@ class PretrainTask(Task):
             command=run.command, **self.names, seed=settings.seed, steps=settings.train.steps
         )
         summary |= {"seconds": round(seconds, 1), "hash": network.content_hash()}
-        summary |= {f"test/{key}": value for key, value in self.learner.accuracies(self.data.test, way=settings.execution).items()}
+        summary |= {
+            f"test/{key}": value
+            for key, value in self.learner.accuracies(self.data.test, way=settings.execution).items()
+        }
         with run.generation() as new:
             run.deploy_best(new)
             checkpoints.save(network, new.folder / DEPLOYED)

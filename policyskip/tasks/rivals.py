@@ -23,7 +23,7 @@ from policyskip.config import FrontSection
 from policyskip.data import Images, groups_of, sequential, spread_indices
 from policyskip.errors import UserError
 from policyskip.evaluation.decisions import Decisions
-from policyskip.execution.ways import Execution, How
+from policyskip.execution.ways import DEFAULT, Execution, How
 from policyskip.exits.cache import CachedExits
 from policyskip.exits.references import exit_histogram, random_exits, static_exits
 from policyskip.rivals import Choice, Family, Rival, choose
@@ -43,7 +43,6 @@ MOST_POINTS, FEWEST_POINTS, MOST_DEALS = 20, 6, 8
 """Sets of the static front that pictures show; and how often the policy's decisions are dealt at random, at most."""
 SPENT = "the search of fixed blocks ended before its plan was carried out; raise front.budget"
 NOT_SEARCHED = "the blocks of the network were not searched for fixed choices"
-DEFAULT = How()
 OLDER = "fixed blocks were searched by an older version, which found weaker ones; train anew"
 
 
@@ -291,10 +290,9 @@ def dealt_blocks(setup: Setup, decisions: Decisions, images: Images) -> Rival:
 
     They are dealt several times where that is cheap, and the expected correctness of an image is its mean over these.
     """
-    N = len(images)
+    N, kept = len(images), decisions.ran_NK.double().sum(1).mean().item()
     if (decisions.ran_NK == decisions.ran_NK[0]).all():  # whatever is dealt, each image gets the same
         return _dealt(decisions.macs_N.mean().item() - decisions.policy_macs, 0.0, decisions.correct_N.double())
-    kept = decisions.ran_NK.double().sum(1).mean().item()
     deals = int(min(MOST_DEALS, max(1, WORK // max(1.0, N * kept))))
     generator = torch.Generator().manual_seed(0)
     order_PN = torch.stack([torch.randperm(N, generator=generator) for _ in range(deals)])

@@ -141,7 +141,7 @@ class ThresholdTask(FamilyTask):
         except UnmetError as unmet:  # what was learned is worth more than the target: it can be calibrated anew
             print(f"warning: {unmet}, and is what this run deploys")
             point = unmet.nearest
-        head = head_of(self.setup, self.names, seconds)
+        head = head_of(self.setup, self.names, seconds, predictor.execution.way)
         references = References(front_of_trunk(self.setup, network, self.front_settings), self.others)
 
         def write_more(new: Run) -> None:
