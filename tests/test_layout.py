@@ -44,6 +44,7 @@ GROUND_FLOOR = (
 LAZY = {
     "": {"rewards", "deployment.loading", "deployment.predictors"},  # public names
     "cli": {"commands"},
+    "execution.choosing": {"execution.stage_network", "execution.tile_network"},  # where there is Triton
     "backbones.base": {"backbones.execution"},  # Backbone.forward runs as execution says, which needs Backbone
 }
 TOP_MODULES = 20

@@ -27,15 +27,15 @@ def interpreted() -> bool:
     return os.environ.get("TRITON_INTERPRET", "") == "1"
 
 
-def no_kernels_on(device: torch.device, asked: bool) -> str:
+def no_kernels_on(device: torch.device, may_interpret: bool) -> str:
     """Return in one clause why no kernel can run on a device; an empty text if one can.
 
     Args:
-        asked: whether kernels were asked for: Triton's interpreter is no way to choose by itself.
+        may_interpret: whether Triton's interpreter is good enough, as it is where kernels are asked for.
     """
     if sys.platform != "linux":
         return "kernels need Linux"
-    if device.type != "cuda" and not (asked and interpreted()):
+    if device.type != "cuda" and not (may_interpret and interpreted()):
         return "this is a CPU" if device.type == "cpu" else f"the device is {device.type}"
     if device.type == "cuda" and torch.version.hip:
         return "kernels are for NVIDIA GPUs"

@@ -88,7 +88,7 @@ class NetworkExecution:
         precision: str = "float32",
         as_it_is: bool = False,
     ) -> None:
-        self.asked, self.precision = How(way, precision).checked()
+        self.asked_way, self.precision = How(way, precision).checked()
         self.image_shape, self.as_it_is = image_shape, as_it_is and PRECISIONS[precision] == torch.float32
         self.kernels: KernelNetwork | None = None
         self._given = network if self.as_it_is else None
@@ -104,10 +104,10 @@ class NetworkExecution:
         """Choose the way on the device that the network is on now."""
         network: Any = self._given if self.as_it_is else self.network
         self.kernels, self.why = None, "as asked"
-        self.way = self.asked if self.asked in ("gather", "dense") else "gather"
-        if self.asked in ("auto", "kernel"):
-            device, asked = network.mean.device, self.asked == "kernel"
-            self.why = no_kernels_on(device, asked)
+        self.way = self.asked_way if self.asked_way in ("gather", "dense") else "gather"
+        if self.asked_way in ("auto", "kernel"):
+            device, must = network.mean.device, self.asked_way == "kernel"
+            self.why = no_kernels_on(device, may_interpret=must)
             if not self.why and self._backbone(network) is None:
                 self.why = f"there are no kernels for {type(network).__name__}"
             if not self.why:
@@ -118,7 +118,7 @@ class NetworkExecution:
                 network = copy if self.kernels is not None else network
             if self.kernels is not None:
                 self.way = "kernel"
-            elif asked:
+            elif must:
                 raise UserError(f"execution=kernel cannot be: {self.why}; say execution=auto")
             elif device.type == "cuda":
                 say_once(f"no kernels for {network.name}, so images are gathered: {self.why}")

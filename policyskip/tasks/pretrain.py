@@ -13,6 +13,7 @@ from policyskip.build import build, build_backbone, build_data
 from policyskip.config import PretrainSettings, group_of
 from policyskip.data import Feed
 from policyskip.errors import UserError
+from policyskip.execution.ways import Execution
 from policyskip.pretraining import Pretrainer, pixel_statistics
 from policyskip.runs.folder import Run
 from policyskip.runs.tracking import Tracker
@@ -78,6 +79,8 @@ class PretrainTask(Task):
         summary: dict[str, Any] = dict(
             command=run.command, **self.names, seed=settings.seed, steps=settings.train.steps
         )
+        way = Execution(network.eval(), self.data.image_shape, settings.execution, as_it_is=True).way
+        summary |= {"execution": way, "precision": settings.precision}
         summary |= {"seconds": round(seconds, 1), "hash": network.content_hash()}
         summary |= {
             f"test/{key}": value
