@@ -1,0 +1,1 @@
+"""Executing frozen networks in kernels of our own on a GPU."""
