@@ -1,0 +1,322 @@
+"""Residual networks of small images on a GPU: each image is one program, and its skipped blocks are branches not taken.
+
+Shapes: B images, S decisions per image, R = S · B rows (an image under one decision), K blocks, M of them in a row,
+C classes or channels, H W pixels.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Sequence
+from functools import cache
+
+import torch
+from torch import Tensor, nn
+
+from policyskip.backbones.base import Backbone
+from policyskip.backbones.folding import ConvReLU
+from policyskip.execution.kernel_network import KernelNetwork
+from policyskip.execution.stage_plan import (
+    MOST_CHANNELS,
+    MOST_PIXELS,
+    PRECISIONS,
+    Launch,
+    Stage,
+    Tiling,
+    is_plain,
+    kind_of,
+    padded,
+    stride_of,
+)
+from policyskip.execution.stage_weights import Packed
+
+# The figures that a measurement has to decide. Rows a multiprocessor, at most, and how they are computed. Up to one,
+# an image has a multiprocessor of its own, with as many warps as that holds. In one launch, the time is that of the
+# image that keeps the most; in one launch a stage, it is that of the longest image of each stage, and only with many
+# images is that the same. All give the same bits.
+TILINGS = (
+    (1.0, Tiling(warps=(16,), sums=32, one_launch=True, resident=1)),
+    (4.0, Tiling(warps=(8,), sums=32, one_launch=True, resident=2)),
+    (float("inf"), Tiling(warps=(8, 4, 4), sums=32, one_launch=False, resident=2)),
+)
+EXACT = ((float("inf"), Tiling(warps=(8,), sums=8, entries=64, ahead=False, one_launch=False, resident=2)),)
+"""Without tensor cores, a thread needs its registers for the entries."""
+
+
+class StageNetwork(KernelNetwork):
+    """A residual network of basic blocks, such as the CIFAR ResNets, with one program for an image.
+
+    Args:
+        tilings: rows a multiprocessor, at most, and how they are computed then; None: as measured.
+        patch: the side of the patches in which 16 channels are convolved (see ``stage_kernels.py``); None: 2, but 1
+            for exact products, whose time is that of the arithmetic.
+
+    Raises:
+        ValueError: ``why_not`` says why this network cannot run so.
+    """
+
+    def __init__(
+        self,
+        folded: Backbone,
+        image_shape: tuple[int, int, int],
+        exact: bool = False,
+        tilings: Sequence[tuple[float, Tiling]] | None = None,
+        patch: int | None = None,
+    ) -> None:
+        super().__init__(folded, image_shape, exact)
+        if reason := self.why_not(folded, image_shape):
+            raise ValueError(f"this network cannot run in stage kernels: {reason}")
+        device = folded.mean.device
+        self.exact = exact and folded.mean.dtype == torch.float32
+        self.tilings = tuple(tilings or (EXACT if self.exact else TILINGS))
+        self.patch = patch or (1 if self.exact else 2)
+        self.multiprocessors = (
+            torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1
+        )
+        self.packed = Packed(folded, self.patch)
+        self.stages = self._shapes(folded, image_shape)
+        self.costs = torch.tensor([cost for stage in self.stages for cost in _costs(stage)], dtype=torch.int32)
+        self.costs = self.costs.to(device)
+        self.launches = cache(self._launches)
+
+    @classmethod
+    def why_not(cls, folded: Backbone, image_shape: tuple[int, int, int]) -> str:
+        """Say in one plain clause why this network cannot run so; empty if it can."""
+        if type(folded).forward is not Backbone.forward or type(folded).features is not Backbone.features:
+            return "it is no plain residual network, but one with gates, exits or code of its own"
+        dtypes = {value.dtype for value in folded.state_dict().values() if value.is_floating_point()}
+        if len(dtypes) != 1 or dtypes.isdisjoint(PRECISIONS):
+            return f"its weights are {' and '.join(sorted(str(dtype)[6:] for dtype in dtypes))}"
+        if image_shape[0] != 3 or image_shape[1] * image_shape[2] > MOST_PIXELS:
+            return f"images of {' × '.join(map(str, image_shape))} do not fit one multiprocessor"
+        stem, head = list(folded.stem.children()), list(folded.head.children())
+        if len(stem) != 1 or type(stem[0]) is not ConvReLU or not is_plain(stem[0], 3) or stem[0].stride != (1, 1):
+            return "it does not begin with one 3×3 convolution of stride 1 and a ReLU"
+        if stem[0].in_channels != 3:
+            return f"it reads {stem[0].in_channels} colours, not 3"
+        if [type(layer) for layer in head] != [nn.AdaptiveAvgPool2d, nn.Flatten, nn.Linear]:
+            return "it does not end with the average over pixels and one linear layer"
+        if head[0].output_size not in (1, (1, 1)):
+            return "it does not end with the average over all pixels"
+        channels = stem[0].out_channels
+        for k, block in enumerate(folded.blocks):
+            if reason := _why_not_block(block, channels):
+                return f"block {k} {reason}"
+            channels = list(block.residual.children())[-1].out_channels
+            if channels > MOST_CHANNELS:
+                return f"block {k} has {channels} channels, more than {MOST_CHANNELS}"
+        return ""
+
+    def _shapes(self, folded: Backbone, image_shape: tuple[int, int, int]) -> list[Stage]:
+        """Divide the blocks into stages: a stage ends where a block changes the shape of the features."""
+        (stem,), (_, h, w) = folded.stem.children(), image_shape
+        c = stem.out_channels
+        stages: list[Stage] = []
+        for k, block in enumerate(folded.blocks):
+            kind = kind_of(block.shortcut)
+            if stages and kind == "identity":
+                stages[-1] = stages[-1]._replace(blocks=stages[-1].blocks + 1)
+                continue
+            before = (h, w, c, padded(c))
+            stride, shift = stride_of(block.shortcut), 0
+            if kind != "identity":
+                h, w, c = -(-h // stride), -(-w // stride), list(block.residual.children())[-1].out_channels
+            if kind == "A":
+                shift = block.shortcut.pad[0]
+            start, (weights, bias) = k + (kind != "identity"), self.packed.blocks[k]
+            cp, patch = padded(c), self.patch if padded(c) == 16 else 1
+            steps = 2 * (patch * (patch + 2) * cp) ** 2
+            own = self.packed.blocks[start] if start < len(self.packed.blocks) else self.packed.head
+            kind = "" if kind == "identity" else kind
+            stages.append(
+                Stage(
+                    *(h, w, c, cp, *before, stride, kind, shift, start, start == k, own[0], steps, own[1], 2 * cp),
+                    *(weights, bias, 0, patch, 0, 0, False, -1),
+                )
+            )
+        return stages
+
+    def _tiled(self, stage: Stage, tiling: Tiling, warps: int) -> Stage:
+        """Return a stage with the sizes of its tiles and products."""
+
+        def tile(patches: int, results: int) -> int:
+            fit = max(64, tiling.sums * 32 * warps // results)  # from 64 on, all use the same instructions: same bits
+            return max(16, min(1 << (patches - 1).bit_length(), fit))
+
+        patches = -(-stage.h // stage.patch) * -(-stage.w // stage.patch)
+        return stage._replace(
+            m=tile(patches, stage.patch**2 * stage.c_padded),
+            m_change=tile(stage.h * stage.w, stage.c_padded),
+            entries=max(16, tiling.entries // self.packed.weights.element_size()),
+            ahead=tiling.ahead,
+        )
+
+    def _launches(self, first: int, last: int, stem: bool, head: bool, tiling: Tiling) -> list[Launch]:
+        """Plan the launches that run blocks first … last - 1, with stem and head if asked."""
+        parts = [
+            (number, stage if first < stage.start else stage._replace(kind=""))
+            for number, stage in enumerate(self.stages)
+            if max(first, stage.start - (stage.kind != "")) < min(last, stage.start + stage.blocks)
+        ]
+        groups = [parts] if tiling.one_launch or not parts else [[part] for part in parts]
+        return [
+            self._launch(group, stem and i == 0, head and i == len(groups) - 1, tiling)
+            for i, group in enumerate(groups)
+        ]
+
+    def _launch(self, parts: list[tuple[int, Stage]], stem: bool, head: bool, tiling: Tiling) -> Launch:
+        """Plan one launch: which memory each part writes to, and what the kernel is compiled for."""
+        warps = tiling.warps[0 if tiling.one_launch or not parts else min(parts[0][0], len(tiling.warps) - 1)]
+        _, height, width = self.image_shape
+        entry, final = self.stages[0], self.stages[-1]
+        stages = [self._tiled(stage, tiling, warps) for _, stage in parts]
+        space = max((stage.h * stage.w * stage.c for stage in stages), default=0)  # between two convolutions
+        changes = [i for i, stage in enumerate(stages) if stage.kind]
+        stem_out = -1
+        if stem:
+            c = entry.c_in
+            if changes or head:
+                stem_out, space = _aligned(space), _aligned(space) + height * width * c
+        for i in changes:
+            if head or i != changes[-1]:
+                stages[i] = stages[i]._replace(out=_aligned(space))
+                space = _aligned(space) + stages[i].h * stages[i].w * stages[i].c
+        x_shape = (entry.c_in, height, width) if not stages else (stages[0].c, stages[0].h, stages[0].w)
+        if stages and stages[0].kind:
+            x_shape = (stages[0].c_in, stages[0].h_in, stages[0].w_in)
+        out_shape: tuple[int, ...] = (stages[-1].c, stages[-1].h, stages[-1].w) if stages else x_shape
+        if not stages and not stem:
+            x_shape = (final.c, final.h, final.w)
+        head_constants: tuple[int, ...] = ()
+        if head:
+            shape = out_shape if stages or stem else x_shape
+            pixels = shape[1] * shape[2]
+            head_constants = (pixels, shape[0], padded(shape[0]), self.folded.num_classes, *self.packed.head)
+            out_shape = (self.folded.num_classes,)
+        stem_constants: tuple[int, ...] = ()
+        if stem:
+            x_shape, cp = (3, height, width), padded(entry.c_in)
+            tile = max(16, min(1 << (height * width - 1).bit_length(), max(64, 16 * 32 * warps // cp)))
+            stem_constants = (height, width, entry.c_in, cp, *self.packed.stem, tile, stem_out)
+        constants = dict(
+            STEM=stem_constants,
+            STAGES=tuple(tuple(stage) for stage in stages),
+            HEAD=head_constants,
+            SPACE=_aligned(space),
+            X_ROW=x_shape[0] * x_shape[1] * x_shape[2],
+            OUT_ROW=out_shape[0] * (out_shape[1] * out_shape[2] if len(out_shape) > 1 else 1),
+            PRECISION="ieee" if self.exact else "tf32",
+        )
+        return Launch(constants, warps, x_shape, out_shape)
+
+    def _tiling(self, rows: int) -> Tiling:
+        """Choose how this many rows are computed."""
+        return next(tiling for most, tiling in self.tilings if rows <= most * self.multiprocessors)
+
+    def _run(self, x: Tensor, keep_RM: Tensor, first: int, stem: bool = False, head: bool = False) -> Tensor:
+        """Run stem, blocks first … first + M - 1 and head, as asked, and return features or logits of R rows."""
+        from policyskip.execution.stage_kernels import run_image
+
+        (rows, count), images = keep_RM.shape, len(x)
+        tiling = self._tiling(rows)
+        keep = keep_RM.view(torch.uint8)
+        order = self._order(keep, first, tiling)
+        weights, bias, on = self.packed.weights, self.packed.bias, keep.device
+        for launch in self.launches(first, first + count, stem, head, tiling):
+            STAGES = launch.constants["STAGES"]
+            writes = bool(launch.constants["STEM"] or launch.constants["HEAD"] or any(s[9] for s in STAGES))
+            out = x
+            if writes:
+                shape = (rows, *launch.out_shape)
+                form = torch.channels_last if len(shape) == 4 else torch.contiguous_format
+                out = torch.empty(shape, dtype=weights.dtype, device=on, memory_format=form)
+            scratch = torch.empty(rows * launch.constants["SPACE"], dtype=weights.dtype, device=on)
+            if rows:
+                with torch.cuda.device(on) if on.type == "cuda" else contextlib.nullcontext():
+                    run_image[(rows,)](
+                        *(x, out, scratch, keep, keep if order is None else order, weights, bias),
+                        *(images, *keep.stride(), first, first + count),
+                        **launch.constants,
+                        ORDERED=order is not None,
+                        num_warps=launch.warps,
+                        num_stages=1,
+                    )
+            x = out
+        return x
+
+    def _order(self, keep: Tensor, first: int, tiling: Tiling) -> Tensor | None:
+        """Find in which order the rows are computed, int32 (R,); None if all are computed at once or cost the same."""
+        from policyskip.execution.stage_kernels import longest_first
+
+        rows, count = keep.shape
+        if rows <= self.multiprocessors or count < 2:
+            return None
+        order = torch.empty(rows, dtype=torch.int32, device=keep.device)
+        turns = tiling.resident if tiling.resident > 1 else 0
+        with torch.cuda.device(keep.device) if keep.is_cuda else contextlib.nullcontext():
+            longest_first[(-(-rows // 64),)](
+                *(order, keep, self.costs[first:], rows, *keep.stride(), count, self.multiprocessors, turns),
+                **dict(MINE=64, OTHERS=256, num_warps=8),
+            )
+        return order
+
+    @torch.no_grad()
+    def features(self, images: Tensor) -> Tensor:
+        """Compute the features (B, C, H, W) that enter block 0, channels last, of images (B, 3, H, W)."""
+        nothing = torch.zeros(len(images), 0, dtype=torch.bool, device=images.device)
+        return self._run(_pixels(images), nothing, 0, stem=True)
+
+    @torch.no_grad()
+    def advance(self, x: Tensor, keep_BM: Tensor, first: int) -> Tensor:
+        """Run blocks first … first + M - 1 on features x (B, C, H, W), channels last, which may be overwritten."""
+        x = x.to(self.packed.weights.dtype).contiguous(memory_format=torch.channels_last)
+        return self._run(x, keep_BM, first)
+
+    @torch.no_grad()
+    def head(self, x: Tensor) -> Tensor:
+        """Compute logits (B, C) of the last block's features, in the network's precision."""
+        x = x.to(self.packed.weights.dtype).contiguous(memory_format=torch.channels_last)
+        nothing = torch.zeros(len(x), 0, dtype=torch.bool, device=x.device)
+        return self._run(x, nothing, self.folded.num_blocks, head=True)
+
+    @torch.no_grad()
+    def logits(self, images: Tensor, keep_SBK: Tensor) -> Tensor:
+        """Compute logits (S, B, C) of S decisions for each image, bool (S, B, K)."""
+        S, B, K = keep_SBK.shape
+        logits = self._run(_pixels(images), keep_SBK.reshape(S * B, K), 0, stem=True, head=True)
+        return logits.view(S, B, -1)
+
+
+def _why_not_block(block: nn.Module, channels: int) -> str:
+    """Say why a block that reads this many channels is no basic block; empty if it is one."""
+    layers = list(block.residual.children()) if type(block.residual) is nn.Sequential else []
+    if len(layers) != 2 or type(layers[0]) is not ConvReLU or type(layers[1]) is not nn.Conv2d:
+        return "is no basic block of two 3×3 convolutions with a ReLU between them"
+    first, second = layers
+    if not is_plain(first, 3) or not is_plain(second, 3) or second.stride != (1, 1):
+        return "has other convolutions than plain ones of 3×3"
+    kind = kind_of(block.shortcut)
+    if not kind:
+        return "has a shortcut of another kind than identity, A, pool or B"
+    same = first.stride == (1, 1) and first.out_channels == channels
+    if (kind == "identity" and not same) or first.stride != (stride_of(block.shortcut),) * 2:
+        return "has a shortcut of another shape than its residual branch"
+    return ""
+
+
+def _costs(stage: Stage) -> list[int]:
+    """Return what a stage's blocks cost: products of 16 × 16 channels, by pixels."""
+    inner = stage.h * stage.w * stage.c_padded // 16
+    own = inner * stage.c_padded // 16
+    change = [(own + inner * stage.c_in_padded // 16) // 2] if stage.kind else []
+    return [max(1, cost) for cost in [*change, *[own] * stage.blocks]]
+
+
+def _aligned(elements: int) -> int:
+    """Return the next multiple of 64 elements, so that every part of the memory begins where a cache line begins."""
+    return -(-elements // 64) * 64
+
+
+def _pixels(images: Tensor) -> Tensor:
+    """Return images as the kernels read them: uint8 or float32, contiguous."""
+    return images.to(torch.float32 if images.is_floating_point() else torch.uint8).contiguous()

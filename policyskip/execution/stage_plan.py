@@ -1,0 +1,129 @@
+"""What the stage kernels need to know of a network: its stages' shapes, and its weights in the order they are read in.
+
+Shapes: C classes or channels (CP: padded to a power of two), H W pixels.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import nn
+
+from policyskip.backbones.base import Backbone, Block
+from policyskip.backbones.resnet import PoolShortcut, SubsampleShortcut
+
+MOST_CHANNELS = 256
+"""From here on, an image's own copy of the weights in its multiprocessor would take longer to load than to use."""
+MOST_PIXELS = 128 * 128
+"""Features of larger images would not stay in the cache of one multiprocessor."""
+PRECISIONS = (torch.float32, torch.bfloat16, torch.float16)
+
+
+@dataclass(frozen=True)
+class Tiling:
+    """How the kernels divide the work of an image; a benchmark finds out which way is fastest. All give the same bits.
+
+    Args:
+        warps: warps of a program, for the first, second, third … stage, the last for all that follow. In one launch,
+            the first of them.
+        sums: float32 sums that a thread holds in registers: with the warps, they say how many pixels a tile has.
+        entries: bytes of the input pixels that one product takes for one patch of output pixels.
+        ahead: whether the next product's entries are loaded while one is computed.
+        one_launch: whether the whole network is one launch, or each stage its own.
+        resident: programs that a multiprocessor runs at once (by registers and shared memory), for their order.
+    """
+
+    warps: tuple[int, ...]
+    sums: int = 32
+    entries: int = 256
+    ahead: bool = True
+    one_launch: bool = True
+    resident: int = 1
+
+
+class Stage(NamedTuple):
+    """A stage as the kernels are compiled for it; they read the fields by number, in this order.
+
+    Of these, h to c_padded are the shape of its features, and h_in to shift say how its first block changes the shape
+    (kind is empty if it does not). The blocks from ``start`` have the identity as their shortcut. Weights and biases
+    are places in the packed tensors, with the step from one block to the next. A tile has m patches, of patch × patch
+    pixels; in the first block m_change pixels. A product has at most ``entries`` entries. What the first block gives
+    is written to ``out`` of the scratch memory, or to the launch's output if that is negative.
+    """
+
+    h: int
+    w: int
+    c: int
+    c_padded: int
+    h_in: int
+    w_in: int
+    c_in: int
+    c_in_padded: int
+    stride: int
+    kind: str
+    shift: int
+    start: int
+    blocks: int
+    weights: int
+    weights_step: int
+    bias: int
+    bias_step: int
+    change_weights: int
+    change_bias: int
+    m: int
+    patch: int
+    m_change: int
+    entries: int
+    ahead: bool
+    out: int
+
+
+class Launch(NamedTuple):
+    """What one launch of ``run_image`` computes, in the kernel's words, and the warps of its programs."""
+
+    constants: dict[str, object]
+    warps: int
+    x_shape: tuple[int, int, int]
+    out_shape: tuple[int, ...]
+
+
+def padded(channels: int) -> int:
+    """Return the smallest power of two that is at least ``channels`` and at least 16, which products need."""
+    return max(16, 1 << (channels - 1).bit_length())
+
+
+def convolutions(block: Block) -> tuple[nn.Conv2d, nn.Conv2d]:
+    """Return the two convolutions of a basic block that ``why_not_block`` accepts."""
+    first, second = block.residual.children()
+    assert isinstance(first, nn.Conv2d) and isinstance(second, nn.Conv2d)
+    return first, second
+
+
+def is_plain(conv: nn.Module, size: int) -> bool:
+    """Return whether this is a convolution of size × size pixels with zero padding, without groups or dilation."""
+    if not isinstance(conv, nn.Conv2d) or conv.padding_mode != "zeros":
+        return False
+    same = conv.kernel_size == (size, size) and conv.padding == (size // 2, size // 2) and conv.groups == 1
+    return same and conv.dilation == (1, 1) and conv.stride in ((1, 1), (2, 2))
+
+
+def kind_of(shortcut: nn.Module) -> str:
+    """Return "identity", "A", "pool" or "B", or an empty text for another shortcut."""
+    if type(shortcut) is nn.Identity:
+        return "identity"
+    if type(shortcut) is SubsampleShortcut:
+        return "A"
+    if type(shortcut) is PoolShortcut:
+        return "pool"
+    layers = list(shortcut.children()) if type(shortcut) is nn.Sequential else []
+    return "B" if len(layers) == 1 and type(layers[0]) is nn.Conv2d and is_plain(layers[0], 1) else ""
+
+
+def stride_of(shortcut: nn.Module) -> int:
+    """Return the stride of a shortcut of one of the kinds above."""
+    if isinstance(shortcut, nn.Sequential):
+        shortcut = next(iter(shortcut.children()))
+    stride = getattr(shortcut, "stride", 1)
+    return int(stride[0] if isinstance(stride, tuple) else stride)
