@@ -68,7 +68,7 @@ def add_products(
     PRECISION: tl.constexpr,
     UPCAST: tl.constexpr,
 ):
-    """Add a convolution of x to a tile of sums, without bias.
+    """Add the products of a convolution of x to a tile of sums, which begin with the bias.
 
     Args:
         x: features (B, H, W, CHANNELS).
@@ -164,18 +164,19 @@ def convolve(
         image_M = tl.load(rows + block * images + slot_M, mask=live_M, other=0)
     from_M = image_M if IS_FIRST else slot_M
     to_M = image_M if IS_LAST else slot_M
-    sum_MN = add_products(
-        tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32),
-        *(x, weights, from_M, place_M % PIXELS, live_M, channel_N),
-        *(H, W, CHANNELS, OUT_W, TAPS_Y, TAPS_X, STRIDE_Y, STRIDE_X, PAD_Y, PAD_X, BLOCK_K, PRECISION, UPCAST),
-    )
-    sum_MN += tl.load(bias + channel_N)[None, :]
     out_MN = out + ((to_M.to(tl.int64) * PIXELS + place_M % PIXELS) * OUT_CHANNELS)[:, None] + channel_N[None, :]
     inside_MN = live_M[:, None]
     if OUT_CHANNELS % BLOCK_N != 0:
         inside_MN = inside_MN & (channel_N < OUT_CHANNELS)[None, :]
+    if IS_LAST:  # begun before the product, so that it is on its way meanwhile
+        shortcut_MN = tl.load(out_MN, mask=inside_MN, other=0.0)
+    sum_MN = add_products(
+        tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32) + tl.load(bias + channel_N)[None, :],
+        *(x, weights, from_M, place_M % PIXELS, live_M, channel_N),
+        *(H, W, CHANNELS, OUT_W, TAPS_Y, TAPS_X, STRIDE_Y, STRIDE_X, PAD_Y, PAD_X, BLOCK_K, PRECISION, UPCAST),
+    )
     if IS_LAST:
-        sum_MN += tl.load(out_MN, mask=inside_MN, other=0.0).to(tl.float32)
+        sum_MN += shortcut_MN.to(tl.float32)
     if RELU:
         sum_MN = tl.maximum(sum_MN, 0.0)
     tl.store(out_MN, sum_MN.to(out.dtype.element_ty), mask=inside_MN)
@@ -256,20 +257,20 @@ def join(
     slot_M = place_M // PIXELS
     first = tl.where(is_kept, 0, count)
     image_M = tl.load(rows + block * images + first + slot_M, mask=live_M, other=0)
+    bias_N = tl.load(shortcut_bias + channel_N) + tl.load(bias + channel_N, mask=is_kept, other=0.0)
     sum_MN = add_products(
-        tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32),
+        tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32) + bias_N[None, :],
         *(x, shortcut_weights, image_M, place_M % PIXELS, live_M, channel_N),
         *(SHORTCUT_H, SHORTCUT_W, SHORTCUT_CHANNELS, OUT_W, SHORTCUT_TAPS_Y, SHORTCUT_TAPS_X),
         *(SHORTCUT_STRIDE_Y, SHORTCUT_STRIDE_X, SHORTCUT_PAD_Y, SHORTCUT_PAD_X, SHORTCUT_BLOCK_K, PRECISION, UPCAST),
     )
-    sum_MN += tl.load(shortcut_bias + channel_N)[None, :]
     if is_kept:
         from_M = image_M if IS_FIRST else slot_M
         sum_MN = add_products(
             *(sum_MN, mid, weights, from_M, place_M % PIXELS, live_M, channel_N),
             *(H, W, CHANNELS, OUT_W, TAPS_Y, TAPS_X, STRIDE_Y, STRIDE_X, PAD_Y, PAD_X, BLOCK_K, PRECISION, UPCAST),
         )
-        sum_MN = tl.maximum(sum_MN + tl.load(bias + channel_N)[None, :], 0.0)
+        sum_MN = tl.maximum(sum_MN, 0.0)
     out_MN = out + ((image_M.to(tl.int64) * PIXELS + place_M % PIXELS) * OUT_CHANNELS)[:, None] + channel_N[None, :]
     inside_MN = live_M[:, None]
     if OUT_CHANNELS % BLOCK_N != 0:

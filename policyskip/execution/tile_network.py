@@ -53,6 +53,7 @@ class Convolution:
         self.step = step_size(self.channels, inputs)
         self.taps, self.stride, self.padding = layer.kernel_size, layer.stride, layer.padding
         self.weights, self.bias = packed(layer, self.step)
+        self.steps = self.weights.shape[1] // self.step
 
     def out_size(self, size: Sequence[int]) -> tuple[int, ...]:
         """Return the output's height and width for an input's."""
@@ -177,6 +178,9 @@ class TileNetwork(KernelNetwork):
         dtype = next(folded.parameters()).dtype
         kind = "half" if dtype.itemsize == 2 else "ieee" if exact else "tf32"
         self._tilings = tilings[kind]
+        # What joins the shortcut holds its tile as well. With the largest, registers would do for one program a
+        # multiprocessor, and nothing would run while that one waits for memory.
+        self._tilings_to_join = [tile for tile in self._tilings if tile.pixels * tile.channels <= 128 * 64]
         self._blocks = [TileBlock(block, min(t.inputs for t in self._tilings)) for block in folded.blocks]
         device = folded.mean.device
         on_gpu = device.type == "cuda"
@@ -252,14 +256,15 @@ class TileNetwork(KernelNetwork):
         """Run one convolution of a branch; see :func:`policyskip.execution.tile_kernels.convolve`."""
         out_h, out_w = out.shape[2:]
         pixels, channels = listing.images * out_h * out_w, conv.out_channels
-        tile = choose(self._tilings, EXPECTED_SHARE * pixels, channels, self._multiprocessors)
+        tilings = self._tilings_to_join if is_last else self._tilings
+        tile = choose(tilings, EXPECTED_SHARE * pixels, channels, self._multiprocessors)
         tile_channels = min(tile.channels, largest_tile(channels))
         self._kernels.convolve[(-(-pixels // tile.pixels) * -(-channels // tile_channels),)](
             *(x, conv.weights, conv.bias, out, listing.rows, listing.counts, number, listing.images),
             **conv.sizes(x.shape[2:]),
             **dict(OUT_H=out_h, OUT_W=out_w, OUT_CHANNELS=channels, IS_FIRST=is_first, IS_LAST=is_last),
             **dict(RELU=conv.relu or is_last, BLOCK_M=tile.pixels, BLOCK_N=tile_channels, **self._flags),
-            **dict(num_warps=tile.warps, num_stages=tile.stages),
+            **dict(num_warps=tile.warps, num_stages=min(tile.stages, conv.steps)),
         )
 
     def _join(
@@ -270,7 +275,7 @@ class TileNetwork(KernelNetwork):
         out = empty(x, conv.out_channels, conv.out_size(mid.shape[2:]))
         out_h, out_w = out.shape[2:]
         pixels, channels = listing.images * out_h * out_w, conv.out_channels
-        tile = choose(self._tilings, pixels, channels, self._multiprocessors)
+        tile = choose(self._tilings_to_join, pixels, channels, self._multiprocessors)
         tile_channels = min(tile.channels, largest_tile(channels))
         # One more tile of pixels than all images fill: kept and other images do not share one.
         self._kernels.join[((-(-pixels // tile.pixels) + 1) * -(-channels // tile_channels),)](
@@ -280,7 +285,7 @@ class TileNetwork(KernelNetwork):
             **{f"SHORTCUT_{name}": size for name, size in projection.sizes(x.shape[2:]).items()},
             **dict(OUT_H=out_h, OUT_W=out_w, OUT_CHANNELS=channels, IS_FIRST=mid is x),
             **dict(BLOCK_M=tile.pixels, BLOCK_N=tile_channels, **self._flags),
-            **dict(num_warps=tile.warps, num_stages=tile.stages),
+            **dict(num_warps=tile.warps, num_stages=min(tile.stages, max(conv.steps, projection.steps))),
         )
         return out
 
