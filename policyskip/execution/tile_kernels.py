@@ -178,7 +178,7 @@ def convolve(
     if IS_LAST:
         sum_MN += shortcut_MN.to(tl.float32)
     if RELU:
-        sum_MN = tl.maximum(sum_MN, 0.0)
+        sum_MN = tl.maximum(sum_MN, 0.0, propagate_nan=tl.PropagateNan.ALL)  # else NaN would become 0
     tl.store(out_MN, sum_MN.to(out.dtype.element_ty), mask=inside_MN)
 
 
@@ -270,7 +270,7 @@ def join(
             *(sum_MN, mid, weights, from_M, place_M % PIXELS, live_M, channel_N),
             *(H, W, CHANNELS, OUT_W, TAPS_Y, TAPS_X, STRIDE_Y, STRIDE_X, PAD_Y, PAD_X, BLOCK_K, PRECISION, UPCAST),
         )
-        sum_MN = tl.maximum(sum_MN, 0.0)
+        sum_MN = tl.maximum(sum_MN, 0.0, propagate_nan=tl.PropagateNan.ALL)  # else NaN would become 0
     out_MN = out + ((image_M.to(tl.int64) * PIXELS + place_M % PIXELS) * OUT_CHANNELS)[:, None] + channel_N[None, :]
     inside_MN = live_M[:, None]
     if OUT_CHANNELS % BLOCK_N != 0:
