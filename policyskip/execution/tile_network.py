@@ -1,0 +1,296 @@
+"""Residual networks of plain convolutions, executed convolution by convolution, one tile of the output a program.
+
+For networks whose images are too large for one multiprocessor: torchvision's ResNets, and wide ones. The stem, the
+head, and shortcuts that are neither the identity nor one convolution are torch's.
+
+Shapes: B images, M consecutive blocks, C channels, H W pixels.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from policyskip.backbones.base import Backbone, Block
+from policyskip.backbones.folding import ConvReLU, FoldedBlock
+from policyskip.execution.kernel_network import KernelNetwork
+from policyskip.execution.tilings import EXPECTED_SHARE, TILINGS, Tiling, choose, step_size
+
+MULTIPROCESSORS = 132
+"""Of an H100; taken where there is no GPU, so that the interpreter cuts tiles as an H100 would."""
+
+
+class Listing(NamedTuple):
+    """The images in the order of a block's decisions: those that keep it, then the others.
+
+    Attributes:
+        rows: int32 (M, B).
+        counts: int32 (M,), how many keep the block.
+        images: B.
+    """
+
+    rows: Tensor
+    counts: Tensor
+    images: int
+
+
+class Convolution:
+    """A convolution as the kernels take it.
+
+    Args:
+        layer: the folded convolution, with or without ReLU.
+        inputs: most input channels of a step.
+    """
+
+    def __init__(self, layer: nn.Conv2d, inputs: int) -> None:
+        self.relu = type(layer) is ConvReLU
+        self.channels, self.out_channels = layer.in_channels, layer.out_channels
+        self.step = step_size(self.channels, inputs)
+        self.taps, self.stride, self.padding = layer.kernel_size, layer.stride, layer.padding
+        self.weights, self.bias = packed(layer, self.step)
+        self.steps = self.weights.shape[1] // self.step
+
+    def out_size(self, size: Sequence[int]) -> tuple[int, ...]:
+        """Return the output's height and width for an input's."""
+        sizes = zip(size, self.taps, self.stride, self.padding, strict=True)
+        return tuple((s + 2 * int(pad) - taps) // stride + 1 for s, taps, stride, pad in sizes)
+
+    def sizes(self, size: Sequence[int]) -> dict[str, int]:
+        """Return what the kernels are compiled for, for an input of this height and width."""
+        return dict(
+            **dict(H=size[0], W=size[1], CHANNELS=self.channels, TAPS_Y=self.taps[0], TAPS_X=self.taps[1]),
+            **dict(STRIDE_Y=self.stride[0], STRIDE_X=self.stride[1]),
+            **dict(PAD_Y=int(self.padding[0]), PAD_X=int(self.padding[1]), BLOCK_K=self.step),
+        )
+
+
+def packed(layer: nn.Conv2d, step: int) -> tuple[Tensor, Tensor]:
+    """Return a convolution's weights (N, steps · step), and its bias (N,), float32, with N output channels.
+
+    A step takes ``step`` input channels at one place of the filter; it goes over the places first, and then over the
+    next channels, so that the features that it reads again are in the cache. Channels are filled up with zeros to whole
+    steps and tiles.
+    """
+    weight = layer.weight.detach()
+    out, inputs, *taps = weight.shape
+    most = largest_tile(out)
+    weight = F.pad(weight, (0, 0, 0, 0, 0, -inputs % step, 0, -out % most))
+    weight = weight.reshape(len(weight), -1, step, taps[0] * taps[1]).transpose(2, 3)
+    bias = weight.new_zeros(out) if layer.bias is None else layer.bias.detach()
+    return weight.reshape(len(weight), -1).contiguous(), F.pad(bias.float(), (0, -out % most))
+
+
+def largest_tile(channels: int) -> int:
+    """Return the most output channels that a tile has, a power of two: 128, or less if there are fewer channels."""
+    return min(128, max(16, 1 << (channels - 1).bit_length()))
+
+
+class TileBlock:
+    """A block as the kernels take it: the convolutions of its branch, and its shortcut.
+
+    Args:
+        block: the folded block.
+        inputs: most input channels of a step.
+    """
+
+    def __init__(self, block: Block, inputs: int) -> None:
+        self.branch = [Convolution(layer, inputs) for layer in convolutions(block.residual)]
+        self.shortcut = block.shortcut
+        self.is_identity = type(block.shortcut) is nn.Identity
+        projection = the_convolution(block.shortcut)
+        self.projection = None if projection is None else Convolution(projection, inputs)
+
+
+def convolutions(branch: nn.Module) -> list[nn.Conv2d]:
+    """Return the convolutions of a branch in order; one with a ReLU behind it as :class:`ConvReLU`."""
+    found: list[nn.Conv2d] = []
+    layers = list(branch) if type(branch) is nn.Sequential else [branch]
+    for layer in layers:
+        if isinstance(layer, nn.Conv2d):
+            found.append(layer)
+        elif type(layer) is nn.ReLU:
+            found[-1] = ConvReLU(found[-1])
+    return found
+
+
+def the_convolution(shortcut: nn.Module) -> nn.Conv2d | None:
+    """Return the convolution that a shortcut consists of, if it is one plain convolution and nothing else."""
+    layers = list(shortcut) if type(shortcut) is nn.Sequential else [shortcut]
+    if len(layers) == 1 and type(layers[0]) is nn.Conv2d and not why_not_plain(layers[0]):
+        return layers[0]
+    return None
+
+
+def why_not_plain(layer: nn.Conv2d) -> str:
+    """Return what a convolution has that the kernels do not; empty if nothing."""
+    if layer.groups != 1:
+        return f"a convolution in {layer.groups} groups"
+    if layer.dilation != (1, 1):
+        return "a dilated convolution"
+    if isinstance(layer.padding, str) or layer.padding_mode != "zeros":
+        return "a convolution padded with something other than a number of zeros"
+    return ""
+
+
+def why_not_branch(branch: nn.Module) -> str:
+    """Return what a block's branch has, or lacks, that keeps it from the kernels; empty if nothing."""
+    layers = list(branch) if type(branch) is nn.Sequential else [branch]
+    before: nn.Module | None = None
+    for layer in layers:
+        if type(layer) is nn.ReLU and type(before) is not nn.Conv2d:
+            return "a ReLU that does not follow a convolution"
+        if type(layer) not in (nn.Conv2d, ConvReLU, nn.ReLU):
+            return f"a layer of type {type(layer).__name__}"
+        if isinstance(layer, nn.Conv2d) and (reason := why_not_plain(layer)):
+            return reason
+        before = layer
+    if before is None:
+        return "no convolution"
+    return "" if type(before) is nn.Conv2d else "a ReLU at its end"
+
+
+class TileNetwork(KernelNetwork):
+    """A residual network of plain convolutions whose blocks run in Triton kernels, one tile of the output a program.
+
+    Args:
+        folded, image_shape, exact: as in :class:`KernelNetwork`.
+        tilings: which tiles there are to choose from, for the kinds of :data:`TILINGS`.
+    """
+
+    def __init__(
+        self,
+        folded: Backbone,
+        image_shape: tuple[int, int, int],
+        exact: bool = False,
+        tilings: Mapping[str, Sequence[Tiling]] = TILINGS,
+    ) -> None:
+        super().__init__(folded, image_shape, exact)
+        import triton
+
+        from policyskip.execution import tile_kernels
+
+        self._kernels: Any = tile_kernels
+        dtype = next(folded.parameters()).dtype
+        kind = "half" if dtype.itemsize == 2 else "ieee" if exact else "tf32"
+        self._tilings = tilings[kind]
+        # What joins the shortcut holds its tile as well. With the largest, registers would do for one program a
+        # multiprocessor, and nothing would run while that one waits for memory.
+        self._tilings_to_join = [tile for tile in self._tilings if tile.pixels * tile.channels <= 128 * 64]
+        self._blocks = [TileBlock(block, min(t.inputs for t in self._tilings)) for block in folded.blocks]
+        device = folded.mean.device
+        on_gpu = device.type == "cuda"
+        self._multiprocessors = (
+            torch.cuda.get_device_properties(device).multi_processor_count if on_gpu else MULTIPROCESSORS
+        )
+        # The interpreter multiplies the bits of bfloat16 as if they were whole numbers.
+        upcast = dtype.itemsize == 2 and not isinstance(tile_kernels.convolve, triton.JITFunction)
+        self._flags = dict(PRECISION="ieee" if exact else "tf32", UPCAST=upcast)
+
+    @classmethod
+    def why_not(cls, folded: Backbone, image_shape: tuple[int, int, int]) -> str:
+        """Return why a network cannot run so, as one clause; empty if it can."""
+        dtype = next(folded.parameters()).dtype
+        if dtype not in (torch.float32, torch.float16, torch.bfloat16):
+            return f"its weights are {str(dtype).removeprefix('torch.')}"
+        for number, block in enumerate(folded.blocks):
+            if type(block) not in (Block, FoldedBlock):
+                return f"its block {number} is a {type(block).__name__}, which may join its branch in a way of its own"
+            if reason := why_not_branch(block.residual):
+                return f"the branch of its block {number} has {reason}"
+        return ""
+
+    @torch.no_grad()
+    def advance(self, x: Tensor, keep_BM: Tensor, first: int) -> Tensor:
+        """Compute the features after M blocks from features (B, C, H, W), channels last, that enter block ``first``.
+
+        Args:
+            x: owned by the caller; may be overwritten.
+            keep_BM: bool (B, M), which of the blocks each image keeps.
+        """
+        blocks = self._blocks[first : first + keep_BM.shape[1]]
+        if not keep_BM.numel():
+            for block in blocks:
+                x = block.shortcut(x)
+            return x
+        x = x.contiguous(memory_format=torch.channels_last)
+        with torch.cuda.device(x.device) if x.is_cuda else nullcontext():  # Triton launches on the current one
+            listing = self._list(keep_BM)
+            for number, block in enumerate(blocks):
+                x = self._run(block, x, listing, number)
+        return x
+
+    def _list(self, keep_BM: Tensor) -> Listing:
+        """Put the images of each block into the order of its decisions."""
+        B, M = keep_BM.shape
+        rows = torch.empty(M, B, dtype=torch.int32, device=keep_BM.device)
+        counts = torch.empty(M, dtype=torch.int32, device=keep_BM.device)
+        keep = keep_BM.view(torch.uint8)
+        length = min(1024, max(32, 1 << (B - 1).bit_length()))
+        self._kernels.list_images[(M,)](keep, rows, counts, B, *keep.stride(), LENGTH=length)
+        return Listing(rows, counts, B)
+
+    def _run(self, block: TileBlock, x: Tensor, listing: Listing, number: int) -> Tensor:
+        """Compute the features after one block, the one that has this number in the listing."""
+        mid = x
+        for convolution in block.branch[:-1]:
+            out = empty(x, convolution.out_channels, convolution.out_size(mid.shape[2:]))
+            self._convolve(convolution, mid, out, listing, number, is_first=mid is x, is_last=False)
+            mid = out
+        last = block.branch[-1]
+        if block.projection is not None:
+            return self._join(last, mid, block.projection, x, listing, number)
+        out = x if block.is_identity else block.shortcut(x).contiguous(memory_format=torch.channels_last)
+        if out.data_ptr() == x.data_ptr() and (mid is x or not block.is_identity):
+            out = out.clone(memory_format=torch.channels_last)  # x is still read where it would be written
+        self._convolve(last, mid, out, listing, number, is_first=mid is x, is_last=True)
+        return out
+
+    def _convolve(
+        self, conv: Convolution, x: Tensor, out: Tensor, listing: Listing, number: int, is_first: bool, is_last: bool
+    ) -> None:
+        """Run one convolution of a branch; see :func:`policyskip.execution.tile_kernels.convolve`."""
+        out_h, out_w = out.shape[2:]
+        pixels, channels = listing.images * out_h * out_w, conv.out_channels
+        tilings = self._tilings_to_join if is_last else self._tilings
+        tile = choose(tilings, EXPECTED_SHARE * pixels, channels, self._multiprocessors)
+        tile_channels = min(tile.channels, largest_tile(channels))
+        self._kernels.convolve[(-(-pixels // tile.pixels) * -(-channels // tile_channels),)](
+            *(x, conv.weights, conv.bias, out, listing.rows, listing.counts, number, listing.images),
+            **conv.sizes(x.shape[2:]),
+            **dict(OUT_H=out_h, OUT_W=out_w, OUT_CHANNELS=channels, IS_FIRST=is_first, IS_LAST=is_last),
+            **dict(RELU=conv.relu or is_last, BLOCK_M=tile.pixels, BLOCK_N=tile_channels, **self._flags),
+            **dict(num_warps=tile.warps, num_stages=min(tile.stages, conv.steps)),
+        )
+
+    def _join(
+        self, conv: Convolution, mid: Tensor, projection: Convolution, x: Tensor, listing: Listing, number: int
+    ) -> Tensor:
+        """Run the last convolution of a branch and that of the shortcut; see
+        :func:`policyskip.execution.tile_kernels.join`."""
+        out = empty(x, conv.out_channels, conv.out_size(mid.shape[2:]))
+        out_h, out_w = out.shape[2:]
+        pixels, channels = listing.images * out_h * out_w, conv.out_channels
+        tile = choose(self._tilings_to_join, pixels, channels, self._multiprocessors)
+        tile_channels = min(tile.channels, largest_tile(channels))
+        # One more tile of pixels than all images fill: kept and other images do not share one.
+        self._kernels.join[((-(-pixels // tile.pixels) + 1) * -(-channels // tile_channels),)](
+            *(mid, conv.weights, conv.bias, x, projection.weights, projection.bias),
+            *(out, listing.rows, listing.counts, number, listing.images),
+            **conv.sizes(mid.shape[2:]),
+            **{f"SHORTCUT_{name}": size for name, size in projection.sizes(x.shape[2:]).items()},
+            **dict(OUT_H=out_h, OUT_W=out_w, OUT_CHANNELS=channels, IS_FIRST=mid is x),
+            **dict(BLOCK_M=tile.pixels, BLOCK_N=tile_channels, **self._flags),
+            **dict(num_warps=tile.warps, num_stages=min(tile.stages, max(conv.steps, projection.steps))),
+        )
+        return out
+
+
+def empty(like: Tensor, channels: int, size: Sequence[int]) -> Tensor:
+    """Make features (B, C, H, W), channels last, with nothing in them yet, for as many images as ``like`` has."""
+    shape = (len(like), channels, *size)
+    return torch.empty(shape, dtype=like.dtype, device=like.device, memory_format=torch.channels_last)
