@@ -216,9 +216,7 @@ def _change_shape(
     if kept:
         for tile in range(TILES):
             y, x = _patches(tile, W, 1, M)
-            sums = _convolve(
-                src, weights, y * S - 1, x * S - 1, H_IN, W_IN, C_IN, CP_IN, CP, 3, M, K, AHEAD, PRECISION
-            )
+            sums = _convolve(src, weights, y * S - 1, x * S - 1, H_IN, W_IN, C_IN, CP_IN, CP, 3, M, K, AHEAD, PRECISION)
             at, inside = _pixels(y, x, H, W, C, CP, 1)
             tl.store(mid + at, _relu(sums + tl.load(bias + c)[None, :]).to(mid.dtype.element_ty), mask=inside)
         tl.debug_barrier()  # the second convolution reads what other threads wrote

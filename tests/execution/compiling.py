@@ -41,7 +41,9 @@ NETWORKS: dict[str, tuple[Any, tuple[int, int, int]]] = {
 class Recorder:
     """A stand-in for a kernel that notes how it is launched and does nothing."""
 
-    def __init__(self, kernel: Any, launches: list[tuple[Any, tuple[int, ...], tuple[Any, ...], dict[str, Any]]]) -> None:
+    def __init__(
+        self, kernel: Any, launches: list[tuple[Any, tuple[int, ...], tuple[Any, ...], dict[str, Any]]]
+    ) -> None:
         self.kernel, self.launches = kernel, launches
 
     def __getitem__(self, grid: tuple[int, ...]) -> Any:
@@ -65,7 +67,9 @@ def compiled(kernel: Any, args: tuple[Any, ...], options: dict[str, Any], capabi
     """Compile a kernel as it would be for these arguments on a GPU of this compute capability."""
     sizes = {name: value for name, value in options.items() if name.isupper()}
     names = kernel.arg_names[: len(args)]
-    types = {n: f"*{TYPES[arg.dtype]}" if isinstance(arg, Tensor) else "i32" for n, arg in zip(names, args, strict=True)}
+    types = {
+        n: f"*{TYPES[arg.dtype]}" if isinstance(arg, Tensor) else "i32" for n, arg in zip(names, args, strict=True)
+    }
     aligned = {(i,): [["tt.divisibility", 16]] for i, arg in enumerate(args) if isinstance(arg, Tensor)}
     signature = types | dict.fromkeys(sizes, "constexpr")
     source = ASTSource(fn=kernel, signature=signature, constexprs=sizes, attrs=aligned)

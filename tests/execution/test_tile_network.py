@@ -28,9 +28,7 @@ def conv(channels: int, out: int, size: int = 1, stride: int = 1) -> nn.Sequenti
 
 def bottleneck(channels: int, mid: int, out: int, stride: int = 1) -> Block:
     """A bottleneck with its stride in the middle, its shortcut a projection where the shape changes."""
-    residual = nn.Sequential(
-        *conv(channels, mid), nn.ReLU(), *conv(mid, mid, 3, stride), nn.ReLU(), *conv(mid, out)
-    )
+    residual = nn.Sequential(*conv(channels, mid), nn.ReLU(), *conv(mid, mid, 3, stride), nn.ReLU(), *conv(mid, out))
     same = stride == 1 and channels == out
     return Block(residual, nn.Identity() if same else conv(channels, out, 1, stride))
 
