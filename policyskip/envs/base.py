@@ -288,7 +288,7 @@ class ImageVectorEnv(VectorEnv[Tensor, Tensor, Tensor]):
 
     def _outcome(self, logits_BC: Tensor, label_B: Tensor, keep_BK: Tensor) -> Outcome:
         correct_B = logits_BC.argmax(1) == label_B
-        return Outcome(logits_BC, label_B, correct_B, keep_BK, self.costs.of(keep_BK), self.costs.full)
+        return Outcome(logits_BC.float(), label_B, correct_B, keep_BK, self.costs.of(keep_BK), self.costs.full)
 
     def rewards(self, outcome: Outcome) -> Tensor:
         """Compute the reward of each decision of an outcome, float32 (B,).

@@ -78,7 +78,7 @@ def evaluate_gates(agent: SkipNet, images: Images, batch_size: int, how: How = D
             network = network or GateExecution(agent.network, (channels, height, width), *how)
             run = network.greedy(batch.images)
             full_correct_B = network.whole(batch.images).argmax(1) == batch.label_B
-            ce_B = F.cross_entropy(run.logits_BC, batch.label_B, reduction="none")
+            ce_B = F.cross_entropy(run.logits_BC.float(), batch.label_B, reduction="none")
             reward_B = agent.returns(ce_B, run)[:, 0]
             macs_B = agent.costs.of(run.keep_BK) + agent.decision_macs
             rows.append((batch.label_B, run.logits_BC.argmax(1), full_correct_B, run.keep_BK, macs_B, reward_B))

@@ -8,13 +8,16 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Iterator
+from contextlib import AbstractContextManager, nullcontext
 from importlib import import_module
+from typing import Any
 
 import torch
 
 from policyskip.backbones.base import Backbone
 from policyskip.errors import in_one_line
 from policyskip.execution.kernel_network import KernelNetwork
+from policyskip.parallel import processes
 
 LEAST_CAPABILITY = (8, 0)
 """The oldest GPUs that the kernels are for: those that have TF32 and bfloat16."""
@@ -63,9 +66,10 @@ def kernels_for(folded: Backbone, image_shape: tuple[int, int, int], exact: bool
             reasons.append(reason)
             continue
         try:
-            kernels = kind(folded, image_shape, exact)
-            if folded.mean.is_cuda:
-                _try_once(kernels)
+            with on_device(folded.mean.device):
+                kernels = kind(folded, image_shape, exact)
+                if folded.mean.is_cuda:
+                    _try_once(kernels)
         except Exception as error:  # compilers and drivers raise exceptions of every type
             reasons.append(f"the kernels do not run here ({in_one_line(error, 100)})")
             continue
@@ -100,8 +104,13 @@ def _try_once(kernels: KernelNetwork) -> None:
         raise RuntimeError(f"logits {tuple(logits.shape)} instead of {expected}")
 
 
+def on_device(device: torch.device) -> AbstractContextManager[Any]:
+    """Return a context in which kernels are launched on a device: Triton launches them on the GPU that is current."""
+    return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
+
+
 def say_once(line: str) -> None:
-    """Print a line on the standard error, unless this process has printed it before."""
-    if line not in _said:
+    """Print a line on the standard error, unless it was printed before; of several processes, the first prints it."""
+    if line not in _said and processes.is_first():
         _said.add(line)
         print(line, file=sys.stderr)

@@ -9,6 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from policyskip.errors import in_one_line
+from policyskip.execution.choosing import say_once
+
 MOST_GRAPHS = 8
 """The graphs that are kept; the one that was not used for longest goes first. They share their working memory."""
 
@@ -37,9 +40,11 @@ class CudaGraph:
             call(*self.inputs)
         main.wait_stream(side)
         self.graph = torch.cuda.CUDAGraph()
-        # Other threads, which load images, may use the GPU meanwhile.
-        with torch.cuda.graph(self.graph, pool=pool, capture_error_mode="thread_local"):
-            self.outputs = call(*self.inputs)
+        try:  # other threads, which load images, may use the GPU meanwhile
+            with torch.cuda.graph(self.graph, pool=pool, capture_error_mode="thread_local"):
+                self.outputs = call(*self.inputs)
+        finally:  # torch stays on its own stream if a recording fails
+            torch.cuda.set_stream(main)
 
     def replay(self, inputs: Tensors) -> Tensors:
         """Return the call's results for these inputs, in memory of their own."""
@@ -74,11 +79,17 @@ class CudaGraphs:
         """Return the call's results for these inputs, all of them on one device.
 
         On a CPU, inside another recording, and for inputs without a row, the call is made directly.
+
+        Raises:
+            torch.OutOfMemoryError: the memory does not suffice for the call; all graphs are given up before.
         """
         if not inputs[0].is_cuda or not all(len(tensor) for tensor in inputs) or _is_recording():
             return self.call(*inputs)
-        with torch.cuda.device(inputs[0].device):
+        try:
             return self.replayed(inputs)
+        except torch.OutOfMemoryError:
+            self.graphs.clear()
+            raise
 
     def replayed(self, inputs: Tensors) -> Tensors:
         """Return the call's results by the graph for inputs of these shapes, if there is or may be one now."""
@@ -92,7 +103,9 @@ class CudaGraphs:
             self.graphs.popitem(last=False)
         try:
             self.graphs[key] = self._recorded(inputs)
-        except RuntimeError:  # torch.OutOfMemoryError is one
+        except RuntimeError as error:
+            if not isinstance(error, torch.OutOfMemoryError):
+                say_once(f"no CUDA graph could be recorded, so kernels are launched one by one: {in_one_line(error)}")
             self._without.add(key)
         if key in self._without:  # out here, because inside "except" the failed recording's tensors are not yet freed
             return self.call(*inputs)

@@ -15,7 +15,6 @@ from policyskip.backbones.base import Backbone
 from policyskip.backbones.exits import ExitNetwork, Leave, check_leaves, run_until
 from policyskip.backbones.resnet_exits import ResNetExits
 from policyskip.execution.cuda_graphs import Tensors
-from policyskip.execution.kernel_network import refuse_gradients
 from policyskip.execution.ways import NetworkExecution
 
 Visit = Callable[[int, Tensor, Tensor], Tensor]
@@ -63,8 +62,8 @@ class ExitExecution(NetworkExecution):
         Raises:
             ValueError: gradients are wanted of kernels.
         """
-        if self.kernels is not None and len(images):
-            return self.by_kernels("exits", self._every_exit, images)[0]
+        if (found := self.by_kernels("exits", self._every_exit, images)) is not None:
+            return found[0]
         with self.exactly():
             return self.network(images)
 
@@ -89,14 +88,9 @@ class ExitExecution(NetworkExecution):
             self._walk(images, leaving.visit)
             return leaving.logits_BC, leaving.exit_B
 
-        if self.kernels is not None and len(images):
-            if may_record:
-                logits_BC, exit_B = self.by_kernels(leave, by_kernels, images)
-                return logits_BC, exit_B
-            refuse_gradients(self.network, images)
-            with torch.no_grad(), self.exactly():
-                logits_BC, exit_B = by_kernels(images)
-                return logits_BC, exit_B
+        if (found := self.by_kernels(leave if may_record else None, by_kernels, images)) is not None:
+            logits_BC, exit_B = found
+            return logits_BC, exit_B
         with self.exactly():
             if self.way != "dense" or not len(images):
                 return run_until(self.network, images, leave)

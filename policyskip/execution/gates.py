@@ -43,8 +43,8 @@ class GateExecution(NetworkExecution):
         Raises:
             ValueError: gradients are wanted of kernels.
         """
-        if self.kernels is not None and len(images):
-            return GatedRun(*self.by_kernels("gates", self._block_by_block, images, uniform_BG))
+        if (found := self.by_kernels("gates", self._block_by_block, images, uniform_BG)) is not None:
+            return GatedRun(*found)
         with torch.no_grad(), self.exactly():
             if self.way == "dense" and len(images):
                 return GatedRun(*self._block_by_block(images, uniform_BG))
@@ -56,8 +56,8 @@ class GateExecution(NetworkExecution):
         Raises:
             ValueError: gradients are wanted of kernels.
         """
-        if self.kernels is not None and len(images):
-            return self.by_kernels("whole", self._whole, images)[0]
+        if (found := self.by_kernels("whole", self._whole, images)) is not None:
+            return found[0]
         with self.exactly():
             return self.network.backbone(images)
 

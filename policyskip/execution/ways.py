@@ -21,10 +21,11 @@ from torch import Tensor
 from policyskip.backbones.base import Backbone, Network
 from policyskip.backbones.execution import check_keep, dense, run_block, sparse, sparse_many
 from policyskip.backbones.folding import folded
-from policyskip.errors import UserError, check_choice
-from policyskip.execution.choosing import kernels_for, no_kernels_on, say_once
+from policyskip.errors import UserError, check_choice, in_one_line
+from policyskip.execution.choosing import kernels_for, no_kernels_on, on_device, say_once
 from policyskip.execution.cuda_graphs import Call, CudaGraphs, Tensors
 from policyskip.execution.kernel_network import KernelNetwork, refuse_gradients
+from policyskip.memory import is_out_of_memory
 
 WAYS = ("auto", "kernel", "gather", "dense")
 PRECISIONS = {
@@ -140,23 +141,51 @@ class NetworkExecution:
         self.__dict__.update(state)
         self._choose()
 
-    def by_kernels(self, name: Hashable, call: Call, *inputs: Tensor) -> Tensors:
+    def by_kernels(self, name: Hashable, call: Call, *inputs: Tensor) -> Tensors | None:
         """Make a call that runs kernels and asks nothing of the host, in a CUDA graph where there is one.
 
         Args:
-            name: of the call: calls of one name must do the same.
-            inputs: tensors on the device, the call's arguments.
+            name: of the call: calls of one name must do the same. None: the call is made without a graph.
+            inputs: tensors on the device, the call's arguments; they are not overwritten.
+
+        Returns: the call's tensors; None where there are no kernels, or none any more, because they failed, or for no
+            images: the caller then gathers.
 
         Raises:
-            ValueError: gradients are wanted.
+            ValueError: gradients are wanted, or an argument is refused.
+            UserError: the kernels failed, and ``execution=kernel`` was asked for.
+            torch.OutOfMemoryError: the GPU's memory does not suffice.
         """
+        if self.kernels is None or not len(inputs[0]):
+            return None
         refuse_gradients(self.network, *inputs)
-        with torch.no_grad(), self.exactly():
-            return self._graphs.setdefault(name, CudaGraphs(call))(*inputs)
+        try:
+            with torch.no_grad(), self.exactly():
+                return call(*inputs) if name is None else self._graphs.setdefault(name, CudaGraphs(call))(*inputs)
+        except Exception as error:  # compilers and drivers raise exceptions of every type
+            if isinstance(error, ValueError) or is_out_of_memory(error):
+                raise
+            self._give_kernels_up(error)
+        return None
 
-    def exactly(self) -> Any:
-        """Return a context in which float32 is exact if the precision says so; otherwise one that changes nothing."""
-        return full_float32(self.precision == "float32_exact" and self.network.mean.is_cuda)
+    def _give_kernels_up(self, error: Exception) -> None:
+        """Gather from now on, because a kernel failed: for each number of images others may have to be compiled.
+
+        Raises:
+            UserError: ``execution=kernel`` was asked for.
+        """
+        why = f"the kernels do not run here ({in_one_line(error, 100)})"
+        if self.asked_way == "kernel":
+            raise UserError(f"execution=kernel cannot be: {why}; say execution=auto") from error
+        self.kernels, self.way, self.why, self._graphs = None, "gather", why, {}
+        say_once(f"no kernels for {self.network.name}, so images are gathered: {why}")
+
+    @contextmanager
+    def exactly(self) -> Iterator[None]:
+        """Let torch and kernels compute on the network's device, and float32 be exact if the precision says so."""
+        device = self.network.mean.device
+        with on_device(device), full_float32(self.precision == "float32_exact" and device.type == "cuda"):
+            yield
 
 
 class Execution(NetworkExecution):
@@ -193,9 +222,9 @@ class Execution(NetworkExecution):
         Raises:
             ValueError: ``keep_SBK`` is of another kind or shape, or gradients are wanted of kernels.
         """
-        if self.kernels is not None and len(images):
-            check_keep(self.network, images, keep_SBK[0])
-            return self.by_kernels("logits", self._by_kernels, images, keep_SBK.to(images.device))[0]
+        check_keep(self.network, images, keep_SBK[0])
+        if (found := self.by_kernels("logits", self._by_kernels, images, keep_SBK.to(images.device))) is not None:
+            return found[0]
         with self.exactly():
             if self.way == "dense":
                 return torch.stack([dense(self.network, images, keep_BK) for keep_BK in keep_SBK])
@@ -228,11 +257,18 @@ class Execution(NetworkExecution):
 
         Raises:
             ValueError: gradients are wanted of kernels.
+            UserError: a kernel failed.
         """
         if self.kernels is not None and len(x):
             refuse_gradients(self.network, x)
-            with torch.no_grad(), self.exactly():
-                return self.kernels.advance(x, keep_BM.to(x.device), first)
+            try:
+                with torch.no_grad(), self.exactly():
+                    return self.kernels.advance(x, keep_BM.to(x.device), first)
+            except Exception as error:
+                if isinstance(error, ValueError) or is_out_of_memory(error):
+                    raise
+                self._give_kernels_up(error)  # what entered the block may be overwritten
+                raise UserError(f"{self.why}, between two blocks; start again with execution=gather") from error
         with self.exactly():
             for block, keep_B in zip(self.network.blocks[first:], keep_BM.unbind(1), strict=False):
                 if self.way == "dense":
