@@ -15,25 +15,23 @@ K entries of a product, N = PATCH² · CP results a patch. Features are (R, H, W
 
 from __future__ import annotations
 
-from typing import Any
-
 import triton
 import triton.language as tl
 
 
 @triton.jit
 def _window(
-    src: Any,
-    top_M: Any,
-    left_M: Any,
-    first: Any,
+    src: tl.tensor,
+    top_M: tl.tensor,
+    left_M: tl.tensor,
+    first: tl.tensor,
     H: tl.constexpr,
     W: tl.constexpr,
     C: tl.constexpr,
     CP: tl.constexpr,
     SIDE: tl.constexpr,
     K: tl.constexpr,
-) -> Any:
+) -> tl.tensor:
     """Load entries first … first + K - 1 of the windows of SIDE × SIDE pixels at (top, left), (M, K); 0 outside."""
     k = first + tl.arange(0, K)
     down, right, c = k // CP // SIDE, k // CP % SIDE, k % CP
@@ -46,17 +44,29 @@ def _window(
 
 
 @triton.jit
-def _weights(weights: Any, first: Any, ALL: tl.constexpr, K: tl.constexpr, N: tl.constexpr) -> Any:
+def _product(a: tl.tensor, b: tl.tensor, total: tl.tensor, PRECISION: tl.constexpr) -> tl.tensor:
+    """Add the product of a (M, K) and b (K, N) to float32 sums (M, N).
+
+    PRECISION: "tf32" or "ieee" for float32. "widened": Triton's interpreter cannot multiply bfloat16.
+    """
+    if PRECISION == "widened":
+        return tl.dot(a.to(tl.float32), b.to(tl.float32), total, input_precision="ieee")
+    else:
+        return tl.dot(a, b, total, input_precision=PRECISION)
+
+
+@triton.jit
+def _weights(weights: tl.tensor, first: tl.tensor, ALL: tl.constexpr, K: tl.constexpr, N: tl.constexpr) -> tl.tensor:
     """Load entries first … first + K - 1 of weights (N, ALL), as (K, N)."""
     return tl.load(weights + first + tl.arange(0, K)[:, None] + tl.arange(0, N)[None, :] * ALL)
 
 
 @triton.jit
 def _convolve(
-    src: Any,
-    weights: Any,
-    top_M: Any,
-    left_M: Any,
+    src: tl.tensor,
+    weights: tl.tensor,
+    top_M: tl.tensor,
+    left_M: tl.tensor,
     H: tl.constexpr,
     W: tl.constexpr,
     C: tl.constexpr,
@@ -65,12 +75,11 @@ def _convolve(
     SIDE: tl.constexpr,
     M: tl.constexpr,
     MOST: tl.constexpr,
-    AHEAD: tl.constexpr,
     PRECISION: tl.constexpr,
-) -> Any:
+) -> tl.tensor:
     """Sum up products of at most MOST entries of windows with weights (N, SIDE² · CP): float32 (M, N).
 
-    All loads of a product are on their way at once. AHEAD: and those of the next one, while a product is computed.
+    All loads of a product are on their way at once, which is why a product takes several pixels if C is small.
     """
     ALL: tl.constexpr = SIDE * SIDE * CP
     LARGEST: tl.constexpr = (8 if SIDE == 3 else SIDE * SIDE) * CP  # of 9 pixels, the ninth is a product of its own
@@ -81,37 +90,19 @@ def _convolve(
     if PRODUCTS > 12:  # unrolled, they would take long to compile
         for i in range(PRODUCTS):
             a = _window(src, top_M, left_M, i * K, H, W, C, CP, SIDE, K)
-            total = tl.dot(a, _weights(weights, i * K, ALL, K, N), total, input_precision=PRECISION)
-        if REST > 0:
-            a = _window(src, top_M, left_M, PRODUCTS * K, H, W, C, CP, SIDE, REST)
-            total = tl.dot(a, _weights(weights, PRODUCTS * K, ALL, REST, N), total, input_precision=PRECISION)
-    elif AHEAD:
-        a = _window(src, top_M, left_M, 0, H, W, C, CP, SIDE, K)
-        b = _weights(weights, 0, ALL, K, N)
-        for i in tl.static_range(1, PRODUCTS):
-            next_a = _window(src, top_M, left_M, i * K, H, W, C, CP, SIDE, K)
-            next_b = _weights(weights, i * K, ALL, K, N)
-            total = tl.dot(a, b, total, input_precision=PRECISION)
-            a, b = next_a, next_b
-        if REST > 0:
-            last_a = _window(src, top_M, left_M, PRODUCTS * K, H, W, C, CP, SIDE, REST)
-            last_b = _weights(weights, PRODUCTS * K, ALL, REST, N)
-            total = tl.dot(a, b, total, input_precision=PRECISION)
-            total = tl.dot(last_a, last_b, total, input_precision=PRECISION)
-        else:
-            total = tl.dot(a, b, total, input_precision=PRECISION)
+            total = _product(a, _weights(weights, i * K, ALL, K, N), total, PRECISION)
     else:
         for i in tl.static_range(PRODUCTS):
             a = _window(src, top_M, left_M, i * K, H, W, C, CP, SIDE, K)
-            total = tl.dot(a, _weights(weights, i * K, ALL, K, N), total, input_precision=PRECISION)
-        if REST > 0:
-            a = _window(src, top_M, left_M, PRODUCTS * K, H, W, C, CP, SIDE, REST)
-            total = tl.dot(a, _weights(weights, PRODUCTS * K, ALL, REST, N), total, input_precision=PRECISION)
+            total = _product(a, _weights(weights, i * K, ALL, K, N), total, PRECISION)
+    if REST > 0:
+        a = _window(src, top_M, left_M, PRODUCTS * K, H, W, C, CP, SIDE, REST)
+        total = _product(a, _weights(weights, PRODUCTS * K, ALL, REST, N), total, PRECISION)
     return total
 
 
 @triton.jit
-def _patches(tile: Any, W: tl.constexpr, PATCH: tl.constexpr, M: tl.constexpr) -> Any:
+def _patches(tile: tl.tensor, W: tl.constexpr, PATCH: tl.constexpr, M: tl.constexpr) -> tl.tensor:
     """Return y and x, each (M,), of the first pixel of each patch of a tile; behind the last patch, y is at least H."""
     across: tl.constexpr = (W + PATCH - 1) // PATCH
     number = tile * M + tl.arange(0, M)
@@ -120,14 +111,14 @@ def _patches(tile: Any, W: tl.constexpr, PATCH: tl.constexpr, M: tl.constexpr) -
 
 @triton.jit
 def _pixels(
-    y_M: Any,
-    x_M: Any,
+    y_M: tl.tensor,
+    x_M: tl.tensor,
     H: tl.constexpr,
     W: tl.constexpr,
     C: tl.constexpr,
     CP: tl.constexpr,
     PATCH: tl.constexpr,
-) -> Any:
+) -> tl.tensor:
     """Return where in features (H, W, C) the results (M, N) of patches stand, and which of them exist."""
     n = tl.arange(0, PATCH * PATCH * CP)
     down, right, c = n // CP // PATCH, n // CP % PATCH, n % CP
@@ -138,18 +129,18 @@ def _pixels(
 
 
 @triton.jit
-def _relu(x: Any) -> Any:
+def _relu(x: tl.tensor) -> tl.tensor:
     """Return the larger of x and 0, and NaN for NaN, as torch does."""
     return tl.maximum(x, 0.0, propagate_nan=tl.PropagateNan.ALL)
 
 
 @triton.jit
 def _shortcut(
-    src: Any,
-    weights: Any,
-    bias: Any,
-    y_M: Any,
-    x_M: Any,
+    src: tl.tensor,
+    weights: tl.tensor,
+    bias: tl.tensor,
+    y_M: tl.tensor,
+    x_M: tl.tensor,
     KIND: tl.constexpr,
     SHIFT: tl.constexpr,
     STRIDE: tl.constexpr,
@@ -161,14 +152,14 @@ def _shortcut(
     M: tl.constexpr,
     MOST: tl.constexpr,
     PRECISION: tl.constexpr,
-) -> Any:
+) -> tl.tensor:
     """Compute a shortcut that changes the shape, float32 (M, N), from features src (H, W, C).
 
     KIND: "A" takes one pixel and puts SHIFT zero channels before it; "pool" averages over the pixels that exist;
     "B" is a 1×1 convolution.
     """
     if KIND == "B":
-        products = _convolve(src, weights, y_M * STRIDE, x_M * STRIDE, H, W, C, CP, N, 1, M, MOST, False, PRECISION)
+        products = _convolve(src, weights, y_M * STRIDE, x_M * STRIDE, H, W, C, CP, N, 1, M, MOST, PRECISION)
         return products + tl.load(bias + tl.arange(0, N))[None, :]
     c = tl.arange(0, N) - SHIFT
     exists = ((c >= 0) & (c < C))[None, :]
@@ -185,12 +176,12 @@ def _shortcut(
 
 @triton.jit
 def _change_shape(
-    src: Any,
-    dst: Any,
-    mid: Any,
-    kept: Any,
-    weights: Any,
-    bias: Any,
+    src: tl.tensor,
+    dst: tl.tensor,
+    mid: tl.tensor,
+    kept: tl.tensor,
+    weights: tl.tensor,
+    bias: tl.tensor,
     STAGE: tl.constexpr,
     PRECISION: tl.constexpr,
 ) -> None:
@@ -208,7 +199,6 @@ def _change_shape(
     SHIFT: tl.constexpr = STAGE[10]
     M: tl.constexpr = STAGE[21]
     K: tl.constexpr = STAGE[22]
-    AHEAD: tl.constexpr = STAGE[23]
     TILES: tl.constexpr = (H * W + M - 1) // M
     second = weights + 9 * CP_IN * CP
     third = second + 9 * CP * CP
@@ -217,14 +207,14 @@ def _change_shape(
         for tile in range(TILES):
             y, x = _patches(tile, W, 1, M)
             sums = _convolve(
-                src, weights, y * S - 1, x * S - 1, H_IN, W_IN, C_IN, CP_IN, CP, 3, M, K, AHEAD, PRECISION
+                src, weights, y * S - 1, x * S - 1, H_IN, W_IN, C_IN, CP_IN, CP, 3, M, K, PRECISION
             )
             at, inside = _pixels(y, x, H, W, C, CP, 1)
             tl.store(mid + at, _relu(sums + tl.load(bias + c)[None, :]).to(mid.dtype.element_ty), mask=inside)
         tl.debug_barrier()  # the second convolution reads what other threads wrote
         for tile in range(TILES):
             y, x = _patches(tile, W, 1, M)
-            sums = _convolve(mid, second, y - 1, x - 1, H, W, C, CP, CP, 3, M, K, AHEAD, PRECISION)
+            sums = _convolve(mid, second, y - 1, x - 1, H, W, C, CP, CP, 3, M, K, PRECISION)
             sums += tl.load(bias + CP + c)[None, :]
             sums += _shortcut(
                 src, third, bias + 2 * CP, y, x, KIND, SHIFT, S, H_IN, W_IN, C_IN, CP_IN, CP, M, K, PRECISION
@@ -243,7 +233,7 @@ def _change_shape(
 
 
 @triton.jit
-def _run_block(x: Any, mid: Any, weights: Any, bias: Any, STAGE: tl.constexpr, PRECISION: tl.constexpr) -> None:
+def _run_block(x: tl.tensor, mid: tl.tensor, weights: tl.tensor, bias: tl.tensor, STAGE: tl.constexpr, PRECISION: tl.constexpr) -> None:
     """Run a kept block that has the identity as its shortcut, in place on features x; mid is scratch memory."""
     H: tl.constexpr = STAGE[0]
     W: tl.constexpr = STAGE[1]
@@ -252,7 +242,6 @@ def _run_block(x: Any, mid: Any, weights: Any, bias: Any, STAGE: tl.constexpr, P
     M: tl.constexpr = STAGE[19]
     PATCH: tl.constexpr = STAGE[20]
     K: tl.constexpr = STAGE[22]
-    AHEAD: tl.constexpr = STAGE[23]
     SIDE: tl.constexpr = PATCH + 2
     N: tl.constexpr = PATCH * PATCH * CP
     TILES: tl.constexpr = (((H + PATCH - 1) // PATCH) * ((W + PATCH - 1) // PATCH) + M - 1) // M
@@ -260,21 +249,22 @@ def _run_block(x: Any, mid: Any, weights: Any, bias: Any, STAGE: tl.constexpr, P
     c = tl.arange(0, N) % CP
     for tile in range(TILES):
         top, left = _patches(tile, W, PATCH, M)
-        sums = _convolve(x, weights, top - 1, left - 1, H, W, C, CP, N, SIDE, M, K, AHEAD, PRECISION)
+        sums = _convolve(x, weights, top - 1, left - 1, H, W, C, CP, N, SIDE, M, K, PRECISION)
         at, inside = _pixels(top, left, H, W, C, CP, PATCH)
         tl.store(mid + at, _relu(sums + tl.load(bias + c)[None, :]).to(mid.dtype.element_ty), mask=inside)
     tl.debug_barrier()  # the second convolution reads what other threads wrote
     for tile in range(TILES):
         top, left = _patches(tile, W, PATCH, M)
-        sums = _convolve(mid, second, top - 1, left - 1, H, W, C, CP, N, SIDE, M, K, AHEAD, PRECISION)
+        sums = _convolve(mid, second, top - 1, left - 1, H, W, C, CP, N, SIDE, M, K, PRECISION)
         at, inside = _pixels(top, left, H, W, C, CP, PATCH)
-        sums += tl.load(bias + CP + c)[None, :] + tl.load(x + at, mask=inside, other=0.0)
+        sums += tl.load(bias + CP + c)[None, :]
+        sums += tl.load(x + at, mask=inside, other=0.0)
         tl.store(x + at, _relu(sums).to(x.dtype.element_ty), mask=inside)
     tl.debug_barrier()
 
 
 @triton.jit
-def _stem(images: Any, dst: Any, weights: Any, bias: Any, STEM: tl.constexpr, PRECISION: tl.constexpr) -> None:
+def _stem(images: tl.tensor, dst: tl.tensor, weights: tl.tensor, bias: tl.tensor, STEM: tl.constexpr, PRECISION: tl.constexpr) -> None:
     """Normalise an image (3, H, W), uint8 or float32, convolve it, and write the ReLU of that to dst (H, W, C)."""
     H: tl.constexpr = STEM[0]
     W: tl.constexpr = STEM[1]
@@ -293,14 +283,14 @@ def _stem(images: Any, dst: Any, weights: Any, bias: Any, STEM: tl.constexpr, PR
         inside = (y >= 0) & (y < H) & (x >= 0) & (x < W) & (k < 27)[None, :]
         pixels = tl.load(images + channel[None, :] * (H * W) + y * W + x, mask=inside, other=0).to(tl.float32)
         pixels = tl.where(inside, pixels * scale[None, :] + shift[None, :], 0.0).to(dtype)
-        sums = tl.dot(pixels, _weights(weights, 0, 32, 32, CP), input_precision=PRECISION)
+        sums = _product(pixels, _weights(weights, 0, 32, 32, CP), tl.zeros((M, CP), dtype=tl.float32), PRECISION)
         at, exists = _pixels(y_M, x_M, H, W, C, CP, 1)
         tl.store(dst + at, _relu(sums + tl.load(bias + c)[None, :]).to(dtype), mask=exists)
     tl.debug_barrier()
 
 
 @triton.jit
-def _head(src: Any, out: Any, weights: Any, bias: Any, HEAD: tl.constexpr) -> None:
+def _head(src: tl.tensor, out: tl.tensor, weights: tl.tensor, bias: tl.tensor, HEAD: tl.constexpr, PRECISION: tl.constexpr) -> None:
     """Average features src (H, W, C) over pixels and write the linear layer's logits.
 
     Both are products, because the order of the sums in those does not depend on the number of warps.
@@ -309,35 +299,36 @@ def _head(src: Any, out: Any, weights: Any, bias: Any, HEAD: tl.constexpr) -> No
     C: tl.constexpr = HEAD[1]
     CP: tl.constexpr = HEAD[2]
     CLASSES: tl.constexpr = HEAD[3]
+    EXACT: tl.constexpr = "widened" if PRECISION == "widened" else "ieee"
     dtype = src.dtype.element_ty
     i, c = tl.arange(0, 16), tl.arange(0, CP)
     total = tl.zeros((16, CP), dtype=tl.float32)  # 16 equal rows, the fewest that a product can have
     for first in range(0, PIXELS, 16):
         inside = (first + i < PIXELS)[:, None] & (c < C)[None, :]
         x = tl.load(src + (first + i)[:, None] * C + c[None, :], mask=inside, other=0.0)
-        total = tl.dot(tl.full((16, 16), 1.0, tl.float32).to(dtype), x, total, input_precision="ieee")
+        total = _product(tl.full((16, 16), 1.0, tl.float32).to(dtype), x, total, EXACT)
     mean = (total / PIXELS).to(dtype)
     for first in range(0, CLASSES, 16):
-        logits = tl.dot(mean, _weights(weights + first * CP, 0, CP, CP, 16), input_precision="ieee")
-        logits += tl.load(bias + first + i)[None, :]
+        logits = tl.zeros((16, 16), dtype=tl.float32) + tl.load(bias + first + i)[None, :]
+        logits = _product(mean, _weights(weights + first * CP, 0, CP, CP, 16), logits, EXACT)
         once = (i == 0)[:, None] & (first + i < CLASSES)[None, :]
         tl.store(out + i[:, None] + (first + i)[None, :], logits.to(dtype), mask=once)
 
 
 @triton.jit(do_not_specialize=["images", "keep_row", "keep_block", "first", "last"])
 def run_image(
-    x: Any,
-    out: Any,
-    scratch: Any,
-    keep: Any,
-    order: Any,
-    weights: Any,
-    bias: Any,
-    images: Any,
-    keep_row: Any,
-    keep_block: Any,
-    first: Any,
-    last: Any,
+    x: tl.tensor,
+    out: tl.tensor,
+    scratch: tl.tensor,
+    keep: tl.tensor,
+    order: tl.tensor,
+    weights: tl.tensor,
+    bias: tl.tensor,
+    images: tl.tensor,
+    keep_row: tl.tensor,
+    keep_block: tl.tensor,
+    first: tl.tensor,
+    last: tl.tensor,
     STEM: tl.constexpr,
     STAGES: tl.constexpr,
     HEAD: tl.constexpr,
@@ -375,10 +366,10 @@ def run_image(
     for i in tl.static_range(len(STAGES)):
         start = STAGES[i][11]
         if STAGES[i][9] != "":
-            if STAGES[i][24] < 0:
+            if STAGES[i][23] < 0:
                 changed = out + row * OUT_ROW
             else:
-                changed = own + STAGES[i][24]
+                changed = own + STAGES[i][23]
             kept = tl.load(keep + (start - 1 - first) * keep_block) != 0
             _change_shape(
                 current, changed, own, kept, weights + STAGES[i][17], bias + STAGES[i][18], STAGES[i], PRECISION
@@ -390,11 +381,11 @@ def run_image(
                 own_bias = bias + STAGES[i][15] + (k - start) * STAGES[i][16]
                 _run_block(current, own, own_weights, own_bias, STAGES[i], PRECISION)
     if len(HEAD) > 0:
-        _head(current, out + row * OUT_ROW, weights + HEAD[4], bias + HEAD[5], HEAD)
+        _head(current, out + row * OUT_ROW, weights + HEAD[4], bias + HEAD[5], HEAD, PRECISION)
 
 
 @triton.jit
-def _costs(keep: Any, costs: Any, row_N: Any, rows: Any, keep_row: Any, keep_block: Any, blocks: Any) -> Any:
+def _costs(keep: tl.tensor, costs: tl.tensor, row_N: tl.tensor, rows: tl.tensor, keep_row: tl.tensor, keep_block: tl.tensor, blocks: tl.tensor) -> tl.tensor:
     """Sum up the costs of the blocks that rows keep, int32 (N,)."""
     total = row_N * 0
     for start in range(0, blocks, 64):
@@ -407,15 +398,15 @@ def _costs(keep: Any, costs: Any, row_N: Any, rows: Any, keep_row: Any, keep_blo
 
 @triton.jit(do_not_specialize=["rows", "keep_row", "keep_block", "blocks", "together", "turns"])
 def longest_first(
-    order: Any,
-    keep: Any,
-    costs: Any,
-    rows: Any,
-    keep_row: Any,
-    keep_block: Any,
-    blocks: Any,
-    together: Any,
-    turns: Any,
+    order: tl.tensor,
+    keep: tl.tensor,
+    costs: tl.tensor,
+    rows: tl.tensor,
+    keep_row: tl.tensor,
+    keep_block: tl.tensor,
+    blocks: tl.tensor,
+    together: tl.tensor,
+    turns: tl.tensor,
     MINE: tl.constexpr,
     OTHERS: tl.constexpr,
 ) -> None:

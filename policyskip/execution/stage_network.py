@@ -39,7 +39,7 @@ TILINGS = (
     (4.0, Tiling(warps=(8,), sums=32, one_launch=True, resident=2)),
     (float("inf"), Tiling(warps=(8, 4, 4), sums=32, one_launch=False, resident=2)),
 )
-EXACT = ((float("inf"), Tiling(warps=(8,), sums=8, entries=64, ahead=False, one_launch=False, resident=2)),)
+EXACT = ((float("inf"), Tiling(warps=(8,), sums=8, entries=64, one_launch=False, resident=2)),)
 """Without tensor cores, a thread needs its registers for the entries."""
 
 
@@ -68,6 +68,9 @@ class StageNetwork(KernelNetwork):
             raise ValueError(f"this network cannot run in stage kernels: {reason}")
         device = folded.mean.device
         self.exact = exact and folded.mean.dtype == torch.float32
+        self.precision = "ieee" if self.exact else "tf32"
+        if device.type == "cpu" and folded.mean.dtype == torch.bfloat16:
+            self.precision = "widened"
         self.tilings = tuple(tilings or (EXACT if self.exact else TILINGS))
         self.patch = patch or (1 if self.exact else 2)
         self.multiprocessors = (
@@ -131,7 +134,7 @@ class StageNetwork(KernelNetwork):
             stages.append(
                 Stage(
                     *(h, w, c, cp, *before, stride, kind, shift, start, start == k, own[0], steps, own[1], 2 * cp),
-                    *(weights, bias, 0, patch, 0, 0, False, -1),
+                    *(weights, bias, 0, patch, 0, 0, -1),
                 )
             )
         return stages
@@ -148,7 +151,6 @@ class StageNetwork(KernelNetwork):
             m=tile(patches, stage.patch**2 * stage.c_padded),
             m_change=tile(stage.h * stage.w, stage.c_padded),
             entries=max(16, tiling.entries // self.packed.weights.element_size()),
-            ahead=tiling.ahead,
         )
 
     def _launches(self, first: int, last: int, stem: bool, head: bool, tiling: Tiling) -> list[Launch]:
@@ -205,7 +207,7 @@ class StageNetwork(KernelNetwork):
             SPACE=_aligned(space),
             X_ROW=x_shape[0] * x_shape[1] * x_shape[2],
             OUT_ROW=out_shape[0] * (out_shape[1] * out_shape[2] if len(out_shape) > 1 else 1),
-            PRECISION="ieee" if self.exact else "tf32",
+            PRECISION=self.precision,
         )
         return Launch(constants, warps, x_shape, out_shape)
 
