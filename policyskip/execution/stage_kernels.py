@@ -75,11 +75,13 @@ def _convolve(
     SIDE: tl.constexpr,
     M: tl.constexpr,
     MOST: tl.constexpr,
+    AHEAD: tl.constexpr,
     PRECISION: tl.constexpr,
 ) -> tl.tensor:
     """Sum up products of at most MOST entries of windows with weights (N, SIDE² · CP): float32 (M, N).
 
-    All loads of a product are on their way at once, which is why a product takes several pixels if C is small.
+    All loads of a product are on their way at once, which is why a product takes several pixels if C is small. AHEAD:
+    they are so while the product before is computed, in registers.
     """
     ALL: tl.constexpr = SIDE * SIDE * CP
     LARGEST: tl.constexpr = (8 if SIDE == 3 else SIDE * SIDE) * CP  # of 9 pixels, the ninth is a product of its own
@@ -87,12 +89,17 @@ def _convolve(
     PRODUCTS: tl.constexpr = ALL // K
     REST: tl.constexpr = ALL % K
     total = tl.zeros((M, N), dtype=tl.float32)
-    if PRODUCTS > 12:  # unrolled, they would take long to compile
+    # Loops and not copies of their body: Triton spreads the warps of products that follow each other over rows alone.
+    if AHEAD:
+        a, b = _window(src, top_M, left_M, 0, H, W, C, CP, SIDE, K), _weights(weights, 0, ALL, K, N)
         for i in range(PRODUCTS):
-            a = _window(src, top_M, left_M, i * K, H, W, C, CP, SIDE, K)
-            total = _product(a, _weights(weights, i * K, ALL, K, N), total, PRECISION)
+            later = (i + 1) % PRODUCTS * K
+            next_a = _window(src, top_M, left_M, later, H, W, C, CP, SIDE, K)
+            next_b = _weights(weights, later, ALL, K, N)
+            total = _product(a, b, total, PRECISION)
+            a, b = next_a, next_b
     else:
-        for i in tl.static_range(PRODUCTS):
+        for i in range(PRODUCTS):
             a = _window(src, top_M, left_M, i * K, H, W, C, CP, SIDE, K)
             total = _product(a, _weights(weights, i * K, ALL, K, N), total, PRECISION)
     if REST > 0:
@@ -159,7 +166,7 @@ def _shortcut(
     "B" is a 1×1 convolution.
     """
     if KIND == "B":
-        products = _convolve(src, weights, y_M * STRIDE, x_M * STRIDE, H, W, C, CP, N, 1, M, MOST, PRECISION)
+        products = _convolve(src, weights, y_M * STRIDE, x_M * STRIDE, H, W, C, CP, N, 1, M, MOST, False, PRECISION)
         return products + tl.load(bias + tl.arange(0, N))[None, :]
     c = tl.arange(0, N) - SHIFT
     exists = ((c >= 0) & (c < C))[None, :]
@@ -199,6 +206,7 @@ def _change_shape(
     SHIFT: tl.constexpr = STAGE[10]
     M: tl.constexpr = STAGE[21]
     K: tl.constexpr = STAGE[22]
+    AHEAD: tl.constexpr = STAGE[23]
     TILES: tl.constexpr = (H * W + M - 1) // M
     second = weights + 9 * CP_IN * CP
     third = second + 9 * CP * CP
@@ -207,14 +215,14 @@ def _change_shape(
         for tile in range(TILES):
             y, x = _patches(tile, W, 1, M)
             sums = _convolve(
-                src, weights, y * S - 1, x * S - 1, H_IN, W_IN, C_IN, CP_IN, CP, 3, M, K, PRECISION
+                src, weights, y * S - 1, x * S - 1, H_IN, W_IN, C_IN, CP_IN, CP, 3, M, K, AHEAD, PRECISION
             )
             at, inside = _pixels(y, x, H, W, C, CP, 1)
             tl.store(mid + at, _relu(sums + tl.load(bias + c)[None, :]).to(mid.dtype.element_ty), mask=inside)
         tl.debug_barrier()  # the second convolution reads what other threads wrote
         for tile in range(TILES):
             y, x = _patches(tile, W, 1, M)
-            sums = _convolve(mid, second, y - 1, x - 1, H, W, C, CP, CP, 3, M, K, PRECISION)
+            sums = _convolve(mid, second, y - 1, x - 1, H, W, C, CP, CP, 3, M, K, AHEAD, PRECISION)
             sums += tl.load(bias + CP + c)[None, :]
             sums += _shortcut(
                 src, third, bias + 2 * CP, y, x, KIND, SHIFT, S, H_IN, W_IN, C_IN, CP_IN, CP, M, K, PRECISION
@@ -242,6 +250,7 @@ def _run_block(x: tl.tensor, mid: tl.tensor, weights: tl.tensor, bias: tl.tensor
     M: tl.constexpr = STAGE[19]
     PATCH: tl.constexpr = STAGE[20]
     K: tl.constexpr = STAGE[22]
+    AHEAD: tl.constexpr = STAGE[23]
     SIDE: tl.constexpr = PATCH + 2
     N: tl.constexpr = PATCH * PATCH * CP
     TILES: tl.constexpr = (((H + PATCH - 1) // PATCH) * ((W + PATCH - 1) // PATCH) + M - 1) // M
@@ -249,13 +258,13 @@ def _run_block(x: tl.tensor, mid: tl.tensor, weights: tl.tensor, bias: tl.tensor
     c = tl.arange(0, N) % CP
     for tile in range(TILES):
         top, left = _patches(tile, W, PATCH, M)
-        sums = _convolve(x, weights, top - 1, left - 1, H, W, C, CP, N, SIDE, M, K, PRECISION)
+        sums = _convolve(x, weights, top - 1, left - 1, H, W, C, CP, N, SIDE, M, K, AHEAD, PRECISION)
         at, inside = _pixels(top, left, H, W, C, CP, PATCH)
         tl.store(mid + at, _relu(sums + tl.load(bias + c)[None, :]).to(mid.dtype.element_ty), mask=inside)
     tl.debug_barrier()  # the second convolution reads what other threads wrote
     for tile in range(TILES):
         top, left = _patches(tile, W, PATCH, M)
-        sums = _convolve(mid, second, top - 1, left - 1, H, W, C, CP, N, SIDE, M, K, PRECISION)
+        sums = _convolve(mid, second, top - 1, left - 1, H, W, C, CP, N, SIDE, M, K, AHEAD, PRECISION)
         at, inside = _pixels(top, left, H, W, C, CP, PATCH)
         sums += tl.load(bias + CP + c)[None, :]
         sums += tl.load(x + at, mask=inside, other=0.0)
@@ -366,10 +375,10 @@ def run_image(
     for i in tl.static_range(len(STAGES)):
         start = STAGES[i][11]
         if STAGES[i][9] != "":
-            if STAGES[i][23] < 0:
+            if STAGES[i][24] < 0:
                 changed = out + row * OUT_ROW
             else:
-                changed = own + STAGES[i][23]
+                changed = own + STAGES[i][24]
             kept = tl.load(keep + (start - 1 - first) * keep_block) != 0
             _change_shape(
                 current, changed, own, kept, weights + STAGES[i][17], bias + STAGES[i][18], STAGES[i], PRECISION

@@ -134,7 +134,7 @@ class StageNetwork(KernelNetwork):
             stages.append(
                 Stage(
                     *(h, w, c, cp, *before, stride, kind, shift, start, start == k, own[0], steps, own[1], 2 * cp),
-                    *(weights, bias, 0, patch, 0, 0, -1),
+                    *(weights, bias, 0, patch, 0, 0, False, -1),
                 )
             )
         return stages
@@ -151,6 +151,7 @@ class StageNetwork(KernelNetwork):
             m=tile(patches, stage.patch**2 * stage.c_padded),
             m_change=tile(stage.h * stage.w, stage.c_padded),
             entries=max(16, tiling.entries // self.packed.weights.element_size()),
+            ahead=tiling.ahead,
         )
 
     def _launches(self, first: int, last: int, stem: bool, head: bool, tiling: Tiling) -> list[Launch]:

@@ -30,6 +30,7 @@ class Tiling:
             the first of them.
         sums: float32 sums that a thread holds in registers: with the warps, they say how many pixels a tile has.
         entries: bytes of the input pixels that one product takes for one patch of output pixels.
+        ahead: whether the next product's operands are loaded into registers while one is computed.
         one_launch: whether the whole network is one launch, or each stage its own.
         resident: programs that a multiprocessor runs at once (by registers and shared memory), for their order.
     """
@@ -37,6 +38,7 @@ class Tiling:
     warps: tuple[int, ...]
     sums: int = 32
     entries: int = 256
+    ahead: bool = False
     one_launch: bool = True
     resident: int = 1
 
@@ -74,6 +76,7 @@ class Stage(NamedTuple):
     patch: int
     m_change: int
     entries: int
+    ahead: bool
     out: int
 
 
