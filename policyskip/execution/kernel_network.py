@@ -14,7 +14,7 @@ from policyskip.backbones.base import Backbone
 
 
 class KernelNetwork(ABC):
-    """A frozen, folded backbone whose blocks run in Triton kernels, where a skipped block is a branch that is not taken.
+    """A frozen, folded backbone whose blocks run in Triton kernels; a skipped block is a branch that is not taken.
 
     Args:
         folded: made by ``backbones.folding.folded``, already on its device and in its precision (float32, bfloat16,
