@@ -7,14 +7,16 @@ C classes or channels, H W pixels.
 from __future__ import annotations
 
 import contextlib
+import math
 from collections.abc import Sequence
 from functools import cache
 
 import torch
 from torch import Tensor, nn
 
-from policyskip.backbones.base import Backbone
+from policyskip.backbones.base import Backbone, Block
 from policyskip.backbones.folding import ConvReLU
+from policyskip.backbones.resnet import SubsampleShortcut
 from policyskip.execution.kernel_network import KernelNetwork
 from policyskip.execution.stage_plan import (
     MOST_CHANNELS,
@@ -23,6 +25,7 @@ from policyskip.execution.stage_plan import (
     Launch,
     Stage,
     Tiling,
+    convolution,
     is_plain,
     kind_of,
     padded,
@@ -30,14 +33,12 @@ from policyskip.execution.stage_plan import (
 )
 from policyskip.execution.stage_weights import Packed
 
-# The figures that a measurement has to decide. Rows a multiprocessor, at most, and how they are computed. Up to one,
-# an image has a multiprocessor of its own, with as many warps as that holds. In one launch, the time is that of the
-# image that keeps the most; in one launch a stage, it is that of the longest image of each stage, and only with many
-# images is that the same. All give the same bits.
+# What a measurement has to decide: up to how many rows a multiprocessor, an image has a whole multiprocessor, whose
+# registers 16 warps fill. That is in one launch: in one launch a stage, each would wait for its longest image, which only
+# with many images is about as long as the others. With many, programs of 8 and 4 warps use the pauses of each other.
 TILINGS = (
-    (1.0, Tiling(warps=(16,), sums=32, one_launch=True, resident=1)),
-    (4.0, Tiling(warps=(8,), sums=32, one_launch=True, resident=2)),
-    (float("inf"), Tiling(warps=(8, 4, 4), sums=32, one_launch=False, resident=2)),
+    (4.0, Tiling(warps=(16,), one_launch=True, resident=1)),
+    (float("inf"), Tiling(warps=(8, 8, 4), one_launch=False, resident=2)),
 )
 EXACT = ((float("inf"), Tiling(warps=(8,), sums=8, entries=64, one_launch=False, resident=2)),)
 """Without tensor cores, a thread needs its registers for the entries."""
@@ -105,15 +106,15 @@ class StageNetwork(KernelNetwork):
         for k, block in enumerate(folded.blocks):
             if reason := _why_not_block(block, channels):
                 return f"block {k} {reason}"
-            channels = list(block.residual.children())[-1].out_channels
+            channels = convolution(block.residual, 1).out_channels
             if channels > MOST_CHANNELS:
                 return f"block {k} has {channels} channels, more than {MOST_CHANNELS}"
         return ""
 
     def _shapes(self, folded: Backbone, image_shape: tuple[int, int, int]) -> list[Stage]:
         """Divide the blocks into stages: a stage ends where a block changes the shape of the features."""
-        (stem,), (_, h, w) = folded.stem.children(), image_shape
-        c = stem.out_channels
+        _, h, w = image_shape
+        c = convolution(folded.stem, 0).out_channels
         stages: list[Stage] = []
         for k, block in enumerate(folded.blocks):
             kind = kind_of(block.shortcut)
@@ -123,8 +124,8 @@ class StageNetwork(KernelNetwork):
             before = (h, w, c, padded(c))
             stride, shift = stride_of(block.shortcut), 0
             if kind != "identity":
-                h, w, c = -(-h // stride), -(-w // stride), list(block.residual.children())[-1].out_channels
-            if kind == "A":
+                h, w, c = -(-h // stride), -(-w // stride), convolution(block.residual, 1).out_channels
+            if isinstance(block.shortcut, SubsampleShortcut):
                 shift = block.shortcut.pad[0]
             start, (weights, bias) = k + (kind != "identity"), self.packed.blocks[k]
             cp, patch = padded(c), self.patch if padded(c) == 16 else 1
@@ -133,8 +134,8 @@ class StageNetwork(KernelNetwork):
             kind = "" if kind == "identity" else kind
             stages.append(
                 Stage(
-                    *(h, w, c, cp, *before, stride, kind, shift, start, start == k, own[0], steps, own[1], 2 * cp),
-                    *(weights, bias, 0, patch, 0, 0, -1),
+                    *(h, w, c, cp, *before, stride, kind, shift, start, int(start == k), own[0], steps, own[1], 2 * cp),
+                    *(weights, bias, 0, patch, 0, 0, False, -1),
                 )
             )
         return stages
@@ -142,15 +143,13 @@ class StageNetwork(KernelNetwork):
     def _tiled(self, stage: Stage, tiling: Tiling, warps: int) -> Stage:
         """Return a stage with the sizes of its tiles and products."""
 
-        def tile(patches: int, results: int) -> int:
-            fit = max(64, tiling.sums * 32 * warps // results)  # from 64 on, all use the same instructions: same bits
-            return max(16, min(1 << (patches - 1).bit_length(), fit))
-
+        most = tiling.sums * 32 * warps
         patches = -(-stage.h // stage.patch) * -(-stage.w // stage.patch)
         return stage._replace(
-            m=tile(patches, stage.patch**2 * stage.c_padded),
-            m_change=tile(stage.h * stage.w, stage.c_padded),
+            m=_tile(patches, most // (stage.patch**2 * stage.c_padded)),
+            m_change=_tile(stage.h * stage.w, most // stage.c_padded),
             entries=max(16, tiling.entries // self.packed.weights.element_size()),
+            ahead=tiling.ahead,
         )
 
     def _launches(self, first: int, last: int, stem: bool, head: bool, tiling: Tiling) -> list[Launch]:
@@ -162,54 +161,55 @@ class StageNetwork(KernelNetwork):
         ]
         groups = [parts] if tiling.one_launch or not parts else [[part] for part in parts]
         return [
-            self._launch(group, stem and i == 0, head and i == len(groups) - 1, tiling)
-            for i, group in enumerate(groups)
+            self._launch(group, first, last, stem and group is groups[0], head and group is groups[-1], tiling)
+            for group in groups
         ]
 
-    def _launch(self, parts: list[tuple[int, Stage]], stem: bool, head: bool, tiling: Tiling) -> Launch:
-        """Plan one launch: which memory each part writes to, and what the kernel is compiled for."""
+    def _launch(
+        self, parts: list[tuple[int, Stage]], first: int, last: int, stem: bool, head: bool, tiling: Tiling
+    ) -> Launch:
+        """Plan one launch: which memory each part reads and writes, and what the kernel is compiled for."""
         warps = tiling.warps[0 if tiling.one_launch or not parts else min(parts[0][0], len(tiling.warps) - 1)]
         _, height, width = self.image_shape
-        entry, final = self.stages[0], self.stages[-1]
+        before, behind = self.stages[0], self.stages[-1]
         stages = [self._tiled(stage, tiling, warps) for _, stage in parts]
-        space = max((stage.h * stage.w * stage.c for stage in stages), default=0)  # between two convolutions
         changes = [i for i, stage in enumerate(stages) if stage.kind]
-        stem_out = -1
-        if stem:
-            c = entry.c_in
-            if changes or head:
-                stem_out, space = _aligned(space), _aligned(space) + height * width * c
-        for i in changes:
-            if head or i != changes[-1]:
-                stages[i] = stages[i]._replace(out=_aligned(space))
-                space = _aligned(space) + stages[i].h * stages[i].w * stages[i].c
-        x_shape = (entry.c_in, height, width) if not stages else (stages[0].c, stages[0].h, stages[0].w)
-        if stages and stages[0].kind:
-            x_shape = (stages[0].c_in, stages[0].h_in, stages[0].w_in)
-        out_shape: tuple[int, ...] = (stages[-1].c, stages[-1].h, stages[-1].w) if stages else x_shape
-        if not stages and not stem:
-            x_shape = (final.c, final.h, final.w)
-        head_constants: tuple[int, ...] = ()
-        if head:
-            shape = out_shape if stages or stem else x_shape
-            pixels = shape[1] * shape[2]
-            head_constants = (pixels, shape[0], padded(shape[0]), self.folded.num_classes, *self.packed.head)
-            out_shape = (self.folded.num_classes,)
+        shape = (before.c_in, height, width) if stem else (behind.c, behind.h, behind.w)  # of features that are read
+        if stages:
+            first, last = max(first, stages[0].start - bool(changes)), min(last, stages[-1].start + stages[-1].blocks)
+            own = stages[0]
+            shape = (own.c_in, own.h_in, own.w_in) if own.kind else (own.c, own.h, own.w)
+        x_row = 3 * height * width if stem else math.prod(shape)
+        space = _aligned(max((stage.h * stage.w * stage.c for stage in stages), default=0))  # between convolutions
         stem_constants: tuple[int, ...] = ()
         if stem:
-            x_shape, cp = (3, height, width), padded(entry.c_in)
-            tile = max(16, min(1 << (height * width - 1).bit_length(), max(64, 16 * 32 * warps // cp)))
-            stem_constants = (height, width, entry.c_in, cp, *self.packed.stem, tile, stem_out)
+            place = -1
+            if changes or head:
+                place, space = space, space + _aligned(math.prod(shape))
+            c = padded(before.c_in)
+            tile = _tile(height * width, 16 * 32 * warps // c)
+            stem_constants = (height, width, before.c_in, c, *self.packed.stem, tile, place)
+        for i in changes:
+            if head or i != changes[-1]:
+                size = stages[i].h * stages[i].w * stages[i].c
+                stages[i], space = stages[i]._replace(out=space), space + _aligned(size)
+        if stages:
+            shape = (stages[-1].c, stages[-1].h, stages[-1].w)
+        out_shape: tuple[int, ...] = shape if stem or changes else ()
+        head_constants: tuple[int, ...] = ()
+        if head:
+            out_shape = (self.folded.num_classes,)
+            head_constants = (shape[1] * shape[2], shape[0], padded(shape[0]), *out_shape, *self.packed.head)
         constants = dict(
             STEM=stem_constants,
             STAGES=tuple(tuple(stage) for stage in stages),
             HEAD=head_constants,
-            SPACE=_aligned(space),
-            X_ROW=x_shape[0] * x_shape[1] * x_shape[2],
-            OUT_ROW=out_shape[0] * (out_shape[1] * out_shape[2] if len(out_shape) > 1 else 1),
+            SPACE=space,
+            X_ROW=x_row,
+            OUT_ROW=math.prod(out_shape),
             PRECISION=self.precision,
         )
-        return Launch(constants, warps, x_shape, out_shape)
+        return Launch(first, last, constants, warps, out_shape)
 
     def _tiling(self, rows: int) -> Tiling:
         """Choose how this many rows are computed."""
@@ -220,24 +220,22 @@ class StageNetwork(KernelNetwork):
         from policyskip.execution.stage_kernels import run_image
 
         (rows, count), images = keep_RM.shape, len(x)
-        tiling = self._tiling(rows)
-        keep = keep_RM.view(torch.uint8)
-        order = self._order(keep, first, tiling)
-        weights, bias, on = self.packed.weights, self.packed.bias, keep.device
+        tiling, keep_RM = self._tiling(rows), keep_RM.view(torch.uint8)
+        weights, bias = self.packed.weights, self.packed.bias
         for launch in self.launches(first, first + count, stem, head, tiling):
-            STAGES = launch.constants["STAGES"]
-            writes = bool(launch.constants["STEM"] or launch.constants["HEAD"] or any(s[9] for s in STAGES))
             out = x
-            if writes:
+            if launch.out_shape:
+                form = torch.channels_last if len(launch.out_shape) == 3 else torch.contiguous_format
                 shape = (rows, *launch.out_shape)
-                form = torch.channels_last if len(shape) == 4 else torch.contiguous_format
-                out = torch.empty(shape, dtype=weights.dtype, device=on, memory_format=form)
-            scratch = torch.empty(rows * launch.constants["SPACE"], dtype=weights.dtype, device=on)
+                out = torch.empty(shape, dtype=weights.dtype, device=weights.device, memory_format=form)
             if rows:
-                with torch.cuda.device(on) if on.type == "cuda" else contextlib.nullcontext():
+                keep = keep_RM[:, launch.first - first : launch.last - first]
+                order = self._order(keep, launch, tiling)
+                scratch = weights.new_empty(rows * launch.constants["SPACE"])
+                with _on(x.device):
                     run_image[(rows,)](
-                        *(x, out, scratch, keep, keep if order is None else order, weights, bias),
-                        *(images, *keep.stride(), first, first + count),
+                        *(x, out, scratch, keep, keep if order is None else order, weights, bias, images),
+                        *(*keep.stride(), launch.first, launch.last),
                         **launch.constants,
                         ORDERED=order is not None,
                         num_warps=launch.warps,
@@ -246,19 +244,21 @@ class StageNetwork(KernelNetwork):
             x = out
         return x
 
-    def _order(self, keep: Tensor, first: int, tiling: Tiling) -> Tensor | None:
-        """Find in which order the rows are computed, int32 (R,); None if all are computed at once or cost the same."""
-        from policyskip.execution.stage_kernels import longest_first
+    def _order(self, keep: Tensor, launch: Launch, tiling: Tiling) -> Tensor | None:
+        """Find in which order the rows are computed, int32 (R,); None if all begin at once or cost about the same."""
+        from policyskip.execution.order_kernels import longest_first
 
         rows, count = keep.shape
         if rows <= self.multiprocessors or count < 2:
             return None
         order = torch.empty(rows, dtype=torch.int32, device=keep.device)
-        turns = tiling.resident if tiling.resident > 1 else 0
-        with torch.cuda.device(keep.device) if keep.is_cuda else contextlib.nullcontext():
+        with _on(keep.device):
             longest_first[(-(-rows // 64),)](
-                *(order, keep, self.costs[first:], rows, *keep.stride(), count, self.multiprocessors, turns),
-                **dict(MINE=64, OTHERS=256, num_warps=8),
+                *(order, keep, self.costs[launch.first : launch.last], rows, *keep.stride(), count),
+                *(self.multiprocessors, tiling.resident),
+                MINE=64,
+                OTHERS=256,
+                num_warps=8,
             )
         return order
 
@@ -289,7 +289,7 @@ class StageNetwork(KernelNetwork):
         return logits.view(S, B, -1)
 
 
-def _why_not_block(block: nn.Module, channels: int) -> str:
+def _why_not_block(block: Block, channels: int) -> str:
     """Say why a block that reads this many channels is no basic block; empty if it is one."""
     layers = list(block.residual.children()) if type(block.residual) is nn.Sequential else []
     if len(layers) != 2 or type(layers[0]) is not ConvReLU or type(layers[1]) is not nn.Conv2d:
@@ -314,8 +314,18 @@ def _costs(stage: Stage) -> list[int]:
     return [max(1, cost) for cost in [*change, *[own] * stage.blocks]]
 
 
+def _tile(patches: int, most: int) -> int:
+    """Return how many patches a tile has; from 64 on, products use the same instructions, and give the same bits."""
+    return max(16, min(1 << (patches - 1).bit_length(), 1 << (max(64, most).bit_length() - 1)))
+
+
+def _on(device: torch.device) -> contextlib.AbstractContextManager[object]:
+    """Make a GPU the one that kernels are launched on."""
+    return torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext()
+
+
 def _aligned(elements: int) -> int:
-    """Return the next multiple of 64 elements, so that every part of the memory begins where a cache line begins."""
+    """Round up to 64 elements, so that every part of the scratch memory begins where a cache line begins."""
     return -(-elements // 64) * 64
 
 

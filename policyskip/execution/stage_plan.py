@@ -6,12 +6,11 @@ Shapes: C classes or channels (CP: padded to a power of two), H W pixels.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
 
-from policyskip.backbones.base import Backbone, Block
 from policyskip.backbones.resnet import PoolShortcut, SubsampleShortcut
 
 MOST_CHANNELS = 256
@@ -30,6 +29,7 @@ class Tiling:
             the first of them.
         sums: float32 sums that a thread holds in registers: with the warps, they say how many pixels a tile has.
         entries: bytes of the input pixels that one product takes for one patch of output pixels.
+        ahead: whether the next product's operands are loaded into registers while one is computed.
         one_launch: whether the whole network is one launch, or each stage its own.
         resident: programs that a multiprocessor runs at once (by registers and shared memory), for their order.
     """
@@ -37,6 +37,7 @@ class Tiling:
     warps: tuple[int, ...]
     sums: int = 32
     entries: int = 256
+    ahead: bool = False
     one_launch: bool = True
     resident: int = 1
 
@@ -74,15 +75,20 @@ class Stage(NamedTuple):
     patch: int
     m_change: int
     entries: int
+    ahead: bool
     out: int
 
 
 class Launch(NamedTuple):
-    """What one launch of ``run_image`` computes, in the kernel's words, and the warps of its programs."""
+    """One launch of ``run_image``: blocks first … last - 1, what the kernel is compiled for, and its programs' warps.
 
-    constants: dict[str, object]
+    ``out_shape`` is the shape of what a row of it gives; empty if it only changes the features that it is given.
+    """
+
+    first: int
+    last: int
+    constants: dict[str, Any]
     warps: int
-    x_shape: tuple[int, int, int]
     out_shape: tuple[int, ...]
 
 
@@ -91,11 +97,11 @@ def padded(channels: int) -> int:
     return max(16, 1 << (channels - 1).bit_length())
 
 
-def convolutions(block: Block) -> tuple[nn.Conv2d, nn.Conv2d]:
-    """Return the two convolutions of a basic block that ``why_not_block`` accepts."""
-    first, second = block.residual.children()
-    assert isinstance(first, nn.Conv2d) and isinstance(second, nn.Conv2d)
-    return first, second
+def convolution(layers: nn.Module, number: int) -> nn.Conv2d:
+    """Return the layer of this number, which is a convolution."""
+    layer = list(layers.children())[number]
+    assert isinstance(layer, nn.Conv2d)
+    return layer
 
 
 def is_plain(conv: nn.Module, size: int) -> bool:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from policyskip.backbones.base import Backbone, Block
-from policyskip.execution.stage_plan import kind_of, padded
+from policyskip.execution.stage_plan import convolution, kind_of, padded
 
 
 class Packed:
@@ -23,12 +23,10 @@ class Packed:
     def __init__(self, folded: Backbone, patch: int) -> None:
         self._weights: list[Tensor] = []
         self._biases: list[Tensor] = []
-        (stem,) = folded.stem.children()
-        assert isinstance(stem, nn.Conv2d)
-        O = stem.out_channels
+        stem = convolution(folded.stem, 0)
         self.stem = self._place()
-        rows = torch.zeros(padded(O), 32)
-        rows[:O, :27] = stem.weight.detach().float().cpu().reshape(O, 27)
+        rows = torch.zeros(padded(stem.out_channels), 32)
+        rows[: stem.out_channels, :27] = stem.weight.detach().float().cpu().reshape(-1, 27)
         mean, std = folded.mean.float().flatten().cpu(), folded.std.float().flatten().cpu()
         self._add(rows, _bias(stem), torch.cat([1 / std, torch.ones(1), -mean / std, torch.zeros(1)]))
         self.blocks: list[tuple[int, int]] = []
@@ -59,14 +57,12 @@ class Packed:
 
     def _add_block(self, block: Block, patch: int) -> None:
         """Append a block's two convolutions, and the one of its shortcut if that is a projection."""
-        first, second = block.residual.children()
-        assert isinstance(first, nn.Conv2d) and isinstance(second, nn.Conv2d)
         kind = kind_of(block.shortcut)
-        same = kind == "identity" and padded(first.out_channels) == 16
-        for conv in (first, second):
+        same = kind == "identity" and padded(convolution(block.residual, 0).out_channels) == 16
+        for conv in (convolution(block.residual, 0), convolution(block.residual, 1)):
             self._add(spread(conv.weight.detach().float().cpu(), patch if same else 1), _bias(conv))
         if kind == "B":
-            (conv,) = block.shortcut.children()
+            conv = convolution(block.shortcut, 0)
             rows = torch.zeros(padded(conv.out_channels), padded(conv.in_channels))
             rows[: conv.out_channels, : conv.in_channels] = conv.weight.detach().float().cpu().flatten(1)
             self._add(rows, _bias(conv))
@@ -85,9 +81,9 @@ def spread(weight: Tensor, patch: int) -> Tensor:
 
     An output pixel of a patch does not depend on all pixels of the patch's window; those weights are zero.
     """
-    O, I = weight.shape[:2]
-    rows = torch.zeros(patch, patch, padded(O), patch + 2, patch + 2, padded(I))
+    outputs, inputs = weight.shape[:2]
+    rows = torch.zeros(patch, patch, padded(outputs), patch + 2, patch + 2, padded(inputs))
     for y in range(patch):
         for x in range(patch):
-            rows[y, x, :O, y : y + 3, x : x + 3, :I] = weight.permute(0, 2, 3, 1)
+            rows[y, x, :outputs, y : y + 3, x : x + 3, :inputs] = weight.permute(0, 2, 3, 1)
     return rows
