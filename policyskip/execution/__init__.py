@@ -1,1 +1,1 @@
-"""Ways to run a frozen network, of which each image keeps some blocks, on the device that it is on."""
+"""How a frozen network is executed: by Triton kernels on a GPU, by gathering images, or by computing everything."""

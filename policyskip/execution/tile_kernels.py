@@ -45,6 +45,36 @@ def list_images(keep, rows, counts, images, image_stride, block_stride, LENGTH: 
         before += tl.sum(kept, 0)
 
 
+@triton.jit(do_not_specialize=["elements"])
+def normalise(
+    images,
+    mean,
+    std,
+    out,
+    elements,
+    PIXELS: tl.constexpr,
+    CHANNELS: tl.constexpr,
+    MOST: tl.constexpr,
+    LENGTH: tl.constexpr,
+):
+    """Normalise images and put them channels last, in one pass over them.
+
+    Args:
+        images: (B, CHANNELS, H, W), of values from 0 to MOST.
+        mean, std: (CHANNELS,).
+        out: (B, H, W, CHANNELS), written.
+        elements: of it.
+    """
+    place = tl.program_id(0).to(tl.int64) * LENGTH + tl.arange(0, LENGTH)
+    channel = (place % CHANNELS).to(tl.int32)
+    pixel = place // CHANNELS % PIXELS
+    image = place // (CHANNELS * PIXELS)
+    inside = place < elements
+    value = tl.load(images + (image * CHANNELS + channel) * PIXELS + pixel, mask=inside, other=0).to(tl.float32)
+    value = (value / MOST - tl.load(mean + channel).to(tl.float32)) / tl.load(std + channel).to(tl.float32)
+    tl.store(out + place, value.to(out.dtype.element_ty), mask=inside)
+
+
 @triton.jit
 def add_products(
     sum_MN,

@@ -9,14 +9,14 @@ Shapes: B images, M consecutive blocks, C channels, H W pixels.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from policyskip.backbones.base import Backbone, Block
+from policyskip.backbones.base import Backbone, Block, Network
 from policyskip.backbones.folding import ConvReLU, FoldedBlock
 from policyskip.execution.kernel_network import KernelNetwork
 from policyskip.execution.tilings import EXPECTED_SHARE, TILINGS, Tiling, choose, step_size
@@ -205,6 +205,35 @@ class TileNetwork(KernelNetwork):
         return ""
 
     @torch.no_grad()
+    def features(self, images: Tensor) -> Tensor:
+        """Compute the features (B, C, H, W) that enter block 0, channels last, of images (B, 3, H, W), uint8 in 0..255
+        or float in [0, 1]."""
+        kind = type(self.folded)
+        if len(images) and kind.features is Backbone.features and kind.normalise is Network.normalise:
+            x = run_stem(self.folded.stem, self._normalised(images.contiguous()))
+        else:
+            x = self.folded.features(images)
+        return x.contiguous(memory_format=torch.channels_last)
+
+    def _normalised(self, images: Tensor) -> Tensor:
+        """Normalise images as :meth:`~policyskip.backbones.base.Network.normalise` does, channels last."""
+        B, C, H, W = images.shape
+        mean, std = self.folded.mean, self.folded.std
+        out = torch.empty((B, C, H, W), dtype=mean.dtype, device=mean.device, memory_format=torch.channels_last)
+        most = 1 if images.is_floating_point() else 255
+        with on(images):
+            self._kernels.normalise[(-(-images.numel() // 2048),)](
+                *(images, mean, std, out, images.numel()), PIXELS=H * W, CHANNELS=C, MOST=most, LENGTH=2048
+            )
+        return out
+
+    @torch.no_grad()
+    def head(self, x: Tensor) -> Tensor:
+        """Compute logits (B, C), in the network's dtype, from the features (B, C, H, W) after the last block."""
+        logits: Tensor = self.folded.head(x)
+        return logits
+
+    @torch.no_grad()
     def advance(self, x: Tensor, keep_BM: Tensor, first: int) -> Tensor:
         """Compute the features after M blocks from features (B, C, H, W), channels last, that enter block ``first``.
 
@@ -218,7 +247,7 @@ class TileNetwork(KernelNetwork):
                 x = block.shortcut(x)
             return x
         x = x.contiguous(memory_format=torch.channels_last)
-        with torch.cuda.device(x.device) if x.is_cuda else nullcontext():  # Triton launches on the current one
+        with on(x):
             listing = self._list(keep_BM)
             for number, block in enumerate(blocks):
                 x = self._run(block, x, listing, number)
@@ -288,6 +317,23 @@ class TileNetwork(KernelNetwork):
             **dict(num_warps=tile.warps, num_stages=min(tile.stages, max(conv.steps, projection.steps))),
         )
         return out
+
+
+def on(tensor: Tensor) -> AbstractContextManager[Any]:
+    """Make a tensor's GPU the current one, which Triton launches on; nothing for a tensor on a CPU."""
+    return torch.cuda.device(tensor.device) if tensor.is_cuda else nullcontext()
+
+
+def run_stem(stem: nn.Module, x: Tensor) -> Tensor:
+    """Run a stem on normalised images. Where it pools after a convolution and its ReLU, bias and ReLU follow the
+    pooling instead, which gives the same: of a quarter of the numbers, or less."""
+    layers = list(stem) if type(stem) is nn.Sequential else []
+    if [type(layer) for layer in layers] == [ConvReLU, nn.MaxPool2d]:
+        conv, pool = layers
+        if conv.bias is not None and conv.padding_mode == "zeros" and not pool.return_indices:
+            x = F.conv2d(x, conv.weight, None, conv.stride, conv.padding, conv.dilation, conv.groups)
+            return pool(x).add_(conv.bias.view(-1, 1, 1)).relu_()
+    return stem(x)
 
 
 def empty(like: Tensor, channels: int, size: Sequence[int]) -> Tensor:

@@ -1,8 +1,9 @@
 """Compile the tile kernels as a network launches them, with Triton's own compiler, which needs no GPU.
 
 ``python -m tests.execution.compiling resnet50 64 bfloat16 90`` prints a line of JSON for each kernel: what it is
-compiled for, its registers a thread, bytes of its stack, and bytes of shared memory a program. Run it without
-``TRITON_INTERPRET``: the interpreter does not compile.
+compiled for, registers and bytes of stack a thread, bytes of shared memory a program, instructions on tensor cores,
+and how many programs a multiprocessor of an H100 holds. ``exact`` behind it asks for full float32, a number for the
+first so many kernels only. Run it without ``TRITON_INTERPRET``: the interpreter does not compile.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator
+from itertools import islice
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -41,7 +43,9 @@ NETWORKS: dict[str, tuple[Any, tuple[int, int, int]]] = {
 class Recorder:
     """A stand-in for a kernel that notes how it is launched and does nothing."""
 
-    def __init__(self, kernel: Any, launches: list[tuple[Any, tuple[int, ...], tuple[Any, ...], dict[str, Any]]]) -> None:
+    def __init__(
+        self, kernel: Any, launches: list[tuple[Any, tuple[int, ...], tuple[Any, ...], dict[str, Any]]]
+    ) -> None:
         self.kernel, self.launches = kernel, launches
 
     def __getitem__(self, grid: tuple[int, ...]) -> Any:
@@ -65,7 +69,9 @@ def compiled(kernel: Any, args: tuple[Any, ...], options: dict[str, Any], capabi
     """Compile a kernel as it would be for these arguments on a GPU of this compute capability."""
     sizes = {name: value for name, value in options.items() if name.isupper()}
     names = kernel.arg_names[: len(args)]
-    types = {n: f"*{TYPES[arg.dtype]}" if isinstance(arg, Tensor) else "i32" for n, arg in zip(names, args, strict=True)}
+    types = {
+        n: f"*{TYPES[arg.dtype]}" if isinstance(arg, Tensor) else "i32" for n, arg in zip(names, args, strict=True)
+    }
     aligned = {(i,): [["tt.divisibility", 16]] for i, arg in enumerate(args) if isinstance(arg, Tensor)}
     signature = types | dict.fromkeys(sizes, "constexpr")
     source = ASTSource(fn=kernel, signature=signature, constexprs=sizes, attrs=aligned)
@@ -94,10 +100,20 @@ def report(name: str, images: int, dtype: torch.dtype, capability: int, exact: b
             made = compiled(kernel, args, options, capability)
             tensor_cores = len(re.findall(r"wgmma\.mma_async|mma\.sync", made.asm["ptx"]))
             needs = dict(shared=made.metadata.shared, tensor_cores=tensor_cores, **usage(made.asm["cubin"]))
+            needs["held"] = held(needs["REG"], options.get("num_warps", 4), needs["shared"])
             yield dict(kernel=kernel.__name__, grid=grid[0], **options, **needs)
+
+
+def held(registers: int, warps: int, shared: int) -> int:
+    """Return how many programs a multiprocessor of an H100 holds at a time."""
+    threads = 32 * warps
+    by_registers = 65536 // (-(-registers // 8) * 8 * threads)
+    return min(by_registers, 2048 // threads, 228 * 1024 // (shared + 1024))
 
 
 if __name__ == "__main__":
     network, batch, precision, compute, *rest = sys.argv[1:]
-    for line in report(network, int(batch), getattr(torch, precision), int(compute), rest == ["exact"]):
+    most = next((int(word) for word in rest if word.isdigit()), None)
+    lines = report(network, int(batch), getattr(torch, precision), int(compute), "exact" in rest)
+    for line in islice(lines, most):
         print(json.dumps(line))

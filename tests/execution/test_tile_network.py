@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from policyskip.backbones.base import Backbone, Block
 from policyskip.backbones.execution import dense
-from policyskip.backbones.folding import folded
+from policyskip.backbones.folding import ConvReLU, folded
 from policyskip.backbones.resnet import TorchvisionResNet
 from policyskip.execution.tile_network import TileNetwork, packed
 from policyskip.execution.tilings import TILINGS, Tiling, choose, step_size
@@ -28,9 +28,7 @@ def conv(channels: int, out: int, size: int = 1, stride: int = 1) -> nn.Sequenti
 
 def bottleneck(channels: int, mid: int, out: int, stride: int = 1) -> Block:
     """A bottleneck with its stride in the middle, its shortcut a projection where the shape changes."""
-    residual = nn.Sequential(
-        *conv(channels, mid), nn.ReLU(), *conv(mid, mid, 3, stride), nn.ReLU(), *conv(mid, out)
-    )
+    residual = nn.Sequential(*conv(channels, mid), nn.ReLU(), *conv(mid, mid, 3, stride), nn.ReLU(), *conv(mid, out))
     same = stride == 1 and channels == out
     return Block(residual, nn.Identity() if same else conv(channels, out, 1, stride))
 
@@ -184,6 +182,31 @@ def test_no_images():
     x = net.advance(net.features(images(0)), decisions(0, 5), 0)
     assert x.shape == (0, 36, 5, 4)
     assert net.logits(images(0), decisions(2, 0, 5)).shape == (2, 0, 5)
+
+
+@pytest.mark.parametrize("count", [0, 3])
+@pytest.mark.parametrize("floats", [False, True])
+def test_features_are_those_of_the_network(count, floats):
+    """With a stem that pools at its end, as torchvision's do."""
+    backbone = network(Block(nn.Conv2d(6, 6, 1), nn.Identity()), out=6)
+    backbone.stem.append(nn.MaxPool2d(3, 2, 1))
+    pictures = images(count) / 255 if floats else images(count)
+    fast = folded(backbone)
+    assert [type(layer) for layer in fast.stem] == [ConvReLU, nn.MaxPool2d]
+    got = TileNetwork(fast, (3, 9, 7)).features(pictures)
+    torch.testing.assert_close(got, fast.features(pictures), rtol=0, atol=1e-5)
+    assert got.is_contiguous(memory_format=torch.channels_last)
+
+
+def test_a_network_that_normalises_in_a_way_of_its_own_is_asked():
+    class Halved(Backbone):
+        def normalise(self, images: Tensor) -> Tensor:
+            return images.float() / 2
+
+    backbone = network(Block(nn.Conv2d(6, 6, 1), nn.Identity()), out=6)
+    backbone.__class__ = Halved
+    fast = folded(backbone)
+    assert torch.equal(TileNetwork(fast, (3, 9, 7)).features(images()), fast.features(images()))
 
 
 @pytest.mark.slow
