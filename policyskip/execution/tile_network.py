@@ -51,6 +51,7 @@ class Convolution:
         self.relu = type(layer) is ConvReLU
         self.channels, self.out_channels = layer.in_channels, layer.out_channels
         self.step = step_size(self.channels, inputs)
+        assert not isinstance(layer.padding, str)
         self.taps, self.stride, self.padding = layer.kernel_size, layer.stride, layer.padding
         self.weights, self.bias = packed(layer, self.step)
         self.steps = self.weights.shape[1] // self.step
@@ -58,14 +59,14 @@ class Convolution:
     def out_size(self, size: Sequence[int]) -> tuple[int, ...]:
         """Return the output's height and width for an input's."""
         sizes = zip(size, self.taps, self.stride, self.padding, strict=True)
-        return tuple((s + 2 * int(pad) - taps) // stride + 1 for s, taps, stride, pad in sizes)
+        return tuple((s + 2 * pad - taps) // stride + 1 for s, taps, stride, pad in sizes)
 
     def sizes(self, size: Sequence[int]) -> dict[str, int]:
         """Return what the kernels are compiled for, for an input of this height and width."""
         return dict(
             **dict(H=size[0], W=size[1], CHANNELS=self.channels, TAPS_Y=self.taps[0], TAPS_X=self.taps[1]),
             **dict(STRIDE_Y=self.stride[0], STRIDE_X=self.stride[1]),
-            **dict(PAD_Y=int(self.padding[0]), PAD_X=int(self.padding[1]), BLOCK_K=self.step),
+            **dict(PAD_Y=self.padding[0], PAD_X=self.padding[1], BLOCK_K=self.step),
         )
 
 
@@ -180,7 +181,9 @@ class TileNetwork(KernelNetwork):
         self._tilings = tilings[kind]
         # What joins the shortcut holds its tile as well. With the largest, registers would do for one program a
         # multiprocessor, and nothing would run while that one waits for memory.
-        self._tilings_to_join = [tile for tile in self._tilings if tile.pixels * tile.channels <= 128 * 64]
+        most = max(tile.pixels * tile.channels for tile in self._tilings) // 2
+        small = [tile for tile in self._tilings if tile.pixels * tile.channels <= most]
+        self._tilings_to_join: Sequence[Tiling] = small or self._tilings
         self._blocks = [TileBlock(block, min(t.inputs for t in self._tilings)) for block in folded.blocks]
         device = folded.mean.device
         on_gpu = device.type == "cuda"
@@ -293,7 +296,7 @@ class TileNetwork(KernelNetwork):
             **conv.sizes(x.shape[2:]),
             **dict(OUT_H=out_h, OUT_W=out_w, OUT_CHANNELS=channels, IS_FIRST=is_first, IS_LAST=is_last),
             **dict(RELU=conv.relu or is_last, BLOCK_M=tile.pixels, BLOCK_N=tile_channels, **self._flags),
-            **dict(num_warps=tile.warps, num_stages=min(tile.stages, conv.steps)),
+            **options(tile, conv.steps),
         )
 
     def _join(
@@ -314,9 +317,16 @@ class TileNetwork(KernelNetwork):
             **{f"SHORTCUT_{name}": size for name, size in projection.sizes(x.shape[2:]).items()},
             **dict(OUT_H=out_h, OUT_W=out_w, OUT_CHANNELS=channels, IS_FIRST=mid is x),
             **dict(BLOCK_M=tile.pixels, BLOCK_N=tile_channels, **self._flags),
-            **dict(num_warps=tile.warps, num_stages=min(tile.stages, max(conv.steps, projection.steps))),
+            **options(tile, max(conv.steps, projection.steps)),
         )
         return out
+
+
+def options(tiling: Tiling, steps: int) -> dict[str, int]:
+    """Return how the compiler is to cut a tile into threads and stages. Two programs have to share the 65,536 registers
+    of a multiprocessor."""
+    most_registers = min(255, 65536 // (2 * 32 * tiling.warps))
+    return dict(num_warps=tiling.warps, num_stages=min(tiling.stages, steps), maxnreg=most_registers)
 
 
 def on(tensor: Tensor) -> AbstractContextManager[Any]:
@@ -324,16 +334,16 @@ def on(tensor: Tensor) -> AbstractContextManager[Any]:
     return torch.cuda.device(tensor.device) if tensor.is_cuda else nullcontext()
 
 
-def run_stem(stem: nn.Module, x: Tensor) -> Tensor:
+def run_stem(stem: Any, x: Tensor) -> Tensor:
     """Run a stem on normalised images. Where it pools after a convolution and its ReLU, bias and ReLU follow the
     pooling instead, which gives the same: of a quarter of the numbers, or less."""
-    layers = list(stem) if type(stem) is nn.Sequential else []
-    if [type(layer) for layer in layers] == [ConvReLU, nn.MaxPool2d]:
-        conv, pool = layers
-        if conv.bias is not None and conv.padding_mode == "zeros" and not pool.return_indices:
-            x = F.conv2d(x, conv.weight, None, conv.stride, conv.padding, conv.dilation, conv.groups)
-            return pool(x).add_(conv.bias.view(-1, 1, 1)).relu_()
-    return stem(x)
+    conv, pool = stem if type(stem) is nn.Sequential and len(stem) == 2 else (stem, None)
+    pools = isinstance(conv, ConvReLU) and type(pool) is nn.MaxPool2d and not pool.return_indices
+    if not pools or conv.bias is None or conv.padding_mode != "zeros":
+        features: Tensor = stem(x)
+        return features
+    x = F.conv2d(x, conv.weight, None, conv.stride, conv.padding, conv.dilation, conv.groups)
+    return pool(x).add_(conv.bias.view(-1, 1, 1)).relu_()
 
 
 def empty(like: Tensor, channels: int, size: Sequence[int]) -> Tensor:
