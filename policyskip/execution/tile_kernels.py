@@ -11,7 +11,7 @@ whatever else is in the tile, so an image's result does not depend on the others
 Shapes: B images, M output pixels of a tile, N output channels of a tile, K input channels of a step.
 """
 
-# mypy: disable-error-code="misc"
+# mypy: disable-error-code="no-untyped-def, untyped-decorator, no-untyped-call"
 from __future__ import annotations
 
 import triton
@@ -47,16 +47,9 @@ def list_images(keep, rows, counts, images, image_stride, block_stride, LENGTH: 
 
 @triton.jit(do_not_specialize=["elements"])
 def normalise(
-    images,
-    mean,
-    std,
-    out,
-    elements,
-    PIXELS: tl.constexpr,
-    CHANNELS: tl.constexpr,
-    MOST: tl.constexpr,
+    images, mean, std, out, elements, PIXELS: tl.constexpr, CHANNELS: tl.constexpr, MOST: tl.constexpr,
     LENGTH: tl.constexpr,
-):
+):  # fmt: skip
     """Normalise images and put them channels last, in one pass over them.
 
     Args:
@@ -77,27 +70,12 @@ def normalise(
 
 @triton.jit
 def add_products(
-    sum_MN,
-    x,
-    weights,
-    row_M,
-    pixel_M,
-    live_M,
-    channel_N,
-    H: tl.constexpr,
-    W: tl.constexpr,
-    CHANNELS: tl.constexpr,
-    OUT_W: tl.constexpr,
-    TAPS_Y: tl.constexpr,
-    TAPS_X: tl.constexpr,
-    STRIDE_Y: tl.constexpr,
-    STRIDE_X: tl.constexpr,
-    PAD_Y: tl.constexpr,
+    sum_MN, x, weights, row_M, pixel_M, live_M, channel_N,
+    H: tl.constexpr, W: tl.constexpr, CHANNELS: tl.constexpr, OUT_W: tl.constexpr,
+    TAPS_Y: tl.constexpr, TAPS_X: tl.constexpr, STRIDE_Y: tl.constexpr, STRIDE_X: tl.constexpr, PAD_Y: tl.constexpr,
     PAD_X: tl.constexpr,
-    BLOCK_K: tl.constexpr,
-    PRECISION: tl.constexpr,
-    UPCAST: tl.constexpr,
-):
+    BLOCK_K: tl.constexpr, PRECISION: tl.constexpr, UPCAST: tl.constexpr,
+):  # fmt: skip
     """Add the products of a convolution of x to a tile of sums, which begin with the bias.
 
     Args:
@@ -137,35 +115,15 @@ def add_products(
 
 @triton.jit(do_not_specialize=["block", "images"])
 def convolve(
-    x,
-    weights,
-    bias,
-    out,
-    rows,
-    counts,
-    block,
-    images,
-    H: tl.constexpr,
-    W: tl.constexpr,
-    CHANNELS: tl.constexpr,
-    OUT_H: tl.constexpr,
-    OUT_W: tl.constexpr,
-    OUT_CHANNELS: tl.constexpr,
-    TAPS_Y: tl.constexpr,
-    TAPS_X: tl.constexpr,
-    STRIDE_Y: tl.constexpr,
-    STRIDE_X: tl.constexpr,
-    PAD_Y: tl.constexpr,
+    x, weights, bias, out, rows, counts, block, images,
+    H: tl.constexpr, W: tl.constexpr, CHANNELS: tl.constexpr,
+    OUT_H: tl.constexpr, OUT_W: tl.constexpr, OUT_CHANNELS: tl.constexpr,
+    TAPS_Y: tl.constexpr, TAPS_X: tl.constexpr, STRIDE_Y: tl.constexpr, STRIDE_X: tl.constexpr, PAD_Y: tl.constexpr,
     PAD_X: tl.constexpr,
-    IS_FIRST: tl.constexpr,
-    IS_LAST: tl.constexpr,
-    RELU: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    BLOCK_K: tl.constexpr,
-    PRECISION: tl.constexpr,
-    UPCAST: tl.constexpr,
-):
+    IS_FIRST: tl.constexpr, IS_LAST: tl.constexpr, RELU: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr, PRECISION: tl.constexpr, UPCAST: tl.constexpr,
+):  # fmt: skip
     """Run one convolution of a block's branch for the images that keep the block, one tile a program.
 
     Between the first and the last convolution, the features of the kept images lie side by side, in the order of
@@ -202,9 +160,9 @@ def convolve(
         shortcut_MN = tl.load(out_MN, mask=inside_MN, other=0.0)
     sum_MN = add_products(
         tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32) + tl.load(bias + channel_N)[None, :],
-        *(x, weights, from_M, place_M % PIXELS, live_M, channel_N),
-        *(H, W, CHANNELS, OUT_W, TAPS_Y, TAPS_X, STRIDE_Y, STRIDE_X, PAD_Y, PAD_X, BLOCK_K, PRECISION, UPCAST),
-    )
+        x, weights, from_M, place_M % PIXELS, live_M, channel_N,
+        H, W, CHANNELS, OUT_W, TAPS_Y, TAPS_X, STRIDE_Y, STRIDE_X, PAD_Y, PAD_X, BLOCK_K, PRECISION, UPCAST,
+    )  # fmt: skip
     if IS_LAST:
         sum_MN += shortcut_MN.to(tl.float32)
     if RELU:
@@ -214,46 +172,19 @@ def convolve(
 
 @triton.jit(do_not_specialize=["block", "images"])
 def join(
-    mid,
-    weights,
-    bias,
-    x,
-    shortcut_weights,
-    shortcut_bias,
-    out,
-    rows,
-    counts,
-    block,
-    images,
-    H: tl.constexpr,
-    W: tl.constexpr,
-    CHANNELS: tl.constexpr,
-    OUT_H: tl.constexpr,
-    OUT_W: tl.constexpr,
-    OUT_CHANNELS: tl.constexpr,
-    TAPS_Y: tl.constexpr,
-    TAPS_X: tl.constexpr,
-    STRIDE_Y: tl.constexpr,
-    STRIDE_X: tl.constexpr,
-    PAD_Y: tl.constexpr,
+    mid, weights, bias, x, shortcut_weights, shortcut_bias, out, rows, counts, block, images,
+    H: tl.constexpr, W: tl.constexpr, CHANNELS: tl.constexpr,
+    OUT_H: tl.constexpr, OUT_W: tl.constexpr, OUT_CHANNELS: tl.constexpr,
+    TAPS_Y: tl.constexpr, TAPS_X: tl.constexpr, STRIDE_Y: tl.constexpr, STRIDE_X: tl.constexpr, PAD_Y: tl.constexpr,
     PAD_X: tl.constexpr,
-    SHORTCUT_H: tl.constexpr,
-    SHORTCUT_W: tl.constexpr,
-    SHORTCUT_CHANNELS: tl.constexpr,
-    SHORTCUT_TAPS_Y: tl.constexpr,
-    SHORTCUT_TAPS_X: tl.constexpr,
-    SHORTCUT_STRIDE_Y: tl.constexpr,
+    SHORTCUT_H: tl.constexpr, SHORTCUT_W: tl.constexpr, SHORTCUT_CHANNELS: tl.constexpr,
+    SHORTCUT_TAPS_Y: tl.constexpr, SHORTCUT_TAPS_X: tl.constexpr, SHORTCUT_STRIDE_Y: tl.constexpr,
     SHORTCUT_STRIDE_X: tl.constexpr,
-    SHORTCUT_PAD_Y: tl.constexpr,
-    SHORTCUT_PAD_X: tl.constexpr,
-    SHORTCUT_BLOCK_K: tl.constexpr,
+    SHORTCUT_PAD_Y: tl.constexpr, SHORTCUT_PAD_X: tl.constexpr, SHORTCUT_BLOCK_K: tl.constexpr,
     IS_FIRST: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    BLOCK_K: tl.constexpr,
-    PRECISION: tl.constexpr,
-    UPCAST: tl.constexpr,
-):
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr, PRECISION: tl.constexpr, UPCAST: tl.constexpr,
+):  # fmt: skip
     """Run the last convolution of a block's branch and the convolution in its shortcut in one, one tile a program.
 
     The first tiles are those of the images that keep the block, which get both and the ReLU; behind them come those of
@@ -276,8 +207,7 @@ def join(
     kept_tiles = (count * PIXELS + BLOCK_M - 1) // BLOCK_M
     tile = tl.program_id(0) // TILES_N
     is_kept = tile < kept_tiles
-    if not is_kept:
-        tile -= kept_tiles
+    tile = tl.where(is_kept, tile, tile - kept_tiles)
     pixels = tl.where(is_kept, count, images - count) * PIXELS
     if tile * BLOCK_M >= pixels:
         return
@@ -290,16 +220,16 @@ def join(
     bias_N = tl.load(shortcut_bias + channel_N) + tl.load(bias + channel_N, mask=is_kept, other=0.0)
     sum_MN = add_products(
         tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32) + bias_N[None, :],
-        *(x, shortcut_weights, image_M, place_M % PIXELS, live_M, channel_N),
-        *(SHORTCUT_H, SHORTCUT_W, SHORTCUT_CHANNELS, OUT_W, SHORTCUT_TAPS_Y, SHORTCUT_TAPS_X),
-        *(SHORTCUT_STRIDE_Y, SHORTCUT_STRIDE_X, SHORTCUT_PAD_Y, SHORTCUT_PAD_X, SHORTCUT_BLOCK_K, PRECISION, UPCAST),
-    )
+        x, shortcut_weights, image_M, place_M % PIXELS, live_M, channel_N,
+        SHORTCUT_H, SHORTCUT_W, SHORTCUT_CHANNELS, OUT_W, SHORTCUT_TAPS_Y, SHORTCUT_TAPS_X, SHORTCUT_STRIDE_Y,
+        SHORTCUT_STRIDE_X, SHORTCUT_PAD_Y, SHORTCUT_PAD_X, SHORTCUT_BLOCK_K, PRECISION, UPCAST,
+    )  # fmt: skip
     if is_kept:
         from_M = image_M if IS_FIRST else slot_M
         sum_MN = add_products(
-            *(sum_MN, mid, weights, from_M, place_M % PIXELS, live_M, channel_N),
-            *(H, W, CHANNELS, OUT_W, TAPS_Y, TAPS_X, STRIDE_Y, STRIDE_X, PAD_Y, PAD_X, BLOCK_K, PRECISION, UPCAST),
-        )
+            sum_MN, mid, weights, from_M, place_M % PIXELS, live_M, channel_N,
+            H, W, CHANNELS, OUT_W, TAPS_Y, TAPS_X, STRIDE_Y, STRIDE_X, PAD_Y, PAD_X, BLOCK_K, PRECISION, UPCAST,
+        )  # fmt: skip
         sum_MN = tl.maximum(sum_MN, 0.0, propagate_nan=tl.PropagateNan.ALL)  # else NaN would become 0
     out_MN = out + ((image_M.to(tl.int64) * PIXELS + place_M % PIXELS) * OUT_CHANNELS)[:, None] + channel_N[None, :]
     inside_MN = live_M[:, None]

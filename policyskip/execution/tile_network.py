@@ -18,8 +18,9 @@ from torch import Tensor, nn
 
 from policyskip.backbones.base import Backbone, Block, Network
 from policyskip.backbones.folding import ConvReLU, FoldedBlock
+from policyskip.execution.convolutions import Convolution, TileBlock, largest_tile, why_not_branch, why_not_plain
 from policyskip.execution.kernel_network import KernelNetwork
-from policyskip.execution.tilings import EXPECTED_SHARE, TILINGS, Tiling, choose, step_size
+from policyskip.execution.tilings import EXPECTED_SHARE, TILINGS, Tiling, choose
 
 MULTIPROCESSORS = 132
 """Of an H100; taken where there is no GPU, so that the interpreter cuts tiles as an H100 would."""
@@ -37,121 +38,6 @@ class Listing(NamedTuple):
     rows: Tensor
     counts: Tensor
     images: int
-
-
-class Convolution:
-    """A convolution as the kernels take it.
-
-    Args:
-        layer: the folded convolution, with or without ReLU.
-        inputs: most input channels of a step.
-    """
-
-    def __init__(self, layer: nn.Conv2d, inputs: int) -> None:
-        self.relu = type(layer) is ConvReLU
-        self.channels, self.out_channels = layer.in_channels, layer.out_channels
-        self.step = step_size(self.channels, inputs)
-        self.taps, self.stride, self.padding = layer.kernel_size, layer.stride, layer.padding
-        self.weights, self.bias = packed(layer, self.step)
-        self.steps = self.weights.shape[1] // self.step
-
-    def out_size(self, size: Sequence[int]) -> tuple[int, ...]:
-        """Return the output's height and width for an input's."""
-        sizes = zip(size, self.taps, self.stride, self.padding, strict=True)
-        return tuple((s + 2 * int(pad) - taps) // stride + 1 for s, taps, stride, pad in sizes)
-
-    def sizes(self, size: Sequence[int]) -> dict[str, int]:
-        """Return what the kernels are compiled for, for an input of this height and width."""
-        return dict(
-            **dict(H=size[0], W=size[1], CHANNELS=self.channels, TAPS_Y=self.taps[0], TAPS_X=self.taps[1]),
-            **dict(STRIDE_Y=self.stride[0], STRIDE_X=self.stride[1]),
-            **dict(PAD_Y=int(self.padding[0]), PAD_X=int(self.padding[1]), BLOCK_K=self.step),
-        )
-
-
-def packed(layer: nn.Conv2d, step: int) -> tuple[Tensor, Tensor]:
-    """Return a convolution's weights (N, steps · step), and its bias (N,), float32, with N output channels.
-
-    A step takes ``step`` input channels at one place of the filter; it goes over the places first, and then over the
-    next channels, so that the features that it reads again are in the cache. Channels are filled up with zeros to whole
-    steps and tiles.
-    """
-    weight = layer.weight.detach()
-    out, inputs, *taps = weight.shape
-    most = largest_tile(out)
-    weight = F.pad(weight, (0, 0, 0, 0, 0, -inputs % step, 0, -out % most))
-    weight = weight.reshape(len(weight), -1, step, taps[0] * taps[1]).transpose(2, 3)
-    bias = weight.new_zeros(out) if layer.bias is None else layer.bias.detach()
-    return weight.reshape(len(weight), -1).contiguous(), F.pad(bias.float(), (0, -out % most))
-
-
-def largest_tile(channels: int) -> int:
-    """Return the most output channels that a tile has, a power of two: 128, or less if there are fewer channels."""
-    return min(128, max(16, 1 << (channels - 1).bit_length()))
-
-
-class TileBlock:
-    """A block as the kernels take it: the convolutions of its branch, and its shortcut.
-
-    Args:
-        block: the folded block.
-        inputs: most input channels of a step.
-    """
-
-    def __init__(self, block: Block, inputs: int) -> None:
-        self.branch = [Convolution(layer, inputs) for layer in convolutions(block.residual)]
-        self.shortcut = block.shortcut
-        self.is_identity = type(block.shortcut) is nn.Identity
-        projection = the_convolution(block.shortcut)
-        self.projection = None if projection is None else Convolution(projection, inputs)
-
-
-def convolutions(branch: nn.Module) -> list[nn.Conv2d]:
-    """Return the convolutions of a branch in order; one with a ReLU behind it as :class:`ConvReLU`."""
-    found: list[nn.Conv2d] = []
-    layers = list(branch) if type(branch) is nn.Sequential else [branch]
-    for layer in layers:
-        if isinstance(layer, nn.Conv2d):
-            found.append(layer)
-        elif type(layer) is nn.ReLU:
-            found[-1] = ConvReLU(found[-1])
-    return found
-
-
-def the_convolution(shortcut: nn.Module) -> nn.Conv2d | None:
-    """Return the convolution that a shortcut consists of, if it is one plain convolution and nothing else."""
-    layers = list(shortcut) if type(shortcut) is nn.Sequential else [shortcut]
-    if len(layers) == 1 and type(layers[0]) is nn.Conv2d and not why_not_plain(layers[0]):
-        return layers[0]
-    return None
-
-
-def why_not_plain(layer: nn.Conv2d) -> str:
-    """Return what a convolution has that the kernels do not; empty if nothing."""
-    if layer.groups != 1:
-        return f"a convolution in {layer.groups} groups"
-    if layer.dilation != (1, 1):
-        return "a dilated convolution"
-    if isinstance(layer.padding, str) or layer.padding_mode != "zeros":
-        return "a convolution padded with something other than a number of zeros"
-    return ""
-
-
-def why_not_branch(branch: nn.Module) -> str:
-    """Return what a block's branch has, or lacks, that keeps it from the kernels; empty if nothing."""
-    layers = list(branch) if type(branch) is nn.Sequential else [branch]
-    before: nn.Module | None = None
-    for layer in layers:
-        if type(layer) is nn.ReLU and type(before) is not nn.Conv2d:
-            return "a ReLU that does not follow a convolution"
-        if type(layer) not in (nn.Conv2d, ConvReLU, nn.ReLU):
-            return f"a layer of type {type(layer).__name__}"
-        if isinstance(layer, nn.Conv2d) and (reason := why_not_plain(layer)):
-            return reason
-        before = layer
-    if before is None:
-        return "no convolution"
-    return "" if type(before) is nn.Conv2d else "a ReLU at its end"
 
 
 class TileNetwork(KernelNetwork):
@@ -180,7 +66,9 @@ class TileNetwork(KernelNetwork):
         self._tilings = tilings[kind]
         # What joins the shortcut holds its tile as well. With the largest, registers would do for one program a
         # multiprocessor, and nothing would run while that one waits for memory.
-        self._tilings_to_join = [tile for tile in self._tilings if tile.pixels * tile.channels <= 128 * 64]
+        most = max(tile.pixels * tile.channels for tile in self._tilings) // 2
+        small = [tile for tile in self._tilings if tile.pixels * tile.channels <= most]
+        self._tilings_to_join: Sequence[Tiling] = small or self._tilings
         self._blocks = [TileBlock(block, min(t.inputs for t in self._tilings)) for block in folded.blocks]
         device = folded.mean.device
         on_gpu = device.type == "cuda"
@@ -293,7 +181,7 @@ class TileNetwork(KernelNetwork):
             **conv.sizes(x.shape[2:]),
             **dict(OUT_H=out_h, OUT_W=out_w, OUT_CHANNELS=channels, IS_FIRST=is_first, IS_LAST=is_last),
             **dict(RELU=conv.relu or is_last, BLOCK_M=tile.pixels, BLOCK_N=tile_channels, **self._flags),
-            **dict(num_warps=tile.warps, num_stages=min(tile.stages, conv.steps)),
+            **options(tile, conv.steps),
         )
 
     def _join(
@@ -314,9 +202,16 @@ class TileNetwork(KernelNetwork):
             **{f"SHORTCUT_{name}": size for name, size in projection.sizes(x.shape[2:]).items()},
             **dict(OUT_H=out_h, OUT_W=out_w, OUT_CHANNELS=channels, IS_FIRST=mid is x),
             **dict(BLOCK_M=tile.pixels, BLOCK_N=tile_channels, **self._flags),
-            **dict(num_warps=tile.warps, num_stages=min(tile.stages, max(conv.steps, projection.steps))),
+            **options(tile, max(conv.steps, projection.steps)),
         )
         return out
+
+
+def options(tiling: Tiling, steps: int) -> dict[str, int]:
+    """Return how the compiler is to cut a tile into threads and stages. Two programs have to share the 65,536 registers
+    of a multiprocessor."""
+    most_registers = min(255, 65536 // (2 * 32 * tiling.warps))
+    return dict(num_warps=tiling.warps, num_stages=min(tiling.stages, steps), maxnreg=most_registers)
 
 
 def on(tensor: Tensor) -> AbstractContextManager[Any]:
@@ -324,16 +219,17 @@ def on(tensor: Tensor) -> AbstractContextManager[Any]:
     return torch.cuda.device(tensor.device) if tensor.is_cuda else nullcontext()
 
 
-def run_stem(stem: nn.Module, x: Tensor) -> Tensor:
+def run_stem(stem: Any, x: Tensor) -> Tensor:
     """Run a stem on normalised images. Where it pools after a convolution and its ReLU, bias and ReLU follow the
     pooling instead, which gives the same: of a quarter of the numbers, or less."""
-    layers = list(stem) if type(stem) is nn.Sequential else []
-    if [type(layer) for layer in layers] == [ConvReLU, nn.MaxPool2d]:
-        conv, pool = layers
-        if conv.bias is not None and conv.padding_mode == "zeros" and not pool.return_indices:
-            x = F.conv2d(x, conv.weight, None, conv.stride, conv.padding, conv.dilation, conv.groups)
-            return pool(x).add_(conv.bias.view(-1, 1, 1)).relu_()
-    return stem(x)
+    if type(stem) is nn.Sequential and len(stem) == 2:
+        conv, pool = stem
+        pools = isinstance(pool, nn.MaxPool2d) and not pool.return_indices
+        if type(conv) is ConvReLU and conv.bias is not None and pools and not why_not_plain(conv):
+            x = pool(F.conv2d(x, conv.weight, None, conv.stride, conv.padding))
+            return x.add_(conv.bias.view(-1, 1, 1)).relu_()
+    features: Tensor = stem(x)
+    return features
 
 
 def empty(like: Tensor, channels: int, size: Sequence[int]) -> Tensor:

@@ -10,7 +10,8 @@ from policyskip.backbones.base import Backbone, Block
 from policyskip.backbones.execution import dense
 from policyskip.backbones.folding import ConvReLU, folded
 from policyskip.backbones.resnet import TorchvisionResNet
-from policyskip.execution.tile_network import TileNetwork, packed
+from policyskip.execution.convolutions import packed
+from policyskip.execution.tile_network import TileNetwork
 from policyskip.execution.tilings import TILINGS, Tiling, choose, step_size
 from tests.conftest import small_backbone, with_statistics
 
