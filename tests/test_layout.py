@@ -45,7 +45,7 @@ LAZY = {
     "": {"rewards", "deployment.loading", "deployment.predictors"},  # public names
     "cli": {"commands"},
     "execution.choosing": {"execution.stage_network", "execution.tile_network"},  # where there is Triton
-    "execution.stage_network": {"execution.stage_kernels"},
+    "execution.stage_network": {"execution.stage_kernels", "execution.order_kernels"},
     "execution.tile_network": {"execution.tile_kernels"},
     "backbones.base": {"backbones.execution"},  # Backbone.forward runs as execution says, which needs Backbone
 }

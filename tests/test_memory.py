@@ -9,7 +9,6 @@ import torch
 
 from policyskip.backbones import execution
 from policyskip.deployment.predictors import Predictor
-
 from policyskip.envs.block_selection import BlockSelectionVectorEnv
 from policyskip.errors import UserError
 from policyskip.execution import ways

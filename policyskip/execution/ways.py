@@ -169,7 +169,7 @@ class NetworkExecution:
         return None
 
     def _give_kernels_up(self, error: Exception) -> None:
-        """Gather from now on, because a kernel failed: for each number of images others may have to be compiled.
+        """Change the way to gathering, because a kernel failed: for each number of images others may have to be compiled.
 
         Raises:
             UserError: ``execution=kernel`` was asked for.
