@@ -169,7 +169,7 @@ class NetworkExecution:
         return None
 
     def _give_kernels_up(self, error: Exception) -> None:
-        """Change the way to gathering, because a kernel failed: for each number of images others may have to be compiled.
+        """Change the way to gathering, because a kernel failed: other numbers of images may need other kernels.
 
         Raises:
             UserError: ``execution=kernel`` was asked for.

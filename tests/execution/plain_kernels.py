@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import pytest
 import torch
 from torch import Tensor
 
-from policyskip.execution import choosing, ways
 from policyskip.execution.kernel_network import KernelNetwork
 
 
@@ -45,12 +43,3 @@ class ImpossibleKernels(PlainKernels):
     @classmethod
     def why_not(cls, folded, image_shape) -> str:
         return "nothing fits it"
-
-
-@pytest.fixture
-def plain_kernels(monkeypatch) -> type[PlainKernels]:
-    """Let kernels be chosen on any machine: these."""
-    monkeypatch.setattr(ways, "no_kernels_on", lambda device, may_interpret: "")
-    monkeypatch.setattr(choosing, "candidates", lambda: iter((ImpossibleKernels, PlainKernels)))
-    monkeypatch.setattr(PlainKernels, "calls", [])
-    return PlainKernels

@@ -35,7 +35,6 @@ from policyskip.static_front.cache import known_front, remember
 from policyskip.static_front.finding import find_front
 from policyskip.static_front.scoring import SetScorer
 from tests.conftest import small_backbone, small_images, typed, with_statistics
-from tests.execution.plain_kernels import plain_kernels  # noqa: F401 - a fixture
 
 SHAPE, CLASSES = (3, 12, 12), list("abcde")
 IMAGES = small_images(9).images

@@ -15,7 +15,7 @@ from policyskip.execution import choosing, ways
 from policyskip.execution.kernel_network import KernelNetwork, refuse_gradients
 from policyskip.execution.ways import PRECISIONS, WAYS, Execution, How
 from tests.conftest import small_backbone, small_images
-from tests.execution.plain_kernels import PlainKernels, plain_kernels  # noqa: F401 - a fixture
+from tests.execution.plain_kernels import PlainKernels
 
 SHAPE = (3, 12, 12)
 
