@@ -128,8 +128,9 @@ class NetworkExecution:
 
     def to(self, device: str | torch.device) -> Self:
         """Move the network, choose the way again for where it is now, and return the execution."""
-        if self.network.mean.device != torch.device(device):
-            self.network.to(device)
+        network: Any = self._given if self.as_it_is else self.network
+        if network.mean.device != torch.device(device):
+            network.to(device)
             self._choose()
         return self
 
@@ -245,7 +246,7 @@ class Execution(NetworkExecution):
     def features(self, images: Tensor) -> Tensor:
         """Compute the features (B, C, H, W) that enter block 0, for :meth:`advance`."""
         with self.exactly():
-            return self.network.features(images) if self.kernels is None else self.kernels.features(images)
+            return (self.kernels if self.kernels and len(images) else self.network).features(images)
 
     def advance(self, x: Tensor, keep_BM: Tensor, first: int) -> Tensor:
         """Run the M blocks from ``first`` on, each for the images that ``keep_BM``, bool (B, M), keeps.
@@ -281,7 +282,7 @@ class Execution(NetworkExecution):
     def head(self, x: Tensor) -> Tensor:
         """Compute logits (B, C) from the features (B, C, H, W) after the last block."""
         with self.exactly():
-            return self.network.head(x) if self.kernels is None else self.kernels.head(x)
+            return (self.kernels if self.kernels and len(x) else self.network).head(x)
 
 
 def _copy(network: Network, precision: str) -> Any:
