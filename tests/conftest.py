@@ -11,8 +11,12 @@ import sys
 from pathlib import Path
 from typing import Any, BinaryIO
 
+import torch
+
 os.environ.setdefault("WANDB_MODE", "offline")
 os.environ.setdefault("WANDB_SILENT", "true")
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"  # kernels run on the CPU; to be said before Triton is imported
 
 import torch
 

@@ -27,14 +27,20 @@ def load_windows(
     CP: tl.constexpr,
     SIDE: tl.constexpr,
     K: tl.constexpr,
+    LIMIT: tl.constexpr,
 ) -> tl.tensor:
-    """Load entries first … first + K - 1 of the windows of SIDE × SIDE pixels at (top, left), (M, K); 0 outside."""
+    """Load entries first … first + K - 1 of the windows of SIDE × SIDE pixels at (top, left), (M, K).
+
+    Pixels outside of the image are 0, and so are entries from LIMIT on, if that is not 0.
+    """
     k = first + tl.arange(0, K)
     down, right, c = k // CP // SIDE, k // CP % SIDE, k % CP
     y, x = top_M[:, None] + down[None, :], left_M[:, None] + right[None, :]
     inside = (y >= 0) & (y < H) & (x >= 0) & (x < W)
     if C < CP:
         inside = inside & (c < C)[None, :]
+    if LIMIT > 0:
+        inside = inside & (k < LIMIT)[None, :]
     at = ((top_M * W + left_M) * C)[:, None] + ((down * W + right) * C + c)[None, :]
     return tl.load(src + at, mask=inside, other=0.0)
 
@@ -53,10 +59,20 @@ def add_product(a: tl.tensor, b: tl.tensor, total: tl.tensor, PRECISION: tl.cons
 
 @triton.jit
 def load_weights(
-    weights: tl.tensor, first: tl.tensor, ALL: tl.constexpr, K: tl.constexpr, N: tl.constexpr
+    weights: tl.tensor,
+    first: tl.tensor,
+    ALL: tl.constexpr,
+    K: tl.constexpr,
+    N: tl.constexpr,
+    LIMIT: tl.constexpr,
 ) -> tl.tensor:
-    """Load entries first … first + K - 1 of weights (N, ALL), as (K, N)."""
-    return tl.load(weights + first + tl.arange(0, K)[:, None] + tl.arange(0, N)[None, :] * ALL)
+    """Load entries first … first + K - 1 of weights (N, ALL), as (K, N); 0 from LIMIT on, if that is not 0."""
+    k = first + tl.arange(0, K)[:, None]
+    at = weights + k + tl.arange(0, N)[None, :] * ALL
+    if LIMIT > 0:
+        return tl.load(at, mask=k + tl.zeros((1, N), dtype=tl.int32) < LIMIT, other=0.0)
+    else:
+        return tl.load(at)
 
 
 @triton.jit
@@ -89,20 +105,21 @@ def convolve(
     total = tl.zeros((M, N), dtype=tl.float32)
     # Loops and not copies of their body: Triton spreads the warps of products that follow each other over rows alone.
     if AHEAD:
-        a, b = load_windows(src, top_M, left_M, 0, H, W, C, CP, SIDE, K), load_weights(weights, 0, ALL, K, N)
+        a = load_windows(src, top_M, left_M, 0, H, W, C, CP, SIDE, K, 0)
+        b = load_weights(weights, 0, ALL, K, N, 0)
         for i in range(PRODUCTS):
-            later = (i + 1) % PRODUCTS * K
-            next_a = load_windows(src, top_M, left_M, later, H, W, C, CP, SIDE, K)
-            next_b = load_weights(weights, later, ALL, K, N)
+            later = (i + 1) * K  # in the last round, nothing is loaded
+            next_a = load_windows(src, top_M, left_M, later, H, W, C, CP, SIDE, K, PRODUCTS * K)
+            next_b = load_weights(weights, later, ALL, K, N, PRODUCTS * K)
             total = add_product(a, b, total, PRECISION)
             a, b = next_a, next_b
     else:
         for i in range(PRODUCTS):
-            a = load_windows(src, top_M, left_M, i * K, H, W, C, CP, SIDE, K)
-            total = add_product(a, load_weights(weights, i * K, ALL, K, N), total, PRECISION)
+            a = load_windows(src, top_M, left_M, i * K, H, W, C, CP, SIDE, K, 0)
+            total = add_product(a, load_weights(weights, i * K, ALL, K, N, 0), total, PRECISION)
     if REST > 0:
-        a = load_windows(src, top_M, left_M, PRODUCTS * K, H, W, C, CP, SIDE, REST)
-        total = add_product(a, load_weights(weights, PRODUCTS * K, ALL, REST, N), total, PRECISION)
+        a = load_windows(src, top_M, left_M, PRODUCTS * K, H, W, C, CP, SIDE, REST, 0)
+        total = add_product(a, load_weights(weights, PRODUCTS * K, ALL, REST, N, 0), total, PRECISION)
     return total
 
 

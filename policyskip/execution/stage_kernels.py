@@ -176,7 +176,9 @@ def _stem(
         inside = (y >= 0) & (y < H) & (x >= 0) & (x < W) & (k < 27)[None, :]
         values = tl.load(images + channel[None, :] * (H * W) + y * W + x, mask=inside, other=0).to(tl.float32)
         values = tl.where(inside, values * scale[None, :] + shift[None, :], 0.0).to(dtype)
-        sums = add_product(values, load_weights(weights, 0, 32, 32, CP), tl.zeros((M, CP), dtype=tl.float32), PRECISION)
+        sums = add_product(
+            values, load_weights(weights, 0, 32, 32, CP, 0), tl.zeros((M, CP), dtype=tl.float32), PRECISION
+        )
         at, exists = pixels(y_M, x_M, H, W, C, CP, 1)
         tl.store(dst + at, relu(sums + tl.load(bias + c)[None, :]).to(dtype), mask=exists)
     tl.debug_barrier()
@@ -205,7 +207,7 @@ def _head(
     mean = (total / PIXELS).to(dtype)
     for first in range(0, CLASSES, 16):
         logits = tl.zeros((16, 16), dtype=tl.float32) + tl.load(bias + first + i)[None, :]
-        logits = add_product(mean, load_weights(weights + first * CP, 0, CP, CP, 16), logits, EXACT)
+        logits = add_product(mean, load_weights(weights + first * CP, 0, CP, CP, 16, 0), logits, EXACT)
         once = (i == 0)[:, None] & (first + i < CLASSES)[None, :]
         tl.store(out + i[:, None] + (first + i)[None, :], logits.to(dtype), mask=once)
 

@@ -34,14 +34,14 @@ from policyskip.execution.stage_plan import (
 from policyskip.execution.stage_weights import Packed
 
 # What a measurement has to decide: up to how many rows a multiprocessor, an image has a whole multiprocessor, whose
-# registers 16 warps fill. That is in one launch: in one launch a stage, each would wait for its longest image, which only
-# with many images is about as long as the others. With many, programs of 8 and 4 warps use the pauses of each other.
+# registers 16 warps fill. That is in one launch: with a launch a stage, each would wait for its longest image, which is
+# about as long as the others only if there are many. With many, programs of 8 and 4 warps use the pauses of each other.
 TILINGS = (
-    (4.0, Tiling(warps=(16,), one_launch=True, resident=1)),
-    (float("inf"), Tiling(warps=(8, 8, 4), one_launch=False, resident=2)),
+    (4.0, Tiling(warps=(16,), ahead=True, one_launch=True)),
+    (float("inf"), Tiling(warps=(8, 8, 4), resident=2)),
 )
-EXACT = ((float("inf"), Tiling(warps=(8,), sums=8, entries=64, one_launch=False, resident=2)),)
-"""Without tensor cores, a thread needs its registers for the entries."""
+EXACT = ((float("inf"), Tiling(warps=(8,), sums=8, resident=2)),)
+"""Without tensor cores, a thread needs its registers for the entries of products."""
 
 
 class StageNetwork(KernelNetwork):
@@ -51,6 +51,9 @@ class StageNetwork(KernelNetwork):
         tilings: rows a multiprocessor, at most, and how they are computed then; None: as measured.
         patch: the side of the patches in which 16 channels are convolved (see ``stage_kernels.py``); None: 2, but 1
             for exact products, whose time is that of the arithmetic.
+        entries: bytes of the input pixels that one product takes for one patch; None: 128, but 64 for exact products.
+            The more, the fewer waits; the less, the more programs fit a multiprocessor, and the more of its cache is
+            left for features.
 
     Raises:
         ValueError: ``why_not`` says why this network cannot run so.
@@ -63,6 +66,7 @@ class StageNetwork(KernelNetwork):
         exact: bool = False,
         tilings: Sequence[tuple[float, Tiling]] | None = None,
         patch: int | None = None,
+        entries: int | None = None,
     ) -> None:
         super().__init__(folded, image_shape, exact)
         if reason := self.why_not(folded, image_shape):
@@ -74,6 +78,7 @@ class StageNetwork(KernelNetwork):
             self.precision = "widened"
         self.tilings = tuple(tilings or (EXACT if self.exact else TILINGS))
         self.patch = patch or (1 if self.exact else 2)
+        self.entries = max(16, (entries or (64 if self.exact else 128)) // folded.mean.element_size())
         self.multiprocessors = (
             torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1
         )
@@ -147,8 +152,8 @@ class StageNetwork(KernelNetwork):
         patches = -(-stage.h // stage.patch) * -(-stage.w // stage.patch)
         return stage._replace(
             m=_tile(patches, most // (stage.patch**2 * stage.c_padded)),
-            m_change=_tile(stage.h * stage.w, most // stage.c_padded),
-            entries=max(16, tiling.entries // self.packed.weights.element_size()),
+            m_change=_tile(stage.h * stage.w, most // 2 // stage.c_padded),
+            entries=self.entries,
             ahead=tiling.ahead,
         )
 
@@ -187,7 +192,7 @@ class StageNetwork(KernelNetwork):
             if changes or head:
                 place, space = space, space + _aligned(math.prod(shape))
             c = padded(before.c_in)
-            tile = _tile(height * width, 16 * 32 * warps // c)
+            tile = _tile(height * width, 8 * 32 * warps // c)
             stem_constants = (height, width, before.c_in, c, *self.packed.stem, tile, place)
         for i in changes:
             if head or i != changes[-1]:
@@ -286,7 +291,7 @@ class StageNetwork(KernelNetwork):
         """Compute logits (S, B, C) of S decisions for each image, bool (S, B, K)."""
         S, B, K = keep_SBK.shape
         logits = self._run(_pixels(images), keep_SBK.reshape(S * B, K), 0, stem=True, head=True)
-        return logits.view(S, B, -1)
+        return logits.view(S, B, self.folded.num_classes)
 
 
 def _why_not_block(block: Block, channels: int) -> str:

@@ -22,13 +22,14 @@ PRECISIONS = (torch.float32, torch.bfloat16, torch.float16)
 
 @dataclass(frozen=True)
 class Tiling:
-    """How the kernels divide the work of an image; a benchmark finds out which way is fastest. All give the same bits.
+    """How the kernels divide the work of an image; a benchmark finds out which way is fastest.
+
+    All give the same bits, because none changes the order of sums.
 
     Args:
         warps: warps of a program, for the first, second, third … stage, the last for all that follow. In one launch,
             the first of them.
         sums: float32 sums that a thread holds in registers: with the warps, they say how many pixels a tile has.
-        entries: bytes of the input pixels that one product takes for one patch of output pixels.
         ahead: whether the next product's operands are loaded into registers while one is computed.
         one_launch: whether the whole network is one launch, or each stage its own.
         resident: programs that a multiprocessor runs at once (by registers and shared memory), for their order.
@@ -36,9 +37,8 @@ class Tiling:
 
     warps: tuple[int, ...]
     sums: int = 32
-    entries: int = 256
     ahead: bool = False
-    one_launch: bool = True
+    one_launch: bool = False
     resident: int = 1
 
 
