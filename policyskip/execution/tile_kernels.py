@@ -68,6 +68,42 @@ def normalise(
     tl.store(out + place, value.to(out.dtype.element_ty), mask=inside)
 
 
+@triton.jit(do_not_specialize=["pixels"])
+def pool(
+    x, bias, out, pixels,
+    H: tl.constexpr, W: tl.constexpr, CHANNELS: tl.constexpr, OUT_H: tl.constexpr, OUT_W: tl.constexpr,
+    SIZE_Y: tl.constexpr, SIZE_X: tl.constexpr, STRIDE_Y: tl.constexpr, STRIDE_X: tl.constexpr,
+    PAD_Y: tl.constexpr, PAD_X: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    """Take the largest of each window of pixels, and then add the bias and clip at zero.
+
+    The order changes nothing, because both keep the order of numbers; and so there are fewer numbers to do it to.
+
+    Args:
+        x: features (B, H, W, CHANNELS), before their bias.
+        bias: (CHANNELS,).
+        out: features (B, OUT_H, OUT_W, CHANNELS), written.
+        pixels: of it, in all images.
+    """
+    place_M = tl.program_id(0).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
+    channel_N = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
+    y_M = (place_M // OUT_W % OUT_H * STRIDE_Y - PAD_Y).to(tl.int32)
+    x_M = (place_M % OUT_W * STRIDE_X - PAD_X).to(tl.int32)
+    x_MN = x + ((place_M // (OUT_H * OUT_W) * (H * W) + y_M * W + x_M) * CHANNELS)[:, None] + channel_N[None, :]
+    inside_N = channel_N < CHANNELS
+    largest_MN = tl.full((BLOCK_M, BLOCK_N), float("-inf"), dtype=tl.float32)
+    for place in tl.static_range(SIZE_Y * SIZE_X):
+        down, right = place // SIZE_X, place % SIZE_X
+        inside_M = (place_M < pixels) & (y_M + down >= 0) & (y_M + down < H) & (x_M + right >= 0) & (x_M + right < W)
+        inside_MN = inside_M[:, None] & inside_N[None, :]
+        value_MN = tl.load(x_MN + (down * W + right) * CHANNELS, mask=inside_MN, other=float("-inf")).to(tl.float32)
+        largest_MN = tl.maximum(largest_MN, value_MN, propagate_nan=tl.PropagateNan.ALL)
+    largest_MN += tl.load(bias + channel_N, mask=inside_N, other=0.0).to(tl.float32)[None, :]
+    largest_MN = tl.maximum(largest_MN, 0.0, propagate_nan=tl.PropagateNan.ALL)
+    out_MN = out + (place_M * CHANNELS)[:, None] + channel_N[None, :]
+    tl.store(out_MN, largest_MN.to(out.dtype.element_ty), mask=(place_M < pixels)[:, None] & inside_N[None, :])
+
+
 @triton.jit
 def add_products(
     sum_MN, x, weights, row_M, pixel_M, live_M, channel_N,

@@ -185,13 +185,17 @@ def test_no_images():
     assert net.logits(images(0), decisions(2, 0, 5)).shape == (2, 0, 5)
 
 
-@pytest.mark.parametrize("count", [0, 3])
 @pytest.mark.parametrize("floats", [False, True])
-def test_features_are_those_of_the_network(count, floats):
+@pytest.mark.parametrize(
+    "pool",
+    [nn.MaxPool2d(3, 2, 1), nn.MaxPool2d((3, 2), (1, 2)), nn.MaxPool2d(2, ceil_mode=True), nn.MaxPool2d(2, dilation=2)],
+    ids=str,
+)
+def test_features_are_those_of_the_network(pool, floats):
     """With a stem that pools at its end, as torchvision's do."""
     backbone = network(Block(nn.Conv2d(6, 6, 1), nn.Identity()), out=6)
-    backbone.stem.append(nn.MaxPool2d(3, 2, 1))
-    pictures = images(count) / 255 if floats else images(count)
+    backbone.stem.append(pool)
+    pictures = images(2) / 255 if floats else images(2)
     fast = folded(backbone)
     assert [type(layer) for layer in fast.stem] == [ConvReLU, nn.MaxPool2d]
     got = TileNetwork(fast, (3, 9, 7)).features(pictures)
