@@ -17,6 +17,9 @@ from policyskip.backbones.base import Backbone, Network
 from policyskip.backbones.folding import ConvReLU
 from policyskip.execution.convolutions import largest_tile, why_not_plain
 
+LENGTH = 1024
+"""How many numbers of an image a program normalises."""
+
 
 class Stem:
     """Computes the features that enter block 0, with a network's own stem.
@@ -49,8 +52,8 @@ class Stem:
         out = torch.empty((B, C, H, W), dtype=mean.dtype, device=mean.device, memory_format=torch.channels_last)
         most = 1 if images.is_floating_point() else 255
         with on(images):
-            self.kernels.normalise[(-(-images.numel() // 2048),)](
-                *(images, mean, std, out, images.numel()), PIXELS=H * W, CHANNELS=C, MOST=most, LENGTH=2048
+            self.kernels.normalise[(B * -(-C * H * W // LENGTH),)](
+                *(images, mean, std, out), PIXELS=H * W, CHANNELS=C, MOST=most, LENGTH=LENGTH
             )
         return out
 
