@@ -56,7 +56,7 @@ def watch(network: TileNetwork, x: Tensor, keep_BK: Tensor) -> list[Launch]:
     launches: list[Launch] = []
     kernels = network._kernels
     watched = {name: Watched(getattr(kernels, name), launches) for name in ("convolve", "join")}
-    network._kernels = SimpleNamespace(list_images=kernels.list_images, normalise=kernels.normalise, **watched)
+    network._kernels = SimpleNamespace(list_images=kernels.list_images, **watched)
     network.advance(x, keep_BK, 0)
     network._kernels = kernels
     return launches

@@ -78,7 +78,6 @@ class TileBlock:
     def __init__(self, block: Block, inputs: int) -> None:
         self.branch = [Convolution(layer, inputs) for layer in convolutions(block.residual)]
         self.shortcut = block.shortcut
-        self.is_identity = type(block.shortcut) is nn.Identity
         projection = the_convolution(block.shortcut)
         self.projection = None if projection is None else Convolution(projection, inputs)
 

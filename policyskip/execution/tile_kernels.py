@@ -45,27 +45,63 @@ def list_images(keep, rows, counts, images, image_stride, block_stride, LENGTH: 
         before += tl.sum(kept, 0)
 
 
-@triton.jit(do_not_specialize=["elements"])
+@triton.jit
 def normalise(
-    images, mean, std, out, elements, PIXELS: tl.constexpr, CHANNELS: tl.constexpr, MOST: tl.constexpr,
-    LENGTH: tl.constexpr,
-):  # fmt: skip
-    """Normalise images and put them channels last, in one pass over them.
+    images, mean, std, out, PIXELS: tl.constexpr, CHANNELS: tl.constexpr, MOST: tl.constexpr, LENGTH: tl.constexpr
+):
+    """Normalise images and put them channels last, in one pass over them; a program does a part of one image.
 
     Args:
         images: (B, CHANNELS, H, W), of values from 0 to MOST.
         mean, std: (CHANNELS,).
         out: (B, H, W, CHANNELS), written.
-        elements: of it.
     """
-    place = tl.program_id(0).to(tl.int64) * LENGTH + tl.arange(0, LENGTH)
-    channel = (place % CHANNELS).to(tl.int32)
-    pixel = place // CHANNELS % PIXELS
-    image = place // (CHANNELS * PIXELS)
-    inside = place < elements
-    value = tl.load(images + (image * CHANNELS + channel) * PIXELS + pixel, mask=inside, other=0).to(tl.float32)
+    NUMBERS: tl.constexpr = CHANNELS * PIXELS
+    PARTS: tl.constexpr = (NUMBERS + LENGTH - 1) // LENGTH
+    first = (tl.program_id(0) // PARTS).to(tl.int64) * NUMBERS
+    place = tl.program_id(0) % PARTS * LENGTH + tl.arange(0, LENGTH)
+    inside = place < NUMBERS
+    channel = place % CHANNELS
+    value = tl.load(images + first + (channel * PIXELS + place // CHANNELS), mask=inside, other=0).to(tl.float32)
     value = (value / MOST - tl.load(mean + channel).to(tl.float32)) / tl.load(std + channel).to(tl.float32)
-    tl.store(out + place, value.to(out.dtype.element_ty), mask=inside)
+    tl.store(out + first + place, value.to(out.dtype.element_ty), mask=inside)
+
+
+@triton.jit(do_not_specialize=["pixels"])
+def pool(
+    x, bias, out, pixels,
+    H: tl.constexpr, W: tl.constexpr, CHANNELS: tl.constexpr, OUT_H: tl.constexpr, OUT_W: tl.constexpr,
+    SIZE_Y: tl.constexpr, SIZE_X: tl.constexpr, STRIDE_Y: tl.constexpr, STRIDE_X: tl.constexpr,
+    PAD_Y: tl.constexpr, PAD_X: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    """Take the largest of each window of pixels, and then add the bias and clip at zero.
+
+    The order changes nothing, because both keep the order of numbers; and so there are fewer numbers to do it to.
+
+    Args:
+        x: features (B, H, W, CHANNELS), before their bias.
+        bias: (CHANNELS,).
+        out: features (B, OUT_H, OUT_W, CHANNELS), written.
+        pixels: of it, in all images.
+    """
+    place_M = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
+    channel_N = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
+    y_M = place_M // OUT_W % OUT_H * STRIDE_Y - PAD_Y
+    x_M = place_M % OUT_W * STRIDE_X - PAD_X
+    corner_M = (place_M // (OUT_H * OUT_W)).to(tl.int64) * (H * W) + (y_M * W + x_M)  # outside of x at its edges
+    x_MN = x + (corner_M * CHANNELS)[:, None] + channel_N[None, :]
+    inside_N = channel_N < CHANNELS
+    largest_MN = tl.full((BLOCK_M, BLOCK_N), float("-inf"), dtype=tl.float32)
+    for place in tl.static_range(SIZE_Y * SIZE_X):
+        down, right = place // SIZE_X, place % SIZE_X
+        inside_M = (place_M < pixels) & (y_M + down >= 0) & (y_M + down < H) & (x_M + right >= 0) & (x_M + right < W)
+        inside_MN = inside_M[:, None] & inside_N[None, :]
+        value_MN = tl.load(x_MN + (down * W + right) * CHANNELS, mask=inside_MN, other=float("-inf")).to(tl.float32)
+        largest_MN = tl.maximum(largest_MN, value_MN, propagate_nan=tl.PropagateNan.ALL)
+    largest_MN += tl.load(bias + channel_N, mask=inside_N, other=0.0).to(tl.float32)[None, :]
+    largest_MN = tl.maximum(largest_MN, 0.0, propagate_nan=tl.PropagateNan.ALL)
+    out_MN = out + (place_M.to(tl.int64) * CHANNELS)[:, None] + channel_N[None, :]
+    tl.store(out_MN, largest_MN.to(out.dtype.element_ty), mask=(place_M < pixels)[:, None] & inside_N[None, :])
 
 
 @triton.jit

@@ -9,17 +9,16 @@ Shapes: B images, M consecutive blocks, C channels, H W pixels.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
 from typing import Any, NamedTuple
 
 import torch
-import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
-from policyskip.backbones.base import Backbone, Block, Network
-from policyskip.backbones.folding import ConvReLU, FoldedBlock
-from policyskip.execution.convolutions import Convolution, TileBlock, largest_tile, why_not_branch, why_not_plain
+from policyskip.backbones.base import Backbone, Block
+from policyskip.backbones.folding import FoldedBlock
+from policyskip.execution.convolutions import Convolution, TileBlock, largest_tile, why_not_branch
 from policyskip.execution.kernel_network import KernelNetwork
+from policyskip.execution.stems import Stem, empty, on
 from policyskip.execution.tilings import EXPECTED_SHARE, TILINGS, Tiling, choose
 
 MULTIPROCESSORS = 132
@@ -61,6 +60,7 @@ class TileNetwork(KernelNetwork):
         from policyskip.execution import tile_kernels
 
         self._kernels: Any = tile_kernels
+        self._stem = Stem(folded, tile_kernels)
         dtype = next(folded.parameters()).dtype
         kind = "half" if dtype.itemsize == 2 else "ieee" if exact else "tf32"
         self._tilings = tilings[kind]
@@ -96,24 +96,7 @@ class TileNetwork(KernelNetwork):
     def features(self, images: Tensor) -> Tensor:
         """Compute the features (B, C, H, W) that enter block 0, channels last, of images (B, 3, H, W), uint8 in 0..255
         or float in [0, 1]."""
-        kind = type(self.folded)
-        if len(images) and kind.features is Backbone.features and kind.normalise is Network.normalise:
-            x = run_stem(self.folded.stem, self._normalised(images.contiguous()))
-        else:
-            x = self.folded.features(images)
-        return x.contiguous(memory_format=torch.channels_last)
-
-    def _normalised(self, images: Tensor) -> Tensor:
-        """Normalise images as :meth:`~policyskip.backbones.base.Network.normalise` does, channels last."""
-        B, C, H, W = images.shape
-        mean, std = self.folded.mean, self.folded.std
-        out = torch.empty((B, C, H, W), dtype=mean.dtype, device=mean.device, memory_format=torch.channels_last)
-        most = 1 if images.is_floating_point() else 255
-        with on(images):
-            self._kernels.normalise[(-(-images.numel() // 2048),)](
-                *(images, mean, std, out, images.numel()), PIXELS=H * W, CHANNELS=C, MOST=most, LENGTH=2048
-            )
-        return out
+        return self._stem(images)
 
     @torch.no_grad()
     def head(self, x: Tensor) -> Tensor:
@@ -161,9 +144,9 @@ class TileNetwork(KernelNetwork):
         last = block.branch[-1]
         if block.projection is not None:
             return self._join(last, mid, block.projection, x, listing, number)
-        out = x if block.is_identity else block.shortcut(x).contiguous(memory_format=torch.channels_last)
-        if out.data_ptr() == x.data_ptr() and (mid is x or not block.is_identity):
-            out = out.clone(memory_format=torch.channels_last)  # x is still read where it would be written
+        out = block.shortcut(x).contiguous(memory_format=torch.channels_last)
+        if mid is x and out.untyped_storage().data_ptr() == x.untyped_storage().data_ptr():
+            out = out.clone(memory_format=torch.channels_last)  # x is still read while it would be written
         self._convolve(last, mid, out, listing, number, is_first=mid is x, is_last=True)
         return out
 
@@ -174,7 +157,8 @@ class TileNetwork(KernelNetwork):
         out_h, out_w = out.shape[2:]
         pixels, channels = listing.images * out_h * out_w, conv.out_channels
         tilings = self._tilings_to_join if is_last else self._tilings
-        tile = choose(tilings, EXPECTED_SHARE * pixels, channels, self._multiprocessors)
+        expected = max(1, EXPECTED_SHARE * listing.images) * out_h * out_w
+        tile = choose(tilings, expected, channels, self._multiprocessors)
         tile_channels = min(tile.channels, largest_tile(channels))
         self._kernels.convolve[(-(-pixels // tile.pixels) * -(-channels // tile_channels),)](
             *(x, conv.weights, conv.bias, out, listing.rows, listing.counts, number, listing.images),
@@ -212,27 +196,3 @@ def options(tiling: Tiling, steps: int) -> dict[str, int]:
     of a multiprocessor."""
     most_registers = min(255, 65536 // (2 * 32 * tiling.warps))
     return dict(num_warps=tiling.warps, num_stages=min(tiling.stages, steps), maxnreg=most_registers)
-
-
-def on(tensor: Tensor) -> AbstractContextManager[Any]:
-    """Make a tensor's GPU the current one, which Triton launches on; nothing for a tensor on a CPU."""
-    return torch.cuda.device(tensor.device) if tensor.is_cuda else nullcontext()
-
-
-def run_stem(stem: Any, x: Tensor) -> Tensor:
-    """Run a stem on normalised images. Where it pools after a convolution and its ReLU, bias and ReLU follow the
-    pooling instead, which gives the same: of a quarter of the numbers, or less."""
-    if type(stem) is nn.Sequential and len(stem) == 2:
-        conv, pool = stem
-        pools = isinstance(pool, nn.MaxPool2d) and not pool.return_indices
-        if type(conv) is ConvReLU and conv.bias is not None and pools and not why_not_plain(conv):
-            x = pool(F.conv2d(x, conv.weight, None, conv.stride, conv.padding))
-            return x.add_(conv.bias.view(-1, 1, 1)).relu_()
-    features: Tensor = stem(x)
-    return features
-
-
-def empty(like: Tensor, channels: int, size: Sequence[int]) -> Tensor:
-    """Make features (B, C, H, W), channels last, with nothing in them yet, for as many images as ``like`` has."""
-    shape = (len(like), channels, *size)
-    return torch.empty(shape, dtype=like.dtype, device=like.device, memory_format=torch.channels_last)

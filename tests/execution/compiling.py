@@ -2,8 +2,8 @@
 
 ``python -m tests.execution.compiling resnet50 64 bfloat16 90`` prints a line of JSON for each kernel: what it is
 compiled for, registers and bytes of stack a thread, bytes of shared memory a program, instructions on tensor cores,
-and how many programs a multiprocessor of an H100 holds. ``exact`` behind it asks for full float32, a number for the
-first so many kernels only. Run it without ``TRITON_INTERPRET``: the interpreter does not compile.
+and how many programs a multiprocessor of an H100 holds. ``exact`` behind it asks for full float32. Run it without
+``TRITON_INTERPRET``: the interpreter does not compile.
 """
 
 from __future__ import annotations
@@ -13,15 +13,14 @@ import re
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator
-from itertools import islice
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import torch
 import triton
-from torch import Tensor
+from torch import Tensor, nn
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
@@ -30,14 +29,25 @@ from policyskip.backbones.folding import folded
 from policyskip.backbones.resnet import CifarResNet, TorchvisionResNet
 from policyskip.execution import tile_kernels
 from policyskip.execution.tile_network import TileNetwork
+from tests.execution.residual import bottleneck, network
 
 TYPES = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16", torch.int32: "i32", torch.uint8: "u8"}
-NETWORKS: dict[str, tuple[Any, tuple[int, int, int]]] = {
-    "resnet18": (lambda: TorchvisionResNet(18), (64, 56, 56)),
-    "resnet50": (lambda: TorchvisionResNet(50), (64, 56, 56)),
-    "cifar14": (lambda: CifarResNet(14, 10, "B", width=24), (24, 20, 20)),
+NETWORKS: dict[str, tuple[Callable[[], Backbone], int]] = {
+    "bottlenecks": (lambda: beginning_of_resnet50(), 224),
+    "resnet18": (lambda: TorchvisionResNet(18), 224),
+    "resnet50": (lambda: TorchvisionResNet(50), 224),
+    "cifar14": (lambda: CifarResNet(14, 10, "B", width=24), 20),
 }
-"""Networks, and the features that enter their first block."""
+"""Networks, and the height and width of their images."""
+
+
+def beginning_of_resnet50() -> Backbone:
+    """The stem and the first two blocks of a ResNet-50."""
+    made = network(bottleneck(64, 64, 256), bottleneck(256, 64, 256), channels=64, out=256)
+    made.stem = nn.Sequential(
+        nn.Conv2d(3, 64, 7, 2, 3, bias=False), nn.BatchNorm2d(64), nn.ReLU(), nn.MaxPool2d(3, 2, 1)
+    )
+    return made.freeze()
 
 
 class Recorder:
@@ -52,16 +62,18 @@ class Recorder:
         return lambda *args, **options: self.launches.append((self.kernel, grid, args, options))
 
 
-def launches(network: Backbone, shape: tuple[int, int, int], images: int, dtype: torch.dtype, exact: bool) -> list[Any]:
-    """List the launches of all blocks for features (images, *shape): kernel, grid, arguments, options."""
-    network = folded(network.freeze()).to(dtype)
-    tiled = TileNetwork(network, (3, 0, 0), exact)
+def launches(backbone: Backbone, size: int, images: int, dtype: torch.dtype, exact: bool) -> list[Any]:
+    """List the launches for images (images, 3, size, size): kernel, grid, arguments, options. Nothing is computed."""
+    fast = folded(backbone.freeze()).to(dtype)
+    tiled = TileNetwork(fast, (3, size, size), exact)
     found: list[Any] = []
-    names = ("list_images", "convolve", "join")
-    tiled._kernels = SimpleNamespace(**{name: Recorder(getattr(tile_kernels, name), found) for name in names})
+    names = ("normalise", "pool", "list_images", "convolve", "join")
+    recorders = SimpleNamespace(**{name: Recorder(getattr(tile_kernels, name), found) for name in names})
+    tiled._kernels = tiled._stem.kernels = recorders
     tiled._flags["UPCAST"] = False
-    x = torch.empty(images, *shape, dtype=dtype, device="meta")
-    tiled.advance(x, torch.empty(images, network.num_blocks, dtype=torch.bool, device="meta"), 0)
+    fast.to("meta")
+    x = tiled.features(torch.empty(images, 3, size, size, dtype=torch.uint8, device="meta"))
+    tiled.advance(x, torch.empty(images, fast.num_blocks, dtype=torch.bool, device="meta"), 0)
     return found
 
 
@@ -91,9 +103,9 @@ def usage(cubin: bytes) -> dict[str, int]:
 
 def report(name: str, images: int, dtype: torch.dtype, capability: int, exact: bool) -> Iterator[dict[str, Any]]:
     """Compile each kernel of a network once, and yield what it needs."""
-    make, shape = NETWORKS[name]
+    make, size = NETWORKS[name]
     seen = set()
-    for kernel, grid, args, options in launches(make(), shape, images, dtype, exact):
+    for kernel, grid, args, options in launches(make(), size, images, dtype, exact):
         key = (kernel.__name__, *sorted(options.items()))
         if key not in seen:
             seen.add(key)
@@ -112,8 +124,7 @@ def held(registers: int, warps: int, shared: int) -> int:
 
 
 if __name__ == "__main__":
-    network, batch, precision, compute, *rest = sys.argv[1:]
-    most = next((int(word) for word in rest if word.isdigit()), None)
-    lines = report(network, int(batch), getattr(torch, precision), int(compute), "exact" in rest)
-    for line in islice(lines, most):
+    chosen, batch, precision, compute, *rest = sys.argv[1:]
+    lines = report(chosen, int(batch), getattr(torch, precision), int(compute), "exact" in rest)
+    for line in lines:
         print(json.dumps(line))

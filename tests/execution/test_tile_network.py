@@ -14,38 +14,13 @@ from policyskip.execution.convolutions import packed
 from policyskip.execution.tile_network import TileNetwork
 from policyskip.execution.tilings import TILINGS, Tiling, choose, step_size
 from tests.conftest import small_backbone, with_statistics
+from tests.execution.residual import bottleneck, conv, network
 
 triton = pytest.importorskip("triton")
 pytestmark = pytest.mark.skipif(not triton.knobs.runtime.interpret, reason="runs in Triton's interpreter")
 
 TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 4e-2, torch.float16: 3e-3}
 """Of logits about 1, against ``dense`` in float32; bfloat16 has 8 bits, and the interpreter cuts them off unrounded."""
-
-
-def conv(channels: int, out: int, size: int = 1, stride: int = 1) -> nn.Sequential:
-    """A convolution and its batch normalisation, as torchvision's networks have them."""
-    return nn.Sequential(nn.Conv2d(channels, out, size, stride, size // 2, bias=False), nn.BatchNorm2d(out))
-
-
-def bottleneck(channels: int, mid: int, out: int, stride: int = 1) -> Block:
-    """A bottleneck with its stride in the middle, its shortcut a projection where the shape changes."""
-    residual = nn.Sequential(*conv(channels, mid), nn.ReLU(), *conv(mid, mid, 3, stride), nn.ReLU(), *conv(mid, out))
-    same = stride == 1 and channels == out
-    return Block(residual, nn.Identity() if same else conv(channels, out, 1, stride))
-
-
-def network(*blocks: Block, channels: int = 6, out: int = 10) -> Backbone:
-    """A frozen network of these blocks, with random weights and statistics that do something."""
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
-        stem = nn.Sequential(*conv(3, channels, 3), nn.ReLU())
-        head = nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(out, 5))
-        made = Backbone(stem, blocks, head, 5, (0.4,) * 3, (0.3,) * 3, (len(blocks),))
-        with_statistics(made)
-        for parameter in made.parameters():
-            if parameter.dim() == 4:
-                nn.init.kaiming_normal_(parameter)
-    return made.freeze()
 
 
 def bottlenecks() -> Backbone:
@@ -185,13 +160,17 @@ def test_no_images():
     assert net.logits(images(0), decisions(2, 0, 5)).shape == (2, 0, 5)
 
 
-@pytest.mark.parametrize("count", [0, 3])
 @pytest.mark.parametrize("floats", [False, True])
-def test_features_are_those_of_the_network(count, floats):
+@pytest.mark.parametrize(
+    "pool",
+    [nn.MaxPool2d(3, 2, 1), nn.MaxPool2d((3, 2), (1, 2)), nn.MaxPool2d(2, ceil_mode=True), nn.MaxPool2d(2, dilation=2)],
+    ids=str,
+)
+def test_features_are_those_of_the_network(pool, floats):
     """With a stem that pools at its end, as torchvision's do."""
     backbone = network(Block(nn.Conv2d(6, 6, 1), nn.Identity()), out=6)
-    backbone.stem.append(nn.MaxPool2d(3, 2, 1))
-    pictures = images(count) / 255 if floats else images(count)
+    backbone.stem.append(pool)
+    pictures = images(2) / 255 if floats else images(2)
     fast = folded(backbone)
     assert [type(layer) for layer in fast.stem] == [ConvReLU, nn.MaxPool2d]
     got = TileNetwork(fast, (3, 9, 7)).features(pictures)
