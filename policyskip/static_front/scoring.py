@@ -203,7 +203,7 @@ class SetScorer:
             with self.execution.exactly():
                 self._descend(self.backbone.features(images), True, 0, sets, found)
         else:
-            keep_SK = torch.tensor(sets).to(images.device)
+            keep_SK = torch.tensor(sets, device=images.device)
             for first in range(0, len(sets), size := self._together(images)):
                 keep_SBK = keep_SK[first : first + size].unsqueeze(1).expand(-1, len(images), -1)
                 found |= zip(sets[first : first + size], self.execution.logits_many(images, keep_SBK), strict=True)
