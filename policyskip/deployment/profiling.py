@@ -24,7 +24,7 @@ from policyskip.backbones import Backbone, ExitNetwork, count_costs, count_exit_
 from policyskip.backbones.base import Block
 from policyskip.backbones.execution import run_block, run_most
 from policyskip.backbones.exits import State
-from policyskip.execution.exits import ExitExecution
+from policyskip.execution.exits import ExitExecution, execution_of
 from policyskip.execution.ways import DEFAULT, Execution, How
 from policyskip.runs.progress import waiting
 
@@ -80,18 +80,6 @@ def profile(
                 table["ways"] = _measure_ways(execution, images, repeats)
             wait.advance(batch)
     return content
-
-
-def execution_of(
-    network: Backbone | ExitNetwork, image_shape: tuple[int, int, int], how: How
-) -> Execution | ExitExecution:
-    """Make what executes a network with blocks or with exits.
-
-    Raises:
-        UserError: the network cannot be executed so.
-    """
-    kind = ExitExecution if isinstance(network, ExitNetwork) else Execution
-    return kind(network, image_shape, *how)
 
 
 def device_name(device: torch.device) -> str:

@@ -15,7 +15,7 @@ from policyskip.backbones.base import Backbone
 from policyskip.backbones.exits import ExitNetwork, Leave, check_leaves, run_until
 from policyskip.backbones.resnet_exits import ResNetExits
 from policyskip.execution.cuda_graphs import Tensors
-from policyskip.execution.ways import NetworkExecution
+from policyskip.execution.ways import Execution, How, NetworkExecution
 
 Visit = Callable[[int, Tensor, Tensor], Tensor]
 """``visit(n, logits_BC, inside_B)``: which images go on after exit n, bool (B,), from their logits there, float (B, C),
@@ -122,3 +122,25 @@ class _Leaving:
         check_leaves(leaves_B, rows)
         self.exit_B = torch.where(inside_B & leaves_B, n, self.exit_B)
         return inside_B & ~leaves_B
+
+
+def execution_of(
+    network: Backbone | ExitNetwork, image_shape: tuple[int, int, int], how: How
+) -> Execution | ExitExecution:
+    """Make what executes a network with blocks or with exits.
+
+    Raises:
+        UserError: the network cannot be executed so.
+    """
+    kind = ExitExecution if isinstance(network, ExitNetwork) else Execution
+    return kind(network, image_shape, *how)
+
+
+def check_kernels(network: Backbone | ExitNetwork, image_shape: tuple[int, int, int], how: How) -> None:
+    """Refuse kernels that were asked for where there can be none, before anything is learned or searched.
+
+    Raises:
+        UserError: saying why there can be none.
+    """
+    if how.way == "kernel":
+        execution_of(network, image_shape, how)

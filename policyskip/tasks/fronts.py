@@ -18,6 +18,7 @@ from policyskip.backbones import ExitNetwork
 from policyskip.build import Setup
 from policyskip.config import FrontSection
 from policyskip.errors import UserError
+from policyskip.execution.exits import check_kernels
 from policyskip.files import damaged
 from policyskip.fronts import pareto
 from policyskip.rewards import Adaptive
@@ -50,6 +51,7 @@ def static_front(setup: Setup, settings: FrontSection, sets_in_use: Sequence[Kee
         raise UserError(
             "fixed sets are searched over blocks, and this network has exits; name one without by backbone="
         )
+    check_kernels(setup.backbone, setup.data.image_shape, setup.how)  # also where a search need not be made
     hints = dict.fromkeys(sets_in_use, "policy")
     if (known := remembered_front(setup, settings)) is None:
         with _alone(setup, settings, hints):

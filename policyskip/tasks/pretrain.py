@@ -13,7 +13,8 @@ from policyskip.build import build, build_backbone, build_data
 from policyskip.config import PretrainSettings, group_of
 from policyskip.data import Feed
 from policyskip.errors import UserError
-from policyskip.execution.ways import Execution
+from policyskip.execution.exits import check_kernels
+from policyskip.execution.ways import Execution, How
 from policyskip.pretraining import Pretrainer, pixel_statistics
 from policyskip.runs.folder import Run
 from policyskip.runs.tracking import Tracker
@@ -49,6 +50,7 @@ class PretrainTask(Task):
         if not isinstance(network, CifarResNet):
             raise UserError(f"pretrain trains CIFAR ResNets, not {network.name}")
         self.network = network
+        check_kernels(network, self.data.image_shape, How(settings.execution))
         self.learner: Pretrainer = build(
             "pretrain",
             group_of(content, "pretrain"),

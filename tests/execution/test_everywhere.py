@@ -34,7 +34,7 @@ from policyskip.pretraining import Pretrainer
 from policyskip.static_front.cache import known_front, remember
 from policyskip.static_front.finding import find_front
 from policyskip.static_front.scoring import SetScorer
-from tests.conftest import small_backbone, small_images, typed, with_statistics
+from tests.conftest import small_backbone, small_images, typed, with_statistics, without_waits
 
 SHAPE, CLASSES = (3, 12, 12), list("abcde")
 IMAGES = small_images(9).images
@@ -294,9 +294,13 @@ def test_another_way_is_refused_in_a_line(command, tmp_path: Path):
     assert done.returncode == 2 and "execution" in line and "'kernel'" in line and line.endswith("got 'fast'")
 
 
-def test_kernels_that_cannot_be_end_a_command_in_a_line(tmp_path, monkeypatch):
+@pytest.mark.parametrize(
+    "words", [["train"], ["train", "agent=skipnet"], ["train", "agent=msdnet"], ["pretrain"], ["front"]]
+)
+def test_kernels_that_cannot_be_end_a_command_before_it_begins(words, tmp_path, monkeypatch):
     monkeypatch.setattr(ways, "no_kernels_on", lambda device, may_interpret: "this is a CPU")
-    done = typed("train", *SMALL, *NET, "execution=kernel", cwd=tmp_path)
-    (line,) = [line for line in done.stderr.splitlines() if "…" not in line]
+    small = ["device=cpu", "data.train=64", "data.validation=32", "data.test=32"]
+    done = typed(*words, *small, "execution=kernel", cwd=tmp_path)
+    (line,) = without_waits(done.stderr)
     assert done.returncode == 2 and line.endswith("execution=kernel cannot be: this is a CPU; say execution=auto")
     assert not (tmp_path / "runs").exists()
