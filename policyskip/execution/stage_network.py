@@ -48,7 +48,7 @@ class StageNetwork(KernelNetwork):
     """A residual network of basic blocks, such as the CIFAR ResNets, with one program for an image.
 
     Args:
-        tilings: rows a multiprocessor, at most, and how they are computed then; None: as measured.
+        tilings: rows a multiprocessor, at most, and how they are computed then; None: ``TILINGS`` or ``EXACT``.
         patch: the side of the patches in which 16 channels are convolved (see ``stage_kernels.py``); None: 2, but 1
             for exact products, whose time is that of the arithmetic.
         entries: bytes of the input pixels that one product takes for one patch; None: 128, but 64 for exact products.
@@ -91,12 +91,13 @@ class StageNetwork(KernelNetwork):
     @classmethod
     def why_not(cls, folded: Backbone, image_shape: tuple[int, int, int]) -> str:
         """Say in one plain clause why this network cannot run so; empty if it can."""
-        if type(folded).forward is not Backbone.forward or type(folded).features is not Backbone.features:
+        own = isinstance(folded, Backbone) and (type(folded).forward, type(folded).features)
+        if own != (Backbone.forward, Backbone.features):
             return "it is no plain residual network, but one with gates, exits or code of its own"
         dtypes = {value.dtype for value in folded.state_dict().values() if value.is_floating_point()}
         if len(dtypes) != 1 or dtypes.isdisjoint(PRECISIONS):
             return f"its weights are {' and '.join(sorted(str(dtype)[6:] for dtype in dtypes))}"
-        if image_shape[0] != 3 or image_shape[1] * image_shape[2] > MOST_PIXELS:
+        if image_shape[1] * image_shape[2] > MOST_PIXELS:
             return f"images of {' × '.join(map(str, image_shape))} do not fit one multiprocessor"
         stem, head = list(folded.stem.children()), list(folded.head.children())
         if len(stem) != 1 or type(stem[0]) is not ConvReLU or not is_plain(stem[0], 3) or stem[0].stride != (1, 1):
@@ -152,7 +153,7 @@ class StageNetwork(KernelNetwork):
         patches = -(-stage.h // stage.patch) * -(-stage.w // stage.patch)
         return stage._replace(
             m=_tile(patches, most // (stage.patch**2 * stage.c_padded)),
-            m_change=_tile(stage.h * stage.w, most // 2 // stage.c_padded),
+            m_change=_tile(stage.h * stage.w, min(most // 2, 4096) // stage.c_padded),  # rare, and needs more registers
             entries=self.entries,
             ahead=tiling.ahead,
         )
@@ -258,11 +259,11 @@ class StageNetwork(KernelNetwork):
             return None
         order = torch.empty(rows, dtype=torch.int32, device=keep.device)
         with _on(keep.device):
-            longest_first[(-(-rows // 64),)](
+            longest_first[(-(-rows // 32),)](
                 *(order, keep, self.costs[launch.first : launch.last], rows, *keep.stride(), count),
                 *(self.multiprocessors, tiling.resident),
-                MINE=64,
-                OTHERS=256,
+                MINE=32,
+                OTHERS=128,
                 num_warps=8,
             )
         return order
