@@ -188,7 +188,7 @@ def _stem(
 def _head(
     src: tl.tensor, out: tl.tensor, weights: tl.tensor, bias: tl.tensor, HEAD: tl.constexpr, PRECISION: tl.constexpr
 ) -> None:
-    """Average features src (H, W, C) over pixels and write the linear layer's logits.
+    """Write the logits of the linear layer, which reads features src (H, W, C) averaged over pixels.
 
     Both are products, because the order of the sums in those does not depend on the number of warps.
     """

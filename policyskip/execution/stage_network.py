@@ -45,7 +45,7 @@ EXACT = ((float("inf"), Tiling(warps=(8,), sums=8, resident=2)),)
 
 
 class StageNetwork(KernelNetwork):
-    """A residual network of basic blocks, such as the CIFAR ResNets, with one program for an image.
+    """A network that runs each image of a residual network of basic blocks, such as a CIFAR ResNet, as one program.
 
     Args:
         tilings: rows a multiprocessor, at most, and how they are computed then; None: ``TILINGS`` or ``EXACT``.
