@@ -24,31 +24,21 @@ from policyskip.execution.stage_plan import (
     PRECISIONS,
     Launch,
     Stage,
-    Tiling,
     convolution,
     is_plain,
     kind_of,
     padded,
     stride_of,
 )
+from policyskip.execution.stage_tilings import Tiling, tilings_for
 from policyskip.execution.stage_weights import Packed
-
-# What a measurement has to decide: up to how many rows a multiprocessor, an image has a whole multiprocessor, whose
-# registers 16 warps fill. That is in one launch: with a launch a stage, each would wait for its longest image, which is
-# about as long as the others only if there are many. With many, programs of 8 and 4 warps use the pauses of each other.
-TILINGS = (
-    (4.0, Tiling(warps=(16,), ahead=True, one_launch=True)),
-    (float("inf"), Tiling(warps=(8, 8, 4), resident=2)),
-)
-EXACT = ((float("inf"), Tiling(warps=(8,), sums=8, resident=2)),)
-"""Without tensor cores, a thread needs its registers for the entries of products."""
 
 
 class StageNetwork(KernelNetwork):
     """A network that runs each image of a residual network of basic blocks, such as a CIFAR ResNet, as one program.
 
     Args:
-        tilings: rows a multiprocessor, at most, and how they are computed then; None: ``TILINGS`` or ``EXACT``.
+        tilings: rows a multiprocessor, at most, and how they are computed then; None: as ``tilings_for`` says.
         patch: the side of the patches in which 16 channels are convolved (see ``stage_kernels.py``); None: 2, but 1
             for exact products, whose time is that of the arithmetic.
         entries: bytes of the input pixels that one product takes for one patch; None: 128, but 64 for exact products.
@@ -76,7 +66,7 @@ class StageNetwork(KernelNetwork):
         self.precision = "ieee" if self.exact else "tf32"
         if device.type == "cpu" and folded.mean.dtype == torch.bfloat16:
             self.precision = "widened"
-        self.tilings = tuple(tilings or (EXACT if self.exact else TILINGS))
+        self.tilings = tuple(tilings or tilings_for(device, self.exact))
         self.patch = patch or (1 if self.exact else 2)
         self.entries = max(16, (entries or (64 if self.exact else 128)) // folded.mean.element_size())
         self.multiprocessors = (

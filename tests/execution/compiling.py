@@ -24,6 +24,7 @@ from policyskip.backbones.resnet import CifarResNet
 from policyskip.execution.order_kernels import longest_first
 from policyskip.execution.stage_kernels import run_image
 from policyskip.execution.stage_network import StageNetwork
+from policyskip.execution.stage_tilings import EXACT, OLDER, TILINGS
 
 TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 POINTERS = {torch.float32: "*fp32", torch.bfloat16: "*bf16", torch.float16: "*fp16"}
@@ -53,7 +54,8 @@ def main(dtype_name: str, capability: str, exact: str, how: str, most: int) -> N
     dtype = getattr(torch, dtype_name)
     network = StageNetwork(folded(CifarResNet(110, 10).freeze()).to(dtype), (3, 32, 32), exact=exact == "exact")
     network.precision = "ieee" if network.exact else "tf32"
-    tiling = network.tilings[0 if how == "few" else -1][1]
+    tilings = EXACT if network.exact else TILINGS if capability == "90" else OLDER
+    tiling = tilings[0 if how == "few" else -1][1]
     pointer = POINTERS[dtype]
     for launch in network.launches(0, 54, True, True, tiling)[:most]:
         constants = {**launch.constants, "ORDERED": True}

@@ -47,8 +47,8 @@ def test_the_first_stage_compiles_and_fits():
 def test_every_launch_compiles_and_fits(dtype, capability, how):
     found = compiled(dtype, capability, "fast", how)
     assert len(found) == (2 if how == "few" else 4)
-    # With 16 warps, a thread has 128 registers; a few addresses of float32 numbers find no place among them.
-    check(found, spilled=128 if dtype == "float32" and how == "few" else 0)
+    # In float32, a few addresses find no place among the 128 registers that a thread of 16 warps has, or one of 8.0.
+    check(found, spilled=128 if dtype == "float32" and (how == "few" or capability == 80) else 0)
     assert all(kernel["products"] for kernel in found[:-1])
 
 
