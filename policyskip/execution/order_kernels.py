@@ -19,7 +19,7 @@ def _costs(
     keep_block: tl.tensor,
     blocks: tl.tensor,
 ) -> tl.tensor:
-    """Sum up the costs of the blocks that rows keep, int32 (N,)."""
+    """Compute the sums of the costs of the blocks that rows keep, int32 (N,)."""
     total = row_N * 0
     for start in range(0, blocks, 64):
         k = start + tl.arange(0, 64)

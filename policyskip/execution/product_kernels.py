@@ -92,7 +92,7 @@ def convolve(
     AHEAD: tl.constexpr,
     PRECISION: tl.constexpr,
 ) -> tl.tensor:
-    """Sum up products of at most MOST entries of windows with weights (N, SIDE² · CP): float32 (M, N).
+    """Compute a convolution as a sum of products of at most MOST entries, float32 (M, N), with weights (N, SIDE² · CP).
 
     All loads of a product are on their way at once, which is why a product takes several pixels if C is small. AHEAD:
     they are so while the product before is computed, in registers.

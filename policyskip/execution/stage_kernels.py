@@ -188,7 +188,7 @@ def _stem(
 def _head(
     src: tl.tensor, out: tl.tensor, weights: tl.tensor, bias: tl.tensor, HEAD: tl.constexpr, PRECISION: tl.constexpr
 ) -> None:
-    """Average features src (H, W, C) over pixels and write the linear layer's logits.
+    """Write the logits of the linear layer, which reads features src (H, W, C) averaged over pixels.
 
     Both are products, because the order of the sums in those does not depend on the number of warps.
     """
@@ -213,7 +213,8 @@ def _head(
 
 
 @triton.jit(
-    do_not_specialize=["images", "keep_row", "keep_block", "first", "last"], do_not_specialize_on_alignment=["keep"]
+    do_not_specialize=["images", "keep_row", "keep_block", "first", "last"],
+    do_not_specialize_on_alignment=["keep", "order"],
 )
 def run_image(
     x: tl.tensor,
@@ -247,7 +248,10 @@ def run_image(
         keep: uint8, row r and block k at ``r * keep_row + (k - first) * keep_block``; not 0 where the block runs.
         order: int32 (R,), which row each program computes, if ORDERED.
         weights, bias: as ``stage_weights.py`` packs them.
-        STEM, STAGES, HEAD: which parts of the network run, each as the tuple that ``stage_plan.py`` describes.
+        STEM: (H, W, C, CP, place of the weights, place of the biases, pixels a tile, place in scratch of what it gives,
+            negative for ``out``); () without a stem.
+        STAGES: the stages, each a tuple as ``Stage`` in ``stage_plan.py`` describes it.
+        HEAD: (pixels, C, CP, CLASSES, place of the weights, place of the biases); () without a head.
     """
     row = tl.program_id(0).to(tl.int64)
     if ORDERED:

@@ -24,31 +24,21 @@ from policyskip.execution.stage_plan import (
     PRECISIONS,
     Launch,
     Stage,
-    Tiling,
     convolution,
     is_plain,
     kind_of,
     padded,
     stride_of,
 )
+from policyskip.execution.stage_tilings import Tiling, tilings_for
 from policyskip.execution.stage_weights import Packed
-
-# What a measurement has to decide: up to how many rows a multiprocessor, an image has a whole multiprocessor, whose
-# registers 16 warps fill. That is in one launch: with a launch a stage, each would wait for its longest image, which is
-# about as long as the others only if there are many. With many, programs of 8 and 4 warps use the pauses of each other.
-TILINGS = (
-    (4.0, Tiling(warps=(16,), ahead=True, one_launch=True)),
-    (float("inf"), Tiling(warps=(8, 8, 4), resident=2)),
-)
-EXACT = ((float("inf"), Tiling(warps=(8,), sums=8, resident=2)),)
-"""Without tensor cores, a thread needs its registers for the entries of products."""
 
 
 class StageNetwork(KernelNetwork):
-    """A residual network of basic blocks, such as the CIFAR ResNets, with one program for an image.
+    """A network that runs each image of a residual network of basic blocks, such as a CIFAR ResNet, as one program.
 
     Args:
-        tilings: rows a multiprocessor, at most, and how they are computed then; None: as measured.
+        tilings: rows a multiprocessor, at most, and how they are computed then; None: as ``tilings_for`` says.
         patch: the side of the patches in which 16 channels are convolved (see ``stage_kernels.py``); None: 2, but 1
             for exact products, whose time is that of the arithmetic.
         entries: bytes of the input pixels that one product takes for one patch; None: 128, but 64 for exact products.
@@ -76,7 +66,7 @@ class StageNetwork(KernelNetwork):
         self.precision = "ieee" if self.exact else "tf32"
         if device.type == "cpu" and folded.mean.dtype == torch.bfloat16:
             self.precision = "widened"
-        self.tilings = tuple(tilings or (EXACT if self.exact else TILINGS))
+        self.tilings = tuple(tilings or tilings_for(device, self.exact))
         self.patch = patch or (1 if self.exact else 2)
         self.entries = max(16, (entries or (64 if self.exact else 128)) // folded.mean.element_size())
         self.multiprocessors = (
@@ -91,12 +81,13 @@ class StageNetwork(KernelNetwork):
     @classmethod
     def why_not(cls, folded: Backbone, image_shape: tuple[int, int, int]) -> str:
         """Say in one plain clause why this network cannot run so; empty if it can."""
-        if type(folded).forward is not Backbone.forward or type(folded).features is not Backbone.features:
+        own = isinstance(folded, Backbone) and (type(folded).forward, type(folded).features)
+        if own != (Backbone.forward, Backbone.features):
             return "it is no plain residual network, but one with gates, exits or code of its own"
         dtypes = {value.dtype for value in folded.state_dict().values() if value.is_floating_point()}
         if len(dtypes) != 1 or dtypes.isdisjoint(PRECISIONS):
             return f"its weights are {' and '.join(sorted(str(dtype)[6:] for dtype in dtypes))}"
-        if image_shape[0] != 3 or image_shape[1] * image_shape[2] > MOST_PIXELS:
+        if image_shape[1] * image_shape[2] > MOST_PIXELS:
             return f"images of {' × '.join(map(str, image_shape))} do not fit one multiprocessor"
         stem, head = list(folded.stem.children()), list(folded.head.children())
         if len(stem) != 1 or type(stem[0]) is not ConvReLU or not is_plain(stem[0], 3) or stem[0].stride != (1, 1):
@@ -152,7 +143,7 @@ class StageNetwork(KernelNetwork):
         patches = -(-stage.h // stage.patch) * -(-stage.w // stage.patch)
         return stage._replace(
             m=_tile(patches, most // (stage.patch**2 * stage.c_padded)),
-            m_change=_tile(stage.h * stage.w, most // 2 // stage.c_padded),
+            m_change=_tile(stage.h * stage.w, min(most // 2, 4096) // stage.c_padded),  # rare, and needs more registers
             entries=self.entries,
             ahead=tiling.ahead,
         )
@@ -258,11 +249,11 @@ class StageNetwork(KernelNetwork):
             return None
         order = torch.empty(rows, dtype=torch.int32, device=keep.device)
         with _on(keep.device):
-            longest_first[(-(-rows // 64),)](
+            longest_first[(-(-rows // 32),)](
                 *(order, keep, self.costs[launch.first : launch.last], rows, *keep.stride(), count),
                 *(self.multiprocessors, tiling.resident),
-                MINE=64,
-                OTHERS=256,
+                MINE=32,
+                OTHERS=128,
                 num_warps=8,
             )
         return order

@@ -5,7 +5,6 @@ Shapes: C classes or channels (CP: padded to a power of two), H W pixels.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
@@ -18,28 +17,6 @@ MOST_CHANNELS = 256
 MOST_PIXELS = 128 * 128
 """Features of larger images would not stay in the cache of one multiprocessor."""
 PRECISIONS = (torch.float32, torch.bfloat16, torch.float16)
-
-
-@dataclass(frozen=True)
-class Tiling:
-    """How the kernels divide the work of an image; a benchmark finds out which way is fastest.
-
-    All give the same bits, because none changes the order of sums.
-
-    Args:
-        warps: warps of a program, for the first, second, third … stage, the last for all that follow. In one launch,
-            the first of them.
-        sums: float32 sums that a thread holds in registers: with the warps, they say how many pixels a tile has.
-        ahead: whether the next product's operands are loaded into registers while one is computed.
-        one_launch: whether the whole network is one launch, or each stage its own.
-        resident: programs that a multiprocessor runs at once (by registers and shared memory), for their order.
-    """
-
-    warps: tuple[int, ...]
-    sums: int = 32
-    ahead: bool = False
-    one_launch: bool = False
-    resident: int = 1
 
 
 class Stage(NamedTuple):

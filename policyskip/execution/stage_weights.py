@@ -77,7 +77,7 @@ def _bias(conv: nn.Conv2d) -> Tensor:
 
 
 def spread(weight: Tensor, patch: int) -> Tensor:
-    """Arrange the weights (O, I, 3, 3) of a convolution for patches of output pixels: (P, P, OP, S, S, IP).
+    """Return the weights (O, I, 3, 3) of a convolution, arranged for patches: (P, P, OP, S, S, IP).
 
     An output pixel of a patch does not depend on all pixels of the patch's window; those weights are zero.
     """

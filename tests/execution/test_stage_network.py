@@ -18,8 +18,8 @@ from policyskip.backbones.base import Backbone, Block
 from policyskip.backbones.execution import dense
 from policyskip.backbones.folding import folded
 from policyskip.backbones.resnet import CifarResNet, TorchvisionResNet, basic_block
-from policyskip.execution.stage_network import EXACT, TILINGS, StageNetwork
-from policyskip.execution.stage_plan import Tiling
+from policyskip.execution.stage_network import StageNetwork
+from policyskip.execution.stage_tilings import EXACT, OLDER, TILINGS, Tiling, tilings_for
 from policyskip.execution.stage_weights import spread
 from tests.conftest import small_backbone, with_statistics
 
@@ -241,4 +241,5 @@ def test_images_and_blocks_that_it_refuses():
 
 
 def test_tilings_end_with_one_for_any_number_of_rows():
-    assert TILINGS[-1][0] == EXACT[-1][0] == float("inf")
+    assert TILINGS[-1][0] == OLDER[-1][0] == EXACT[-1][0] == float("inf")
+    assert tilings_for(DEVICE, True) == EXACT and tilings_for(torch.device("cpu"), False) == TILINGS
