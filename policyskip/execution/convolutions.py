@@ -16,7 +16,7 @@ from policyskip.execution.tilings import step_size
 
 
 class Convolution:
-    """A convolution as the kernels take it.
+    """Holds a convolution as the kernels take it.
 
     Args:
         layer: the folded convolution, with or without ReLU.
@@ -68,7 +68,7 @@ def largest_tile(channels: int) -> int:
 
 
 class TileBlock:
-    """A block as the kernels take it: the convolutions of its branch, and its shortcut.
+    """Holds a block as the kernels take it: the convolutions of its branch, and its shortcut.
 
     Args:
         block: the folded block.

@@ -80,7 +80,7 @@ class Stem:
                 **both("SIZE", pool.kernel_size),
                 **both("STRIDE", pool.stride),
                 **both("PAD", pool.padding),
-                **dict(BLOCK_M=32, BLOCK_N=channels),
+                **dict(BLOCK_M=32, BLOCK_N=channels, num_warps=8),
             )
         return out
 

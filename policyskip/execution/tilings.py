@@ -37,11 +37,11 @@ TILINGS: dict[str, tuple[Tiling, ...]] = {
     ),
     "tf32": (
         Tiling(128, 128, 32, 8, 3, 1.0),
-        Tiling(128, 64, 32, 8, 3, 0.8),
+        Tiling(128, 64, 32, 4, 3, 0.8),
         Tiling(64, 64, 32, 4, 4, 0.65),
         Tiling(64, 32, 32, 4, 5, 0.4),
     ),
-    "ieee": (Tiling(64, 64, 32, 8, 2, 1.0), Tiling(64, 32, 32, 4, 2, 0.8)),  # float32 without tensor cores
+    "ieee": (Tiling(64, 64, 32, 8, 2, 1.0), Tiling(64, 32, 32, 8, 2, 0.8)),  # float32 without tensor cores
 }
 EXPECTED_SHARE = 0.5
 """The share of the images that is expected to keep a block; only the choice of tiles depends on it."""

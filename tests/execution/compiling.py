@@ -124,7 +124,7 @@ def held(registers: int, warps: int, shared: int) -> int:
 
 
 if __name__ == "__main__":
-    chosen, batch, precision, compute, *rest = sys.argv[1:]
-    lines = report(chosen, int(batch), getattr(torch, precision), int(compute), "exact" in rest)
+    chosen, batch, precision, compute, *options = sys.argv[1:]
+    lines = report(chosen, int(batch), getattr(torch, precision), int(compute), "exact" in options)
     for line in lines:
         print(json.dumps(line))
