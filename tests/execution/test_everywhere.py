@@ -287,6 +287,18 @@ def test_whole_commands_by_kernels(tmp_path, plain_kernels):
     policyskip("train", "run.resume=runs/x", "train.steps=8", "execution=gather")  # it goes on in another way
 
 
+def test_an_environment_of_ones_own_that_takes_no_way_is_refused(tmp_path):
+    code = "from policyskip.envs.block_selection import BlockSelectionVectorEnv as Base\n"
+    code += "class Mine(Base):\n    def __init__(self, num_envs, backbone, images, reward, order, seed):\n"
+    code += (
+        "        super().__init__(num_envs, backbone=backbone, images=images, reward=reward, order=order, seed=seed)\n"
+    )
+    (tmp_path / "my_own_envs.py").write_text(code)
+    done = typed("train", *SMALL, *NET, "env._target_=my_own_envs.Mine", "precision=bfloat16", cwd=tmp_path)
+    (line,) = without_waits(done.stderr)
+    assert done.returncode == 2 and "env has no key execution; my_own_envs.Mine takes" in line
+
+
 @pytest.mark.parametrize("command", ["train", "front", "pretrain", "profile"])
 def test_another_way_is_refused_in_a_line(command, tmp_path: Path):
     done = typed(command, "execution=fast", "device=cpu", cwd=tmp_path)
