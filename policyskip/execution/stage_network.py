@@ -166,6 +166,7 @@ class StageNetwork(KernelNetwork):
     ) -> Launch:
         """Plan one launch: which memory each part reads and writes, and what the kernel is compiled for."""
         warps = tiling.warps[0 if tiling.one_launch or not parts else min(parts[0][0], len(tiling.warps) - 1)]
+        warps = max(warps, *(stage.c_padded // 32 for _, stage in parts), 1)  # at most 64 sums a thread
         _, height, width = self.image_shape
         before, behind = self.stages[0], self.stages[-1]
         stages = [self._tiled(stage, tiling, warps) for _, stage in parts]
