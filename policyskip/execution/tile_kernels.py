@@ -106,7 +106,7 @@ def pool(
 
 @triton.jit
 def add_products(
-    sum_MN, x, weights, row_M, pixel_M, live_M, channel_N,
+    sum_MN, x, weights, row_M, pixel_M, live_M, channel_N, steps,
     H: tl.constexpr, W: tl.constexpr, CHANNELS: tl.constexpr, OUT_W: tl.constexpr,
     TAPS_Y: tl.constexpr, TAPS_X: tl.constexpr, STRIDE_Y: tl.constexpr, STRIDE_X: tl.constexpr, PAD_Y: tl.constexpr,
     PAD_X: tl.constexpr,
@@ -120,6 +120,8 @@ def add_products(
         row_M, pixel_M: the row of x, and the output pixel in it, of each place of the tile.
         live_M: whether the place has a pixel at all; nothing is read for one that has none.
         channel_N: the output channels.
+        steps: of the product. The compiler knows it as well, but is not told where there are many, because it would
+            unroll them until registers run out.
     """
     TAPS: tl.constexpr = TAPS_Y * TAPS_X
     STEPS: tl.constexpr = (CHANNELS + BLOCK_K - 1) // BLOCK_K * TAPS
@@ -129,7 +131,7 @@ def add_products(
     # The corner that a place's filter begins at may lie outside of x: it is moved before anything is read.
     x_MK = x + ((row_M.to(tl.int64) * (H * W) + (y_M * W + x_M)) * CHANNELS)[:, None] + k_K[None, :]
     weights_KN = weights + (channel_N * (STEPS * BLOCK_K))[None, :] + k_K[:, None]
-    for step in range(STEPS):
+    for step in range(STEPS if STEPS <= 9 else steps):
         first = step // TAPS * BLOCK_K
         tap_y = step % TAPS // TAPS_X
         tap_x = step % TAPS % TAPS_X
@@ -149,9 +151,9 @@ def add_products(
     return sum_MN
 
 
-@triton.jit(do_not_specialize=["block", "images"])
+@triton.jit(do_not_specialize=["block", "images", "steps"])
 def convolve(
-    x, weights, bias, out, rows, counts, block, images,
+    x, weights, bias, out, rows, counts, block, images, steps,
     H: tl.constexpr, W: tl.constexpr, CHANNELS: tl.constexpr,
     OUT_H: tl.constexpr, OUT_W: tl.constexpr, OUT_CHANNELS: tl.constexpr,
     TAPS_Y: tl.constexpr, TAPS_X: tl.constexpr, STRIDE_Y: tl.constexpr, STRIDE_X: tl.constexpr, PAD_Y: tl.constexpr,
@@ -196,7 +198,7 @@ def convolve(
         shortcut_MN = tl.load(out_MN, mask=inside_MN, other=0.0)
     sum_MN = add_products(
         tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32) + tl.load(bias + channel_N)[None, :],
-        x, weights, from_M, place_M % PIXELS, live_M, channel_N,
+        x, weights, from_M, place_M % PIXELS, live_M, channel_N, steps,
         H, W, CHANNELS, OUT_W, TAPS_Y, TAPS_X, STRIDE_Y, STRIDE_X, PAD_Y, PAD_X, BLOCK_K, PRECISION, UPCAST,
     )  # fmt: skip
     if IS_LAST:
@@ -206,9 +208,9 @@ def convolve(
     tl.store(out_MN, sum_MN.to(out.dtype.element_ty), mask=inside_MN)
 
 
-@triton.jit(do_not_specialize=["block", "images"])
+@triton.jit(do_not_specialize=["block", "images", "steps", "shortcut_steps"])
 def join(
-    mid, weights, bias, x, shortcut_weights, shortcut_bias, out, rows, counts, block, images,
+    mid, weights, bias, x, shortcut_weights, shortcut_bias, out, rows, counts, block, images, steps, shortcut_steps,
     H: tl.constexpr, W: tl.constexpr, CHANNELS: tl.constexpr,
     OUT_H: tl.constexpr, OUT_W: tl.constexpr, OUT_CHANNELS: tl.constexpr,
     TAPS_Y: tl.constexpr, TAPS_X: tl.constexpr, STRIDE_Y: tl.constexpr, STRIDE_X: tl.constexpr, PAD_Y: tl.constexpr,
@@ -256,14 +258,14 @@ def join(
     bias_N = tl.load(shortcut_bias + channel_N) + tl.load(bias + channel_N, mask=is_kept, other=0.0)
     sum_MN = add_products(
         tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32) + bias_N[None, :],
-        x, shortcut_weights, image_M, place_M % PIXELS, live_M, channel_N,
+        x, shortcut_weights, image_M, place_M % PIXELS, live_M, channel_N, shortcut_steps,
         SHORTCUT_H, SHORTCUT_W, SHORTCUT_CHANNELS, OUT_W, SHORTCUT_TAPS_Y, SHORTCUT_TAPS_X, SHORTCUT_STRIDE_Y,
         SHORTCUT_STRIDE_X, SHORTCUT_PAD_Y, SHORTCUT_PAD_X, SHORTCUT_BLOCK_K, PRECISION, UPCAST,
     )  # fmt: skip
     if is_kept:
         from_M = image_M if IS_FIRST else slot_M
         sum_MN = add_products(
-            sum_MN, mid, weights, from_M, place_M % PIXELS, live_M, channel_N,
+            sum_MN, mid, weights, from_M, place_M % PIXELS, live_M, channel_N, steps,
             H, W, CHANNELS, OUT_W, TAPS_Y, TAPS_X, STRIDE_Y, STRIDE_X, PAD_Y, PAD_X, BLOCK_K, PRECISION, UPCAST,
         )  # fmt: skip
         sum_MN = tl.maximum(sum_MN, 0.0, propagate_nan=tl.PropagateNan.ALL)  # else NaN would become 0

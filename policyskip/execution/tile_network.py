@@ -21,7 +21,7 @@ from policyskip.execution.kernel_network import KernelNetwork
 from policyskip.execution.stems import Stem, empty, on
 from policyskip.execution.tilings import EXPECTED_SHARE, TILINGS, Tiling, choose
 
-MULTIPROCESSORS = 132
+MULTIPROCESSORS, CAPABILITY = 132, (9, 0)
 """Of an H100; taken where there is no GPU, so that the interpreter cuts tiles as an H100 would."""
 
 
@@ -63,18 +63,19 @@ class TileNetwork(KernelNetwork):
         self._stem = Stem(folded, tile_kernels)
         dtype = next(folded.parameters()).dtype
         kind = "half" if dtype.itemsize == 2 else "ieee" if exact else "tf32"
+        device, self._multiprocessors, capability = folded.mean.device, MULTIPROCESSORS, CAPABILITY
+        if device.type == "cuda":
+            self._multiprocessors = torch.cuda.get_device_properties(device).multi_processor_count
+            capability = torch.cuda.get_device_capability(device)
         self._tilings = tilings[kind]
+        if capability < (9, 0):  # tensor cores took their operands from registers: the largest tiles need too many
+            self._tilings = self._tilings[1:] or self._tilings
         # What joins the shortcut holds its tile as well. With the largest, registers would do for one program a
         # multiprocessor, and nothing would run while that one waits for memory.
         most = max(tile.pixels * tile.channels for tile in self._tilings) // 2
         small = [tile for tile in self._tilings if tile.pixels * tile.channels <= most]
         self._tilings_to_join: Sequence[Tiling] = small or self._tilings
         self._blocks = [TileBlock(block, min(t.inputs for t in self._tilings)) for block in folded.blocks]
-        device = folded.mean.device
-        on_gpu = device.type == "cuda"
-        self._multiprocessors = (
-            torch.cuda.get_device_properties(device).multi_processor_count if on_gpu else MULTIPROCESSORS
-        )
         # The interpreter multiplies the bits of bfloat16 as if they were whole numbers.
         upcast = dtype.itemsize == 2 and not isinstance(tile_kernels.convolve, triton.JITFunction)
         self._flags = dict(PRECISION="ieee" if exact else "tf32", UPCAST=upcast)
@@ -161,7 +162,7 @@ class TileNetwork(KernelNetwork):
         tile = choose(tilings, expected, channels, self._multiprocessors)
         tile_channels = min(tile.channels, largest_tile(channels))
         self._kernels.convolve[(-(-pixels // tile.pixels) * -(-channels // tile_channels),)](
-            *(x, conv.weights, conv.bias, out, listing.rows, listing.counts, number, listing.images),
+            *(x, conv.weights, conv.bias, out, listing.rows, listing.counts, number, listing.images, conv.steps),
             **conv.sizes(x.shape[2:]),
             **dict(OUT_H=out_h, OUT_W=out_w, OUT_CHANNELS=channels, IS_FIRST=is_first, IS_LAST=is_last),
             **dict(RELU=conv.relu or is_last, BLOCK_M=tile.pixels, BLOCK_N=tile_channels, **self._flags),
@@ -181,7 +182,7 @@ class TileNetwork(KernelNetwork):
         # One more tile of pixels than all images fill: kept and other images do not share one.
         self._kernels.join[((-(-pixels // tile.pixels) + 1) * -(-channels // tile_channels),)](
             *(mid, conv.weights, conv.bias, x, projection.weights, projection.bias),
-            *(out, listing.rows, listing.counts, number, listing.images),
+            *(out, listing.rows, listing.counts, number, listing.images, conv.steps, projection.steps),
             **conv.sizes(mid.shape[2:]),
             **{f"SHORTCUT_{name}": size for name, size in projection.sizes(x.shape[2:]).items()},
             **dict(OUT_H=out_h, OUT_W=out_w, OUT_CHANNELS=channels, IS_FIRST=mid is x),

@@ -27,8 +27,7 @@ from triton.compiler import ASTSource
 from policyskip.backbones.base import Backbone
 from policyskip.backbones.folding import folded
 from policyskip.backbones.resnet import CifarResNet, TorchvisionResNet
-from policyskip.execution import tile_kernels
-from policyskip.execution.tile_network import TileNetwork
+from policyskip.execution import tile_kernels, tile_network
 from tests.execution.residual import bottleneck, network
 
 TYPES = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16", torch.int32: "i32", torch.uint8: "u8"}
@@ -65,7 +64,7 @@ class Recorder:
 def launches(backbone: Backbone, size: int, images: int, dtype: torch.dtype, exact: bool) -> list[Any]:
     """List the launches for images (images, 3, size, size): kernel, grid, arguments, options. Nothing is computed."""
     fast = folded(backbone.freeze()).to(dtype)
-    tiled = TileNetwork(fast, (3, size, size), exact)
+    tiled = tile_network.TileNetwork(fast, (3, size, size), exact)
     found: list[Any] = []
     names = ("normalise", "pool", "list_images", "convolve", "join")
     recorders = SimpleNamespace(**{name: Recorder(getattr(tile_kernels, name), found) for name in names})
@@ -104,6 +103,7 @@ def usage(cubin: bytes) -> dict[str, int]:
 def report(name: str, images: int, dtype: torch.dtype, capability: int, exact: bool) -> Iterator[dict[str, Any]]:
     """Compile each kernel of a network once, and yield what it needs."""
     make, size = NETWORKS[name]
+    tile_network.CAPABILITY = divmod(capability, 10)
     seen = set()
     for kernel, grid, args, options in launches(make(), size, images, dtype, exact):
         key = (kernel.__name__, *sorted(options.items()))
