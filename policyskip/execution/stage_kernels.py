@@ -213,7 +213,7 @@ def _head(
 
 
 @triton.jit(
-    do_not_specialize=["images", "keep_row", "keep_block", "first", "last"],
+    do_not_specialize=["images", "keep_row", "keep_block", "first", "last", "ordered"],
     do_not_specialize_on_alignment=["keep", "order"],
 )
 def run_image(
@@ -229,13 +229,13 @@ def run_image(
     keep_block: tl.tensor,
     first: tl.tensor,
     last: tl.tensor,
+    ordered: tl.tensor,
     STEM: tl.constexpr,
     STAGES: tl.constexpr,
     HEAD: tl.constexpr,
     SPACE: tl.constexpr,
     X_ROW: tl.constexpr,
     OUT_ROW: tl.constexpr,
-    ORDERED: tl.constexpr,
     PRECISION: tl.constexpr,
 ) -> None:
     """Run blocks first … last - 1, those of them that are kept, on one image under one decision.
@@ -246,16 +246,17 @@ def run_image(
         out: features after the blocks; or, with a head, logits (R, CLASSES).
         scratch: memory of SPACE elements a row.
         keep: uint8, row r and block k at ``r * keep_row + (k - first) * keep_block``; not 0 where the block runs.
-        order: int32 (R,), which row each program computes, if ORDERED.
+        order: int32 (R,), which row each program computes, if ``ordered`` is not 0.
         weights, bias: as ``stage_weights.py`` packs them.
         STEM: (H, W, C, CP, place of the weights, place of the biases, pixels a tile, place in scratch of what it gives,
             negative for ``out``); () without a stem.
         STAGES: the stages, each a tuple as ``Stage`` in ``stage_plan.py`` describes it.
         HEAD: (pixels, C, CP, CLASSES, place of the weights, place of the biases); () without a head.
     """
-    row = tl.program_id(0).to(tl.int64)
-    if ORDERED:
-        row = tl.load(order + row).to(tl.int64)
+    row = tl.program_id(0)
+    if ordered != 0:  # not known to the compiler, so that there is one kernel for both
+        row = tl.load(order + row)
+    row = row.to(tl.int64)
     own = scratch + row * SPACE
     keep += row * keep_row
     if len(STEM) > 0:

@@ -231,10 +231,9 @@ class StageNetwork(KernelNetwork):
                 scratch = weights.new_empty(rows * launch.constants["SPACE"])
                 with _on(x.device):
                     run_image[(rows,)](
-                        *(x, out, scratch, keep, keep if order is None else order, weights, bias, images),
-                        *(*keep.stride(), launch.first, launch.last),
+                        *(x, out, scratch, keep, self.costs if order is None else order, weights, bias, images),
+                        *(*keep.stride(), launch.first, launch.last, int(order is not None)),
                         **launch.constants,
-                        ORDERED=order is not None,
                         num_warps=launch.warps,
                         num_stages=1,
                     )

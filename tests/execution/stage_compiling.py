@@ -58,9 +58,9 @@ def main(dtype_name: str, capability: str, exact: str, how: str, most: int) -> N
     tiling = tilings[0 if how == "few" else -1][1]
     pointer = POINTERS[dtype]
     for launch in network.launches(0, 54, True, True, tiling)[:most]:
-        constants = {**launch.constants, "ORDERED": True}
+        constants = launch.constants
         kinds = ["*u8" if constants["STEM"] else pointer, pointer, pointer, "*u8", "*i32", pointer, "*fp32"]
-        signature = dict(zip(run_image.arg_names, [*kinds, *["i32"] * 5], strict=False))
+        signature = dict(zip(run_image.arg_names, [*kinds, *["i32"] * 6], strict=False))
         print(json.dumps(resources(run_image, signature, constants, int(capability), launch.warps)), flush=True)
     kinds = ["*i32", "*u8", "*i32", *["i32"] * 6]
     signature = dict(zip(longest_first.arg_names, kinds, strict=False))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import os
+from collections.abc import Iterator
 
 import pytest
 import torch
@@ -35,6 +36,13 @@ ONE, THREE = ((float("inf"), Tiling(warps=(8,), one_launch=one)) for one in (Tru
 AHEAD = (float("inf"), Tiling(warps=(8, 4, 4), sums=8, ahead=True))
 FEW = {"entries": 512}  # few products: quicker in the interpreter
 KEEP_SK = torch.tensor([[True] * 3, [False] * 3, [True, False, True]])
+
+
+@pytest.fixture(autouse=True)
+def full_products() -> Iterator[None]:
+    """On a GPU, what is compared with is computed in full float32."""
+    with torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
+        yield
 
 
 def network(shortcut: str = "pool", width: int = 4, depth: int = 8, dtype: torch.dtype = torch.float32) -> Backbone:
