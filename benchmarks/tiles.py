@@ -101,7 +101,7 @@ def other_tilings(kind: str) -> tuple[Tiling, ...]:
     one, operands pass through the multiprocessor's cache, which a filter of three by three reads nine times."""
     large, second = TILINGS[kind][:2]
     others = [tiling._replace(stages=stages) for tiling in (large, second) for stages in (1, 2, 4)]
-    return (*TILINGS[kind], second._replace(pixels=256, warps=8), *others)
+    return (*TILINGS[kind], second._replace(pixels=256, warps=8, programs=2), *others)
 
 
 def each_kernel(backbone: Any, features: Tensor, keep_BK: Tensor, arguments: argparse.Namespace) -> None:

@@ -120,8 +120,8 @@ def add_products(
         row_M, pixel_M: the row of x, and the output pixel in it, of each place of the tile.
         live_M: whether the place has a pixel at all; nothing is read for one that has none.
         channel_N: the output channels.
-        steps: of the product. The compiler knows it as well, but is not told where there are many, because it would
-            unroll them until registers run out.
+        steps: of the product. The compiler knows it as well, but is not told where it would unroll them until registers
+            run out; it does not unroll very many.
     """
     TAPS: tl.constexpr = TAPS_Y * TAPS_X
     STEPS: tl.constexpr = (CHANNELS + BLOCK_K - 1) // BLOCK_K * TAPS
@@ -131,7 +131,7 @@ def add_products(
     # The corner that a place's filter begins at may lie outside of x: it is moved before anything is read.
     x_MK = x + ((row_M.to(tl.int64) * (H * W) + (y_M * W + x_M)) * CHANNELS)[:, None] + k_K[None, :]
     weights_KN = weights + (channel_N * (STEPS * BLOCK_K))[None, :] + k_K[:, None]
-    for step in range(STEPS if STEPS <= 9 else steps):
+    for step in range(STEPS if STEPS <= 9 or STEPS > 32 else steps):
         first = step // TAPS * BLOCK_K
         tap_y = step % TAPS // TAPS_X
         tap_x = step % TAPS % TAPS_X

@@ -67,8 +67,8 @@ class TileNetwork(KernelNetwork):
         if device.type == "cuda":
             self._multiprocessors = torch.cuda.get_device_properties(device).multi_processor_count
             capability = torch.cuda.get_device_capability(device)
-        self._tilings = tilings[kind]
-        if capability < (9, 0):  # tensor cores took their operands from registers: the largest tiles need too many
+        self._tilings, self._is_new = tilings[kind], capability >= (9, 0)
+        if not self._is_new:  # its tensor cores take their operands from registers: the largest tiles need too many
             self._tilings = self._tilings[1:] or self._tilings
         # What joins the shortcut holds its tile as well. With the largest, registers would do for one program a
         # multiprocessor, and nothing would run while that one waits for memory.
@@ -166,7 +166,7 @@ class TileNetwork(KernelNetwork):
             **conv.sizes(x.shape[2:]),
             **dict(OUT_H=out_h, OUT_W=out_w, OUT_CHANNELS=channels, IS_FIRST=is_first, IS_LAST=is_last),
             **dict(RELU=conv.relu or is_last, BLOCK_M=tile.pixels, BLOCK_N=tile_channels, **self._flags),
-            **options(tile, conv.steps),
+            **options(tile, conv.steps, tile.programs if self._is_new else 2),
         )
 
     def _join(
@@ -187,13 +187,13 @@ class TileNetwork(KernelNetwork):
             **{f"SHORTCUT_{name}": size for name, size in projection.sizes(x.shape[2:]).items()},
             **dict(OUT_H=out_h, OUT_W=out_w, OUT_CHANNELS=channels, IS_FIRST=mid is x),
             **dict(BLOCK_M=tile.pixels, BLOCK_N=tile_channels, **self._flags),
-            **options(tile, max(conv.steps, projection.steps)),
+            **options(tile, max(conv.steps, projection.steps), programs=2),
         )
         return out
 
 
-def options(tiling: Tiling, steps: int) -> dict[str, int]:
-    """Return how the compiler is to cut a tile into threads and stages. Two programs have to share the 65,536 registers
-    of a multiprocessor."""
-    most_registers = min(255, 65536 // (2 * 32 * tiling.warps))
+def options(tiling: Tiling, steps: int, programs: int) -> dict[str, int]:
+    """Return how the compiler is to cut a tile into threads and stages, with registers for this many programs a
+    multiprocessor, which has 65,536."""
+    most_registers = min(255, 65536 // (programs * 32 * tiling.warps) // 8 * 8)
     return dict(num_warps=tiling.warps, num_stages=min(tiling.stages, steps), maxnreg=most_registers)

@@ -15,6 +15,8 @@ class Tiling(NamedTuple):
         inputs: most input channels of one step of the product, a power of two.
         warps: groups of 32 threads that share a tile.
         stages: steps whose operands are on their way at a time.
+        programs: how many programs have to share the registers of a multiprocessor from compute capability 9.0 on. With
+            more of them, more memory is on its way; with fewer, the compiler need not spill.
         speed: the share of the largest tile's speed that a multiprocessor reaches with this one while it has work.
     """
 
@@ -23,6 +25,7 @@ class Tiling(NamedTuple):
     inputs: int
     warps: int
     stages: int
+    programs: int
     speed: float
 
 
@@ -30,18 +33,18 @@ class Tiling(NamedTuple):
 # `speed` is reasoned from the bytes that a tile reads for each product, and not yet measured.
 TILINGS: dict[str, tuple[Tiling, ...]] = {
     "half": (  # float16, bfloat16
-        Tiling(128, 128, 64, 8, 3, 1.0),
-        Tiling(128, 64, 64, 8, 3, 0.8),
-        Tiling(64, 64, 64, 4, 4, 0.65),
-        Tiling(64, 32, 64, 4, 5, 0.4),
+        Tiling(128, 128, 64, 8, 3, 2, 1.0),
+        Tiling(128, 64, 64, 8, 3, 3, 0.8),
+        Tiling(64, 64, 64, 4, 4, 2, 0.65),
+        Tiling(64, 32, 64, 4, 5, 2, 0.4),
     ),
     "tf32": (
-        Tiling(128, 128, 32, 8, 3, 1.0),
-        Tiling(128, 64, 32, 4, 3, 0.8),
-        Tiling(64, 64, 32, 4, 4, 0.65),
-        Tiling(64, 32, 32, 4, 5, 0.4),
+        Tiling(128, 128, 32, 8, 3, 2, 1.0),
+        Tiling(128, 64, 32, 4, 3, 2, 0.8),
+        Tiling(64, 64, 32, 4, 4, 2, 0.65),
+        Tiling(64, 32, 32, 4, 5, 2, 0.4),
     ),
-    "ieee": (Tiling(64, 64, 32, 8, 2, 1.0), Tiling(64, 32, 32, 8, 2, 0.8)),  # float32 without tensor cores
+    "ieee": (Tiling(64, 64, 32, 8, 2, 2, 1.0), Tiling(64, 32, 32, 8, 2, 2, 0.8)),  # float32 without tensor cores
 }
 EXPECTED_SHARE = 0.5
 """The share of the images that is expected to keep a block; only the choice of tiles depends on it."""

@@ -234,7 +234,7 @@ def test_why_not_says_that_weights_are_double():
 
 
 def test_the_tiling_is_that_whose_slowest_multiprocessor_ends_first():
-    large, small = Tiling(128, 128, 64, 8, 3, 1.0), Tiling(64, 64, 64, 4, 4, 0.5)
+    large, small = Tiling(128, 128, 64, 8, 3, 2, 1.0), Tiling(64, 64, 64, 4, 4, 2, 0.5)
     # 8 tiles of 128 by 128 in one round; 32 of 64 by 64 in four, at half the speed
     assert choose([large, small], 1024, 128, 8) == large
     # one large tile takes as long as four small ones, which are shared by four multiprocessors
