@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Hashable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any, NamedTuple, Self
 
 import torch
@@ -181,12 +181,11 @@ class NetworkExecution:
         self.kernels, self.way, self.why, self._graphs = None, "gather", why, {}
         say_once(f"no kernels for {self.network.name}, so images are gathered: {why}")
 
-    @contextmanager
-    def exactly(self) -> Iterator[None]:
-        """Let torch and kernels compute on the network's device, and float32 be exact if the precision says so."""
+    def exactly(self) -> AbstractContextManager[Any]:
+        """Return a context in which kernels are launched on the network's GPU, and float32 is exact if the precision
+        says so; on a CPU there is nothing to do."""
         device = self.network.mean.device
-        with on_device(device), full_float32(self.precision == "float32_exact" and device.type == "cuda"):
-            yield
+        return _on_gpu(device, self.precision == "float32_exact") if device.type == "cuda" else nullcontext()
 
 
 class Execution(NetworkExecution):
@@ -291,11 +290,14 @@ def _copy(network: Network, precision: str) -> Any:
 
 
 @contextmanager
-def full_float32(active: bool) -> Iterator[None]:
-    """Let torch compute products of float32 on a GPU in full float32 and not in TF32; if not ``active``, do nothing."""
-    if not active:
+def _on_gpu(device: torch.device, exact: bool) -> Iterator[None]:
+    with on_device(device), full_float32() if exact else nullcontext():
         yield
-        return
+
+
+@contextmanager
+def full_float32() -> Iterator[None]:
+    """Let torch compute products of float32 on a GPU in full float32 and not in TF32."""
     convolutions, products = torch.backends.cudnn.allow_tf32, torch.backends.cuda.matmul.allow_tf32
     try:
         torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = False
