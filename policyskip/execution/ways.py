@@ -54,6 +54,7 @@ class How(NamedTuple):
 
 
 DEFAULT = How()
+NOTHING = nullcontext()
 
 
 class NetworkExecution:
@@ -73,6 +74,7 @@ class NetworkExecution:
         way: ``kernel``, ``gather`` or ``dense``.
         why: in one clause why it is that way.
         kernels: the kernels; None unless the way is ``kernel``.
+        device: that the network is on.
 
     Raises:
         UserError: there is no such way or precision, a weight is not finite, or kernels were asked for where there can
@@ -104,11 +106,13 @@ class NetworkExecution:
     def _choose(self) -> None:
         """Choose the way on the device that the network is on now."""
         network: Any = self._given if self.as_it_is else self.network
+        self.device: torch.device = network.mean.device
+        self._on_gpu = self.device.type == "cuda"
         self.kernels, self.why = None, "as asked"
         self.way = self.asked_way if self.asked_way in ("gather", "dense") else "gather"
         if self.asked_way in ("auto", "kernel"):
-            device, must = network.mean.device, self.asked_way == "kernel"
-            self.why = no_kernels_on(device, may_interpret=must)
+            must = self.asked_way == "kernel"
+            self.why = no_kernels_on(self.device, may_interpret=must)
             if not self.why and self._backbone(network) is None:
                 self.why = f"there are no kernels for {type(network).__name__}"
             if not self.why:
@@ -121,7 +125,7 @@ class NetworkExecution:
                 self.way = "kernel"
             elif must:
                 raise UserError(f"execution=kernel cannot be: {self.why}; say execution=auto")
-            elif device.type == "cuda":
+            elif self._on_gpu:
                 say_once(f"no kernels for {network.name}, so images are gathered: {self.why}")
         self.network = network
         self._graphs: dict[Hashable, CudaGraphs] = {}
@@ -129,7 +133,7 @@ class NetworkExecution:
     def to(self, device: str | torch.device) -> Self:
         """Move the network, choose the way again for where it is now, and return the execution."""
         network: Any = self._given if self.as_it_is else self.network
-        if network.mean.device != torch.device(device):
+        if self.device != torch.device(device):
             network.to(device)
             self._choose()
         return self
@@ -184,8 +188,7 @@ class NetworkExecution:
     def exactly(self) -> AbstractContextManager[Any]:
         """Return a context in which kernels are launched on the network's GPU, and float32 is exact if the precision
         says so; on a CPU there is nothing to do."""
-        device = self.network.mean.device
-        return _on_gpu(device, self.precision == "float32_exact") if device.type == "cuda" else nullcontext()
+        return _launching_on(self.device, self.precision == "float32_exact") if self._on_gpu else NOTHING
 
 
 class Execution(NetworkExecution):
@@ -290,7 +293,7 @@ def _copy(network: Network, precision: str) -> Any:
 
 
 @contextmanager
-def _on_gpu(device: torch.device, exact: bool) -> Iterator[None]:
+def _launching_on(device: torch.device, exact: bool) -> Iterator[None]:
     with on_device(device), full_float32() if exact else nullcontext():
         yield
 
