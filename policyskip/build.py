@@ -31,6 +31,7 @@ from policyskip.backbones.checkpoints import check_data, seeded
 from policyskip.config import first_problem, group_of
 from policyskip.data import Data, Images, Order, batch_at
 from policyskip.errors import UserError
+from policyskip.execution.ways import How
 from policyskip.parallel import processes
 from policyskip.policies.base import Policy
 from policyskip.rewards import Reward
@@ -180,6 +181,11 @@ class Setup:
     trusted: bool = True
     warnings: list[str] = field(default_factory=list)  # about the network, for the screen and the summary
 
+    @property
+    def how(self) -> How:
+        """Return in which way and precision networks are executed; stored runs of older versions say nothing of it."""
+        return How(str(self.config.get("execution") or "auto"), str(self.config.get("precision") or "float32"))
+
     def env(self, images: Images, order: Order = "sequential", seed: int = 0) -> Any:
         """Make an environment over a set of images.
 
@@ -190,6 +196,8 @@ class Setup:
         given = {network: self.backbone, "images": images, "reward": self.reward, "order": order, "seed": seed}
         count = min(self.batch_size, len(images))
         node = group_of(self.config, "env")
+        if self.how != How():
+            node = {**node, "execution": self.how.way, "precision": self.how.precision}
         env = build("env", node, self.trusted, num_envs=count, **given)
         if not all(hasattr(env, name) for name in ("observation", "costs", "score", "advance")):
             raise UserError(wrong_kind("env", node, env, "policyskip.envs.base.DecisionEnv"))

@@ -38,6 +38,7 @@ from policyskip.errors import UserError, users_problem
 from policyskip.evaluation import speed
 from policyskip.evaluation.figures import class_figures
 from policyskip.evaluation.tables import show_classes, show_rivals
+from policyskip.execution.ways import How
 from policyskip.files import shell_argument
 from policyskip.memory import is_out_of_memory, keep_freed_memory
 from policyskip.parallel import processes
@@ -248,8 +249,7 @@ def front(config: DictConfig) -> int:
     if settings.output:
         lifecycle.check_new_file("output", settings.output)
     best = static_front(set_up(plain(config), find_device(settings.device)), settings.front)
-    for line in describe(best):
-        print(line)
+    print(*describe(best), sep="\n")
     if settings.output:
         best.save(Path(settings.output))
         print(f"Written to {settings.output}")
@@ -262,15 +262,15 @@ def profile(config: DictConfig) -> int:
     Raises:
         UserError: what the settings name cannot be built.
     """
-    settings = settings_of(config, ProfileSettings)
+    settings, content = settings_of(config, ProfileSettings), plain(config)
     if settings.output:
         lifecycle.check_new_file("output", settings.output)
-    device, content = find_device(settings.device), plain(config)
+    device, how = find_device(settings.device), How(settings.execution, settings.precision or "float32")
     if settings.run is None:
         data, _ = build_data(group_of(content, "data"), device)
         backbone = build_backbone(group_of(content, "backbone"), data, device)
         path = Path(settings.output or f"profile-{backbone.name}.json")
-        return speed.of_network(backbone, data.image_shape, settings.batch_sizes, settings.repeats, path)
+        return speed.of_network(backbone, data.image_shape, settings.batch_sizes, settings.repeats, path, how)
     run = open_run(settings.run)
     setup = _setup_of(run, settings, content)
     path = Path(settings.output) if settings.output else run.folder / "profile.json"
@@ -310,7 +310,7 @@ def _setup_of(run: Run, settings: Any, typed: dict[str, Any]) -> Setup:
     """Build what the configuration in a run's folder names, with what was typed of its data and its network.
 
     Args:
-        settings: of a command that has ``device`` and ``trust``.
+        settings: of a command that has ``device``, ``execution``, ``precision`` and ``trust``.
 
     Raises:
         UserError: the weights that were typed are of another network.
@@ -318,6 +318,7 @@ def _setup_of(run: Run, settings: Any, typed: dict[str, Any]) -> Setup:
     saved = lifecycle.saved_config(run)
     lifecycle.check_kind(run, saved, pretrained=False)
     settings_of(saved, Settings)
+    saved = {**saved, "execution": settings.execution, "precision": settings.precision or saved.get("precision")}
     setup = _set_up_saved(saved, run, find_device(settings.device), settings.trust, groups := _groups(typed))
     if "checkpoint" in groups.get("backbone", {}) and run.has("policy.json"):
         network = read_policy(run).network

@@ -30,6 +30,10 @@ class _Section(BaseModel):
     """A group that tells the command's configuration from those of other commands."""
 
 
+Way = Literal["auto", "kernel", "gather", "dense"]
+Precision = Literal["float32", "float32_exact", "bfloat16", "float16"]
+
+
 class TrainSection(_Section):
     steps: NonNegativeInt  # 0 for agents that have nothing to learn; see tasks/dispatch.py
     validate_every: PositiveInt
@@ -92,6 +96,8 @@ class Settings(_Section):
     groups: ClassVar[tuple[str, ...]] = ("data", "backbone", "reward", "env", "agent")
     seed: Annotated[int, Field(ge=0, lt=2**63)]
     device: str
+    execution: Way = "auto"  # runs of older versions say nothing of it, nor of the precision
+    precision: Precision = "float32"
     train: TrainSection
     run: RunSection
     tracking: TrackingSection
@@ -104,6 +110,7 @@ class PretrainSettings(Settings):
 
     groups = ("data", "backbone", "pretrain")
     required_group = "pretrain"
+    precision: Literal["float32"] = "float32"  # the network learns, and is judged as it is
 
 
 MOVABLE = ("data", "backbone")
@@ -116,6 +123,8 @@ class CalibrateSettings(_Section):
     groups = MOVABLE
     run: str
     device: str
+    execution: Way
+    precision: Precision | None
     trust: bool
     target: TargetSection
 
@@ -125,6 +134,8 @@ class FrontSettings(_Section):
 
     groups = ("data", "backbone", "env")
     device: str
+    execution: Way
+    precision: Precision
     front: SearchSection
     output: str | None
 
@@ -139,6 +150,8 @@ class CompareSettings(_Section):
     recompute: bool
     images: bool
     device: str
+    execution: Way
+    precision: Precision | None
     trust: bool
     tracking: TrackingSection
 
@@ -150,6 +163,8 @@ class EvaluateSettings(_Section):
     run: str
     split: Literal["train", "validation", "test"]
     device: str
+    execution: Way
+    precision: Precision | None
     trust: bool
 
 
@@ -163,6 +178,8 @@ class ProfileSettings(_Section):
     repeats: PositiveInt
     images: PositiveInt
     device: str
+    execution: Way
+    precision: Precision | None
     output: str | None
 
 

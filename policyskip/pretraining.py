@@ -17,6 +17,7 @@ from policyskip.backbones.execution import run_block_together
 from policyskip.backbones.resnet import CifarResNet
 from policyskip.data import Feed, Images, sequential, spread_indices
 from policyskip.errors import UserError
+from policyskip.execution.ways import Execution
 from policyskip.finite import check_finite, check_gradients
 from policyskip.parallel import processes
 from policyskip.parallel.data_parallel import Divisible
@@ -123,19 +124,28 @@ class Pretrainer(Divisible):
         return torch.rand(B, K, generator=self.generator) < keep_probability
 
     @torch.no_grad()
-    def accuracies(self, images: Images, batch_size: int = 250) -> dict[str, float]:
+    def accuracies(self, images: Images, batch_size: int = 250, way: str = "auto") -> dict[str, float]:
         """Return the fraction of the images classified correctly with all blocks, and with a random half of them.
 
         The random half of an image is the same in every call.
+
+        Args:
+            way: how the network, as it is now, is executed (see ``execution/ways.py``).
+
+        Raises:
+            UserError: the network cannot be executed in that way.
         """
         self.backbone.eval()
+        execution: Execution | None = None
         generator = torch.Generator().manual_seed(0)
         full = half = 0
         with waiting("judging the network", len(images)) as wait:
             for batch in images.stream(sequential(len(images), batch_size)):
+                _, channels, height, width = batch.images.shape
+                execution = execution or Execution(self.backbone, (channels, height, width), way, as_it_is=True)
                 half_BK = torch.rand(len(batch), self.backbone.num_blocks, generator=generator) < 0.5
-                full += int((self.backbone(batch.images).argmax(1) == batch.label_B).sum())
-                half += int((sparse(self.backbone, batch.images, half_BK).argmax(1) == batch.label_B).sum())
+                full += int((execution.whole(batch.images).argmax(1) == batch.label_B).sum())
+                half += int((execution.logits(batch.images, half_BK).argmax(1) == batch.label_B).sum())
                 wait.advance(len(batch))
         return {"accuracy": full / len(images), "accuracy_half_the_blocks": half / len(images)}
 

@@ -676,7 +676,18 @@ def small_exits() -> Any:
 def test_an_odd_object_in_python(name, odd):
     given = ODD_OBJECTS[odd]
     network = "network" if name == "EarlyExit" else "backbone"
-    for key in ("num_envs", "images", "reward", "order", "seed", "device", network, "unknown"):
+    for key in (
+        "num_envs",
+        "images",
+        "reward",
+        "order",
+        "seed",
+        "device",
+        "execution",
+        "precision",
+        network,
+        "unknown",
+    ):
         if key == "images" and given is None:
             continue  # all digits, which take seconds to draw
         refuse_or_work(lambda key=key: environment(name, **{key: given}), (name, odd, key), "environments")
@@ -760,6 +771,7 @@ def test_odd_images_and_rewards_in_python(runs, odd):
         refuse_or_work(lambda make=make: make(given), (make.__name__, odd), "rewards")
     refuse_or_work(lambda: policyskip.load(given), ("load", odd), "load")
     refuse_or_work(lambda: policyskip.load(finished(runs, "blocks"), device=given), ("device", odd), "load")
+    refuse_or_work(lambda: policyskip.load(finished(runs, "blocks"), execution=given), ("execution", odd), "load")
 
 
 # Streams and folders of the world

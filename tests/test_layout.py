@@ -30,6 +30,7 @@ LAYERS = (
     ("policies",),  # from what is observed to a decision
     ("envs",),
     ("exits", "static_front", "runs.lifecycle"),  # what needs networks and images, and no environment
+    ("execution",),  # how a network runs: kernels on a GPU, gathering, or everything
     ("backbones", "data"),  # networks, and images: neither needs the other
 )
 # Below all of them. Its modules may import each other, without a circle.
@@ -43,6 +44,9 @@ GROUND_FLOOR = (
 LAZY = {
     "": {"rewards", "deployment.loading", "deployment.predictors"},  # public names
     "cli": {"commands"},
+    "execution.choosing": {"execution.stage_network", "execution.tile_network"},  # where there is Triton
+    "execution.stage_network": {"execution.stage_kernels", "execution.order_kernels"},
+    "execution.tile_network": {"execution.tile_kernels"},
     "backbones.base": {"backbones.execution"},  # Backbone.forward runs as execution says, which needs Backbone
 }
 TOP_MODULES = 20

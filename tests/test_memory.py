@@ -9,9 +9,9 @@ import torch
 
 from policyskip.backbones import execution
 from policyskip.deployment.predictors import Predictor
-from policyskip.envs import base
 from policyskip.envs.block_selection import BlockSelectionVectorEnv
 from policyskip.errors import UserError
+from policyskip.execution import ways
 from policyskip.memory import BatchSplitter, is_out_of_memory
 from policyskip.policies.networks import ConstantPolicy
 from tests.conftest import small_backbone, small_images
@@ -52,7 +52,7 @@ def test_environments_and_predictors_go_on(monkeypatch):
     env = BlockSelectionVectorEnv(16, backbone=backbone, images=small_images(32))
     keep_SBK = torch.rand(2, 16, backbone.num_blocks, generator=torch.Generator().manual_seed(0)) < 0.5
     whole = env.score(keep_SBK)
-    monkeypatch.setattr(base, "sparse_many", scarce(execution.sparse_many, 5, sizes))
+    monkeypatch.setattr(ways, "sparse_many", scarce(execution.sparse_many, 5, sizes))
     split = env.score(keep_SBK)
     assert sizes == [16, 8, 4, 4, 4, 4]
     torch.testing.assert_close(split.logits_BC, whole.logits_BC)
@@ -62,7 +62,7 @@ def test_environments_and_predictors_go_on(monkeypatch):
     policy = ConstantPolicy(backbone.num_blocks)
     predictor = Predictor(policy, backbone, ["a"], tuple(images.shape[1:]), 0.0)
     expected, sizes = predictor.predict(images), []
-    monkeypatch.setattr("policyskip.policies.base.sparse", scarce(execution.sparse, 5, sizes))
+    monkeypatch.setattr("policyskip.execution.ways.sparse", scarce(execution.sparse, 5, sizes))
     torch.testing.assert_close(predictor.predict(images).logits_BC, expected.logits_BC)
     assert sizes == [9, 4, 4, 1] and predictor.predict(images[:0]).logits_BC.shape == (0, backbone.num_classes)
 

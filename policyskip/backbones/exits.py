@@ -108,10 +108,7 @@ def run_until(network: ExitNetwork, images: Tensor, leave: Leave) -> tuple[Tenso
             logits_BC[rows] = here_BC.to(logits_BC.dtype)
             break
         leaves = leave(n, here_BC, rows)
-        if leaves.dtype != torch.bool or leaves.shape != rows.shape:
-            raise ValueError(
-                f"leave must give bool of shape {tuple(rows.shape)}, gave {leaves.dtype} {tuple(leaves.shape)}"
-            )
+        check_leaves(leaves, rows)
         leaving = leaves.nonzero().squeeze(1)
         if len(leaving) == 0:
             continue
@@ -123,6 +120,18 @@ def run_until(network: ExitNetwork, images: Tensor, leave: Leave) -> tuple[Tenso
         staying = (~leaves).nonzero().squeeze(1)
         rows, state = rows[staying], rows_of(state, staying)
     return logits_BC, exit_B
+
+
+def check_leaves(leaves: Tensor, rows: Tensor) -> None:
+    """Check that what ``leave`` gave for some images, whose rows are int64 (B',), is bool (B',).
+
+    Raises:
+        ValueError: it is not.
+    """
+    if leaves.dtype != torch.bool or leaves.shape != rows.shape:
+        raise ValueError(
+            f"leave must give bool of shape {tuple(rows.shape)}, gave {leaves.dtype} {tuple(leaves.shape)}"
+        )
 
 
 @dataclass(frozen=True)

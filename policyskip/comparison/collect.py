@@ -27,7 +27,7 @@ NUMBERS = (
 """Keys that every summary has, with numbers."""
 LONGEST_NAME = 100
 """Letters of the name of a run, at most."""
-NOT_THE_SETTING = ("seed", "device", "run", "tracking", "front", "target")
+NOT_THE_SETTING = ("seed", "device", "execution", "run", "tracking", "front", "target")
 """Keys of a configuration in which runs of one setting may differ. (The targets of a run are in its summary.)"""
 
 
@@ -62,8 +62,10 @@ class Result:
     @cached_property
     def setting(self) -> dict[str, str]:
         """Return the setting of the run: its configuration as flat keys and texts, without :data:`NOT_THE_SETTING`, and
-        its targets. Keys that are null or false are left out."""
+        its targets. Keys that are null or false are left out, and so is the usual precision, which older runs lack."""
         config = {key: value for key, value in self.config.items() if key not in NOT_THE_SETTING}
+        if config.get("precision") == "float32":
+            del config["precision"]
         summary = self.summary.items()
         targets = [(key.replace("/", "."), str(value)) for key, value in summary if key.startswith("target/")]
         return dict(sorted([*_flat(config), *targets]))

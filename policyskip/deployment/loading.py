@@ -22,7 +22,8 @@ from policyskip.deployment.policy_files import Family, PolicyFile, damaged_polic
 from policyskip.deployment.policy_schema import check_agreement, check_arguments
 from policyskip.deployment.predictors import ExitPredictor, GatedPredictor, Predictor, ThresholdPredictor
 from policyskip.deployment.profiling import device_name
-from policyskip.errors import UserError, check_choice, first_line, in_one_line, users_problem
+from policyskip.errors import UserError, first_line, in_one_line, users_problem
+from policyskip.execution.ways import DEFAULT, How
 from policyskip.exits.rules import check_thresholds
 from policyskip.memory import keep_freed_memory
 from policyskip.parallel.devices import usual_defaults
@@ -34,7 +35,6 @@ from policyskip.policies.thresholds import ThresholdPolicy
 from policyskip.runs.folder import Run, open_run
 from policyskip.texts import one_line
 
-PRECISIONS = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 OWN_POLICIES = {
     policy.__name__: policy
     for policy in (
@@ -52,6 +52,7 @@ def load(
     precision: str = "float32",
     planned: bool = True,
     trust: bool = False,
+    execution: str = "auto",
 ) -> Predictor | GatedPredictor | ExitPredictor:
     """Load what a run learned: a :class:`Predictor`, a :class:`GatedPredictor` or an :class:`ExitPredictor`.
 
@@ -60,12 +61,14 @@ def load(
     Args:
         run: the run folder.
         backbone: where the network's weights are now, if they have moved since.
-        precision: "float32", or "bfloat16" or "float16" for the network; a policy in front of it stays as it is.
-            Decisions and answers can then differ from those that the run was judged by; see docs/speed.md.
+        precision: "float32", "float32_exact" (on a GPU, without TF32), or "bfloat16" or "float16" for the network; a
+            policy in front of it stays as it is. Decisions and answers can differ from those that the run was judged
+            by; see docs/speed.md.
         planned: go by what ``policyskip profile run=…`` measured, if it did: a block that nearly all images of a batch
             keep is then computed for all of them. False computes no block for an image that skips it.
         trust: import policies, networks and rules that the run names and that are neither the package's own nor
             installed as entry points. This executes their code.
+        execution: "auto", "kernel", "gather" or "dense"; see docs/speed.md.
 
     Raises:
         UserError: there is no run folder, a file is damaged, something that the run names is not installed here, the
@@ -73,14 +76,14 @@ def load(
     """
     check_types(run=(run, str | Path), backbone=(backbone, str | Path | None))
     check_types(planned=(planned, bool), trust=(trust, bool))
-    check_choice("precision", precision, PRECISIONS)
+    how = How(execution, precision).checked()
     _check_device(device)
     keep_freed_memory()
     opened = open_run(os.path.expanduser(run))
     with usual_defaults():
-        predictor = load_predictor(opened, device, backbone and os.path.expanduser(backbone), trust)
-        predictor.network.to(PRECISIONS[precision])
-        if isinstance(predictor, Predictor) and planned and precision == "float32":  # times were measured in float32
+        predictor = load_predictor(opened, device, backbone and os.path.expanduser(backbone), trust, how)
+        gathers = predictor.execution.way == "gather" and precision == "float32"  # which is what was measured
+        if isinstance(predictor, Predictor) and planned and gathers:
             predictor.plan = _plan(opened, predictor)
     return predictor
 
@@ -96,9 +99,14 @@ def _check_device(device: str | torch.device) -> None:
 
 
 def load_predictor(
-    run: Run, device: str | torch.device, backbone: str | Path | None = None, trust: bool = False
+    run: Run,
+    device: str | torch.device,
+    backbone: str | Path | None = None,
+    trust: bool = False,
+    how: How = DEFAULT,
 ) -> Predictor | GatedPredictor | ExitPredictor:
-    """Build a run's predictor on a device, in float32 and without a plan. The arguments are those of :func:`load`.
+    """Build a run's predictor on a device, without a plan. The arguments are those of :func:`load`; ``how`` holds
+    execution and precision.
 
     Raises:
         UserError: as for :func:`load`.
@@ -118,7 +126,7 @@ def load_predictor(
                 file.network["config"] = {**file.network["config"], "checkpoint": str(backbone)}
             network = network_of(run, file, trust)
             check_agreement(file.policy.get("arguments", {}), network, len(file.classes))
-            predictor = LOADERS[file.family](run, file, network.to(device), device)
+            predictor = LOADERS[file.family](run, file, network.to(device), device, how)
             _try_once(run, file, predictor)
             return predictor
         except (KeyError, TypeError, ValueError, OverflowError, RuntimeError) as error:
@@ -152,7 +160,9 @@ def _try_once(run: Run, file: PolicyFile, predictor: Predictor | GatedPredictor 
             )
 
 
-def load_thresholds(run: Run, device: str | torch.device, trust: bool = False) -> ThresholdPredictor:
+def load_thresholds(
+    run: Run, device: str | torch.device, trust: bool = False, how: How = DEFAULT
+) -> ThresholdPredictor:
     """Build the predictor of a run that leaves early by thresholds.
 
     Raises:
@@ -163,30 +173,32 @@ def load_thresholds(run: Run, device: str | torch.device, trust: bool = False) -
         raise UserError(f"the run {run.folder} leaves early by a learned policy; it has no thresholds")
     if family != "thresholds":
         raise UserError(f"the run {run.folder} skips blocks; it has no exits")
-    predictor = load_predictor(run, device, trust=trust)
+    predictor = load_predictor(run, device, trust=trust, how=how)
     assert isinstance(predictor, ThresholdPredictor)
     return predictor
 
 
-def _load_blocks(run: Run, file: PolicyFile, network: Any, device: str | torch.device) -> Predictor:
+def _load_blocks(run: Run, file: PolicyFile, network: Any, device: str | torch.device, how: How) -> Predictor:
     policy = _policy_of(run, file.policy["name"], file.policy)
-    return Predictor(policy.to(device), network, file.classes, file.image_shape, float(file.policy["macs"]))
+    return Predictor(policy.to(device), network, file.classes, file.image_shape, float(file.policy["macs"]), how)
 
 
-def _load_gates(run: Run, file: PolicyFile, network: Any, device: str | torch.device) -> GatedPredictor:
-    return GatedPredictor(network, file.classes, file.image_shape)
+def _load_gates(run: Run, file: PolicyFile, network: Any, device: str | torch.device, how: How) -> GatedPredictor:
+    return GatedPredictor(network, file.classes, file.image_shape, how)
 
 
-def _load_thresholds(run: Run, file: PolicyFile, network: Any, device: str | torch.device) -> ThresholdPredictor:
+def _load_thresholds(
+    run: Run, file: PolicyFile, network: Any, device: str | torch.device, how: How
+) -> ThresholdPredictor:
     thresholds = [float(threshold) for threshold in file.policy["thresholds"]]
     check_thresholds(thresholds, network.num_exits)
     policy = ThresholdPolicy(str(file.policy["rule"]), thresholds).to(device)
-    return ThresholdPredictor(policy, str(file.policy["search"]), network, file.classes, file.image_shape)
+    return ThresholdPredictor(policy, str(file.policy["search"]), network, file.classes, file.image_shape, how)
 
 
-def _load_exit_policy(run: Run, file: PolicyFile, network: Any, device: str | torch.device) -> ExitPredictor:
+def _load_exit_policy(run: Run, file: PolicyFile, network: Any, device: str | torch.device, how: How) -> ExitPredictor:
     policy: Any = _policy_of(run, file.policy.get("name", ExitPolicy.__name__), file.policy)
-    return ExitPredictor(policy.to(device), network, file.classes, file.image_shape, float(file.policy["macs"]))
+    return ExitPredictor(policy.to(device), network, file.classes, file.image_shape, float(file.policy["macs"]), how)
 
 
 LOADERS: dict[Family, Callable[..., Predictor | GatedPredictor | ExitPredictor]] = {
@@ -252,6 +264,8 @@ def _plan(run: Run, predictor: Predictor) -> dict[int, list[float]]:
     try:
         here = (read_policy(run).network["hash"], device_name(network.mean.device), torch.get_num_threads())
         if (content["hash"], content["device"], content["threads"]) != here:
+            return {}
+        if content.get("execution", {}).get("precision", "float32") != "float32":
             return {}
         plan = {
             int(size): [float(share) for share in times["break_even"]] for size, times in content["batches"].items()

@@ -8,18 +8,21 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Self
+from typing import Any, ClassVar, Self
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
-from policyskip.backbones import Backbone, Costs, ExitCosts, ExitNetwork, count_costs, count_exit_costs, run_until
+from policyskip.backbones import Backbone, Costs, ExitCosts, ExitNetwork, count_costs, count_exit_costs
 from policyskip.backbones.folding import folded
 from policyskip.backbones.gated import GatedNetwork
 from policyskip.backbones.resnet_exits import ResNetExits
 from policyskip.errors import UserError
-from policyskip.exits.rules import decisions_at
+from policyskip.execution.exits import ExitExecution
+from policyskip.execution.gates import GateExecution
+from policyskip.execution.ways import DEFAULT, Execution, How, NetworkExecution
+from policyskip.exits.rules import Delta, Measured, decisions_at
 from policyskip.finite import described, plain_tensor
 from policyskip.memory import BatchSplitter
 from policyskip.parallel.devices import device_named, usual_defaults
@@ -69,17 +72,29 @@ class BasePredictor(ABC):
         network: left as it is; the predictor executes a copy with batch normalisation folded into the convolutions.
         classes: their names.
         image_shape: (3, H, W) that the network was trained on.
+        how: in which way and precision the network is executed.
 
     Attributes:
-        network: the copy that is executed.
+        execution: executes that copy, and says in which way.
+
+    Raises:
+        UserError: the network cannot be executed so.
     """
 
-    network: Any  # a Backbone, a GatedNetwork or an ExitNetwork
+    executes: ClassVar[type[NetworkExecution]]
+    """The class of :attr:`execution`."""
 
-    def __init__(self, network: Any, classes: Sequence[str], image_shape: tuple[int, int, int]) -> None:
-        self.network = folded(network).freeze()
+    def __init__(
+        self, network: Any, classes: Sequence[str], image_shape: tuple[int, int, int], how: How = DEFAULT
+    ) -> None:
+        self.execution: Any = self.executes(network, image_shape, *how)
         self.classes, self.image_shape = list(classes), image_shape
         self.splitter = BatchSplitter()
+
+    @property
+    def network(self) -> Any:
+        """Return the copy that is executed: a Backbone, a GatedNetwork or an ExitNetwork."""
+        return self.execution.network
 
     @property
     def network_to_measure(self) -> Backbone | ExitNetwork:
@@ -97,14 +112,15 @@ class BasePredictor(ABC):
             UserError: there is no such device.
         """
         where = device_named(str(device))
+        self.execution.to(where)
         for part in self._parts():
             part.to(where)
         self.splitter = BatchSplitter()
         return self
 
     def _parts(self) -> list[nn.Module]:
-        """Return the modules that are executed."""
-        return [self.network]
+        """Return the modules beside the network that are executed."""
+        return []
 
     @abstractmethod
     def _answer(self, images: Tensor) -> tuple[Tensor, Tensor]:
@@ -132,7 +148,8 @@ class BlockPredictor(BasePredictor):
     @usual_defaults()
     @torch.no_grad()
     def predict(self, images: Tensor | np.ndarray, batch_size: int = 256) -> Prediction:
-        """Decide and classify; a block is executed only for the images that keep it, and as a ``plan`` says otherwise.
+        """Decide and classify; a block is executed only for the images that keep it, but for what a ``plan`` or
+        ``execution=dense`` says.
 
         Args:
             images: uint8 (B, 3, H, W), any B, 0 too.
@@ -158,9 +175,12 @@ class Predictor(BlockPredictor):
 
     Attributes:
         policy, backbone: the copies that are executed.
-        plan: by batch size, for each block the share of a batch above which the block is computed for all images (see
-            ``deployment/profiling.py``). Empty: a block is computed only for the images that keep it.
+        plan: by batch size, for each block the share of a batch above which the block is computed for all images where
+            images are gathered (see ``deployment/profiling.py``). Empty: a block is computed only for the images that
+            keep it.
     """
+
+    executes = Execution
 
     def __init__(
         self,
@@ -169,11 +189,12 @@ class Predictor(BlockPredictor):
         classes: Sequence[str],
         image_shape: tuple[int, int, int],
         policy_macs: float,
+        how: How = DEFAULT,
     ) -> None:
-        super().__init__(backbone, classes, image_shape)
+        super().__init__(backbone, classes, image_shape, how)
         self.policy = folded(policy)
         self.policy_macs = policy_macs
-        self.costs = count_costs(self.backbone, image_shape)
+        self.costs = count_costs(backbone, image_shape)
         self.plan: dict[int, list[float]] = {}
 
     @property
@@ -193,10 +214,10 @@ class Predictor(BlockPredictor):
         return self
 
     def _parts(self) -> list[nn.Module]:
-        return [self.network, self.policy]
+        return [self.policy]
 
     def _answer(self, images: Tensor) -> tuple[Tensor, Tensor]:
-        return self.policy.run(self.backbone, images, self.plan_for(len(images)))
+        return self.policy.run(self.execution, images, self.plan_for(len(images)))
 
     def plan_for(self, batch: int) -> list[float] | None:
         """Return the plan of the nearest batch size that was measured; None without a plan."""
@@ -206,11 +227,13 @@ class Predictor(BlockPredictor):
 class GatedPredictor(BlockPredictor):
     """A predictor whose network has gates, which decide on the way which blocks run."""
 
-    network: GatedNetwork
+    executes = GateExecution
 
-    def __init__(self, network: GatedNetwork, classes: Sequence[str], image_shape: tuple[int, int, int]) -> None:
-        super().__init__(network, classes, image_shape)
-        self.costs, self.policy_macs = count_costs(self.network.backbone, image_shape), self.network.gate_macs
+    def __init__(
+        self, network: GatedNetwork, classes: Sequence[str], image_shape: tuple[int, int, int], how: How = DEFAULT
+    ) -> None:
+        super().__init__(network, classes, image_shape, how)
+        self.costs, self.policy_macs = count_costs(network.backbone, image_shape), network.gate_macs
 
     @property
     def network_to_measure(self) -> Backbone:
@@ -218,7 +241,7 @@ class GatedPredictor(BlockPredictor):
         return self.network.backbone
 
     def _answer(self, images: Tensor) -> tuple[Tensor, Tensor]:
-        gated = self.network.greedy(images)
+        gated = self.execution.greedy(images)
         return gated.logits_BC, gated.keep_BK
 
 
@@ -233,7 +256,7 @@ class ExitPredictor(BasePredictor):
         network_hash, trunk_hash: content hashes of the network that was given, and of it without exits, if it has that.
     """
 
-    network: ExitNetwork
+    executes = ExitExecution
 
     def __init__(
         self,
@@ -242,12 +265,13 @@ class ExitPredictor(BasePredictor):
         classes: Sequence[str],
         image_shape: tuple[int, int, int],
         decision_macs: float = 0.0,
+        how: How = DEFAULT,
     ) -> None:
-        super().__init__(network, classes, image_shape)
+        super().__init__(network, classes, image_shape, how)
         self.policy: Any = policy.eval()
         self.network_hash, self.decision_macs = network.content_hash(), decision_macs
         self.trunk_hash = network.backbone.content_hash() if isinstance(network, ResNetExits) else ""
-        self.costs: ExitCosts = count_exit_costs(self.network, image_shape)
+        self.costs: ExitCosts = count_exit_costs(network, image_shape)
         N = self.network.num_exits
         decisions_N = decisions_at(torch.arange(N), N)
         self.macs_N = (self.costs.cumulative_N + decision_macs * decisions_N).to(self.network.mean.device)
@@ -273,14 +297,15 @@ class ExitPredictor(BasePredictor):
         return self
 
     def _parts(self) -> list[nn.Module]:
-        return [self.network, self.policy]
+        return [self.policy]
 
     def ran(self, prediction: Any) -> Tensor:
         segments_N = torch.arange(self.network.num_exits, device=prediction.exit_B.device)
         return segments_N <= prediction.exit_B.unsqueeze(1)
 
     def _answer(self, images: Tensor) -> tuple[Tensor, Tensor]:
-        return run_until(self.network, images, self.policy.leave)
+        own = type(self.policy) is ExitPolicy or type(getattr(self.policy, "rule", None)) in (Measured, Delta)
+        return self.execution.run_until(images, self.policy.leave, may_record=own)
 
 
 class ThresholdPredictor(ExitPredictor):
@@ -295,8 +320,9 @@ class ThresholdPredictor(ExitPredictor):
         network: ExitNetwork,
         classes: Sequence[str],
         image_shape: tuple[int, int, int],
+        how: How = DEFAULT,
     ) -> None:
-        super().__init__(policy, network, classes, image_shape)
+        super().__init__(policy, network, classes, image_shape, how=how)
         self.search = search
 
 

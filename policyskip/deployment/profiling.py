@@ -24,7 +24,8 @@ from policyskip.backbones import Backbone, ExitNetwork, count_costs, count_exit_
 from policyskip.backbones.base import Block
 from policyskip.backbones.execution import run_block, run_most
 from policyskip.backbones.exits import State
-from policyskip.backbones.folding import folded
+from policyskip.execution.exits import ExitExecution, execution_of
+from policyskip.execution.ways import DEFAULT, Execution, How
 from policyskip.runs.progress import waiting
 
 SHARES = (0.1, 0.5, 0.75, 0.9)
@@ -33,7 +34,11 @@ SHARES = (0.1, 0.5, 0.75, 0.9)
 
 @torch.no_grad()
 def profile(
-    network: Backbone | ExitNetwork, image_shape: tuple[int, int, int], batch_sizes: Sequence[int], repeats: int
+    network: Backbone | ExitNetwork,
+    image_shape: tuple[int, int, int],
+    batch_sizes: Sequence[int],
+    repeats: int,
+    how: How = DEFAULT,
 ) -> dict[str, Any]:
     """Measure the time and count the MACs of each block of a network.
 
@@ -42,12 +47,19 @@ def profile(
         image_shape: (3, H, W).
         batch_sizes: numbers of images that are computed at a time.
         repeats: of each measurement; medians are kept.
+        how: in which way and precision the network is executed. Blocks are measured one by one without kernels.
 
     Returns: a dictionary for JSON. ``batches`` holds for each batch size ``whole_ms`` (the network with all its
     blocks), ``always_ms`` (stem and head), ``kept_ms`` and ``dropped_ms`` (K numbers: a block that runs, and its
     shortcut), all in milliseconds **an image**, and for backbones ``break_even`` (K numbers, see :func:`break_even`).
+    ``execution`` says in which way the network is executed and why. If by kernels, each batch size has ``ways``: for
+    each way ``whole_ms`` and ``half_ms`` (half of the blocks, or of the exits, by another decision for each image).
+
+    Raises:
+        UserError: the network cannot be executed so.
     """
-    fast = folded(network)
+    execution = execution_of(network, image_shape, how)
+    fast = execution.network
     measure = _measure_blocks if isinstance(fast, Backbone) else _measure_exits
     content: dict[str, Any] = {
         "network": network.name,
@@ -57,12 +69,15 @@ def profile(
         "threads": torch.get_num_threads(),
         "torch": torch.__version__,
         "macs": _macs(network, image_shape),
+        "execution": {"way": execution.way, "why": execution.why, "precision": execution.precision},
         "batches": {},
     }
     with waiting("measuring the network", sum(batch_sizes)) as wait:
         for batch in batch_sizes:
             images = torch.randint(0, 256, (batch, *image_shape), dtype=torch.uint8, device=fast.mean.device)
-            content["batches"][str(batch)] = measure(fast, images, repeats)  # type: ignore[arg-type]
+            content["batches"][str(batch)] = table = measure(fast, images, repeats)  # type: ignore[arg-type]
+            if execution.way == "kernel":
+                table["ways"] = _measure_ways(execution, images, repeats)
             wait.advance(batch)
     return content
 
@@ -183,6 +198,51 @@ def _segment_and_head(network: ExitNetwork, n: int, before: State, after: State)
     """Compute segment n from the state before it, and the head of exit n from the state after it."""
     network.segment(n, before)
     network.head(n, after)
+
+
+def _measure_ways(execution: Execution | ExitExecution, images: Tensor, repeats: int) -> dict[str, dict[str, float]]:
+    """Measure the whole network, and decisions of half of it, by kernels and by the other ways side by side.
+
+    Returns: for each way ``whole_ms`` and ``half_ms``, in milliseconds an image.
+    """
+    calls: dict[str, Callable[[], object]] = {}
+    for way in ("kernel", "gather", "dense"):
+        how = How(way, execution.precision)
+        same = execution if way == execution.way else execution_of(execution.network, execution.image_shape, how)
+        calls[f"{way} whole"] = partial(_run_whole, same, images)
+        calls[f"{way} half"] = partial(_run_half, same, images, _half(same, len(images)).to(images.device))
+    for call in [*calls.values()] * 2:  # a CUDA graph is recorded at the second call
+        call()
+    times = milliseconds(calls, repeats, images.device)
+    kinds = ("whole", "half")
+    return {
+        way: {f"{kind}_ms": times[f"{way} {kind}"] / len(images) for kind in kinds}
+        for way in ("kernel", "gather", "dense")
+    }
+
+
+def _half(execution: Execution | ExitExecution, B: int) -> Tensor:
+    """Return decisions of half of a network: bool (B, K), or the exit where each image leaves, int64 (B,)."""
+    generator = torch.Generator().manual_seed(0)
+    if isinstance(execution, Execution):
+        return torch.rand(B, execution.network.num_blocks, generator=generator) < 0.5
+    return torch.randint(execution.network.num_exits, (B,), generator=generator)
+
+
+def _run_whole(execution: Execution | ExitExecution, images: Tensor) -> None:
+    """Run images uint8 (B, 3, H, W) through all blocks and exits."""
+    if isinstance(execution, Execution):
+        execution.whole(images)
+    else:
+        execution.every_exit(images)
+
+
+def _run_half(execution: Execution | ExitExecution, images: Tensor, half_B: Tensor) -> None:
+    """Run images uint8 (B, 3, H, W) with the decisions that :func:`_half` returned."""
+    if isinstance(execution, Execution):
+        execution.logits(images, half_B)
+    else:
+        execution.run_until(images, lambda n, logits_BC, rows: half_B[rows] == n)
 
 
 def _macs(network: Backbone | ExitNetwork, image_shape: tuple[int, int, int]) -> dict[str, Any]:

@@ -15,8 +15,6 @@ from gymnasium.vector.utils import batch_space
 from torch import Tensor
 
 from policyskip.backbones import Backbone, Costs, ExitCosts, count_costs, load
-from policyskip.backbones.execution import sparse_many
-from policyskip.backbones.folding import folded
 from policyskip.data import Feed, Images, Order, load_data
 from policyskip.data.base import check_images
 from policyskip.envs.arguments import (
@@ -29,6 +27,7 @@ from policyskip.envs.arguments import (
     seed_or_none,
 )
 from policyskip.envs.step_tensors import for_numpy
+from policyskip.execution.ways import Execution, How
 from policyskip.finite import plain_tensor, whole_number
 from policyskip.memory import BatchSplitter
 from policyskip.parallel.devices import device_named, usual_defaults
@@ -149,10 +148,15 @@ class ImageVectorEnv(VectorEnv[Tensor, Tensor, Tensor]):
             then an empty one.
         seed: decides the shuffled order; ``reset(seed=…)`` starts the order of that seed.
         device: where a backbone and images given by name are put; by default the CPU, or where the backbone is.
+        execution: how the network is executed: auto, kernel, gather or dense (see ``execution/ways.py``).
+        precision: that it is executed in: float32, float32_exact, bfloat16 or float16.
+
+    Attributes:
+        execution: executes the network, and says in which way.
 
     Raises:
-        UserError: an argument is of another kind or out of range, images do not fit the network, or there is no such
-            name, order, split or device.
+        UserError: an argument is of another kind or out of range, images do not fit the network, there is no such
+            name, order, split or device, or the network cannot be executed in the way that was asked for.
     """
 
     metadata = {  # noqa: RUF012 - Gymnasium declares it so
@@ -179,7 +183,10 @@ class ImageVectorEnv(VectorEnv[Tensor, Tensor, Tensor]):
         data: str = "digits",
         split: str = "train",
         device: str | None = None,
+        execution: str = "auto",
+        precision: str = "float32",
     ) -> None:
+        how = How(execution, precision).checked()
         num_envs, seed = whole_number("num_envs", num_envs, 1, MOST_IMAGES), whole_number("seed", seed, 0)
         where = None if device is None else device_named(str(device))
         if isinstance(backbone, str):
@@ -192,15 +199,20 @@ class ImageVectorEnv(VectorEnv[Tensor, Tensor, Tensor]):
         check_reward(self.reward)
         self.num_envs = num_envs
         self.backbone = backbone.freeze()
-        self.executed = folded(self.backbone)  # gives the same logits, faster
         self.splitter = BatchSplitter()
         self.device = backbone.mean.device
         self.feed = Feed(images, num_envs, order, seed)
         check_fit(backbone, self.feed.batch.images[:1], images.label_N)
         image_shape = tuple(self.feed.batch.images.shape[1:])
+        self.execution = Execution(self.backbone, image_shape, *how)  # type: ignore[arg-type]
         self.costs = count_costs(self.backbone, image_shape)  # type: ignore[arg-type]
         self.single_observation_space = gymnasium.spaces.Box(0, 255, image_shape, np.uint8)
         self.observation_space = batch_space(self.single_observation_space, num_envs)
+
+    @property
+    def executed(self) -> Backbone:
+        """Return the network that is executed: a copy of :attr:`backbone` that gives the same logits, faster."""
+        return self.execution.network
 
     @property
     def observation(self) -> Tensor:
@@ -255,7 +267,7 @@ class ImageVectorEnv(VectorEnv[Tensor, Tensor, Tensor]):
         """Compute the outcome that these decisions would have for the images now shown; nothing moves on.
 
         Args:
-            keep: 0 or 1, of any dtype, (B, K), or (S, B, K) for S decisions per image, executed sparsely in one pass.
+            keep: 0 or 1, of any dtype, (B, K), or (S, B, K) for S decisions per image, executed in one pass.
 
         Returns: the outcome of B decisions, or of S·B: those of the first of the S for all images, then the second, ….
 
@@ -269,14 +281,14 @@ class ImageVectorEnv(VectorEnv[Tensor, Tensor, Tensor]):
         keep_SBK = keep if keep.dim() == 3 else keep.unsqueeze(0)
         size = max(1, PIXELS_AT_ONCE // (len(keep_SBK) * images[0, 0].numel())) if len(images) else 1
         chunks = self.splitter(
-            lambda rows: sparse_many(self.executed, images[rows], keep_SBK[:, rows]), len(images), size
+            lambda rows: self.execution.logits_many(images[rows], keep_SBK[:, rows]), len(images), size
         )
         logits_BC = torch.cat(chunks, dim=1).flatten(0, 1)
         return self._outcome(logits_BC, label_B.repeat(len(keep_SBK)), keep_SBK.flatten(0, 1))
 
     def _outcome(self, logits_BC: Tensor, label_B: Tensor, keep_BK: Tensor) -> Outcome:
         correct_B = logits_BC.argmax(1) == label_B
-        return Outcome(logits_BC, label_B, correct_B, keep_BK, self.costs.of(keep_BK), self.costs.full)
+        return Outcome(logits_BC.float(), label_B, correct_B, keep_BK, self.costs.of(keep_BK), self.costs.full)
 
     def rewards(self, outcome: Outcome) -> Tensor:
         """Compute the reward of each decision of an outcome, float32 (B,).

@@ -33,6 +33,7 @@ from policyskip.envs.exit_sources import CacheIndices, ExitSource, Live, Queue, 
 from policyskip.envs.single_view import SingleView
 from policyskip.envs.step_tensors import for_numpy
 from policyskip.errors import UserError
+from policyskip.execution.ways import How
 from policyskip.exits.cache import CachedExits, cache_exits
 from policyskip.exits.rules import decisions_at
 from policyskip.finite import whole_number
@@ -72,6 +73,8 @@ class EarlyExitVectorEnv(VectorEnv[Tensor, Tensor, Tensor]):
         seed: decides the shuffled order; ``reset(seed=…)`` starts the order of that seed.
         cached: whether outputs are looked up, not computed at each step.
         device: where a network and images given by name are put; by default the CPU, or where the network is.
+        execution, precision: how the outputs of ``cached=True`` are computed (see ``execution/ways.py``). What is
+            computed at each step is gathered, in float32.
 
     Raises:
         UserError: an argument is of another kind or out of range, images do not fit the network, there is no such
@@ -102,7 +105,10 @@ class EarlyExitVectorEnv(VectorEnv[Tensor, Tensor, Tensor]):
         split: str = "train",
         cached: bool = False,
         device: str | None = None,
+        execution: str = "auto",
+        precision: str = "float32",
     ) -> None:
+        how = How(execution, precision).checked()
         num_envs, seed = whole_number("num_envs", num_envs, 1, MOST_IMAGES), whole_number("seed", seed, 0)
         where = None if device is None else device_named(str(device))
         self.num_envs = num_envs
@@ -110,6 +116,10 @@ class EarlyExitVectorEnv(VectorEnv[Tensor, Tensor, Tensor]):
         check_reward(self.reward)
         if not isinstance(cached, bool):
             raise UserError(f"cached must be true or false, got {one_line(repr(cached), 60)}")
+        computes = cached and not isinstance(network, CachedExits)
+        if not computes and (how.way in ("kernel", "dense") or how.precision != "float32"):
+            got = f"execution={how.way} and precision={how.precision}"
+            raise UserError(f"execution and precision are for the outputs that cached=true computes, got {got}")
         if isinstance(network, str):
             network = load_exits(network).to(where or "cpu")
         if not isinstance(network, CachedExits):
@@ -120,7 +130,7 @@ class EarlyExitVectorEnv(VectorEnv[Tensor, Tensor, Tensor]):
             check_images(images)
             check_fit(network, batch_at(images, torch.tensor([0])).images, images.label_N)
             if cached:
-                network = cache_exits(network, images)
+                network = cache_exits(network, images, how)
         self.source: ExitSource
         if isinstance(network, CachedExits):
             self.source = Replay(network, Feed(CacheIndices(network), num_envs, order, seed))

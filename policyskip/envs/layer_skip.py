@@ -15,7 +15,6 @@ from gymnasium.vector.utils import batch_space
 from torch import Tensor, nn
 
 from policyskip.backbones import Backbone
-from policyskip.backbones.execution import run_block
 from policyskip.envs.arguments import decisions
 from policyskip.envs.base import ImageVectorEnv, Step
 from policyskip.envs.single_view import SingleView
@@ -83,7 +82,7 @@ class LayerSkipVectorEnv(ImageVectorEnv):
     @torch.no_grad()
     def _begin(self) -> None:
         images = self.feed.batch.images
-        self._features = self.executed.features(images)
+        self._features = self.execution.features(images)
         self._kept_BK = torch.zeros(len(images), self.num_blocks, dtype=torch.bool, device=self.device)
         self._enter(0)
 
@@ -101,15 +100,13 @@ class LayerSkipVectorEnv(ImageVectorEnv):
             UserError: an action is neither 0 nor 1, or there is not one for each image.
         """
         keep_B = decisions(actions, (len(self._kept_BK),))
-        # On the CPU, where SB3's actions are: ``nonzero`` on a GPU would wait for all that it still has to do.
-        rows = keep_B.cpu().nonzero().squeeze(1).to(self.device)
         self._kept_BK[:, self.block] = keep_B.to(self.device)
-        self._features = run_block(self.executed.blocks[self.block], self._features, rows)
+        self._features = self.execution.advance(self._features, keep_B.unsqueeze(1), self.block)
         if self.block < self.num_blocks - 1:
             self._enter(self.block + 1)
             nothing_B = torch.zeros(len(keep_B), device=self.device)
             return self.observation, *for_numpy(nothing_B, nothing_B.bool(), nothing_B.bool()), {}
-        logits_BC = self.executed.head(self._features)
+        logits_BC = self.execution.head(self._features)
         self.outcome = self._outcome(logits_BC, self.feed.batch.label_B, self._kept_BK)
         return self._end(self.outcome)
 

@@ -11,10 +11,11 @@ from torch import Tensor
 
 from policyskip.agents.base import Agent
 from policyskip.agents.skipnet import SkipNet
-from policyskip.backbones.folding import folded
 from policyskip.data import Images, sequential
 from policyskip.envs.base import ImageVectorEnv
 from policyskip.evaluation.decisions import BLOCKS, EXITS, Decisions
+from policyskip.execution.gates import GateExecution
+from policyskip.execution.ways import DEFAULT, How
 from policyskip.exits.cache import CachedExits
 from policyskip.exits.rules import decisions_at
 from policyskip.runs.progress import waiting
@@ -61,18 +62,23 @@ def evaluate(agent: Agent, env: ImageVectorEnv, full: bool = True) -> Decisions:
 
 
 @torch.no_grad()
-def evaluate_gates(agent: SkipNet, images: Images, batch_size: int) -> Decisions:
+def evaluate_gates(agent: SkipNet, images: Images, batch_size: int, how: How = DEFAULT) -> Decisions:
     """Let the gates decide greedily for every image of a set, each block computed only for the images that run it.
 
     The full network is the agent's own with all blocks kept and no gates. The reward is −L, the paper's objective.
+
+    Args:
+        how: in which way and precision the network is executed.
     """
-    network = folded(agent.network)
+    network: GateExecution | None = None
     rows: list[tuple[Tensor, ...]] = []
     with waiting("judging decisions", len(images)) as wait:
         for batch in images.stream(sequential(len(images), batch_size)):
+            _, channels, height, width = batch.images.shape
+            network = network or GateExecution(agent.network, (channels, height, width), *how)
             run = network.greedy(batch.images)
-            full_correct_B = network.backbone(batch.images).argmax(1) == batch.label_B
-            ce_B = F.cross_entropy(run.logits_BC, batch.label_B, reduction="none")
+            full_correct_B = network.whole(batch.images).argmax(1) == batch.label_B
+            ce_B = F.cross_entropy(run.logits_BC.float(), batch.label_B, reduction="none")
             reward_B = agent.returns(ce_B, run)[:, 0]
             macs_B = agent.costs.of(run.keep_BK) + agent.decision_macs
             rows.append((batch.label_B, run.logits_BC.argmax(1), full_correct_B, run.keep_BK, macs_B, reward_B))

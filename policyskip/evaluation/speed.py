@@ -27,6 +27,7 @@ from policyskip.deployment.predictors import ExitPredictor, GatedPredictor, Pred
 from policyskip.errors import UserError
 from policyskip.evaluation import plots
 from policyskip.evaluation.tables import console
+from policyskip.execution.ways import DEFAULT, How
 from policyskip.files import reporting_write_errors, write
 from policyskip.runs.folder import Run
 from policyskip.runs.progress import waiting
@@ -37,12 +38,17 @@ MEASURED = 1000
 
 
 def of_network(
-    network: Network, image_shape: tuple[int, int, int], batch_sizes: Sequence[int], repeats: int, path: Path
+    network: Network,
+    image_shape: tuple[int, int, int],
+    batch_sizes: Sequence[int],
+    repeats: int,
+    path: Path,
+    how: How = DEFAULT,
 ) -> int:
     """Measure a network, write the table and its picture, and print the table.
 
     Args:
-        network, image_shape, batch_sizes, repeats: as for :func:`policyskip.deployment.profiling.profile`.
+        network, image_shape, batch_sizes, repeats, how: as for :func:`policyskip.deployment.profiling.profile`.
         path: of the table; the picture goes beside it.
 
     Returns: 0, the exit code.
@@ -53,7 +59,7 @@ def of_network(
     if not isinstance(network, Backbone | ExitNetwork):
         raise UserError(f"{network.name} has neither blocks nor exits to measure")
     _check_output(path)
-    content = profiling.profile(network, image_shape, batch_sizes, repeats)
+    content = profiling.profile(network, image_shape, batch_sizes, repeats, how)
     _write(content, path)
     return _say(content, path)
 
@@ -80,8 +86,10 @@ def of_run(setup: Setup, run: Run, batch_sizes: Sequence[int], repeats: int, cou
         raise UserError(f"batches of {max(batch_sizes)} cannot be measured on {len(index_N)} images; {hint}")
     described = read_policy(run).network
     checkpoint = setup.config["backbone"].get("checkpoint") if "config" in described else None
-    predictor = load(run.folder, checkpoint, str(setup.device), planned=False, trust=setup.trusted)
-    content = profiling.profile(predictor.network_to_measure, setup.data.image_shape, batch_sizes, repeats)
+    way, precision = setup.how
+    given = (run.folder, checkpoint, str(setup.device), precision)
+    predictor = load(*given, planned=False, trust=setup.trusted, execution=way)
+    content = profiling.profile(predictor.network_to_measure, setup.data.image_shape, batch_sizes, repeats, setup.how)
     content["hash"] = described["hash"]
     images = batch_at(validation, index_N).images
     with waiting("measuring predictions"):
@@ -109,14 +117,16 @@ def _measure_predictions(
         images: uint8 (N, 3, H, W), which are predicted.
         tables: those of a profile, by batch size.
     """
-    if isinstance(predictor, Predictor):  # measured with the plan that the new profile gives it
+    if (
+        isinstance(predictor, Predictor) and predictor.execution.way == "gather"
+    ):  # measured with the plan that the new profile gives it
         predictor.plan = {int(batch): table["break_even"] for batch, table in tables.items()}
     network = predictor.network_to_measure
     prediction = predictor.predict(images)
     for batch, table in tables.items():
         calls: dict[str, Callable[[], object]] = {
             "predict": partial(predictor.predict, images, int(batch)),
-            "whole": partial(_run_whole, network, images.split(int(batch))),
+            "whole": partial(_run_whole, predictor, images.split(int(batch))),
         }
         times = profiling.milliseconds(calls, repeats, network.mean.device)
         table["run"] = {
@@ -145,10 +155,11 @@ def _batch_times(
     return {"median": float(median), "percentile_99": float(percentile_99), "count": len(values)}
 
 
-def _run_whole(network: Backbone | ExitNetwork, batches: Sequence[Tensor]) -> None:
-    """Run all blocks of a network for batches of images, uint8 (B, 3, H, W)."""
+def _run_whole(predictor: Predictor | GatedPredictor | ExitPredictor, batches: Sequence[Tensor]) -> None:
+    """Run all blocks of a predictor's network for batches of images, uint8 (B, 3, H, W), in its way of execution."""
+    execution = predictor.execution
     for images in batches:
-        network(images)
+        execution.every_exit(images) if isinstance(predictor, ExitPredictor) else execution.whole(images)
 
 
 def _expected_ratio(table: dict[str, Any], ran_BK: Tensor) -> float:
@@ -207,7 +218,17 @@ def show(content: dict[str, Any]) -> None:
         "stem and head": lambda times: f"{times['always_ms']:.3f}",
         "exits" if exits else "blocks": lambda times: f"{sum(times['kept_ms']):.3f}",
     }
+    executed = content.get("execution")  # in tables of older versions there is none
+    if executed:
+        print(f"Executed by {executed['way']} in {executed['precision']}: {executed['why']}.")
     console().print(_table(f"{title}: milliseconds an image", batches, milliseconds))
+    if all("ways" in times for times in batches.values()):
+        ways: Columns = {
+            f"{way}, {kind}": lambda times, way=way, kind=kind: f"{times['ways'][way][f'{kind}_ms']:.4f}"  # type: ignore[misc]
+            for kind in ("whole", "half")
+            for way in ("kernel", "gather", "dense")
+        }
+        console().print(_table("ways of execution, all blocks and half of them: milliseconds an image", batches, ways))
     if not exits:
         shares: Columns = {
             "gather if fewer keep a block than": lambda times: (

@@ -18,6 +18,9 @@ from policyskip.backbones.base import evaluation_mode
 from policyskip.backbones.exits import ExitCosts, ExitNetwork, count_exit_costs
 from policyskip.data import Images, batch_at, sequential
 from policyskip.errors import UserError
+from policyskip.execution.exits import ExitExecution
+from policyskip.execution.ways import DEFAULT, How
+from policyskip.memory import BatchSplitter
 from policyskip.runs.progress import waiting
 
 PIXELS_AT_ONCE = 2**20
@@ -87,11 +90,15 @@ class CachedExits:
 
 
 @torch.no_grad()
-def cache_exits(network: ExitNetwork, images: Images) -> CachedExits:
+def cache_exits(network: ExitNetwork, images: Images, how: How = DEFAULT) -> CachedExits:
     """Run each of ``images`` through every exit of ``network`` once, in evaluation mode.
 
+    Args:
+        how: in which way and precision the network is executed.
+
     Raises:
-        UserError: there are no images, or they are augmented at random, so that an image has no one output to keep.
+        UserError: there are no images, or they are augmented at random, so that an image has no one output to keep, or
+            the network cannot be executed so.
     """
     if getattr(images, "augment", None):
         raise UserError(
@@ -102,9 +109,14 @@ def cache_exits(network: ExitNetwork, images: Images) -> CachedExits:
     _, channels, height, width = batch_at(images, torch.tensor([0])).images.shape
     batches = images.stream(sequential(len(images), max(1, PIXELS_AT_ONCE // (height * width))))
     logits, labels = [], []
+    execution, splitter = ExitExecution(network, (channels, height, width), *how, as_it_is=True), BatchSplitter()
+
+    def every_exit(rows: slice) -> Tensor:
+        return execution.every_exit(batch.images[rows]).float()
+
     with evaluation_mode(network), waiting("computing the outputs of every exit", len(images)) as wait:
         for batch in batches:
-            logits.append(network(batch.images).float())
+            logits += splitter(every_exit, len(batch), len(batch))
             labels.append(batch.label_B)
             wait.advance(len(batch))
     return CachedExits(torch.cat(logits), torch.cat(labels), count_exit_costs(network, (channels, height, width)))

@@ -12,7 +12,7 @@ from typing import Any, Self
 
 from torch import Tensor, nn
 
-from policyskip.backbones import Backbone, sparse
+from policyskip.execution.ways import Execution
 
 
 class Policy(nn.Module, ABC):
@@ -34,18 +34,19 @@ class Policy(nn.Module, ABC):
         """Decide greedily for an environment's observation: for images uint8 (B, 3, H, W), bool (B, K)."""
 
     def run(
-        self, backbone: Backbone, images: Tensor, break_even_K: Sequence[float] | None = None
+        self, execution: Execution, images: Tensor, break_even_K: Sequence[float] | None = None
     ) -> tuple[Tensor, Tensor]:
         """Decide for images and classify them.
 
         Args:
+            execution: executes the network.
             images: uint8 (B, 3, H, W).
             break_even_K: see :func:`~policyskip.backbones.execution.sparse`.
 
         Returns: logits float (B, C), and which blocks ran, bool (B, K).
         """
         keep_BK = self.decide(images)
-        return sparse(backbone, images, keep_BK, break_even_K), keep_BK
+        return execution.logits(images, keep_BK, break_even_K), keep_BK
 
     def spec(self) -> dict[str, Any]:
         """Return the arguments that build the policy again, by default its constructor's. JSON must be able to hold

@@ -14,11 +14,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from policyskip.backbones import Backbone
-from policyskip.backbones.execution import run_block
 from policyskip.envs import exit_sources, layer_skip
 from policyskip.envs.base import DecisionEnv
 from policyskip.errors import UserError
+from policyskip.execution.ways import Execution
 from policyskip.policies.base import Policy
 
 
@@ -116,17 +115,17 @@ class BlockPolicy(GreedyPolicy):
         self.register_buffer("block_KK", torch.eye(num_blocks), persistent=False)
 
     def run(
-        self, backbone: Backbone, images: Tensor, break_even_K: Sequence[float] | None = None
+        self, execution: Execution, images: Tensor, break_even_K: Sequence[float] | None = None
     ) -> tuple[Tensor, Tensor]:
         """Decide and run block after block. Shapes as in :meth:`Policy.run`.
 
         A block is computed only for the images that run it, whatever ``break_even_K`` says.
         """
-        x, keep = backbone.features(images), []
-        for block, block_K in zip(backbone.blocks, self.block_KK, strict=True):
+        x, keep = execution.features(images), []
+        for block, block_K in enumerate(self.block_KK):
             keep.append(self.decide(layer_skip.observe(x, block_K, self.arguments["width"])))
-            x = run_block(block, x, keep[-1].nonzero().squeeze(1))
-        return backbone.head(x), torch.stack(keep, 1)
+            x = execution.advance(x, keep[-1].unsqueeze(1), block)
+        return execution.head(x), torch.stack(keep, 1)
 
 
 class ExitPolicy(GreedyPolicy):

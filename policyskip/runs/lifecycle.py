@@ -25,7 +25,7 @@ from policyskip.typed.words import MOVED
 
 INITIAL_NETWORK = "start.safetensors"
 """The network that a run started from, in the folder of a run that trains it."""
-CHANGEABLE = ("run.trust", "train.steps", "device", "tracking.mode")
+CHANGEABLE = ("run.trust", "train.steps", "device", "tracking.mode", "execution")
 """The keys that can be typed when a run is resumed, beside those of :data:`~policyskip.typed.words.MOVED`."""
 
 

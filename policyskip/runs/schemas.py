@@ -129,6 +129,7 @@ _FIGURES: dict[str, Any] = {
 """The figures of a split, by their keys without ``test/`` or ``val/``."""
 _SUMMARY: dict[str, Any] = {
     **dict.fromkeys(("agent", "env", "backbone", "data", "version", "rule", "hash"), Name),
+    **dict.fromkeys(("execution", "precision"), Name),
     **dict.fromkeys(("test_images", "frozen_network", "latency_device"), Name),
     "command": LongText,
     "seed": Annotated[int, Field(gt=-(2**64), lt=2**64)],

@@ -25,7 +25,13 @@ MOST_BYTES = 2**27
 
 
 def known_front(
-    backbone: Backbone, images: Images, cache: Path, at_least: int = 1, budget: float = 0, hints: Iterable[Keep] = ()
+    backbone: Backbone,
+    images: Images,
+    cache: Path,
+    at_least: int = 1,
+    budget: float = 0,
+    hints: Iterable[Keep] = (),
+    precision: str = "float32",
 ) -> StaticFront | None:
     """Find a front searched earlier on this very network and these very images: one that ships, or one in ``cache``.
 
@@ -34,15 +40,18 @@ def known_front(
         at_least: the least number of images that the search must have used.
         budget: the least budget that the search must have had.
         hints: sets that the search started from; a front that was searched with other hints is not found.
+        precision: that the network was executed in; fronts that ship were searched in exact float32.
 
     Returns: the front; None if there is none. Of several, the one with the fewest images, and of these the one with
         the largest budget.
     """
     searched_on = (backbone.content_hash(), images.fingerprint())
-    prefix, suffix = "-".join(searched_on), f"{_key(hints)}.json"
+    prefix = "-".join(searched_on)
+    endings = (f"{_key(hints, precision)}.json", f"{_key((), precision)}.json")
     found: list[StaticFront] = []
-    for path in [*sorted(WEIGHTS.glob("*.front.json")), *sorted(cache.glob(f"{prefix}-*.json"))]:
-        if path.parent == cache and path.name.removeprefix(f"{prefix}-").lstrip("0123456789") not in (suffix, ".json"):
+    shipped = sorted(WEIGHTS.glob("*.front.json")) if precision.startswith("float32") else []
+    for path in [*shipped, *sorted(cache.glob(f"{prefix}-*.json"))]:
+        if path.parent == cache and path.name.removeprefix(f"{prefix}-").lstrip("0123456789") not in endings:
             continue
         with suppress(OSError, ValueError, UserError):  # absent, or damaged: it is searched anew
             front = StaticFront.load(path)
@@ -52,30 +61,35 @@ def known_front(
     return min(found, key=lambda front: (front.images, -front.budget), default=None)
 
 
-def remember(front: StaticFront, cache: Path, hints: Iterable[Keep] = ()) -> None:
+def remember(front: StaticFront, cache: Path, hints: Iterable[Keep] = (), precision: str = "float32") -> None:
     """Write a front into the folder ``cache``, for :func:`known_front`.
 
     Raises:
         UserError: it cannot be written.
     """
-    front.save(front_file(front.backbone, front.data, front.images, cache, hints))
+    front.save(front_file(front.backbone, front.data, front.images, cache, hints, precision))
 
 
-def front_file(backbone: str, data: str, images: int, cache: Path, hints: Iterable[Keep] = ()) -> Path:
+def front_file(
+    backbone: str, data: str, images: int, cache: Path, hints: Iterable[Keep] = (), precision: str = "float32"
+) -> Path:
     """Return the file of a front in the folder ``cache``.
 
     Args:
         backbone, data: content hash and fingerprint.
         images: number of validation images of the search.
         hints: sets that the search starts from.
+        precision: that the network is executed in.
     """
-    return cache / f"{backbone}-{data}-{images}{_key(hints)}.json"
+    return cache / f"{backbone}-{data}-{images}{_key(hints, precision)}.json"
 
 
-def _key(hints: Iterable[Keep]) -> str:
-    """Return the part of a file's name that tells searches from different hints apart; nothing without hints."""
+def _key(hints: Iterable[Keep], precision: str) -> str:
+    """Return the part of a file's name that tells searches in other precisions and from different hints apart; nothing
+    in float32 and without hints."""
     texts = sorted(map(keep_text, hints))
-    return f"-{hashlib.sha256(' '.join(texts).encode()).hexdigest()[:16]}" if texts else ""
+    kind = "" if precision == "float32" else f"-{precision}"
+    return kind + (f"-{hashlib.sha256(' '.join(texts).encode()).hexdigest()[:16]}" if texts else "")
 
 
 def store_scores(known: Mapping[Keep, Scores], path: Path) -> None:

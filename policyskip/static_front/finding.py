@@ -16,6 +16,7 @@ import torch
 from policyskip.backbones import Backbone, Costs
 from policyskip.data import Images
 from policyskip.errors import UserError
+from policyskip.execution.ways import DEFAULT, How
 from policyskip.static_front.cache import store_scores, stored_scores
 from policyskip.static_front.front import StaticFront
 from policyskip.static_front.racing import search
@@ -39,6 +40,7 @@ def find_front(
     seconds: float | None = None,
     scores_file: Path | None = None,
     on_expected: Callable[[float], object] | None = None,
+    how: How = DEFAULT,
 ) -> StaticFront:
     """Search the static front of a backbone on at most ``limit`` validation images.
 
@@ -49,6 +51,7 @@ def find_front(
         scores_file: where the scores are stored now and then and at the end. A search that was interrupted, or one with
             a larger budget, takes them from there, and finds what it would have found in one go.
         on_expected: called now and then with what will have been spent at the end, as far as that can be foreseen.
+        how: in which way and precision the network is executed.
 
     Raises:
         UserError: ``budget`` is negative or no number, ``limit`` below 1, or there are no images.
@@ -57,7 +60,7 @@ def find_front(
         raise UserError(f"front.budget must not be negative and front.images at least 1, got {budget} and {limit}")
     if not len(images):
         raise UserError("there are no validation images on which fixed sets could be searched")
-    scorer = SetScorer(backbone, images, limit, on_progress=on_progress)
+    scorer = SetScorer(backbone, images, limit, on_progress=on_progress, how=how)
     if scores_file is not None:
         scorer.stored = stored_scores(scores_file, backbone.num_blocks, scorer.count)
     stored_at = time.monotonic()

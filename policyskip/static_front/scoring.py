@@ -14,14 +14,16 @@ import torch
 from torch import Tensor
 
 from policyskip.backbones import Backbone
-from policyskip.backbones.folding import folded
 from policyskip.data import Batch, Images, batch_at, spread_indices
 from policyskip.data.base import IN_MEMORY_BYTES
+from policyskip.execution.ways import DEFAULT, Execution, How
 from policyskip.memory import BatchSplitter, release_freed_memory
 from policyskip.runs.progress import waiting
 
 Keep = tuple[bool, ...]
 """A keep-set: for each of the K blocks, whether it runs."""
+PIXELS_AT_ONCE = 2**23
+"""Kernels score as many sets one beside the other as have so many pixels in all."""
 CPU_BATCH, GPU_BATCH = 250, 4096
 """Images in a batch, at most. On a GPU a block takes as long for one image as for a thousand small ones."""
 
@@ -53,8 +55,9 @@ class Scores(NamedTuple):
 class SetScorer:
     """Scores fixed keep-sets: which images does the network get right, and how sure is it of their labels.
 
-    Many sets are scored in one pass along the tree of their decisions: as long as two sets agree, from the first block
-    on, their features are computed once. The images stand in a random order that is always the same, so that the first
+    Where images are gathered, many sets are scored in one pass along the tree of their decisions: as long as two sets
+    agree, from the first block on, their features are computed once. Kernels score many sets one beside the other: they
+    compute more then, and sooner. The images stand in a random order that is always the same, so that the first
     n of them are a fair sample, and a set can be scored on few images first and on more later.
 
     Args:
@@ -63,13 +66,15 @@ class SetScorer:
         limit: use this many of the images, spread over the set; None: all.
         batch_size: images in a batch; None: as many as the device and its memory suggest.
         on_progress: called after every batch with what has been spent so far.
+        how: in which way and precision the network is executed.
 
     Attributes:
         count: N, the number of images used.
         known: the scores of each keep-set scored so far.
         stored: scores that an earlier search computed. They are taken from here instead of being computed, and are
             counted in ``spent`` all the same, so that a search that goes on does what it would have done in one go.
-        spent: images times blocks (residual branches) that the scores so far take, which is what a budget bounds.
+        spent: images times blocks (residual branches) that the scores so far take along the tree, which is what a
+            budget bounds, whatever the way of execution.
         has_computed: whether any score was computed, rather than taken from ``stored``.
         on_batch: called after every batch with the number of its images.
     """
@@ -81,8 +86,8 @@ class SetScorer:
         limit: int | None = None,
         batch_size: int | None = None,
         on_progress: Callable[[int], object] | None = None,
+        how: How = DEFAULT,
     ) -> None:
-        self.backbone = folded(backbone)
         self.on_progress = on_progress or (lambda spent: None)
         self.on_batch: Callable[[int], object] = lambda images: None
         index_N = spread_indices(limit or len(images), len(images))
@@ -90,6 +95,9 @@ class SetScorer:
         self._order_N = torch.randperm(self.count, generator=torch.Generator().manual_seed(0))
         self._images, self._index_N = images, index_N[self._order_N]
         first = batch_at(images, index_N[:1])
+        _, channels, height, width = first.images.shape
+        self.execution = Execution(backbone, (channels, height, width), *how)
+        self.backbone = self.execution.network
         self._batch_size = self._largest_batch(first) if batch_size is None else batch_size
         self._split = BatchSplitter()
         fits_in_memory = self.count * first.images[0].numel() <= IN_MEMORY_BYTES
@@ -110,6 +118,10 @@ class SetScorer:
         free, _ = torch.cuda.mem_get_info(one.images.device)
         layers = self.backbone.num_blocks + 8  # the features that are alive at once, at worst
         return max(1, min(GPU_BATCH, free // 2 // (features.numel() * features.element_size() * layers)))
+
+    def _together(self, images: Tensor) -> int:
+        """Return the number of sets that are scored one beside the other on images (B, 3, H, W)."""
+        return max(1, PIXELS_AT_ONCE // images[:, 0].numel()) if self.execution.way == "kernel" else 1
 
     def _stream(self, first: int, last: int) -> Iterator[Batch]:
         """Yield the images from ``first`` to before ``last``, in batches."""
@@ -186,8 +198,15 @@ class SetScorer:
     def _run(self, sets: list[Keep], batch: Batch, rows: slice) -> list[Scores]:
         """Return the scores of each set on some rows of a batch."""
         found: dict[Keep, Tensor] = {}
-        label_B = batch.label_B[rows]
-        self._descend(self.backbone.features(batch.images[rows]), True, 0, sets, found)
+        images, label_B = batch.images[rows], batch.label_B[rows]
+        if self.execution.way == "gather":
+            with self.execution.exactly():
+                self._descend(self.backbone.features(images), True, 0, sets, found)
+        else:
+            keep_SK = torch.tensor(sets, device=images.device)
+            for first in range(0, len(sets), size := self._together(images)):
+                keep_SBK = keep_SK[first : first + size].unsqueeze(1).expand(-1, len(images), -1)
+                found |= zip(sets[first : first + size], self.execution.logits_many(images, keep_SBK), strict=True)
         right, probability = [], []
         for keep in sets:  # on the device, so that a GPU is waited for once a batch
             logits_BC = found[keep]

@@ -85,7 +85,8 @@ class BlockTask(FamilyTask):
         macs = judgement.decisions.policy_macs
         described = describe_blocks(policy, macs, setup.backbone, setup.config["backbone"], setup.config["seed"])
         draw = partial(block_pictures, stages=setup.backbone.stages)
-        head = head_of(setup, self.names, seconds)
+        way = str(getattr(getattr(self.validation, "execution", None), "way", "unknown"))  # of an env of one's own
+        head = head_of(setup, self.names, seconds, way)
 
         def write_more(new: Run) -> None:
             run.deploy_best(new)

@@ -41,6 +41,7 @@ def recalibrate(setup: Setup, run: Run, target: TargetSection) -> dict[str, Any]
     names = ("agent", "env", "backbone", "data", "seed", "steps", "seconds")
     with damaged(run.folder / "summary.json"):
         head: dict[str, Any] = {name: before[name] for name in names}
+    head |= {"execution": predictor.execution.way, "precision": setup.how.precision}
     changed = {**lifecycle.saved_config(run), "target": target.model_dump()}  # a resumed run keeps to the target
 
     def write_more(new: Run) -> None:
@@ -57,10 +58,10 @@ def finished(setup: Setup, run: Run) -> tuple[ThresholdPredictor, CachedExits, C
     Raises:
         UserError: it has no early exits.
     """
-    predictor = load_thresholds(run, setup.device, setup.trusted)
+    predictor = load_thresholds(run, setup.device, setup.trusted, setup.how)
     if predictor.network.num_exits == 1:
         raise UserError(f"the run {run.folder} has no early exits, so there are no thresholds to choose")
-    validation = cache_exits(predictor.network, setup.data.validation.plain())
+    validation = cache_exits(predictor.network, setup.data.validation.plain(), setup.how)
     return predictor, validation, curve_of(validation, predictor.policy.rule.name, predictor.search)
 
 

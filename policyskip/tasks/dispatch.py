@@ -12,6 +12,7 @@ from policyskip.config import Settings, group_of
 from policyskip.envs.base import DecisionEnv
 from policyskip.envs.block_selection import BlockSelectionVectorEnv
 from policyskip.errors import UserError
+from policyskip.execution.exits import check_kernels
 from policyskip.files import damaged
 from policyskip.parallel import processes
 from policyskip.parallel.data_parallel import Divisible
@@ -50,7 +51,9 @@ def start(setup: Setup, settings: Settings, resumed: Run | None = None) -> Famil
         target = class_of(setup.config, "agent", setup.trusted)
         raise UserError(f"the agent {target.__name__} learns in one process; start it without torchrun")
     others = find_run_rivals(setup, settings.front, resumed)
-    task = FAMILIES[family_of(setup)](setup, settings, others)
+    family = FAMILIES[family_of(setup)]
+    check_kernels(setup.backbone, setup.data.image_shape, setup.how)
+    task = family(setup, settings, others)
     state = task.learner.state_dict()
     problem = _not_plain(state, "state_dict") if isinstance(state, dict) else type(state).__name__
     if problem:

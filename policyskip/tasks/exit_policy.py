@@ -64,7 +64,7 @@ class ExitPolicyTask(FamilyTask):
             kind, node = "such as policyskip.policies.perceptrons.ExitPolicy", group_of(setup.config, "agent")
             got = type(self.learner.policy).__name__
             raise UserError(f"agent: {node['_target_']} must set policy to one with leave(), {kind}, got {got}")
-        self.validation = cache_exits(network, setup.data.validation.plain())
+        self.validation = cache_exits(network, setup.data.validation.plain(), setup.how)
         name = self.learner.name
         self.names = names_of(setup, name, env.id)
         right = ", ".join(f"{100 * a:.1f}" for a in self.validation.correct_MN.double().mean(0).tolist())
@@ -97,14 +97,14 @@ class ExitPolicyTask(FamilyTask):
     def finish(self, run: Run, tracker: Tracker, seconds: float) -> dict[str, Any]:
         setup, data, agent, policy = self.setup, self.setup.data, self.learner, self.policy
         load_best_so_far(policy, run)
-        predictor = ExitPredictor(policy, self.network, data.classes, data.image_shape, agent.decision_macs)
-        test = cache_exits(predictor.network, data.test.plain())
-        validation = cache_exits(predictor.network, data.validation.plain())
+        predictor = ExitPredictor(policy, self.network, data.classes, data.image_shape, agent.decision_macs, setup.how)
+        test = cache_exits(predictor.network, data.test.plain(), setup.how)
+        validation = cache_exits(predictor.network, data.validation.plain(), setup.how)
         references = References(front_of_trunk(setup, self.network, self.front_settings), self.others)
         judgement = judge_exit_policy(setup, predictor, test, validation, "test", references)
         described = describe_exit_policy(predictor)
         draw = partial(exit_pictures, cache=test, budgeted=[])
-        head = head_of(setup, self.names, seconds)
+        head = head_of(setup, self.names, seconds, predictor.execution.way)
 
         def write_more(new: Run) -> None:
             run.deploy_best(new)
@@ -123,12 +123,13 @@ class ExitPolicyTask(FamilyTask):
         Raises:
             UserError: ``policy.json`` is not that of a policy that leaves early.
         """
-        predictor = load_predictor(run, setup.device, trust=setup.trusted)
+        predictor = load_predictor(run, setup.device, trust=setup.trusted, how=setup.how)
         if not isinstance(predictor, ExitPredictor):
             raise UserError(f"{run.folder / 'policy.json'} is not that of a policy that leaves early")
-        cache, validation, references = cache_exits(predictor.network, setup.data.split(split).plain()), None, None
+        cache, validation = cache_exits(predictor.network, setup.data.split(split).plain(), setup.how), None
+        references = None
         if compared:
-            validation = cache_exits(predictor.network, setup.data.validation.plain())
+            validation = cache_exits(predictor.network, setup.data.validation.plain(), setup.how)
             references = References.load(run, predictor, setup.data.test)
         return judge_exit_policy(setup, predictor, cache, validation, split, references)
 

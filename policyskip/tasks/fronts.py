@@ -18,6 +18,7 @@ from policyskip.backbones import ExitNetwork
 from policyskip.build import Setup
 from policyskip.config import FrontSection
 from policyskip.errors import UserError
+from policyskip.execution.exits import check_kernels
 from policyskip.files import damaged
 from policyskip.fronts import pareto
 from policyskip.rewards import Adaptive
@@ -53,6 +54,7 @@ def static_front(setup: Setup, settings: FrontSection, sets_in_use: Sequence[Kee
         raise UserError(
             "fixed sets are searched over blocks, and this network has exits; name one without by backbone="
         )
+    check_kernels(setup.backbone, setup.data.image_shape, setup.how)  # also where a search need not be made
     hints = dict.fromkeys(sets_in_use, "policy")
     if (known := remembered_front(setup, settings)) is None:
         with _alone(setup, settings, hints):
@@ -67,13 +69,14 @@ def _searched(setup: Setup, settings: FrontSection, hints: Mapping[Keep, str]) -
     backbone, images = setup.backbone, setup.data.validation
     count = min(settings.images, len(images))
     costs = setup.env(images).costs
-    file = front_file(backbone.content_hash(), images.fingerprint(), count, _cache(), hints)
+    precision = setup.how.precision
+    file = front_file(backbone.content_hash(), images.fingerprint(), count, _cache(), hints, precision)
     scores = file.with_suffix(".scores")
     with waiting("searching the best fixed keep-sets on validation images") as wait:
         chain = (backbone, images, costs, _budget(setup, settings), count, hints)
-        front = find_front(*chain, wait.reach, settings.seconds, scores, wait.expect)
+        front = find_front(*chain, wait.reach, settings.seconds, scores, wait.expect, setup.how)
     with suppress(UserError):  # a cache that cannot be written costs time, nothing else
-        remember(front, _cache(), hints)
+        remember(front, _cache(), hints, precision)
         if hints or front.budget == float("inf"):  # no other search will go on from here
             scores.unlink(missing_ok=True)
     return front
@@ -83,7 +86,8 @@ def remembered_front(setup: Setup, settings: FrontSection, sets_in_use: Iterable
     """Return the static front of a network from an earlier search; None if none was as thorough as ``settings`` ask."""
     images = setup.data.validation
     at_least = min(settings.images, len(images))
-    return known_front(setup.backbone, images, _cache(), at_least, _budget(setup, settings), sets_in_use)
+    budget, precision = _budget(setup, settings), setup.how.precision
+    return known_front(setup.backbone, images, _cache(), at_least, budget, sets_in_use, precision)
 
 
 def _budget(setup: Setup, settings: FrontSection) -> float:
@@ -98,7 +102,8 @@ def _budget(setup: Setup, settings: FrontSection) -> float:
 def _alone(setup: Setup, settings: FrontSection, hints: Iterable[Keep]) -> Iterator[None]:
     """Let runs that search the same do so one after the other, so that all but the first find what it has found."""
     searched_on = (setup.backbone.content_hash(), setup.data.validation.fingerprint())
-    lock = FileLock(front_file(*searched_on, settings.images, _cache(), hints).with_suffix(".lock"))
+    file = front_file(*searched_on, settings.images, _cache(), hints, setup.how.precision)
+    lock = FileLock(file.with_suffix(".lock"))
     with suppress(OSError, NotImplementedError), waiting("waiting for a process that searches the same fixed sets"):
         _cache().mkdir(parents=True, exist_ok=True)
         lock.acquire()

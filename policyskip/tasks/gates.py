@@ -23,9 +23,12 @@ from policyskip.deployment.policy_files import describe_gates
 from policyskip.envs.layer_skip import LayerSkipVectorEnv
 from policyskip.errors import UserError
 from policyskip.evaluation.block_plots import block_pictures
+from policyskip.evaluation.decisions import Decisions
 from policyskip.evaluation.evaluate import evaluate_gates
 from policyskip.evaluation.figures import block_figures
 from policyskip.evaluation.tables import show_blocks
+from policyskip.execution.gates import GateExecution
+from policyskip.execution.ways import Execution
 from policyskip.runs.folder import Run
 from policyskip.runs.progress import waiting
 from policyskip.runs.tracking import Tracker
@@ -67,7 +70,7 @@ class GateTask(FamilyTask):
 
     def validate(self) -> dict[str, Any]:
         """Return figures of the greedy decisions on validation images, and of all blocks without gates."""
-        return block_figures(evaluate_gates(self.learner, self.setup.data.validation, self.setup.batch_size))
+        return block_figures(self._judged(self.setup.data.validation))
 
     def deployable(self) -> dict[str, Tensor]:
         return self.learner.network.state_dict()
@@ -80,7 +83,8 @@ class GateTask(FamilyTask):
         judgement = judge_gates(setup, agent, front, "test", self.others)
         described = describe_gates(agent.network)
         draw = partial(block_pictures, stages=setup.backbone.stages)
-        head = head_of(setup, self.names, seconds)
+        way = GateExecution(agent.network, setup.data.image_shape, *setup.how).way
+        head = head_of(setup, self.names, seconds, way)
 
         def write_more(new: Run) -> None:
             run.deploy_best(new)
@@ -102,9 +106,13 @@ class GateTask(FamilyTask):
         others = load_run_rivals(run, setup.data.test) if compared else None
         return judge_gates(setup, agent, front, split, others)
 
+    def _judged(self, images: Images) -> Decisions:
+        """Return what the gates decide for images."""
+        return evaluate_gates(self.learner, images, self.setup.batch_size, self.setup.how)
+
     def _sets_in_use(self, count: int = 16) -> list[Keep]:
         """Return the keep-sets that the gates decide for most often on validation images."""
-        keep_NK = evaluate_gates(self.learner, self.setup.data.validation, self.setup.batch_size).ran_NK
+        keep_NK = self._judged(self.setup.data.validation).ran_NK
         sets, images = keep_NK.unique(dim=0, return_counts=True)
         return [tuple(keep) for keep in sets[images.argsort(descending=True, stable=True)[:count]].tolist()]
 
@@ -118,13 +126,13 @@ def judge_gates(
         others: finished runs to compare with; None: there is no verdict.
     """
     images = setup.data.split(split).plain()
-    decisions = evaluate_gates(agent, images, setup.batch_size)
-    before = accuracy(setup.backbone, images, setup.batch_size)
+    decisions = evaluate_gates(agent, images, setup.batch_size, setup.how)
+    before = accuracy(setup, images)
     figures, pairs = block_figures(decisions) | {"before_accuracy": before}, list[tuple[float, float]]()
     if split == "test":
         keep_VK = None
         if others is not None:
-            keep_VK = evaluate_gates(agent, setup.data.validation.plain(), setup.batch_size).ran_NK
+            keep_VK = evaluate_gates(agent, setup.data.validation.plain(), setup.batch_size, setup.how).ran_NK
         verdict, pairs = block_verdict(with_network_of(agent, setup), decisions, keep_VK, front, others)
         figures |= verdict
     frozen = setup.backbone.content_hash() if group_of(setup.config, "agent").get("frozen") else ""
@@ -161,12 +169,12 @@ def with_network_of(agent: SkipNet, setup: Setup) -> Setup:
 
 
 @torch.no_grad()
-def accuracy(backbone: Backbone, images: Images, batch_size: int) -> float:
-    """Return the share of the images that a network with all its blocks gets right."""
-    backbone.eval()
+def accuracy(setup: Setup, images: Images) -> float:
+    """Return the share of the images that a configuration's network with all its blocks gets right."""
+    execution = Execution(setup.backbone.eval(), setup.data.image_shape, *setup.how, as_it_is=True)
     right = 0
     with waiting("judging the network without gates", len(images)) as wait:
-        for batch in images.stream(sequential(len(images), batch_size)):
-            right += int((backbone(batch.images).argmax(1) == batch.label_B).sum())
+        for batch in images.stream(sequential(len(images), setup.batch_size)):
+            right += int((execution.whole(batch.images).argmax(1) == batch.label_B).sum())
             wait.advance(len(batch))
     return right / len(images)

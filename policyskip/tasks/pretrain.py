@@ -13,6 +13,8 @@ from policyskip.build import build, build_backbone, build_data
 from policyskip.config import PretrainSettings, group_of
 from policyskip.data import Feed
 from policyskip.errors import UserError
+from policyskip.execution.exits import check_kernels
+from policyskip.execution.ways import Execution, How
 from policyskip.pretraining import Pretrainer, pixel_statistics
 from policyskip.runs.folder import Run
 from policyskip.runs.tracking import Tracker
@@ -48,6 +50,7 @@ class PretrainTask(Task):
         if not isinstance(network, CifarResNet):
             raise UserError(f"pretrain trains CIFAR ResNets, not {network.name}")
         self.network = network
+        check_kernels(network, self.data.image_shape, How(settings.execution))
         self.learner: Pretrainer = build(
             "pretrain",
             group_of(content, "pretrain"),
@@ -66,7 +69,7 @@ class PretrainTask(Task):
 
     def validate(self) -> dict[str, Any]:
         """Return the accuracy on validation images with all blocks, and with a random half of them."""
-        return self.learner.accuracies(self.data.validation)
+        return self.learner.accuracies(self.data.validation, way=self.settings.execution)
 
     def deployable(self) -> dict[str, Tensor]:
         return self.network.state_dict()
@@ -78,8 +81,13 @@ class PretrainTask(Task):
         summary: dict[str, Any] = dict(
             command=run.command, **self.names, seed=settings.seed, steps=settings.train.steps
         )
+        way = Execution(network.eval(), self.data.image_shape, settings.execution, as_it_is=True).way
+        summary |= {"execution": way, "precision": settings.precision}
         summary |= {"seconds": round(seconds, 1), "hash": network.content_hash()}
-        summary |= {f"test/{key}": value for key, value in self.learner.accuracies(self.data.test).items()}
+        summary |= {
+            f"test/{key}": value
+            for key, value in self.learner.accuracies(self.data.test, way=settings.execution).items()
+        }
         with run.generation() as new:
             run.deploy_best(new)
             checkpoints.save(network, new.folder / DEPLOYED)

@@ -42,10 +42,14 @@ def completed(
     )
 
 
-def head_of(setup: Setup, names: dict[str, str], seconds: float) -> dict[str, Any]:
-    """Return the keys that a summary begins with."""
-    steps, seed = setup.config["train"]["steps"], setup.config["seed"]
-    return {**names, "seed": seed, "steps": steps, "seconds": round(seconds, 1)}
+def head_of(setup: Setup, names: dict[str, str], seconds: float, way: str) -> dict[str, Any]:
+    """Return the keys that a summary begins with.
+
+    Args:
+        way: in which the network was executed when the run was judged.
+    """
+    head = {"seed": setup.config["seed"], "steps": setup.config["train"]["steps"], "seconds": round(seconds, 1)}
+    return {**names, **head, "execution": way, "precision": setup.how.precision}
 
 
 def write_finished(

@@ -16,15 +16,14 @@ from torch import Tensor
 
 from policyskip import rivals
 from policyskip.backbones import Backbone, count_costs
-from policyskip.backbones.execution import sparse
 from policyskip.backbones.exits import ExitNetwork
-from policyskip.backbones.folding import folded
 from policyskip.backbones.resnet_exits import ResNetExits
 from policyskip.build import Setup
 from policyskip.config import FrontSection
 from policyskip.data import Images, groups_of, sequential, spread_indices
 from policyskip.errors import UserError
 from policyskip.evaluation.decisions import Decisions
+from policyskip.execution.ways import DEFAULT, Execution, How
 from policyskip.exits.cache import CachedExits
 from policyskip.exits.references import exit_histogram, random_exits, static_exits
 from policyskip.rivals import Choice, Family, Rival, choose
@@ -76,7 +75,7 @@ def block_verdict(
     full, full_correct_N = (0, (True,) * setup.backbone.num_blocks), decisions.full_correct_N
     known = {} if full_correct_N is None else {full: full_correct_N}
     more = [(0, front.sets[i]) for i in points_of(front, len(images))]
-    found, correct = _chosen([setup.backbone], candidates, cost, images, more, known)
+    found, correct = _chosen([setup.backbone], candidates, cost, images, more, known, setup.how)
     scored = [i for i in front.hull if (0, front.sets[i]) in correct]  # also those that the policy is compared with
     pairs = [(front.macs[i], correct[0, front.sets[i]].double().mean().item()) for i in scored]
     if others is None:
@@ -122,7 +121,7 @@ def exit_verdict(
             replace(c, sets=[(len(parts) - 1, keep) for _, keep in c.sets]) for c in searched_families(trunk, front)
         ]
         candidates.append(exits_and_blocks(setup, parts))
-        found += _chosen(parts, candidates, cost, setup.data.test.plain())[0]
+        found += _chosen(parts, candidates, cost, setup.data.test.plain(), how=setup.how)[0]
     return _verdict(setup, decisions, found, others, unfinished)
 
 
@@ -172,6 +171,7 @@ def _chosen(
     images: Images,
     more: Iterable[tuple[int, Keep]] = (),
     known: Mapping[tuple[int, Keep], Tensor] | None = None,
+    how: How = DEFAULT,
 ) -> tuple[list[Rival], dict[tuple[int, Keep], Tensor]]:
     """Choose from every family on validation images, and score what was chosen, and no other set, on ``images``.
 
@@ -179,6 +179,7 @@ def _chosen(
         networks: those that the candidates number.
         more: sets that are scored in the same pass.
         known: sets that have been scored on ``images`` before.
+        how: in which way and precision networks are executed.
 
     Returns: a rival of each family that has a choice of the cost, and whether each image is right, bool (N,), by set.
     """
@@ -187,7 +188,7 @@ def _chosen(
     correct = dict(known or {})
     for n, network in enumerate(networks):
         if sets := sorted(keep for number, keep in wanted - correct.keys() if number == n):
-            scorer = SetScorer(network, images)
+            scorer = SetScorer(network, images, how=how)
             with waiting("judging fixed choices", scorer.count) as wait:
                 scorer.on_batch = wait.advance
                 correct |= {(n, keep): right_N for keep, right_N in zip(sets, scorer.correct(sets), strict=True)}
@@ -206,7 +207,7 @@ def searched_families(setup: Setup, front: StaticFront) -> list[Candidates]:
     images = setup.data.validation.plain()
     correct_FV, kinds = front.correct_FN, front.kinds
     if correct_FV is None:  # a front of an older version
-        scorer = SetScorer(setup.backbone, images, front.images)
+        scorer = SetScorer(setup.backbone, images, front.images, how=setup.how)
         with waiting("scoring fixed choices on validation images", scorer.count) as wait:
             scorer.on_batch = wait.advance
             correct_FV = torch.stack(scorer.correct(front.sets))
@@ -273,7 +274,7 @@ def _scored(name: str, setup: Setup, networks: Sequence[Backbone], names: dict[t
     macs: dict[tuple[int, Keep], float] = {}
     for n, network in enumerate(networks):
         sets = [keep for number, keep in names if number == n]
-        scorer = SetScorer(network, images, VALIDATION_IMAGES)
+        scorer = SetScorer(network, images, VALIDATION_IMAGES, how=setup.how)
         with waiting("scoring fixed choices on validation images", scorer.count) as wait:
             scorer.on_batch = wait.advance
             correct |= {(n, keep): right_V for keep, right_V in zip(sets, scorer.correct(sets), strict=True)}
@@ -290,18 +291,17 @@ def dealt_blocks(setup: Setup, decisions: Decisions, images: Images) -> Rival:
 
     They are dealt several times where that is cheap, and the expected correctness of an image is its mean over these.
     """
-    N, backbone = len(images), folded(setup.backbone)
+    N, kept = len(images), decisions.ran_NK.double().sum(1).mean().item()
     if (decisions.ran_NK == decisions.ran_NK[0]).all():  # whatever is dealt, each image gets the same
         return _dealt(decisions.macs_N.mean().item() - decisions.policy_macs, 0.0, decisions.correct_N.double())
-    kept = decisions.ran_NK.double().sum(1).mean().item()
     deals = int(min(MOST_DEALS, max(1, WORK // max(1.0, N * kept))))
     generator = torch.Generator().manual_seed(0)
     order_PN = torch.stack([torch.randperm(N, generator=generator) for _ in range(deals)])
-    rows = []
+    execution, rows = Execution(setup.backbone, setup.data.image_shape, *setup.how), []
     with waiting("judging the policy's decisions, dealt at random", N) as wait:
         for batch in images.stream(sequential(N, setup.batch_size)):
             keep_PBK = decisions.ran_NK[order_PN[:, batch.index_B.cpu()]].to(batch.label_B.device)
-            answers = [sparse(backbone, batch.images, keep_BK).argmax(1) == batch.label_B for keep_BK in keep_PBK]
+            answers = [execution.logits(batch.images, keep_BK).argmax(1) == batch.label_B for keep_BK in keep_PBK]
             rows.append(torch.stack(answers).cpu())
             wait.advance(len(batch))
     correct_PN = torch.cat(rows, 1).double()

@@ -130,15 +130,17 @@ class ThresholdTask(FamilyTask):
         network, lines = learner.network_to_deploy(self._cached_validation)
         print(*lines, sep="\n", end="\n" if lines else "")
         nobody_leaves = ThresholdPolicy(learner.rule, [rule_named(learner.rule).extremes[0]] * (network.num_exits - 1))
-        predictor = ThresholdPredictor(nobody_leaves, learner.search, network, data.classes, data.image_shape)
-        validation = cache_exits(predictor.network, data.validation.plain())
+        predictor = ThresholdPredictor(
+            nobody_leaves, learner.search, network, data.classes, data.image_shape, self.setup.how
+        )
+        validation = cache_exits(predictor.network, data.validation.plain(), self.setup.how)
         curve = learner.curve(validation)
         try:
             point = choose(curve, **self.target)
         except UnmetError as unmet:  # what was learned is worth more than the target: it can be calibrated anew
             print(f"warning: {unmet}, and is what this run deploys")
             point = unmet.nearest
-        head = head_of(self.setup, self.names, seconds)
+        head = head_of(self.setup, self.names, seconds, predictor.execution.way)
         references = References(front_of_trunk(self.setup, network, self.front_settings), self.others)
 
         def write_more(new: Run) -> None:
@@ -154,15 +156,16 @@ class ThresholdTask(FamilyTask):
 
     @staticmethod
     def judge(setup: Setup, run: Run, split: str, compared: bool) -> Judgement:
-        predictor = load_thresholds(run, setup.device, setup.trusted)
-        cache, validation, references = cache_exits(predictor.network, setup.data.split(split).plain()), None, None
+        predictor = load_thresholds(run, setup.device, setup.trusted, setup.how)
+        cache, validation = cache_exits(predictor.network, setup.data.split(split).plain(), setup.how), None
+        references = None
         if compared:
-            validation = cache_exits(predictor.network, setup.data.validation.plain())
+            validation = cache_exits(predictor.network, setup.data.validation.plain(), setup.how)
             references = References.load(run, predictor, setup.data.test)
         return judge_thresholds(setup, predictor, cache, validation, split, references)
 
     def _cached_validation(self) -> CachedExits:
-        return cache_exits(self.network, self.setup.data.validation.plain())
+        return cache_exits(self.network, self.setup.data.validation.plain(), self.setup.how)
 
 
 def _check_unused(setup: Setup) -> None:
@@ -247,7 +250,7 @@ def deploy_point(
     """
     data = setup.data
     predictor.policy = policy = ThresholdPolicy(point.rule, point.thresholds).to(setup.device)
-    test = cache_exits(predictor.network, data.test.plain())
+    test = cache_exits(predictor.network, data.test.plain(), setup.how)
     judgement = judge_thresholds(setup, predictor, test, validation, "test", references)
     budgeted = budgeted_pairs(test, policy, curve)
     described = describe_thresholds(predictor)

@@ -181,3 +181,14 @@ def test_pictures_of_agreement_say_why_they_are_empty_and_what_each_colour_means
     plots.disagreement(rows, [1], {1: np.zeros((4, 4, 3), np.uint8)}, tmp_path / "x.png")
     (figure, caption) = drawn.pop()
     assert "yellow or orange, right in some seeds" in caption and len(figure.axes[1].lines) == len(rows) - 1
+
+
+def test_older_runs_without_a_precision_are_of_the_usual_one(tmp_path):
+    """The way of execution is no setting either."""
+    added = ("", '"execution": "auto", "precision": "float32"', '"execution": "gather", "precision": "bfloat16"')
+    for seed, keys in enumerate(added):
+        file = made_up_run(tmp_path / str(seed), made_up_decisions([[1, 0]] * 4), "a", seed) / "config.yaml"
+        file.write_text(file.read_text().replace('{"seed"', f'{{{keys}{", " if keys else ""}"seed"'))
+    rows = rows_in(tmp_path)
+    assert sorted(len(row.results) for row in rows) == [1, 2]
+    assert any("precision=bfloat16" in row.label for row in rows)

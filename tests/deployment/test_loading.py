@@ -197,7 +197,7 @@ def test_a_device_without_numbers_is_refused_by_name(device, message):
             for run in (None, 3, b"run", [], torch.zeros(3, 3), small_images(2))
         ),
         ({"run": "\0"}, "does not exist"),
-        ({"precision": torch.zeros(3, 3)}, "precision must be one of float32, bfloat16, float16, got"),
+        ({"precision": torch.zeros(3, 3)}, "precision must be one of float32, float32_exact, bfloat16, float16, got"),
         ({"backbone": torch.zeros(3, 3)}, "backbone must be of type .*, got a Tensor of float32"),
         ({"trust": 1}, "trust must be of type bool, got 1"),
     ],

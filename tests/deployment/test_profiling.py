@@ -194,7 +194,9 @@ def test_reduced_precision_changes_little(tmp_path, agent, finished_run):
         difference = (rough.logits_BC - exact.logits_BC).abs().max().item()
         assert 0 < difference < tolerance
         assert (rough.label_B == exact.label_B).float().mean() > 0.9
-    with pytest.raises(UserError, match="precision must be one of float32, bfloat16, float16, got 'int8'"):
+    with pytest.raises(
+        UserError, match="precision must be one of float32, float32_exact, bfloat16, float16, got 'int8'"
+    ):
         policyskip.load(tmp_path / "run", precision="int8")
 
 

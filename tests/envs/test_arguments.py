@@ -67,6 +67,8 @@ ARGUMENTS: list[tuple[dict[str, Any], str]] = [
     *(({"seed": seed}, "seed must be a whole number, 0 or more, got") for seed in ("x", None, 2.5, True, -1)),
     *(({"reward": reward}, "reward must be a function .* got") for reward in (3, "macs", torch.ones(B), {})),
     *(({"device": device}, "device must be auto, cpu, cuda or cuda:N, got") for device in ("gpu", 5, "meta", {})),
+    *(({"execution": way}, "execution must be one of auto, kernel, gather, dense, got") for way in ("fast", None, [1])),
+    *(({"precision": odd}, "precision must be one of float32, float32_exact, .*, got") for odd in ("int8", 16)),
     *(
         ({"order": order}, "order must be one of shuffled, sequential, got")
         for order in ("random", None, [1], torch.zeros(3, 3), np.zeros(3))

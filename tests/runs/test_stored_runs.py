@@ -91,7 +91,7 @@ def recorded(run: Path) -> dict[str, Tensor]:
 
 def comparable(summary: dict[str, Any]) -> dict[str, Any]:
     """A summary less the time that it took, and less the comparison with fixed choices, which is another since."""
-    left_out = ("seconds", "version", *OLD, *NEW)
+    left_out = ("seconds", "version", "execution", "precision", *OLD, *NEW)
     return {key: value for key, value in summary.items() if not key.startswith(left_out)}
 
 

@@ -210,9 +210,9 @@ def test_cdl_without_a_head_that_pays_deploys_the_network_alone(tmp_path):
 def test_everything_is_chosen_on_validation_and_test_is_read_once_at_the_end(tmp_path, monkeypatch):
     seen: list[int] = []
 
-    def noted(network, images):
+    def noted(network, images, how):
         seen.append(len(images))
-        return cache_exits(network, images)
+        return cache_exits(network, images, how)
 
     monkeypatch.setattr(exits, "cache_exits", noted)
     monkeypatch.setattr("policyskip.tasks.calibrate.cache_exits", noted)
