@@ -41,7 +41,7 @@ from policyskip.agents.blockdrop import BlockDrop
 from policyskip.backbones import Backbone, cifar_resnet, count_costs, dense, sparse
 from policyskip.backbones.folding import folded
 from policyskip.build import build_data
-from policyskip.data.base import TensorImages, batch_at, spread_indices
+from policyskip.data import TensorImages, batch_at, spread_indices
 from policyskip.deployment.predictors import Predictor
 from policyskip.deployment.profiling import device_name, side_by_side
 from policyskip.envs.block_selection import BlockSelectionVectorEnv

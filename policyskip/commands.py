@@ -279,10 +279,9 @@ def profile(config: DictConfig) -> int:
 
 def compare(config: DictConfig) -> int:
     """Show finished runs side by side: tables with intervals, pictures, and one HTML page."""
-    settings = settings_of(config, CompareSettings)
+    settings, typed = settings_of(config, CompareSettings), plain(config)
     lifecycle.check_new_folder("output", settings.output)
     labels = labels_of(settings.tracking, None, "compare", ["comparison"])
-    typed = plain(config)
 
     def decide_again(run: Run) -> Any:
         return sources.decide_again(_setup_of(run, settings, typed), run)

@@ -1,8 +1,10 @@
-"""The rows of ``make results-cifar10`` can be composed, and the table that it prints says what the comparison says."""
+"""Benchmarks can be imported; the rows of ``make results-cifar10`` can be composed, and the table that it prints says
+what the comparison says."""
 
 from __future__ import annotations
 
 import sys
+from importlib import import_module
 from pathlib import Path
 
 import pytest
@@ -21,8 +23,13 @@ def benchmarks(monkeypatch):
     monkeypatch.syspath_prepend(BENCHMARKS)
     monkeypatch.setattr(torch, "set_num_threads", lambda threads: None)
     yield
-    for name in ("cifar10", "side_by_side", "verdicts"):
-        sys.modules.pop(name, None)
+    for path in BENCHMARKS.glob("*.py"):
+        sys.modules.pop(path.stem, None)
+
+
+@pytest.mark.parametrize("name", sorted(path.stem for path in BENCHMARKS.glob("*.py")))
+def test_each_finds_what_it_imports(benchmarks, name):
+    assert import_module(name).__doc__
 
 
 def test_rows_compose_and_those_with_a_budget_have_a_base(benchmarks):

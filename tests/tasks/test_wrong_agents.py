@@ -52,4 +52,4 @@ def test_an_agent_of_another_family_is_refused_by_name(task, exits, changes, tar
         seed=0,
     )
     with pytest.raises(UserError, match=message):
-        task(Setup(config, torch.device("cpu"), data, network, reward, 16), settings)
+        task(Setup(config, torch.device("cpu"), data, network, reward, 16), settings, [])

@@ -15,7 +15,7 @@ from policyskip.backbones.resnet import TorchvisionResNet
 from policyskip.execution.tile_network import TileNetwork
 from tests.conftest import with_statistics
 
-pytestmark = pytest.mark.gpu
+pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no CUDA device")]
 SHAPE = (3, 224, 224)
 DEVICE = torch.device("cuda")
 

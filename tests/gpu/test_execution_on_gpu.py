@@ -22,7 +22,11 @@ from policyskip.exits.rules import entropy
 from policyskip.policies.thresholds import ThresholdPolicy
 from tests.conftest import small_backbone, small_images, typed, with_statistics
 
-pytestmark = [pytest.mark.gpu, pytest.mark.filterwarnings("ignore:Synchronization debug mode is a prototype")]
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no CUDA device"),
+    pytest.mark.filterwarnings("ignore:Synchronization debug mode is a prototype"),
+]
 SHAPE, B, K = (3, 12, 12), 9, 6
 TOLERANCE = {"float32": 2e-2, "float32_exact": 1e-4, "bfloat16": 0.1, "float16": 2e-2}
 
