@@ -228,6 +228,7 @@ def test_kernels_with_other_answers_are_given_up(row, plain_kernels, monkeypatch
     execution, asked = Execution(backbone, SHAPE), Execution(backbone, SHAPE, "kernel")
     assert execution.way == "kernel"
     monkeypatch.setattr(PlainKernels, "logits", wrong)
+    monkeypatch.setattr(choosing, "_said", set())
     with pytest.raises(UserError, match=r"execution=kernel cannot be: .*of 10 answers 1 are not those of gathering"):
         asked.logits_many(images, keep_SBK)
     expected = torch.stack([dense(backbone, images, keep_BK) for keep_BK in keep_SBK])
