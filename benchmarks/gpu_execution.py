@@ -322,8 +322,10 @@ def main() -> None:
     if device.type == "cuda" and not torch.cuda.is_available():
         raise SystemExit("there is no CUDA device here; benchmarks/execution.py measures CPUs")
     torch.manual_seed(0)
-    content: Figures = {"device": device_name(device), "torch": torch.__version__}
-    path = options.results / f"gpu-{'tiny' if tiny else content['device'].replace(' ', '-')}.json"
+    name = device_name(device)
+    path = options.results / f"gpu-{'tiny' if tiny else name.replace(' ', '-')}.json"
+    content: Figures = json.loads(path.read_text()) if path.exists() else {}  # of parts that were measured before
+    content |= {"device": name, "torch": torch.__version__}
 
     def keep(part: str, figures: Figures) -> None:
         content.setdefault(part.split("/")[0], {})[part.partition("/")[2] or "all"] = figures

@@ -102,7 +102,7 @@ class CudaGraphs:
         if key in self._without or not self._came_before(key):
             return self.call(*inputs)
         while len(self.graphs) >= MOST_GRAPHS:
-            self.graphs.popitem(last=False)
+            self._seen.pop(self.graphs.popitem(last=False)[0], None)  # recorded again if it comes twice again
         try:
             self.graphs[key] = self._recorded(inputs)
         except RuntimeError as error:

@@ -227,14 +227,18 @@ class Execution(NetworkExecution):
                 return dense(self.network, images, keep_BK)
             return sparse(self.network, images, keep_BK, break_even_K)
 
-    def logits_many(self, images: Tensor, keep_SBK: Tensor) -> Tensor:
+    def logits_many(self, images: Tensor, keep_SBK: Tensor, may_record: bool = True) -> Tensor:
         """Compute logits (S, B, C) of S decisions for each image, bool (S, B, K), in one pass.
+
+        Args:
+            may_record: whether a CUDA graph may be recorded, which is worth while if many batches have this shape.
 
         Raises:
             ValueError: ``keep_SBK`` is of another kind or shape, or gradients are wanted of kernels.
         """
         check_keep(self.network, images, keep_SBK[0])
-        found = self.by_kernels("logits", self._by_kernels, images, keep_SBK.to(images.device))
+        name = "logits" if may_record else None
+        found = self.by_kernels(name, self._by_kernels, images, keep_SBK.to(images.device))
         if found is not None and self._agrees(found[0], images, keep_SBK):
             return found[0]
         with self.exactly():

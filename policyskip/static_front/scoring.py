@@ -206,7 +206,8 @@ class SetScorer:
             keep_SK = torch.tensor(sets, device=images.device)
             for first in range(0, len(sets), size := self._together(images)):
                 keep_SBK = keep_SK[first : first + size].unsqueeze(1).expand(-1, len(images), -1)
-                found |= zip(sets[first : first + size], self.execution.logits_many(images, keep_SBK), strict=True)
+                logits_SBC = self.execution.logits_many(images, keep_SBK, may_record=False)  # S is often another
+                found |= zip(sets[first : first + size], logits_SBC, strict=True)
         right, probability = [], []
         for keep in sets:  # on the device, so that a GPU is waited for once a batch
             logits_BC = found[keep]
