@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Callable
+from functools import cache
 from typing import Any
 
 import torch
@@ -11,6 +12,7 @@ from torch import Tensor
 
 from policyskip.errors import in_one_line
 from policyskip.execution.choosing import say_once
+from policyskip.memory import is_out_of_gpu_memory
 
 MOST_GRAPHS = 8
 """The graphs that are kept; the one that was not used for longest goes first. They share their working memory."""
@@ -34,14 +36,14 @@ class CudaGraph:
 
     def __init__(self, call: Call, inputs: Tensors, pool: Any) -> None:
         self.inputs = tuple(tensor.clone() for tensor in inputs)
-        side, main = torch.cuda.Stream(), torch.cuda.current_stream()
+        side, main = side_stream(self.inputs[0].device), torch.cuda.current_stream()
         side.wait_stream(main)
         with torch.cuda.stream(side):  # what libraries set up at a first call on a stream is not for the recording
             call(*self.inputs)
         main.wait_stream(side)
         self.graph = torch.cuda.CUDAGraph()
         try:  # other threads, which load images, may use the GPU meanwhile
-            with torch.cuda.graph(self.graph, pool=pool, capture_error_mode="thread_local"):
+            with torch.cuda.graph(self.graph, pool=pool, stream=side, capture_error_mode="thread_local"):
                 self.outputs = call(*self.inputs)
         finally:  # torch stays on its own stream if a recording fails
             torch.cuda.set_stream(main)
@@ -52,6 +54,13 @@ class CudaGraph:
             own.copy_(given, non_blocking=True)
         self.graph.replay()
         return tuple(tensor.clone() for tensor in self.outputs)
+
+
+@cache
+def side_stream(device: torch.device) -> Any:
+    """Return the stream on which all calls on a GPU are recorded: graphs share memory only on one stream, and torch's
+    own stream for recordings is on the GPU that was the first to record anything."""
+    return torch.cuda.Stream(device)
 
 
 class CudaGraphs:
@@ -81,14 +90,15 @@ class CudaGraphs:
         On a CPU, inside another recording, and for inputs without a row, the call is made directly.
 
         Raises:
-            torch.OutOfMemoryError: the memory does not suffice for the call; all graphs are given up before.
+            RuntimeError: the memory does not suffice for the call; all graphs are given up before.
         """
         if not inputs[0].is_cuda or not all(len(tensor) for tensor in inputs) or _is_recording():
             return self.call(*inputs)
         try:
             return self.replayed(inputs)
-        except torch.OutOfMemoryError:
-            self.graphs.clear()
+        except RuntimeError as error:
+            if is_out_of_gpu_memory(error):
+                self.graphs.clear()
             raise
 
     def replayed(self, inputs: Tensors) -> Tensors:
@@ -104,7 +114,7 @@ class CudaGraphs:
         try:
             self.graphs[key] = self._recorded(inputs)
         except RuntimeError as error:
-            if not isinstance(error, torch.OutOfMemoryError):
+            if not is_out_of_gpu_memory(error):
                 say_once(f"no CUDA graph could be recorded, so kernels are launched one by one: {in_one_line(error)}")
             self._without.add(key)
         if key in self._without:  # out here, because inside "except" the failed recording's tensors are not yet freed

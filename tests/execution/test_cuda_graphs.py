@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+
 import pytest
 import torch
 
@@ -95,3 +97,53 @@ def test_on_a_cpu_and_inside_another_recording_there_is_none(graphs, monkeypatch
     for _ in range(3):
         graphs(torch.ones(4).as_subclass(OnGpu))
     assert Recording.made == []
+
+
+def test_a_library_that_finds_no_memory_takes_the_graphs_too(graphs, monkeypatch):
+    monkeypatch.setattr(cuda_graphs, "_is_recording", lambda: False)
+    run(graphs, 4)
+    run(graphs, 4)
+
+    def full(x):
+        raise RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`")
+
+    class OnGpu(torch.Tensor):
+        is_cuda = True
+
+    graphs.call = full
+    with pytest.raises(RuntimeError, match="ALLOC_FAILED"):
+        graphs(torch.ones(5).as_subclass(OnGpu))
+    assert not graphs.graphs
+
+
+def test_all_calls_on_a_gpu_are_recorded_where_they_were_tried(monkeypatch):
+    """On the stream of their own GPU: torch's own stream for recordings is on the first GPU that recorded anything."""
+    tried, recorded = [], []
+
+    class Stream:
+        def __init__(self, device: torch.device) -> None:
+            self.device = device
+
+        def wait_stream(self, other: object) -> None:
+            pass
+
+    def graph(made: object, **options: object) -> contextlib.AbstractContextManager[None]:
+        recorded.append(options.get("stream"))
+        return contextlib.nullcontext()
+
+    def on(stream: object) -> contextlib.AbstractContextManager[None]:
+        tried.append(stream)
+        return contextlib.nullcontext()
+
+    cuda_graphs.side_stream.cache_clear()
+    main = Stream(torch.device("cpu"))
+    for name, value in {"Stream": Stream, "stream": on, "graph": graph, "CUDAGraph": object}.items():
+        monkeypatch.setattr(torch.cuda, name, value)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda: main)
+    monkeypatch.setattr(torch.cuda, "set_stream", lambda stream: None)
+    for rows in (2, 3):
+        cuda_graphs.CudaGraph(lambda x: (2 * x,), (torch.ones(rows),), None)
+    first, second = (cuda_graphs.side_stream(torch.device("cuda", n)) for n in (0, 1))
+    cuda_graphs.side_stream.cache_clear()
+    assert tried == recorded and len(set(recorded)) == 1 and isinstance(recorded[0], Stream)
+    assert first is not second and (first.device.index, second.device.index) == (0, 1)
