@@ -214,3 +214,14 @@ def test_a_kernel_that_fails_later_is_given_up(plain_kernels, monkeypatch, capsy
     with pytest.raises(UserError, match="between two blocks; start again with execution=gather"):
         steps.advance(steps.features(images), keep_BK, 0)
     assert steps.way == "gather"
+
+
+@pytest.mark.parametrize("part", ["features", "head"])
+@torch.no_grad()
+def test_stem_or_head_of_kernels_that_fail_later_are_those_of_the_network(part, plain_kernels, monkeypatch):
+    backbone, images, keep_BK = small_backbone(), small_images(4).images, keeps(4, 6)
+    execution, gathering = Execution(backbone, SHAPE), Execution(backbone, SHAPE, "gather")
+    monkeypatch.setattr(plain_kernels, part, broken)
+    answers = [way.head(way.advance(way.features(images), keep_BK, 0)) for way in (execution, gathering)]
+    torch.testing.assert_close(*answers, rtol=1e-4, atol=1e-5)
+    assert execution.way == "gather" and "do not run here" in execution.why
