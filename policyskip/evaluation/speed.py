@@ -118,7 +118,7 @@ def _measure_predictions(
         tables: those of a profile, by batch size.
     """
     if (
-        isinstance(predictor, Predictor) and predictor.execution.way == "gather"
+        isinstance(predictor, Predictor) and predictor.takes_plans
     ):  # measured with the plan that the new profile gives it
         predictor.plan = {int(batch): table["break_even"] for batch, table in tables.items()}
     network = predictor.network_to_measure

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -11,6 +12,7 @@ from torch import Tensor, nn
 from policyskip import load
 from policyskip.agents.skipnet import SkipNet
 from policyskip.backbones.costs import count_costs
+from policyskip.backbones.exits import Leave
 from policyskip.backbones.gated import GatedNetwork
 from policyskip.backbones.msdnet import MSDNet
 from policyskip.backbones.resnet_exits import ResNetExits
@@ -26,7 +28,7 @@ from policyskip.execution.exits import ExitExecution
 from policyskip.execution.gates import GateExecution
 from policyskip.execution.ways import How
 from policyskip.exits.cache import cache_exits
-from policyskip.exits.rules import entropy
+from policyskip.exits.rules import CONFIDENCE, entropy
 from policyskip.policies.networks import PolicyNetwork
 from policyskip.policies.perceptrons import BlockPolicy, ExitPolicy
 from policyskip.policies.thresholds import ThresholdPolicy
@@ -118,6 +120,34 @@ def test_what_is_nan_after_an_image_left_stays_out(plain_kernels):
     logits_BC, exit_B = execution.run_until(IMAGES, lambda n, logits_BC, rows: rows == 0)
     assert exit_B.tolist() == [0] + [3] * 8
     assert logits_BC[0].isfinite().all() and logits_BC[1:].isnan().all()
+
+
+def test_only_decisions_known_to_be_the_same_each_time_are_recorded(plain_kernels, monkeypatch):
+    """A rule or a policy of the user's own may do anything, such as count the images it has seen."""
+    recorded: list[bool] = []
+
+    class Own(ThresholdPolicy):
+        pass
+
+    def run_until(self, images: Tensor, leave: object, may_record: bool) -> tuple[Tensor, Tensor]:
+        recorded.append(may_record)
+        return torch.zeros(len(images), 5), torch.zeros(len(images), dtype=torch.int64)
+
+    monkeypatch.setattr(ExitExecution, "run_until", run_until)
+    renamed = ThresholdPolicy("confidence", [0.5] * 3)
+    renamed.rule = replace(CONFIDENCE, name="my_rules.MINE", measure=lambda probability: probability[..., 0])
+    usual = [ThresholdPolicy(rule, [0.5] * 3) for rule in ("confidence", "entropy", "delta")]
+    for policy in (*usual, ExitPolicy(4, 5, [8]), Own("confidence", [0.5] * 3), renamed):
+        ExitPredictor(policy, with_exits(), CLASSES, SHAPE, 2.0, KERNEL).predict(IMAGES)
+    assert recorded == [True] * 4 + [False] * 2
+
+
+def test_a_plan_is_for_gathering_in_float32(plain_kernels):
+    def takes_plans(*how: str) -> bool:
+        return Predictor(PolicyNetwork(6), small_backbone(), CLASSES, SHAPE, 7.0, How(*how)).takes_plans
+
+    assert takes_plans("gather")
+    assert not any(takes_plans(*how) for how in (("kernel",), ("dense",), ("gather", "bfloat16")))
 
 
 @torch.no_grad()
@@ -253,13 +283,25 @@ def test_judging_gates_exits_and_pretraining(plain_kernels):
     assert learner.accuracies(images, way="kernel")["accuracy"] == share
 
 
-def test_a_profile_says_which_way_and_why_and_times_all(plain_kernels):
+def test_a_profile_says_which_way_and_why_and_times_all(plain_kernels, monkeypatch):
+    recorded, run_until = set[str](), ExitExecution.run_until
+
+    def noted(self, images: Tensor, leave: Leave, may_record: bool = False) -> tuple[Tensor, Tensor]:
+        recorded.update([self.way] if may_record else [])
+        return run_until(self, images, leave, may_record)
+
+    monkeypatch.setattr(ExitExecution, "run_until", noted)
     for network in (small_backbone(8), with_exits("pooled")):
         content = profiling.profile(network, SHAPE, [2], 1)
         assert content["execution"] == {"way": "kernel", "why": "PlainKernels", "precision": "float32"}
         table = content["batches"]["2"]["ways"]
         assert set(table) == {"kernel", "gather", "dense"}
         assert all(set(times) == {"whole_ms", "half_ms"} and min(times.values()) > 0 for times in table.values())
+    assert recorded == {
+        "kernel",
+        "gather",
+        "dense",
+    }  # half of the exits, too, is timed in a CUDA graph where there is one
     content = profiling.profile(small_backbone(8), SHAPE, [2], 1, How("gather", "bfloat16"))
     assert content["execution"] == {"way": "gather", "why": "as asked", "precision": "bfloat16"}
     assert "ways" not in content["batches"]["2"]
