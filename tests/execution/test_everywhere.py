@@ -83,6 +83,15 @@ def test_gates_decide_the_same(gate, plain_kernels):
     assert GateExecution(network, SHAPE, *KERNEL).way == "kernel"
 
 
+@torch.no_grad()
+def test_a_gate_that_says_one_half_skips_in_every_way(plain_kernels):
+    network = gated()
+    for parameter in network.gates.parameters():
+        nn.init.zeros_(parameter)
+    for how in (KERNEL, GATHER, DENSE):
+        assert GateExecution(network, SHAPE, *how).greedy(IMAGES).keep_BK.sum(1).tolist() == [1] * 9
+
+
 @pytest.mark.parametrize("kind", ["conv", "linear", "distiller_cifar"])
 @torch.no_grad()
 def test_images_leave_at_the_same_exits(kind, plain_kernels):

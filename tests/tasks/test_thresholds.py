@@ -91,7 +91,9 @@ def test_calibrate_writes_other_thresholds(workshop):
     assert config["target"]["macs_fraction"] == 0.3 and config["precision"] == "bfloat16"  # the run's own from now on
     nothing = typed("calibrate", "run=runs/x", "device=cpu", "target.accuracy_drop=0", cwd=workshop)
     assert nothing.returncode == 0 and "Asked for: at most 0.00 points below the last exit" in nothing.stdout
-    again = typed("calibrate", "run=runs/x", "device=cpu", "target.macs_fraction=0.6", "precision=float32", cwd=workshop)
+    again = typed(
+        "calibrate", "run=runs/x", "device=cpu", "target.macs_fraction=0.6", "precision=float32", cwd=workshop
+    )
     assert again.returncode == 0
     assert json.loads((workshop / "runs/x/policy.json").read_text()) == before
 
