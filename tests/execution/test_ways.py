@@ -233,13 +233,14 @@ def test_a_kernel_that_fails_later_is_given_up(plain_kernels, monkeypatch, capsy
     monkeypatch.setattr(choosing, "_said", set())
     backbone, images, keep_BK = small_backbone(), small_images(4).images, keeps(4, 6)
     execution, insists = Execution(backbone, SHAPE), Execution(backbone, SHAPE, "kernel")
+    execution.logits(images[:1], keep_BK[:1])
     steps = Execution(backbone, SHAPE)
     assert execution.way == "kernel"
     monkeypatch.setattr(plain_kernels, "advance", broken)
     why = "the kernels do not run here (out of resource: shared memory)"
     for _ in range(2):
         assert torch.equal(execution.logits(images, keep_BK), sparse(execution.network, images, keep_BK))
-        assert (execution.way, execution.why) == ("gather", why)
+        assert (execution.way, execution.why, execution._graphs) == ("gather", why, {})
     assert capsys.readouterr().err == f"no kernels for resnet14, so images are gathered: {why}\n"
     with pytest.raises(UserError, match="execution=kernel cannot be: the kernels do not run here"):
         insists.logits(images, keep_BK)
