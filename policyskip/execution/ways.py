@@ -35,6 +35,13 @@ PRECISIONS = {
     "float16": torch.float16,
 }
 
+TOLERANCES = {"float32": 0.05, "float32_exact": 0.01, "bfloat16": 0.25, "float16": 0.1}
+"""By how much logits of kernels may differ from those of gathering, as shares of the logits' mean size, both averaged
+over the classes. Rounding stays below a fifth of this; a fault in a kernel or its compiler, or a race, does not."""
+
+CHECKED = (4, 64)
+"""Decisions and images on which the kernels are checked, at most."""
+
 
 class How(NamedTuple):
     """Says how a network is to be executed: the way, one of :data:`WAYS`, and the precision, of :data:`PRECISIONS`."""
@@ -129,6 +136,7 @@ class NetworkExecution:
                 say_once(f"no kernels for {network.name}, so images are gathered: {self.why}")
         self.network = network
         self._graphs: dict[Hashable, CudaGraphs] = {}
+        self._checked: set[int] = set()
 
     def to(self, device: str | torch.device) -> Self:
         """Move the network, choose the way again for where it is now, and return the execution."""
@@ -226,12 +234,35 @@ class Execution(NetworkExecution):
             ValueError: ``keep_SBK`` is of another kind or shape, or gradients are wanted of kernels.
         """
         check_keep(self.network, images, keep_SBK[0])
-        if (found := self.by_kernels("logits", self._by_kernels, images, keep_SBK.to(images.device))) is not None:
+        found = self.by_kernels("logits", self._by_kernels, images, keep_SBK.to(images.device))
+        if found is not None and self._agrees(found[0], images, keep_SBK):
             return found[0]
         with self.exactly():
             if self.way == "dense":
                 return torch.stack([dense(self.network, images, keep_BK) for keep_BK in keep_SBK])
             return sparse_many(self.network, images, keep_SBK)
+
+    def _agrees(self, logits_SBC: Tensor, images: Tensor, keep_SBK: Tensor) -> bool:
+        """Return whether kernels give what gathering gives; otherwise give the kernels up.
+
+        It is found out on some of the images when a batch first comes, or first comes twice as large.
+
+        Raises:
+            UserError: they do not, and ``execution=kernel`` was asked for.
+        """
+        if (size := keep_SBK[..., 0].numel().bit_length()) in self._checked:
+            return True
+        some = (slice(CHECKED[0]), slice(CHECKED[1]))
+        with torch.no_grad(), self.exactly():
+            expected_SBC = sparse_many(self.network, images[some[1]], keep_SBK[some]).float()
+            off_SB = (logits_SBC[some].float() - expected_SBC).abs().mean(-1)
+            allowed = TOLERANCES[self.precision] * expected_SBC.abs().nanmean() + 1e-6
+            wrong = int(((off_SB > allowed) & expected_SBC.isfinite().all(-1)).sum())
+        if wrong:
+            self._give_kernels_up(RuntimeError(f"of {off_SB.numel()} answers {wrong} are not those of gathering"))
+            return False
+        self._checked.add(size)
+        return True
 
     def whole(self, images: Tensor) -> Tensor:
         """Compute logits (B, C) of images (B, 3, H, W) with all blocks.

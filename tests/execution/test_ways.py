@@ -258,3 +258,34 @@ def test_stem_or_head_of_kernels_that_fail_later_are_those_of_the_network(part, 
     answers = [way.head(way.advance(way.features(images), keep_BK, 0)) for way in (execution, gathering)]
     torch.testing.assert_close(*answers, rtol=1e-4, atol=1e-5)
     assert execution.way == "gather" and "do not run here" in execution.why
+
+
+@pytest.mark.parametrize("row", [0, 4])
+@torch.no_grad()
+def test_kernels_with_other_answers_are_given_up(row, plain_kernels, monkeypatch, capsys):
+    def wrong(self, images, keep_SBK):
+        logits_SBC = torch.stack([dense(self.folded, images, keep_BK) for keep_BK in keep_SBK])
+        logits_SBC[-1, row] = logits_SBC[-1, row].roll(1)
+        return logits_SBC
+
+    backbone, images, keep_SBK = small_backbone(), small_images(5).images, keeps(5, 6, 2)
+    execution, asked = Execution(backbone, SHAPE), Execution(backbone, SHAPE, "kernel")
+    assert execution.way == "kernel"
+    monkeypatch.setattr(PlainKernels, "logits", wrong)
+    monkeypatch.setattr(choosing, "_said", set())
+    with pytest.raises(UserError, match=r"execution=kernel cannot be: .*of 10 answers 1 are not those of gathering"):
+        asked.logits_many(images, keep_SBK)
+    expected = torch.stack([dense(backbone, images, keep_BK) for keep_BK in keep_SBK])
+    torch.testing.assert_close(execution.logits_many(images, keep_SBK), expected, rtol=1e-4, atol=1e-5)
+    assert execution.way == "gather" and capsys.readouterr().err.count("\n") == 1
+
+
+@torch.no_grad()
+def test_answers_are_compared_again_when_batches_grow(plain_kernels, monkeypatch):
+    compared: list[int] = []
+    gather = ways.sparse_many
+    monkeypatch.setattr(ways, "sparse_many", lambda *args: compared.append(len(args[1])) or gather(*args))
+    execution = Execution(small_backbone(), SHAPE)
+    for images in (2, 3, 2, 4, 7, 5):
+        execution.logits(small_images(images).images, keeps(images, 6))
+    assert compared == [2, 4] and execution.way == "kernel"
