@@ -261,7 +261,7 @@ def test_sets_are_scored_the_same_and_cost_the_budget_the_same(plain_kernels, mo
     assert rows == 2 * [30, 30, 10 * (len(sets) - 6)]
 
 
-def test_a_front_of_another_precision_is_another_front(tmp_path):
+def test_a_front_of_another_precision_is_another_front(tmp_path, monkeypatch):
     backbone, images = small_backbone(8), small_images()
     front = find_front(backbone, images, count_costs(backbone, SHAPE), 1e9, 20, how=How("auto", "bfloat16"))
     remember(front, tmp_path, precision="bfloat16")
@@ -272,6 +272,10 @@ def test_a_front_of_another_precision_is_another_front(tmp_path):
     remember(front, tmp_path)
     assert known_front(backbone, images, tmp_path) == front
     assert known_front(backbone, images, tmp_path, precision="float32_exact") is None
+    monkeypatch.setattr("policyskip.static_front.cache.WEIGHTS", tmp_path)
+    front.save(tmp_path / "x.front.json")  # as those that ship, which were searched in float32
+    found = [known_front(backbone, images, tmp_path / "empty", precision=precision) for precision in ways.PRECISIONS]
+    assert found == [front, front, None, None]
 
 
 def test_judging_gates_exits_and_pretraining(plain_kernels):
@@ -336,6 +340,31 @@ def test_whole_commands_by_kernels(tmp_path, plain_kernels):
     said = policyskip("profile", "run=runs/x", "device=cpu", "repeats=1", "batch_sizes=[2]", "images=4")
     assert "Executed by kernel in float32: PlainKernels." in said and "ways of execution" in said
     policyskip("train", "run.resume=runs/x", "train.steps=8", "execution=gather")  # it goes on in another way
+
+
+@pytest.mark.parametrize("agent", ["blockdrop", "skipnet", "branchynet", "ppo"])
+def test_every_part_of_a_command_takes_the_way_and_the_precision(agent, tmp_path, monkeypatch):
+    made, init = set[tuple[str, str]](), ways.NetworkExecution.__init__
+
+    def noted(self, network, image_shape, way="auto", precision="float32", as_it_is=False) -> None:
+        made.add((way, precision))
+        init(self, network, image_shape, way, precision, as_it_is)
+
+    def policyskip(*words: str) -> None:
+        made.clear()
+        done = typed(*words, "device=cpu", "execution=gather", cwd=here)
+        assert done.returncode == 0, done.stderr
+        assert made == {("gather", "bfloat16")}
+
+    monkeypatch.setattr(ways.NetworkExecution, "__init__", noted)
+    (here := tmp_path / "here").mkdir()
+    words = [f"agent={agent}", *(["env=early_exit"] if agent == "ppo" else []), "front.budget=2e3", "front.images=20"]
+    policyskip("train", *SMALL, *words, "precision=bfloat16", "run.dir=x")
+    fronts = list((tmp_path / "cache").rglob("*.json"))
+    assert fronts and all("-bfloat16" in path.name for path in fronts)
+    policyskip("evaluate", "run=x")
+    if agent == "branchynet":
+        policyskip("calibrate", "run=x", "target.accuracy_drop=0.5")
 
 
 def test_an_environment_of_ones_own_that_takes_no_way_is_refused(tmp_path):
