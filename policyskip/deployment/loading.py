@@ -82,7 +82,7 @@ def load(
     opened = open_run(os.path.expanduser(run))
     with usual_defaults():
         predictor = load_predictor(opened, device, backbone and os.path.expanduser(backbone), trust, how)
-        if isinstance(predictor, Predictor) and planned and predictor.takes_plans:
+        if isinstance(predictor, Predictor) and planned:
             predictor.plan = _plan(opened, predictor)
     return predictor
 

@@ -219,14 +219,11 @@ class Predictor(BlockPredictor):
     def _answer(self, images: Tensor) -> tuple[Tensor, Tensor]:
         return self.policy.run(self.execution, images, self.plan_for(len(images)))
 
-    @property
-    def takes_plans(self) -> bool:
-        """Return whether images are gathered in float32, which is what a plan's times were measured for."""
-        return self.execution.way == "gather" and self.execution.precision == "float32"
-
     def plan_for(self, batch: int) -> list[float] | None:
-        """Return the plan of the nearest batch size that was measured; None without a plan."""
-        return self.plan[min(self.plan, key=lambda size: abs(size - batch))] if self.plan else None
+        """Return the plan of the nearest batch size that was measured; None without one, and where images are not
+        gathered in float32, which is what its times were measured for."""
+        measured = self.execution.way == "gather" and self.execution.precision == "float32"
+        return self.plan[min(self.plan, key=lambda size: abs(size - batch))] if self.plan and measured else None
 
 
 class GatedPredictor(BlockPredictor):

@@ -278,14 +278,7 @@ class Execution(NetworkExecution):
 
     def features(self, images: Tensor) -> Tensor:
         """Compute the features (B, C, H, W) that enter block 0, for :meth:`advance`."""
-        if (found := self.by_kernels(None, self._features, images)) is not None:
-            return found[0]
-        with self.exactly():
-            return self.network.features(images)
-
-    def _features(self, images: Tensor) -> Tensors:
-        assert self.kernels is not None
-        return (self.kernels.features(images),)
+        return self._part("features", images)
 
     def advance(self, x: Tensor, keep_BM: Tensor, first: int) -> Tensor:
         """Run the M blocks from ``first`` on, each for the images that ``keep_BM``, bool (B, M), keeps.
@@ -320,14 +313,13 @@ class Execution(NetworkExecution):
 
     def head(self, x: Tensor) -> Tensor:
         """Compute logits (B, C) from the features (B, C, H, W) after the last block."""
-        if (found := self.by_kernels(None, self._head, x)) is not None:
-            return found[0]
-        with self.exactly():
-            return self.network.head(x)
+        return self._part("head", x)
 
-    def _head(self, x: Tensor) -> Tensors:
-        assert self.kernels is not None
-        return (self.kernels.head(x),)
+    def _part(self, part: str, x: Tensor) -> Tensor:
+        """Compute what the network's or the kernels' method of this name returns for images or features."""
+        found = self.by_kernels(None, lambda x: (getattr(self.kernels, part)(x),), x)
+        with self.exactly():
+            return getattr(self.network, part)(x) if found is None else found[0]
 
 
 def _copy(network: Network, precision: str) -> Any:

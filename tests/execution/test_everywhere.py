@@ -152,11 +152,13 @@ def test_only_decisions_known_to_be_the_same_each_time_are_recorded(plain_kernel
 
 
 def test_a_plan_is_for_gathering_in_float32(plain_kernels):
-    def takes_plans(*how: str) -> bool:
-        return Predictor(PolicyNetwork(6), small_backbone(), CLASSES, SHAPE, 7.0, How(*how)).takes_plans
+    def plan(*how: str) -> list[float] | None:
+        predictor = Predictor(PolicyNetwork(6), small_backbone(), CLASSES, SHAPE, 7.0, How(*how))
+        predictor.plan = {2: [0.5], 16: [0.7]}
+        return predictor.plan_for(8)
 
-    assert takes_plans("gather")
-    assert not any(takes_plans(*how) for how in (("kernel",), ("dense",), ("gather", "bfloat16")))
+    assert plan("gather") == [0.5]
+    assert [plan(*how) for how in (("kernel",), ("dense",), ("gather", "bfloat16"))] == [None] * 3
 
 
 @torch.no_grad()

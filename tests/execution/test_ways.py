@@ -269,12 +269,12 @@ def test_kernels_with_other_answers_are_given_up(row, plain_kernels, monkeypatch
         return logits_SBC
 
     backbone, images, keep_SBK = small_backbone(), small_images(5).images, keeps(5, 6, 2)
-    execution, asked = Execution(backbone, SHAPE), Execution(backbone, SHAPE, "kernel")
+    execution, insists = Execution(backbone, SHAPE), Execution(backbone, SHAPE, "kernel")
     assert execution.way == "kernel"
     monkeypatch.setattr(PlainKernels, "logits", wrong)
     monkeypatch.setattr(choosing, "_said", set())
     with pytest.raises(UserError, match=r"execution=kernel cannot be: .*of 10 answers 1 are not those of gathering"):
-        asked.logits_many(images, keep_SBK)
+        insists.logits_many(images, keep_SBK)
     expected = torch.stack([dense(backbone, images, keep_BK) for keep_BK in keep_SBK])
     torch.testing.assert_close(execution.logits_many(images, keep_SBK), expected, rtol=1e-4, atol=1e-5)
     assert execution.way == "gather" and capsys.readouterr().err.count("\n") == 1
