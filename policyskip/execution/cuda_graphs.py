@@ -36,7 +36,8 @@ class CudaGraph:
 
     def __init__(self, call: Call, inputs: Tensors, pool: Any) -> None:
         self.inputs = tuple(tensor.clone() for tensor in inputs)
-        side, main = side_stream(self.inputs[0].device), torch.cuda.current_stream()
+        main = torch.cuda.current_stream()
+        side = _stream(main.device)
         side.wait_stream(main)
         with torch.cuda.stream(side):  # what libraries set up at a first call on a stream is not for the recording
             call(*self.inputs)
@@ -54,13 +55,6 @@ class CudaGraph:
             own.copy_(given, non_blocking=True)
         self.graph.replay()
         return tuple(tensor.clone() for tensor in self.outputs)
-
-
-@cache
-def side_stream(device: torch.device) -> Any:
-    """Return the stream on which all calls on a GPU are recorded: graphs share memory only on one stream, and torch's
-    own stream for recordings is on the GPU that was the first to record anything."""
-    return torch.cuda.Stream(device)
 
 
 class CudaGraphs:
@@ -134,6 +128,16 @@ class CudaGraphs:
         while len(self._seen) > 8 * MOST_GRAPHS:
             self._seen.popitem(last=False)
         return came
+
+
+@cache
+def _stream(device: torch.device) -> torch.cuda.Stream:
+    """Return the stream that calls on a GPU are recorded on.
+
+    Torch's own is on the GPU that recorded first, and makes that the current one: nothing on another would be recorded.
+    Graphs share memory only if they are recorded on one stream.
+    """
+    return torch.cuda.Stream(device)
 
 
 def _is_recording() -> bool:

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-import contextlib
+from contextlib import nullcontext
+from unittest.mock import MagicMock
 
 import pytest
 import torch
 
 from policyskip.execution import cuda_graphs
-from policyskip.execution.cuda_graphs import MOST_GRAPHS, CudaGraphs
+from policyskip.execution.cuda_graphs import MOST_GRAPHS, CudaGraph, CudaGraphs
 
 
 class Recording:
@@ -116,34 +117,17 @@ def test_a_library_that_finds_no_memory_takes_the_graphs_too(graphs, monkeypatch
     assert not graphs.graphs
 
 
-def test_all_calls_on_a_gpu_are_recorded_where_they_were_tried(monkeypatch):
-    """On the stream of their own GPU: torch's own stream for recordings is on the first GPU that recorded anything."""
-    tried, recorded = [], []
-
-    class Stream:
-        def __init__(self, device: torch.device) -> None:
-            self.device = device
-
-        def wait_stream(self, other: object) -> None:
-            pass
-
-    def graph(made: object, **options: object) -> contextlib.AbstractContextManager[None]:
-        recorded.append(options.get("stream"))
-        return contextlib.nullcontext()
-
-    def on(stream: object) -> contextlib.AbstractContextManager[None]:
-        tried.append(stream)
-        return contextlib.nullcontext()
-
-    cuda_graphs.side_stream.cache_clear()
-    main = Stream(torch.device("cpu"))
-    for name, value in {"Stream": Stream, "stream": on, "graph": graph, "CUDAGraph": object}.items():
-        monkeypatch.setattr(torch.cuda, name, value)
-    monkeypatch.setattr(torch.cuda, "current_stream", lambda: main)
-    monkeypatch.setattr(torch.cuda, "set_stream", lambda stream: None)
-    for rows in (2, 3):
-        cuda_graphs.CudaGraph(lambda x: (2 * x,), (torch.ones(rows),), None)
-    first, second = (cuda_graphs.side_stream(torch.device("cuda", n)) for n in (0, 1))
-    cuda_graphs.side_stream.cache_clear()
-    assert tried == recorded and len(set(recorded)) == 1 and isinstance(recorded[0], Stream)
-    assert first is not second and (first.device.index, second.device.index) == (0, 1)
+def test_a_call_is_recorded_on_a_stream_of_its_own_gpu(monkeypatch):
+    """And all calls on one stream: torch shares the memory of graphs that were recorded on one, and no other."""
+    recorded = []
+    for name in ("CUDAGraph", "set_stream"):
+        monkeypatch.setattr(torch.cuda, name, MagicMock())
+    monkeypatch.setattr(torch.cuda, "stream", lambda stream: nullcontext())
+    monkeypatch.setattr(torch.cuda, "Stream", lambda device: MagicMock(device=device))
+    monkeypatch.setattr(torch.cuda, "graph", lambda graph, **options: recorded.append(options) or nullcontext())
+    for device in ("cuda:0", "cuda:1", "cuda:1"):
+        monkeypatch.setattr(torch.cuda, "current_stream", lambda device=device: MagicMock(device=torch.device(device)))
+        CudaGraph(lambda x: (2 * x,), (torch.ones(3),), "pool")
+    first, second, third = (options["stream"] for options in recorded)
+    assert str(first.device) == "cuda:0" and str(second.device) == "cuda:1" and third is second
+    cuda_graphs._stream.cache_clear()
