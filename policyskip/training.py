@@ -244,7 +244,8 @@ def _updated(learner: Any, source: Source) -> dict[str, Figure]:
         isinstance(key, str) and _is_figure(value) for key, value in figures.items()
     ):
         raise UserError(f"update of {name_of(learner)} must return numbers by name, a dictionary, got {figures!r:.80}")
-    return figures
+    # Many updates' figures are held at once, and a loss would hold all that its gradient needs.
+    return {key: value.detach() if isinstance(value, Tensor) else value for key, value in figures.items()}
 
 
 def _is_figure(value: Any) -> bool:

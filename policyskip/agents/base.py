@@ -58,8 +58,9 @@ class Agent(ABC):
                 for the families gates and thresholds.
 
         Returns: figures of this step by name, a dictionary; they are averaged and logged as ``train/<name>``. A figure
-        may be a tensor of shape (), which the training loop brings over when it logs: an update that asks a GPU for
-        nothing (no ``item()``) does not wait for it. :func:`~policyskip.parallel.deferred.figure` makes figures.
+        may be a tensor of shape () that nobody changes any more, which the training loop brings over when it logs: an
+        update that asks a GPU for nothing (no ``item()``) does not wait for it.
+        :func:`~policyskip.parallel.deferred.figure` makes figures.
         """
 
     @torch.no_grad()

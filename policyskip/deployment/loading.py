@@ -82,8 +82,7 @@ def load(
     opened = open_run(os.path.expanduser(run))
     with usual_defaults():
         predictor = load_predictor(opened, device, backbone and os.path.expanduser(backbone), trust, how)
-        gathers = predictor.execution.way == "gather" and precision == "float32"  # which is what was measured
-        if isinstance(predictor, Predictor) and planned and gathers:
+        if isinstance(predictor, Predictor) and planned:
             predictor.plan = _plan(opened, predictor)
     return predictor
 

@@ -22,7 +22,7 @@ from policyskip.errors import UserError
 from policyskip.execution.exits import ExitExecution
 from policyskip.execution.gates import GateExecution
 from policyskip.execution.ways import DEFAULT, Execution, How, NetworkExecution
-from policyskip.exits.rules import Delta, Measured, decisions_at
+from policyskip.exits.rules import RULES, decisions_at
 from policyskip.finite import described, plain_tensor
 from policyskip.memory import BatchSplitter
 from policyskip.parallel.devices import device_named, usual_defaults
@@ -220,8 +220,10 @@ class Predictor(BlockPredictor):
         return self.policy.run(self.execution, images, self.plan_for(len(images)))
 
     def plan_for(self, batch: int) -> list[float] | None:
-        """Return the plan of the nearest batch size that was measured; None without a plan."""
-        return self.plan[min(self.plan, key=lambda size: abs(size - batch))] if self.plan else None
+        """Return the plan of the nearest batch size that was measured; None without one, and where images are not
+        gathered in float32, which is what its times were measured for."""
+        measured = self.execution.way == "gather" and self.execution.precision == "float32"
+        return self.plan[min(self.plan, key=lambda size: abs(size - batch))] if self.plan and measured else None
 
 
 class GatedPredictor(BlockPredictor):
@@ -304,8 +306,9 @@ class ExitPredictor(BasePredictor):
         return segments_N <= prediction.exit_B.unsqueeze(1)
 
     def _answer(self, images: Tensor) -> tuple[Tensor, Tensor]:
-        own = type(self.policy) is ExitPolicy or type(getattr(self.policy, "rule", None)) in (Measured, Delta)
-        return self.execution.run_until(images, self.policy.leave, may_record=own)
+        kind, rule = type(self.policy), getattr(self.policy, "rule", None)
+        known = kind is ExitPolicy or (kind is ThresholdPolicy and rule in RULES.values())  # a user's may do anything
+        return self.execution.run_until(images, self.policy.leave, may_record=known)
 
 
 class ThresholdPredictor(ExitPredictor):

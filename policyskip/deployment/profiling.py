@@ -75,7 +75,8 @@ def profile(
     with waiting("measuring the network", sum(batch_sizes)) as wait:
         for batch in batch_sizes:
             images = torch.randint(0, 256, (batch, *image_shape), dtype=torch.uint8, device=fast.mean.device)
-            content["batches"][str(batch)] = table = measure(fast, images, repeats)  # type: ignore[arg-type]
+            with execution.exactly():
+                content["batches"][str(batch)] = table = measure(fast, images, repeats)  # type: ignore[arg-type]
             if execution.way == "kernel":
                 table["ways"] = _measure_ways(execution, images, repeats)
             wait.advance(batch)
@@ -210,7 +211,7 @@ def _measure_ways(execution: Execution | ExitExecution, images: Tensor, repeats:
         how = How(way, execution.precision)
         same = execution if way == execution.way else execution_of(execution.network, execution.image_shape, how)
         calls[f"{way} whole"] = partial(_run_whole, same, images)
-        calls[f"{way} half"] = partial(_run_half, same, images, _half(same, len(images)).to(images.device))
+        calls[f"{way} half"] = _half(same, images)
     for call in [*calls.values()] * 2:  # a CUDA graph is recorded at the second call
         call()
     times = milliseconds(calls, repeats, images.device)
@@ -221,12 +222,15 @@ def _measure_ways(execution: Execution | ExitExecution, images: Tensor, repeats:
     }
 
 
-def _half(execution: Execution | ExitExecution, B: int) -> Tensor:
-    """Return decisions of half of a network: bool (B, K), or the exit where each image leaves, int64 (B,)."""
-    generator = torch.Generator().manual_seed(0)
+def _half(execution: Execution | ExitExecution, images: Tensor) -> Callable[[], object]:
+    """Return what runs images uint8 (B, 3, H, W) through half of the blocks, each through its own, or up to exits drawn
+    for each."""
+    generator, B = torch.Generator().manual_seed(0), len(images)
     if isinstance(execution, Execution):
-        return torch.rand(B, execution.network.num_blocks, generator=generator) < 0.5
-    return torch.randint(execution.network.num_exits, (B,), generator=generator)
+        keep_BK = torch.rand(B, execution.network.num_blocks, generator=generator) < 0.5
+        return partial(execution.logits, images, keep_BK.to(images.device))
+    exit_B = torch.randint(execution.network.num_exits, (B,), generator=generator).to(images.device)
+    return partial(execution.run_until, images, lambda n, logits_BC, rows: exit_B[rows] == n, may_record=True)
 
 
 def _run_whole(execution: Execution | ExitExecution, images: Tensor) -> None:
@@ -235,14 +239,6 @@ def _run_whole(execution: Execution | ExitExecution, images: Tensor) -> None:
         execution.whole(images)
     else:
         execution.every_exit(images)
-
-
-def _run_half(execution: Execution | ExitExecution, images: Tensor, half_B: Tensor) -> None:
-    """Run images uint8 (B, 3, H, W) with the decisions that :func:`_half` returned."""
-    if isinstance(execution, Execution):
-        execution.logits(images, half_B)
-    else:
-        execution.run_until(images, lambda n, logits_BC, rows: half_B[rows] == n)
 
 
 def _macs(network: Backbone | ExitNetwork, image_shape: tuple[int, int, int]) -> dict[str, Any]:

@@ -117,9 +117,7 @@ def _measure_predictions(
         images: uint8 (N, 3, H, W), which are predicted.
         tables: those of a profile, by batch size.
     """
-    if (
-        isinstance(predictor, Predictor) and predictor.execution.way == "gather"
-    ):  # measured with the plan that the new profile gives it
+    if isinstance(predictor, Predictor):  # measured with the plan that the new profile gives it
         predictor.plan = {int(batch): table["break_even"] for batch, table in tables.items()}
     network = predictor.network_to_measure
     prediction = predictor.predict(images)

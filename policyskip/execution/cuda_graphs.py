@@ -12,6 +12,7 @@ from torch import Tensor
 
 from policyskip.errors import in_one_line
 from policyskip.execution.choosing import say_once
+from policyskip.memory import is_out_of_gpu_memory
 
 MOST_GRAPHS = 8
 """The graphs that are kept; the one that was not used for longest goes first. They share their working memory."""
@@ -83,14 +84,15 @@ class CudaGraphs:
         On a CPU, inside another recording, and for inputs without a row, the call is made directly.
 
         Raises:
-            torch.OutOfMemoryError: the memory does not suffice for the call; all graphs are given up before.
+            RuntimeError: the memory does not suffice for the call; all graphs are given up before.
         """
         if not inputs[0].is_cuda or not all(len(tensor) for tensor in inputs) or _is_recording():
             return self.call(*inputs)
         try:
             return self.replayed(inputs)
-        except torch.OutOfMemoryError:
-            self.graphs.clear()
+        except RuntimeError as error:
+            if is_out_of_gpu_memory(error):
+                self.graphs.clear()
             raise
 
     def replayed(self, inputs: Tensors) -> Tensors:
@@ -106,7 +108,7 @@ class CudaGraphs:
         try:
             self.graphs[key] = self._recorded(inputs)
         except RuntimeError as error:
-            if not isinstance(error, torch.OutOfMemoryError):
+            if not is_out_of_gpu_memory(error):
                 say_once(f"no CUDA graph could be recorded, so kernels are launched one by one: {in_one_line(error)}")
             self._without.add(key)
         if key in self._without:  # out here, because inside "except" the failed recording's tensors are not yet freed

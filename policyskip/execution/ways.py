@@ -282,8 +282,7 @@ class Execution(NetworkExecution):
 
     def features(self, images: Tensor) -> Tensor:
         """Compute the features (B, C, H, W) that enter block 0, for :meth:`advance`."""
-        with self.exactly():
-            return (self.kernels if self.kernels and len(images) else self.network).features(images)
+        return self._part("features", images)
 
     def advance(self, x: Tensor, keep_BM: Tensor, first: int) -> Tensor:
         """Run the M blocks from ``first`` on, each for the images that ``keep_BM``, bool (B, M), keeps.
@@ -318,8 +317,13 @@ class Execution(NetworkExecution):
 
     def head(self, x: Tensor) -> Tensor:
         """Compute logits (B, C) from the features (B, C, H, W) after the last block."""
+        return self._part("head", x)
+
+    def _part(self, part: str, x: Tensor) -> Tensor:
+        """Compute what the network's or the kernels' method of this name returns for images or features."""
+        found = self.by_kernels(None, lambda x: (getattr(self.kernels, part)(x),), x)
         with self.exactly():
-            return (self.kernels if self.kernels and len(x) else self.network).head(x)
+            return getattr(self.network, part)(x) if found is None else found[0]
 
 
 def _copy(network: Network, precision: str) -> Any:

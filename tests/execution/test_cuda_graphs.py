@@ -100,6 +100,23 @@ def test_on_a_cpu_and_inside_another_recording_there_is_none(graphs, monkeypatch
     assert Recording.made == []
 
 
+def test_a_library_that_finds_no_memory_takes_the_graphs_too(graphs, monkeypatch):
+    monkeypatch.setattr(cuda_graphs, "_is_recording", lambda: False)
+    run(graphs, 4)
+    run(graphs, 4)
+
+    def full(x):
+        raise RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`")
+
+    class OnGpu(torch.Tensor):
+        is_cuda = True
+
+    graphs.call = full
+    with pytest.raises(RuntimeError, match="ALLOC_FAILED"):
+        graphs(torch.ones(5).as_subclass(OnGpu))
+    assert not graphs.graphs
+
+
 def test_a_call_is_recorded_on_a_stream_of_its_own_gpu(monkeypatch):
     """And all calls on one stream: torch shares the memory of graphs that were recorded on one, and no other."""
     recorded = []

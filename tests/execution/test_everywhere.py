@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -11,6 +12,7 @@ from torch import Tensor, nn
 from policyskip import load
 from policyskip.agents.skipnet import SkipNet
 from policyskip.backbones.costs import count_costs
+from policyskip.backbones.exits import Leave
 from policyskip.backbones.gated import GatedNetwork
 from policyskip.backbones.msdnet import MSDNet
 from policyskip.backbones.resnet_exits import ResNetExits
@@ -26,7 +28,7 @@ from policyskip.execution.exits import ExitExecution
 from policyskip.execution.gates import GateExecution
 from policyskip.execution.ways import How
 from policyskip.exits.cache import cache_exits
-from policyskip.exits.rules import entropy
+from policyskip.exits.rules import CONFIDENCE, entropy
 from policyskip.policies.networks import PolicyNetwork
 from policyskip.policies.perceptrons import BlockPolicy, ExitPolicy
 from policyskip.policies.thresholds import ThresholdPolicy
@@ -81,6 +83,15 @@ def test_gates_decide_the_same(gate, plain_kernels):
     assert GateExecution(network, SHAPE, *KERNEL).way == "kernel"
 
 
+@torch.no_grad()
+def test_a_gate_that_says_one_half_skips_in_every_way(plain_kernels):
+    network = gated()
+    for parameter in network.gates.parameters():
+        nn.init.zeros_(parameter)
+    for how in (KERNEL, GATHER, DENSE):
+        assert GateExecution(network, SHAPE, *how).greedy(IMAGES).keep_BK.sum(1).tolist() == [1] * 9
+
+
 @pytest.mark.parametrize("kind", ["conv", "linear", "distiller_cifar"])
 @torch.no_grad()
 def test_images_leave_at_the_same_exits(kind, plain_kernels):
@@ -118,6 +129,36 @@ def test_what_is_nan_after_an_image_left_stays_out(plain_kernels):
     logits_BC, exit_B = execution.run_until(IMAGES, lambda n, logits_BC, rows: rows == 0)
     assert exit_B.tolist() == [0] + [3] * 8
     assert logits_BC[0].isfinite().all() and logits_BC[1:].isnan().all()
+
+
+def test_only_decisions_known_to_be_the_same_each_time_are_recorded(plain_kernels, monkeypatch):
+    """A rule or a policy of the user's own may do anything, such as count the images it has seen."""
+    recorded: list[bool] = []
+
+    class Own(ThresholdPolicy):
+        pass
+
+    def run_until(self, images: Tensor, leave: object, may_record: bool) -> tuple[Tensor, Tensor]:
+        recorded.append(may_record)
+        return torch.zeros(len(images), 5), torch.zeros(len(images), dtype=torch.int64)
+
+    monkeypatch.setattr(ExitExecution, "run_until", run_until)
+    renamed = ThresholdPolicy("confidence", [0.5] * 3)
+    renamed.rule = replace(CONFIDENCE, name="my_rules.MINE", measure=lambda probability: probability[..., 0])
+    usual = [ThresholdPolicy(rule, [0.5] * 3) for rule in ("confidence", "entropy", "delta")]
+    for policy in (*usual, ExitPolicy(4, 5, [8]), Own("confidence", [0.5] * 3), renamed):
+        ExitPredictor(policy, with_exits(), CLASSES, SHAPE, 2.0, KERNEL).predict(IMAGES)
+    assert recorded == [True] * 4 + [False] * 2
+
+
+def test_a_plan_is_for_gathering_in_float32(plain_kernels):
+    def plan(*how: str) -> list[float] | None:
+        predictor = Predictor(PolicyNetwork(6), small_backbone(), CLASSES, SHAPE, 7.0, How(*how))
+        predictor.plan = {2: [0.5], 16: [0.7]}
+        return predictor.plan_for(8)
+
+    assert plan("gather") == [0.5]
+    assert [plan(*how) for how in (("kernel",), ("dense",), ("gather", "bfloat16"))] == [None] * 3
 
 
 @torch.no_grad()
@@ -222,7 +263,7 @@ def test_sets_are_scored_the_same_and_cost_the_budget_the_same(plain_kernels, mo
     assert rows == 2 * [30, 30, 10 * (len(sets) - 6)]
 
 
-def test_a_front_of_another_precision_is_another_front(tmp_path):
+def test_a_front_of_another_precision_is_another_front(tmp_path, monkeypatch):
     backbone, images = small_backbone(8), small_images()
     front = find_front(backbone, images, count_costs(backbone, SHAPE), 1e9, 20, how=How("auto", "bfloat16"))
     remember(front, tmp_path, precision="bfloat16")
@@ -233,6 +274,10 @@ def test_a_front_of_another_precision_is_another_front(tmp_path):
     remember(front, tmp_path)
     assert known_front(backbone, images, tmp_path) == front
     assert known_front(backbone, images, tmp_path, precision="float32_exact") is None
+    monkeypatch.setattr("policyskip.static_front.cache.WEIGHTS", tmp_path)
+    front.save(tmp_path / "x.front.json")  # as those that ship, which were searched in float32
+    found = [known_front(backbone, images, tmp_path / "empty", precision=precision) for precision in ways.PRECISIONS]
+    assert found == [front, front, None, None]
 
 
 def test_judging_gates_exits_and_pretraining(plain_kernels):
@@ -253,13 +298,25 @@ def test_judging_gates_exits_and_pretraining(plain_kernels):
     assert learner.accuracies(images, way="kernel")["accuracy"] == share
 
 
-def test_a_profile_says_which_way_and_why_and_times_all(plain_kernels):
+def test_a_profile_says_which_way_and_why_and_times_all(plain_kernels, monkeypatch):
+    recorded, run_until = set[str](), ExitExecution.run_until
+
+    def noted(self, images: Tensor, leave: Leave, may_record: bool = False) -> tuple[Tensor, Tensor]:
+        recorded.update([self.way] if may_record else [])
+        return run_until(self, images, leave, may_record)
+
+    monkeypatch.setattr(ExitExecution, "run_until", noted)
     for network in (small_backbone(8), with_exits("pooled")):
         content = profiling.profile(network, SHAPE, [2], 1)
         assert content["execution"] == {"way": "kernel", "why": "PlainKernels", "precision": "float32"}
         table = content["batches"]["2"]["ways"]
         assert set(table) == {"kernel", "gather", "dense"}
         assert all(set(times) == {"whole_ms", "half_ms"} and min(times.values()) > 0 for times in table.values())
+    assert recorded == {
+        "kernel",
+        "gather",
+        "dense",
+    }  # half of the exits, too, is timed in a CUDA graph where there is one
     content = profiling.profile(small_backbone(8), SHAPE, [2], 1, How("gather", "bfloat16"))
     assert content["execution"] == {"way": "gather", "why": "as asked", "precision": "bfloat16"}
     assert "ways" not in content["batches"]["2"]
@@ -285,6 +342,31 @@ def test_whole_commands_by_kernels(tmp_path, plain_kernels):
     said = policyskip("profile", "run=runs/x", "device=cpu", "repeats=1", "batch_sizes=[2]", "images=4")
     assert "Executed by kernel in float32: PlainKernels." in said and "ways of execution" in said
     policyskip("train", "run.resume=runs/x", "train.steps=8", "execution=gather")  # it goes on in another way
+
+
+@pytest.mark.parametrize("agent", ["random", "skipnet", "branchynet", "ppo"])
+def test_every_part_of_a_command_takes_the_way_and_the_precision(agent, tmp_path, monkeypatch):
+    made, init = set[tuple[str, str]](), ways.NetworkExecution.__init__
+
+    def noted(self, network, image_shape, way="auto", precision="float32", as_it_is=False) -> None:
+        made.add((way, precision))
+        init(self, network, image_shape, way, precision, as_it_is)
+
+    def policyskip(*words: str, way: str = "gather") -> None:
+        made.clear()
+        done = typed(*words, "device=cpu", f"execution={way}", cwd=here)
+        assert done.returncode == 0, done.stderr
+        assert made == {(way, "bfloat16")}
+
+    monkeypatch.setattr(ways.NetworkExecution, "__init__", noted)
+    (here := tmp_path / "here").mkdir()
+    words = [f"agent={agent}", *(["env=early_exit"] if agent == "ppo" else []), "front.budget=2e3", "front.images=20"]
+    policyskip("train", *SMALL, *words, "precision=bfloat16", "run.dir=x")
+    fronts = list((tmp_path / "cache").rglob("*.json"))
+    assert fronts and all("-bfloat16" in path.name for path in fronts)
+    policyskip("evaluate", "run=x", way="gather" if agent == "skipnet" else "dense")
+    if agent == "branchynet":
+        policyskip("calibrate", "run=x", "target.accuracy_drop=0.5")
 
 
 def test_an_environment_of_ones_own_that_takes_no_way_is_refused(tmp_path):

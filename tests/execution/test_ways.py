@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import pickle
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -140,6 +141,18 @@ def test_what_is_said_is_said_once(monkeypatch, capsys):
     assert capsys.readouterr().err == "a\nb\n"
 
 
+def test_on_a_gpu_without_kernels_one_line_says_so(monkeypatch, capsys):
+    monkeypatch.setattr(choosing, "_said", set())
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (7, 5))
+    gpu = torch.device("cuda:0")
+    there: Any = SimpleNamespace(name="resnet14", mean=SimpleNamespace(device=gpu))
+    assert Execution(there, SHAPE, "gather", as_it_is=True).way == "gather" and capsys.readouterr().err == ""
+    for _ in range(2):
+        assert Execution(there, SHAPE, as_it_is=True).way == "gather"
+    why = choosing.no_kernels_on(gpu, may_interpret=False)
+    assert why and capsys.readouterr().err == f"no kernels for resnet14, so images are gathered: {why}\n"
+
+
 @pytest.mark.parametrize("precision", ["bfloat16", "float16"])
 @torch.no_grad()
 def test_a_low_precision_is_that_of_a_copy(precision, plain_kernels):
@@ -157,6 +170,24 @@ def test_exact_float32_switches_tf32_off_and_on_again():
     with ways.full_float32():
         assert not torch.backends.cudnn.allow_tf32 and not torch.backends.cuda.matmul.allow_tf32
     assert torch.backends.cudnn.allow_tf32 == before
+
+
+@pytest.mark.parametrize(("precision", "exact"), [("float32_exact", True), ("float32", False), ("bfloat16", False)])
+def test_exact_float32_is_that_of_kernels_and_of_torch(precision, exact, plain_kernels, monkeypatch):
+    execution = Execution(small_backbone(), SHAPE, "kernel", precision)
+    assert execution.kernels is not None and execution.kernels.exact == exact
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", True)
+    monkeypatch.setattr(execution, "_on_gpu", True)  # on a CPU there is nothing to do
+    with execution.exactly():
+        assert torch.backends.cudnn.allow_tf32 != exact
+
+
+@pytest.mark.usefixtures("plain_kernels")
+def test_a_network_that_moves_gets_other_kernels():
+    """Here it moves to the made-up device of torch that holds no numbers."""
+    execution = Execution(small_backbone(), SHAPE, "gather")
+    assert execution.to("cpu").device == torch.device("cpu")
+    assert execution.to("meta").device == torch.device("meta") and execution.network.mean.is_meta
 
 
 @pytest.mark.usefixtures("plain_kernels")
@@ -185,6 +216,7 @@ def test_a_wrong_keep_is_refused(plain_kernels):
 @torch.no_grad()
 def test_a_copy_makes_its_own_kernels(plain_kernels, again):
     execution, images, keep_BK = Execution(small_backbone(), SHAPE, "kernel"), small_images(2).images, keeps(2, 6)
+    execution.by_kernels("a call whose graph cannot be pickled", lambda images: (images,), images)
     copied = again(execution)
     assert copied.kernels is not None and copied.kernels is not execution.kernels
     assert copied.kernels.folded is copied.network
@@ -201,19 +233,31 @@ def test_a_kernel_that_fails_later_is_given_up(plain_kernels, monkeypatch, capsy
     monkeypatch.setattr(choosing, "_said", set())
     backbone, images, keep_BK = small_backbone(), small_images(4).images, keeps(4, 6)
     execution, insists = Execution(backbone, SHAPE), Execution(backbone, SHAPE, "kernel")
+    execution.logits(images[:1], keep_BK[:1])
     steps = Execution(backbone, SHAPE)
     assert execution.way == "kernel"
     monkeypatch.setattr(plain_kernels, "advance", broken)
     why = "the kernels do not run here (out of resource: shared memory)"
     for _ in range(2):
         assert torch.equal(execution.logits(images, keep_BK), sparse(execution.network, images, keep_BK))
-        assert (execution.way, execution.why) == ("gather", why)
+        assert (execution.way, execution.why, execution._graphs) == ("gather", why, {})
     assert capsys.readouterr().err == f"no kernels for resnet14, so images are gathered: {why}\n"
     with pytest.raises(UserError, match="execution=kernel cannot be: the kernels do not run here"):
         insists.logits(images, keep_BK)
     with pytest.raises(UserError, match="between two blocks; start again with execution=gather"):
         steps.advance(steps.features(images), keep_BK, 0)
     assert steps.way == "gather"
+
+
+@pytest.mark.parametrize("part", ["features", "head"])
+@torch.no_grad()
+def test_stem_or_head_of_kernels_that_fail_later_are_those_of_the_network(part, plain_kernels, monkeypatch):
+    backbone, images, keep_BK = small_backbone(), small_images(4).images, keeps(4, 6)
+    execution, gathering = Execution(backbone, SHAPE), Execution(backbone, SHAPE, "gather")
+    monkeypatch.setattr(plain_kernels, part, broken)
+    answers = [way.head(way.advance(way.features(images), keep_BK, 0)) for way in (execution, gathering)]
+    torch.testing.assert_close(*answers, rtol=1e-4, atol=1e-5)
+    assert execution.way == "gather" and "do not run here" in execution.why
 
 
 @pytest.mark.parametrize(("row", "factor"), [(0, 1), (4, 1), (4, torch.nan)])

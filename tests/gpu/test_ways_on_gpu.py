@@ -219,6 +219,20 @@ def test_between_images_and_logits_nothing_asks_the_gpu(gpu, no_asking):
     assert torch.equal(again, expected)
 
 
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="there are not two GPUs")
+@torch.no_grad()
+def test_a_second_gpu_has_graphs_of_its_own(gpu):
+    """Graphs that were recorded on one GPU and replayed on another would give the answers of the recording again."""
+    backbone, (images, keep_SBK) = on(gpu), batch(gpu, 32)
+    execution = kernels(backbone, 32)
+    expected = [execution.logits_many(images, keep).cpu() for keep in (keep_SBK, keep_SBK, ~keep_SBK)]
+    there = torch.device("cuda", 1)
+    execution.to(there)
+    for keep, logits in zip((keep_SBK, keep_SBK, ~keep_SBK), expected, strict=True):
+        found = execution.logits_many(images.to(there), keep.to(there)).cpu()
+        torch.testing.assert_close(found, logits, rtol=0, atol=1e-2 * float(logits.abs().max()))
+
+
 @pytest.mark.parametrize("way", ["kernel", "gather"])
 def test_a_full_gpu_splits_batches(little_memory, way, capsys):
     """2,048 images of 64×64 need 537 MB for the first features alone, and 160 MB are there."""

@@ -25,6 +25,7 @@ from policyskip.parallel import deferred, processes
 from policyskip.parallel.deferred import Deferred, fetched, figure, numbers_of
 from policyskip.rewards import Budget, Linear
 from policyskip.runs.folder import Run, create
+from policyskip.training import _updated
 from tests.learners import LEARNERS, blockdrop, learn
 
 GPU = torch.device("cuda:0")
@@ -112,6 +113,15 @@ def test_what_goes_wrong_is_noticed_before_anything_is_saved(what, tmp_path, lik
     )
     assert re.fullmatch(expected, str(refused.value))
     assert run.load_checkpoint()["step"] == 3 and find_nonfinite(run.load_checkpoint()) is None
+
+
+def test_a_loss_that_is_kept_keeps_no_gradient():
+    class Own:
+        def update(self, source: Any) -> dict[str, Any]:
+            return {"loss": 2 * torch.ones((), requires_grad=True), "lr": 0.1}
+
+    figures = _updated(Own(), None)  # type: ignore[arg-type]
+    assert not figures["loss"].requires_grad and fetched([figures]) == [{"loss": 2.0, "lr": 0.1}]  # type: ignore[union-attr]
 
 
 def test_a_reward_of_the_users_own_gets_numbers(tmp_path, like_a_gpu, monkeypatch):
@@ -247,5 +257,5 @@ def score_densely(env: Any, keep: Tensor) -> Any:
     with torch.no_grad():
         keep_SBK = keep if keep.dim() == 3 else keep.unsqueeze(0)
         images, label_B = env.feed.batch.images, env.feed.batch.label_B
-        logits_BC = torch.cat([dense(env.executed, images, keep_BK) for keep_BK in keep_SBK])
+        logits_BC = torch.cat([dense(env.backbone, images, keep_BK) for keep_BK in keep_SBK])
         return env._outcome(logits_BC, label_B.repeat(len(keep_SBK)), keep_SBK.flatten(0, 1))

@@ -80,15 +80,20 @@ def test_simulated_and_real_leaving_are_the_same_image_by_image(workshop):
 
 def test_calibrate_writes_other_thresholds(workshop):
     before = json.loads((workshop / "runs/x/policy.json").read_text())
-    result = typed("calibrate", "run=runs/x", "device=cpu", "target.macs_fraction=0.3", cwd=workshop)
+    low = ["run=runs/x", "device=cpu", "target.macs_fraction=0.3", "precision=bfloat16"]
+    result = typed("calibrate", *low, cwd=workshop)
     assert result.returncode == 0, result.stderr
     after = json.loads((workshop / "runs/x/policy.json").read_text())
     assert after["exits"]["thresholds"] != before["exits"]["thresholds"] and after["network"] == before["network"]
-    assert json.loads((workshop / "runs/x/summary.json").read_text())["val/macs_fraction"] <= 0.3
-    assert yaml.safe_load((workshop / "runs/x/config.yaml").read_text())["target"]["macs_fraction"] == 0.3
+    summary = json.loads((workshop / "runs/x/summary.json").read_text())
+    assert summary["val/macs_fraction"] <= 0.3 and summary["precision"] == "bfloat16"
+    config = yaml.safe_load((workshop / "runs/x/config.yaml").read_text())
+    assert config["target"]["macs_fraction"] == 0.3 and config["precision"] == "bfloat16"  # the run's own from now on
     nothing = typed("calibrate", "run=runs/x", "device=cpu", "target.accuracy_drop=0", cwd=workshop)
     assert nothing.returncode == 0 and "Asked for: at most 0.00 points below the last exit" in nothing.stdout
-    again = typed("calibrate", "run=runs/x", "device=cpu", "target.macs_fraction=0.6", cwd=workshop)
+    again = typed(
+        "calibrate", "run=runs/x", "device=cpu", "target.macs_fraction=0.6", "precision=float32", cwd=workshop
+    )
     assert again.returncode == 0
     assert json.loads((workshop / "runs/x/policy.json").read_text()) == before
 
