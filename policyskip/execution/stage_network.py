@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from policyskip.backbones.base import Backbone, Block
-from policyskip.backbones.folding import ConvReLU
+from policyskip.backbones.folding import ConvReLU, FoldedBlock
 from policyskip.backbones.resnet import SubsampleShortcut
 from policyskip.execution.kernel_network import KernelNetwork
 from policyskip.execution.stage_plan import (
@@ -81,9 +81,11 @@ class StageNetwork(KernelNetwork):
     @classmethod
     def why_not(cls, folded: Backbone, image_shape: tuple[int, int, int]) -> str:
         """Say in one plain clause why this network cannot run so; empty if it can."""
-        own = isinstance(folded, Backbone) and (type(folded).forward, type(folded).features)
-        if own != (Backbone.forward, Backbone.features):
+        names = ("forward", "features", "normalise")
+        if not all(getattr(type(folded), name) is getattr(Backbone, name) for name in names):
             return "it is no plain residual network, but one with gates, exits or code of its own"
+        if type(folded.stem) is not nn.Sequential or type(folded.head) is not nn.Sequential:
+            return "its stem or its head is no plain sequence of layers"
         dtypes = {value.dtype for value in folded.state_dict().values() if value.is_floating_point()}
         if len(dtypes) != 1 or dtypes.isdisjoint(PRECISIONS):
             return f"its weights are {' and '.join(sorted(str(dtype)[6:] for dtype in dtypes))}"
@@ -287,6 +289,8 @@ class StageNetwork(KernelNetwork):
 
 def _why_not_block(block: Block, channels: int) -> str:
     """Say why a block that reads this many channels is no basic block; empty if it is one."""
+    if type(block) not in (Block, FoldedBlock):
+        return f"is a {type(block).__name__}, which may join its branch in a way of its own"
     layers = list(block.residual.children()) if type(block.residual) is nn.Sequential else []
     if len(layers) != 2 or type(layers[0]) is not ConvReLU or type(layers[1]) is not nn.Conv2d:
         return "is no basic block of two 3×3 convolutions with a ReLU between them"

@@ -126,6 +126,17 @@ def test_an_answer_of_the_wrong_shape_is_refused(plain_kernels):
         ExitExecution(with_exits(), SHAPE, "kernel").run_until(IMAGES, lambda n, logits_BC, rows: logits_BC)
 
 
+class WithSegmentsOfItsOwn(ResNetExits):
+    def segment(self, n, state):
+        return {"x": super().segment(n, state)["x"] * 2}
+
+
+def test_segments_of_ones_own_are_gathered(plain_kernels):
+    network = WithSegmentsOfItsOwn(small_backbone(), [0, 1], "conv", SHAPE).eval()
+    execution = ExitExecution(network, SHAPE)
+    assert execution.way == "gather" and execution.why == "there are no kernels for WithSegmentsOfItsOwn"
+
+
 def test_networks_without_kernels_say_so(plain_kernels):
     network = MSDNet(5)
     assert ExitExecution(network, (3, 32, 32)).way == "gather"

@@ -207,6 +207,21 @@ class OfItsOwn(CifarResNet):
         return super().forward(images) * 2
 
 
+class Brighter(CifarResNet):
+    def normalise(self, images: Tensor) -> Tensor:
+        return super().normalise(images) * 2
+
+
+class Doubled(nn.Sequential):
+    def forward(self, x: Tensor) -> Tensor:
+        return 2 * super().forward(x)
+
+
+class Halved(Block):
+    def join(self, shortcut: Tensor, x: Tensor, inplace: bool = False) -> Tensor:
+        return torch.relu(shortcut + self.residual(x) / 2)
+
+
 def changed(place: str, layer: nn.Module) -> Backbone:
     """A small folded network with another layer in one place."""
     net = small_backbone(8).freeze()
@@ -219,6 +234,10 @@ def changed(place: str, layer: nn.Module) -> Backbone:
     ("make", "reason"),
     [
         (lambda: folded(OfItsOwn(8, 5, width=4).eval()), "code of its own"),
+        (lambda: folded(Brighter(8, 5, width=4).eval()), "code of its own"),
+        (lambda: changed("stem", Doubled(*small_backbone(8).stem)), "its stem or its head is no plain sequence"),
+        (lambda: changed("head", Doubled(*small_backbone(8).head)), "its stem or its head is no plain sequence"),
+        (lambda: changed("blocks.1", Halved(nn.Sequential(), nn.Identity())), "block 1 is a Halved, which may join"),
         (lambda: folded(TorchvisionResNet(18, 5).eval()), "does not begin with one 3×3 convolution"),
         (lambda: network().double(), "its weights are float64"),
         (lambda: changed("stem.conv", nn.Conv2d(3, 4, 3, 2, 1)), "does not begin with one 3×3"),
