@@ -129,13 +129,23 @@ class NetworkExecution:
                 say_once(f"no kernels for {network.name}, so images are gathered: {self.why}")
         self.network = network
         self._graphs: dict[Hashable, CudaGraphs] = {}
+        self._advanced: set[Hashable] = set()
 
     def to(self, device: str | torch.device) -> Self:
-        """Move the network, choose the way again for where it is now, and return the execution."""
+        """Move the network, choose the way again for where it is now, and return the execution.
+
+        Raises:
+            UserError: kernels were asked for, and there can be none on the new device; everything stays as it was.
+        """
         network: Any = self._given if self.as_it_is else self.network
-        if self.device != torch.device(device):
+        if (before := self.device) != torch.device(device):
             network.to(device)
-            self._choose()
+            try:
+                self._choose()
+            except UserError:
+                network.to(before)
+                self._choose()
+                raise
         return self
 
     def __getstate__(self) -> dict[str, Any]:
@@ -247,8 +257,14 @@ class Execution(NetworkExecution):
 
     def features(self, images: Tensor) -> Tensor:
         """Compute the features (B, C, H, W) that enter block 0, for :meth:`advance`."""
+        if (found := self.by_kernels(None, self._features, images)) is not None:
+            return found[0]
         with self.exactly():
-            return (self.kernels if self.kernels and len(images) else self.network).features(images)
+            return self.network.features(images)
+
+    def _features(self, images: Tensor) -> Tensors:
+        assert self.kernels is not None
+        return (self.kernels.features(images),)
 
     def advance(self, x: Tensor, keep_BM: Tensor, first: int) -> Tensor:
         """Run the M blocks from ``first`` on, each for the images that ``keep_BM``, bool (B, M), keeps.
@@ -260,18 +276,24 @@ class Execution(NetworkExecution):
 
         Raises:
             ValueError: gradients are wanted of kernels.
-            UserError: a kernel failed.
+            UserError: kernels failed that ran before, or were asked for.
         """
         if self.kernels is not None and len(x):
             refuse_gradients(self.network, x)
+            key = (x.shape, keep_BM.shape, first)
+            spare = None if key in self._advanced else x.clone()  # kernels that are new may fail when x is overwritten
             try:
                 with torch.no_grad(), self.exactly():
-                    return self.kernels.advance(x, keep_BM.to(x.device), first)
+                    result = self.kernels.advance(x, keep_BM.to(x.device), first)
+                self._advanced.add(key)
+                return result
             except Exception as error:
                 if isinstance(error, ValueError) or is_out_of_memory(error):
                     raise
-                self._give_kernels_up(error)  # what entered the block may be overwritten
-                raise UserError(f"{self.why}, between two blocks; start again with execution=gather") from error
+                self._give_kernels_up(error)
+                if spare is None:
+                    raise UserError(f"{self.why}, between two blocks; start again with execution=gather") from error
+                x = spare
         with self.exactly():
             for block, keep_B in zip(self.network.blocks[first:], keep_BM.unbind(1), strict=False):
                 if self.way == "dense":
@@ -283,8 +305,14 @@ class Execution(NetworkExecution):
 
     def head(self, x: Tensor) -> Tensor:
         """Compute logits (B, C) from the features (B, C, H, W) after the last block."""
+        if (found := self.by_kernels(None, self._head, x)) is not None:
+            return found[0]
         with self.exactly():
-            return (self.kernels if self.kernels and len(x) else self.network).head(x)
+            return self.network.head(x)
+
+    def _head(self, x: Tensor) -> Tensors:
+        assert self.kernels is not None
+        return (self.kernels.head(x),)
 
 
 def _copy(network: Network, precision: str) -> Any:

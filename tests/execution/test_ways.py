@@ -191,7 +191,9 @@ def test_a_copy_makes_its_own_kernels(plain_kernels, again):
     assert torch.equal(copied.logits(images, keep_BK), execution.logits(images, keep_BK))
 
 
-def broken(self: KernelNetwork, *arguments: object) -> None:
+def broken(self: KernelNetwork, x: torch.Tensor, *others: object) -> None:
+    if x.is_floating_point():
+        x.fill_(torch.nan)  # what it was given may be overwritten
     raise RuntimeError("out of resource:\nshared memory")
 
 
@@ -201,7 +203,8 @@ def test_a_kernel_that_fails_later_is_given_up(plain_kernels, monkeypatch, capsy
     monkeypatch.setattr(choosing, "_said", set())
     backbone, images, keep_BK = small_backbone(), small_images(4).images, keeps(4, 6)
     execution, insists = Execution(backbone, SHAPE), Execution(backbone, SHAPE, "kernel")
-    steps = Execution(backbone, SHAPE)
+    steps, ran = Execution(backbone, SHAPE), Execution(backbone, SHAPE)
+    ran.advance(ran.features(images), keep_BK, 0)
     assert execution.way == "kernel"
     monkeypatch.setattr(plain_kernels, "advance", broken)
     why = "the kernels do not run here (out of resource: shared memory)"
@@ -212,5 +215,30 @@ def test_a_kernel_that_fails_later_is_given_up(plain_kernels, monkeypatch, capsy
     with pytest.raises(UserError, match="execution=kernel cannot be: the kernels do not run here"):
         insists.logits(images, keep_BK)
     with pytest.raises(UserError, match="between two blocks; start again with execution=gather"):
-        steps.advance(steps.features(images), keep_BK, 0)
-    assert steps.way == "gather"
+        ran.advance(ran.features(images), keep_BK, 0)
+    expected = sparse(execution.network, images, keep_BK)
+    assert torch.equal(steps.head(steps.advance(steps.features(images), keep_BK, 0)), expected)
+    assert steps.way == ran.way == "gather"
+
+
+@pytest.mark.parametrize("name", ["features", "head"])
+@torch.no_grad()
+def test_kernels_before_and_behind_the_blocks_may_fail_too(name, plain_kernels, monkeypatch, capsys):
+    backbone, images, keep_BK = small_backbone(), small_images(4).images, keeps(4, 6)
+    execution, insists = Execution(backbone, SHAPE), Execution(backbone, SHAPE, "kernel")
+    monkeypatch.setattr(plain_kernels, name, broken)
+    logits = execution.head(execution.advance(execution.features(images), keep_BK, 0))
+    torch.testing.assert_close(logits, dense(backbone, images, keep_BK), rtol=1e-4, atol=1e-5)
+    assert execution.way == "gather"
+    with pytest.raises(UserError, match="execution=kernel cannot be"):
+        insists.head(insists.features(images))
+
+
+@torch.no_grad()
+def test_a_move_to_where_there_are_no_kernels_changes_nothing(plain_kernels, monkeypatch):
+    execution, images, keep_BK = Execution(small_backbone(), SHAPE, "kernel"), small_images(2).images, keeps(2, 6)
+    before, why_not = execution.logits(images, keep_BK), iter(["there are none", ""])
+    monkeypatch.setattr(ways, "no_kernels_on", lambda device, may_interpret: next(why_not))
+    with pytest.raises(UserError, match="execution=kernel cannot be: there are none"):
+        execution.to("cpu:0")  # the same place by another name
+    assert execution.way == "kernel" and torch.equal(execution.logits(images, keep_BK), before)
