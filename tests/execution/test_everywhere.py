@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from policyskip import load
 from policyskip.agents.skipnet import SkipNet
+from policyskip.backbones import sparse
 from policyskip.backbones.costs import count_costs
 from policyskip.backbones.gated import GatedNetwork
 from policyskip.backbones.msdnet import MSDNet
@@ -170,6 +171,27 @@ def test_predictions_are_the_same(name, plain_kernels):
         assert torch.equal(answer.macs_B, usual.macs_B) and torch.equal(answer.label_B, usual.label_B)
         assert bool(plain_kernels.calls) == (how == KERNEL) or how == DENSE
     assert [size for kind, size in plain_kernels.calls if kind == "features"] == [4, 4, 1]
+
+
+class OfAnEarlierVersion(PolicyNetwork):
+    """Runs a network by itself, as policies did before there were executions."""
+
+    def run(self, backbone, images, break_even_K=None):  # type: ignore[override]
+        keep_BK = self.decide(images)
+        return sparse(backbone, images, keep_BK, break_even_K), keep_BK
+
+
+def test_a_policy_that_runs_a_backbone_is_given_one(plain_kernels):
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        policy = OfAnEarlierVersion(6).eval()
+    usual = Predictor(block_policies()["image"].eval(), small_backbone(), CLASSES, SHAPE, 7.0, GATHER)
+    for how in (How(), GATHER):
+        predictor = Predictor(policy, small_backbone(), CLASSES, SHAPE, 7.0, how)
+        assert torch.equal(predictor.predict(IMAGES).logits_BC, usual.predict(IMAGES).logits_BC)
+    for how in (KERNEL, DENSE):
+        with pytest.raises(UserError, match=f"takes a backbone and no execution, so execution={how.way} has no effect"):
+            Predictor(policy, small_backbone(), CLASSES, SHAPE, 7.0, how)
 
 
 @pytest.mark.parametrize("kind", [BlockSelectionVectorEnv, LayerSkipVectorEnv])

@@ -191,10 +191,13 @@ def test_a_copy_makes_its_own_kernels(plain_kernels, again):
     assert torch.equal(copied.logits(images, keep_BK), execution.logits(images, keep_BK))
 
 
-def broken(self: KernelNetwork, x: torch.Tensor, *others: object) -> None:
-    if x.is_floating_point():
-        x.fill_(torch.nan)  # what it was given may be overwritten
+def broken(self: KernelNetwork, *arguments: object) -> None:
     raise RuntimeError("out of resource:\nshared memory")
+
+
+def spoiling(self: KernelNetwork, x: torch.Tensor, keep_BM: torch.Tensor, first: int) -> None:
+    x.fill_(torch.nan)
+    broken(self)
 
 
 @torch.no_grad()
@@ -206,7 +209,7 @@ def test_a_kernel_that_fails_later_is_given_up(plain_kernels, monkeypatch, capsy
     steps, ran = Execution(backbone, SHAPE), Execution(backbone, SHAPE)
     ran.advance(ran.features(images), keep_BK, 0)
     assert execution.way == "kernel"
-    monkeypatch.setattr(plain_kernels, "advance", broken)
+    monkeypatch.setattr(plain_kernels, "advance", spoiling)
     why = "the kernels do not run here (out of resource: shared memory)"
     for _ in range(2):
         assert torch.equal(execution.logits(images, keep_BK), sparse(execution.network, images, keep_BK))
