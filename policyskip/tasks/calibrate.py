@@ -42,7 +42,8 @@ def recalibrate(setup: Setup, run: Run, target: TargetSection) -> dict[str, Any]
     with damaged(run.folder / "summary.json"):
         head: dict[str, Any] = {name: before[name] for name in names}
     head |= {"execution": predictor.execution.way, "precision": setup.how.precision}
-    changed = {**lifecycle.saved_config(run), "target": target.model_dump()}  # a resumed run keeps to the target
+    kept = {"target": target.model_dump(), "precision": setup.how.precision}  # what a resumed run keeps to
+    changed = {**lifecycle.saved_config(run), **kept}
 
     def write_more(new: Run) -> None:
         lifecycle.save_changed_config(new, run.command, changed)
