@@ -26,8 +26,9 @@ _said: set[str] = set()
 
 
 def interpreted() -> bool:
-    """Return whether Triton's interpreter runs kernels, which it does on a CPU too, slowly (``TRITON_INTERPRET=1``)."""
-    return os.environ.get("TRITON_INTERPRET", "") == "1"
+    """Return whether Triton's interpreter runs kernels, which it does on a CPU too, slowly (``TRITON_INTERPRET=1``, or
+    what else Triton takes for a yes)."""
+    return os.environ.get("TRITON_INTERPRET", "").lower() in ("1", "true", "on", "yes", "y")
 
 
 def no_kernels_on(device: torch.device, may_interpret: bool) -> str:
@@ -48,6 +49,8 @@ def no_kernels_on(device: torch.device, may_interpret: bool) -> str:
         import_module("triton")
     except Exception as error:  # it loads libraries, which can fail in any way
         return f"Triton cannot be imported ({in_one_line(error, 80)})"
+    if interpreted() and not may_interpret:
+        return "TRITON_INTERPRET is set, and the interpreter is slow"
     return ""
 
 

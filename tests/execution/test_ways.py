@@ -113,7 +113,13 @@ def test_the_interpreter_is_used_if_kernels_are_asked_for(monkeypatch):
     monkeypatch.setenv("TRITON_INTERPRET", "1")
     assert choosing.no_kernels_on(torch.device("cpu"), may_interpret=True) == ""
     assert choosing.no_kernels_on(torch.device("cpu"), may_interpret=False) == "this is a CPU"
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+    for yes in ("1", "true"):  # on a GPU, too
+        monkeypatch.setenv("TRITON_INTERPRET", yes)
+        assert choosing.no_kernels_on(torch.device("cuda"), may_interpret=True) == ""
+        assert choosing.no_kernels_on(torch.device("cuda"), False).startswith("TRITON_INTERPRET is set")
     monkeypatch.setenv("TRITON_INTERPRET", "0")
+    assert choosing.no_kernels_on(torch.device("cuda"), may_interpret=False) == ""
     assert choosing.no_kernels_on(torch.device("cpu"), may_interpret=True) == "this is a CPU"
 
 
