@@ -196,8 +196,8 @@ class Setup:
         given = {network: self.backbone, "images": images, "reward": self.reward, "order": order, "seed": seed}
         count = min(self.batch_size, len(images))
         node = group_of(self.config, "env")
-        if self.how != How():
-            node = {**node, "execution": self.how.way, "precision": self.how.precision}
+        asked = {"execution": (self.how.way, "auto"), "precision": (self.how.precision, "float32")}
+        node = {**node, **{key: value for key, (value, usual) in asked.items() if value != usual}}
         env = build("env", node, self.trusted, num_envs=count, **given)
         if not all(hasattr(env, name) for name in ("observation", "costs", "score", "advance")):
             raise UserError(wrong_kind("env", node, env, "policyskip.envs.base.DecisionEnv"))

@@ -329,7 +329,7 @@ def test_an_environment_of_ones_own_that_takes_no_way_is_refused(tmp_path):
     (tmp_path / "my_own_envs.py").write_text(code)
     done = typed("train", *SMALL, *NET, "env._target_=my_own_envs.Mine", "precision=bfloat16", cwd=tmp_path)
     (line,) = without_waits(done.stderr)
-    assert done.returncode == 2 and "env has no key execution; my_own_envs.Mine takes" in line
+    assert done.returncode == 2 and "env has no key precision; my_own_envs.Mine takes" in line
 
 
 @pytest.mark.parametrize("command", ["train", "front", "pretrain", "profile"])
