@@ -196,6 +196,9 @@ class Setup:
         given = {network: self.backbone, "images": images, "reward": self.reward, "order": order, "seed": seed}
         count = min(self.batch_size, len(images))
         node = group_of(self.config, "env")
+        own = str(node.get("_target_")).startswith("policyskip.")
+        if own and (key := next((key for key in ("execution", "precision") if key in node), None)) is not None:
+            raise UserError(f"env.{key} cannot differ from the rest of a run: say {key}={node[key]} for all of it")
         asked = {"execution": (self.how.way, "auto"), "precision": (self.how.precision, "float32")}
         node = {**node, **{key: value for key, (value, usual) in asked.items() if value != usual}}
         env = build("env", node, self.trusted, num_envs=count, **given)

@@ -330,6 +330,9 @@ def test_an_environment_of_ones_own_that_takes_no_way_is_refused(tmp_path):
     done = typed("train", *SMALL, *NET, "env._target_=my_own_envs.Mine", "precision=bfloat16", cwd=tmp_path)
     (line,) = without_waits(done.stderr)
     assert done.returncode == 2 and "env has no key precision; my_own_envs.Mine takes" in line
+    done = typed("train", *SMALL, *NET, "+env.precision=bfloat16", cwd=tmp_path)  # its summary would say float32
+    (line,) = without_waits(done.stderr)
+    assert done.returncode == 2 and line.endswith("rest of a run: say precision=bfloat16 for all of it")
 
 
 @pytest.mark.parametrize("command", ["train", "front", "pretrain", "profile"])
