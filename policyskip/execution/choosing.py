@@ -14,9 +14,10 @@ from typing import Any
 
 import torch
 
-from policyskip.backbones.base import Backbone
-from policyskip.errors import in_one_line
+from policyskip.backbones.base import Backbone, Network
+from policyskip.errors import UserError, in_one_line
 from policyskip.execution.kernel_network import KernelNetwork
+from policyskip.finite import find_nonfinite
 from policyskip.parallel import processes
 
 LEAST_CAPABILITY = (8, 0)
@@ -52,6 +53,22 @@ def no_kernels_on(device: torch.device, may_interpret: bool) -> str:
     if interpreted() and not may_interpret:
         return "TRITON_INTERPRET is set, and the interpreter is slow"
     return ""
+
+
+@torch.no_grad()
+def check_range(network: Network, image_shape: tuple[int, int, int]) -> None:
+    """Refuse a network in float16 whose numbers are too large for it, for a black, a white or a striped image: answers
+    would be NaN, and be taken for class 0.
+
+    Raises:
+        UserError: they are.
+    """
+    if network.mean.dtype != torch.float16:
+        return
+    images = torch.zeros(3, *image_shape, dtype=torch.uint8, device=network.mean.device)
+    images[1], images[2, :, :, ::2] = 255, 255
+    if find_nonfinite(network.state_dict()) is not None or not network(images).isfinite().all():
+        raise UserError(f"precision=float16 cannot hold the numbers of {network.name}: say bfloat16 or float32")
 
 
 def kernels_for(folded: Backbone, image_shape: tuple[int, int, int], exact: bool) -> tuple[KernelNetwork | None, str]:

@@ -22,7 +22,7 @@ from policyskip.backbones.base import Backbone, Network
 from policyskip.backbones.execution import check_keep, dense, run_block, sparse, sparse_many
 from policyskip.backbones.folding import folded
 from policyskip.errors import UserError, check_choice, in_one_line
-from policyskip.execution.choosing import kernels_for, no_kernels_on, on_device, say_once
+from policyskip.execution.choosing import check_range, kernels_for, no_kernels_on, on_device, say_once
 from policyskip.execution.cuda_graphs import Call, CudaGraphs, Tensors
 from policyskip.execution.kernel_network import KernelNetwork, refuse_gradients
 from policyskip.memory import is_out_of_memory
@@ -77,8 +77,8 @@ class NetworkExecution:
         device: that the network is on.
 
     Raises:
-        UserError: there is no such way or precision, a weight is not finite, or kernels were asked for where there can
-            be none.
+        UserError: there is no such way or precision, a weight is not finite, float16 cannot hold the network's numbers,
+            or kernels were asked for where there can be none.
     """
 
     network: Any
@@ -97,6 +97,7 @@ class NetworkExecution:
         self._given = network if self.as_it_is else None
         if not self.as_it_is:
             self.network = _copy(network, precision)
+            check_range(self.network, image_shape)
         self._choose()
 
     @abstractmethod

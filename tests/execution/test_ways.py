@@ -178,6 +178,18 @@ def test_gradients_are_refused():
         refuse_gradients(torch.nn.Identity(), torch.zeros(1, requires_grad=True))
 
 
+@pytest.mark.parametrize("place", ["head.linear.weight", "blocks.0.residual.bn1.weight"])
+@torch.no_grad()
+def test_numbers_that_are_too_large_for_float16_are_refused(place):
+    """Either a weight is, or what is computed with it."""
+    backbone = small_backbone()
+    backbone.get_parameter(place).mul_(1e5 if "blocks" in place else 1e7)
+    for way in ("gather", "dense"):
+        Execution(backbone, SHAPE, way, "bfloat16")
+        with pytest.raises(UserError, match="precision=float16 cannot hold the numbers of resnet14: say bfloat16"):
+            Execution(backbone, SHAPE, way, "float16")
+
+
 @torch.no_grad()
 def test_a_wrong_keep_is_refused(plain_kernels):
     execution, images = Execution(small_backbone(), SHAPE, "kernel"), small_images(2).images
