@@ -264,7 +264,7 @@ class StageNetwork(KernelNetwork):
     def features(self, images: Tensor) -> Tensor:
         """Compute the features (B, C, H, W) that enter block 0, channels last, of images (B, 3, H, W)."""
         nothing = torch.zeros(len(images), 0, dtype=torch.bool, device=images.device)
-        return self._run(_pixels(images), nothing, 0, stem=True)
+        return self._run(_pixels(images, self.image_shape), nothing, 0, stem=True)
 
     @torch.no_grad()
     def advance(self, x: Tensor, keep_BM: Tensor, first: int) -> Tensor:
@@ -283,7 +283,7 @@ class StageNetwork(KernelNetwork):
     def logits(self, images: Tensor, keep_SBK: Tensor) -> Tensor:
         """Compute logits (S, B, C) of S decisions for each image, bool (S, B, K)."""
         S, B, K = keep_SBK.shape
-        logits = self._run(_pixels(images), keep_SBK.reshape(S * B, K), 0, stem=True, head=True)
+        logits = self._run(_pixels(images, self.image_shape), keep_SBK.reshape(S * B, K), 0, stem=True, head=True)
         return logits.view(S, B, self.folded.num_classes)
 
 
@@ -329,6 +329,12 @@ def _aligned(elements: int) -> int:
     return -(-elements // 64) * 64
 
 
-def _pixels(images: Tensor) -> Tensor:
-    """Return images as the kernels read them: uint8 or float32, contiguous."""
+def _pixels(images: Tensor, image_shape: tuple[int, int, int]) -> Tensor:
+    """Return images as the kernels read them: uint8 or float32, contiguous.
+
+    Raises:
+        ValueError: they are of another shape than the kernels are made for, which would read other memory.
+    """
+    if tuple(images.shape[1:]) != tuple(image_shape):
+        raise ValueError(f"images must be of shape (B, {', '.join(map(str, image_shape))}), got {tuple(images.shape)}")
     return images.to(torch.float32 if images.is_floating_point() else torch.uint8).contiguous()

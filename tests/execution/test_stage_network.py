@@ -257,6 +257,17 @@ def test_networks_that_it_refuses(make, reason):
         StageNetwork(backbone, (3, 8, 8))
 
 
+def test_images_of_another_shape_are_refused():
+    """Kernels would read other memory than that of the images."""
+    kernels, keep_1BK = StageNetwork(network(), (3, 8, 8)), torch.ones(1, 2, 3, dtype=torch.bool, device=DEVICE)
+    for shape in ((2, 3, 8, 7), (2, 4, 8, 8), (2, 1, 8, 8)):
+        images = torch.zeros(shape, dtype=torch.uint8, device=DEVICE)
+        with pytest.raises(ValueError, match=r"images must be of shape \(B, 3, 8, 8\), got \(2, "):
+            kernels.features(images)
+        with pytest.raises(ValueError, match="images must be of shape"):
+            kernels.logits(images, keep_1BK)
+
+
 def test_images_and_blocks_that_it_refuses():
     backbone = network()
     assert StageNetwork.why_not(backbone, (3, 64, 64)) == StageNetwork.why_not(backbone, (3, 28, 20)) == ""
