@@ -1,6 +1,7 @@
 """Is skipping really faster? Sparse execution beside the masked execution of earlier systems, and beside the ideal.
 
-    python benchmarks/execution.py [--device cpu|cuda] [--run runs/x …] [--depth 110] [--repeats 9]      (minutes)
+    python benchmarks/execution.py [--run runs/x …] [--depth 110] [--repeats 9]      (a CPU; minutes)
+    python benchmarks/execution.py --device cuda                                     (runs gpu_execution.py)
 
 Every figure is a median of ratios, measured in turn in one process. All but those of ``predict`` are measured with a
 ResNet-110 on images of 32×32 pixels, and with random decisions for each image that keep 31 % of the blocks:
@@ -187,11 +188,6 @@ def peak(way: str, depth: int, batch: int, device: str) -> float:
         "dense": lambda: dense(fast, images, keep_BK),
     }[way]
     fast(images[:1])
-    if device == "cuda":
-        torch.cuda.reset_peak_memory_stats()
-        before = torch.cuda.memory_allocated()
-        execute()
-        return float(torch.cuda.max_memory_allocated() - before)
     before = resident("VmRSS")
     Path("/proc/self/clear_refs").write_text("5")  # resets the peak that the system remembers
     execute()
@@ -213,6 +209,10 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=9)
     parser.add_argument("--peak", choices=("sparse", "dense"), help=argparse.SUPPRESS)
     options = parser.parse_args()
+    if options.device.startswith("cuda"):
+        script = Path(__file__).with_name("gpu_execution.py")
+        given = ["--device", options.device, "--repeats", str(options.repeats)]
+        raise SystemExit(subprocess.run([sys.executable, script, *given]).returncode)
     keep_freed_memory()
     torch.manual_seed(0)
     if options.peak:
@@ -258,11 +258,10 @@ def main() -> None:
     raw["peak_bytes"] = peak_bytes
     figures["peak_memory_vs_dense"] = peak_bytes["sparse"] / peak_bytes["dense"]
 
-    name = platform.machine() if device.type == "cpu" else device_name(device).replace(" ", "-")
     about = {"machine": device_name(device), "threads": torch.get_num_threads(), "torch": torch.__version__}
     content = {**figures, **about, "depth": options.depth, "batch": options.batch, "kept": KEPT, "raw": raw}
     RESULTS.mkdir(exist_ok=True)
-    (RESULTS / f"execution-{name}.json").write_text(json.dumps(content, indent=1) + "\n")
+    (RESULTS / f"execution-{platform.machine()}.json").write_text(json.dumps(content, indent=1) + "\n")
     print("| figure | value |\n|---|---|")
     for key, value in figures.items():
         print(f"| {key} | {value:.3f} |")

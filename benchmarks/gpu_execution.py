@@ -1,6 +1,7 @@
 """Is skipping really faster on a GPU? Kernels beside gathering, masking, and the fastest whole networks there are.
 
-    python benchmarks/gpu_execution.py                     (an NVIDIA GPU; about six minutes)
+    python benchmarks/gpu_execution.py --no-compile        (an NVIDIA GPU; minutes)
+    python benchmarks/gpu_execution.py                     (with torch.compile, which takes minutes for every network)
     python benchmarks/gpu_execution.py --parts tables      (some of: limits tables latency updates job predict tilings)
     TRITON_INTERPRET=1 python benchmarks/gpu_execution.py --tiny --device cpu    (tries the script without a GPU)
 
@@ -8,20 +9,21 @@ All figures are medians of interleaved repeats in milliseconds a batch. Decision
 31 % of the blocks (half of a ResNet-50's). The ways to run a batch:
 
 - masked: as published, every block for every image, then blended by multiplication, in float32;
-- graph: the whole folded network, all blocks, in one CUDA graph;
+- graph: the whole folded network, all blocks, in one CUDA graph; graph_last: with features channels last;
 - compiled: the same by ``torch.compile(mode="max-autotune")``;
 - gather: a block runs on copies of the images that keep it;
 - kernel: a skipped block is a branch that is not taken; kernel_all: the same kernels, all blocks kept.
 
-For each network, precision and batch size it prints ``speedup``, the fastest whole network (graph, compiled or
-kernel_all) over ``kernel``, and ``ideal``, the share that this is of the ideal by MACs. Limits of the device (products
-a second, bytes a second) are measured, not read from a data sheet. Writes benchmarks/results/gpu-<device>.json after
-every part, so that what was measured stays if the time runs out.
+For each network, precision and batch size it prints ``speedup``, the fastest whole network (graph, graph_last,
+compiled or kernel_all) over ``kernel``, and ``ideal``, the share that this is of the ideal by MACs. Limits of the
+device (products a second, bytes a second) are measured, not read from a data sheet. Writes
+benchmarks/results/gpu-<device>.json after every part, so that what was measured stays if the time runs out.
 """
 
 from __future__ import annotations
 
 import argparse
+import copy
 import json
 import math
 import subprocess
@@ -113,10 +115,13 @@ def table(case: Case, precision: str, batch: int, repeats: int, compiled: bool) 
     if precision == "float32":
         guarded(calls, "masked", lambda: lambda: published(case.network, images, keep_BK))
     guarded(calls, "graph", lambda: captured(lambda: whole(images), device))
+    channels_last = copy.deepcopy(whole).to(memory_format=torch.channels_last)
+    guarded(calls, "graph_last", lambda: captured(lambda: channels_last(images), device))
     if compiled:
 
         def compile_whole() -> Callable[[], object]:
-            fast = torch.compile(whole, mode="max-autotune")
+            torch._dynamo.reset()  # else it gives up after eight networks
+            fast = torch.compile(whole, mode="max-autotune", dynamic=False)
             fast(images)
             return lambda: fast(images)
 
@@ -129,7 +134,7 @@ def table(case: Case, precision: str, batch: int, repeats: int, compiled: bool) 
     figures: Figures = dict(milliseconds(calls, repeats, device))
     costs = count_costs(case.network, case.shape)
     figures["share"] = float(costs.of(keep_BK.cpu()).mean()) / costs.full
-    wholes = [figures[name] for name in ("graph", "compiled", "kernel_all") if name in figures]
+    wholes = [figures[name] for name in ("graph", "graph_last", "compiled", "kernel_all") if name in figures]
     if "kernel" in figures and wholes:
         figures["speedup"] = min(wholes) / figures["kernel"]
         figures["ideal"] = figures["speedup"] * figures["share"]
@@ -308,6 +313,8 @@ def main() -> None:
     parser.add_argument("--no-compile", action="store_true", help="leave out torch.compile, which takes minutes")
     parser.add_argument("--seconds", type=float, default=120, help="of the part tilings, at most")
     parser.add_argument("--networks", nargs="+", help="some of resnet110 digits_resnet32 resnet50")
+    parser.add_argument("--precisions", nargs="+", choices=DTYPES, default=list(DTYPES))
+    parser.add_argument("--batches", nargs="+", type=int, help="of the part tables, some of each network's")
     parser.add_argument("--results", type=Path, default=Path(__file__).parent / "results")
     parser.add_argument("--tiny", action="store_true", help="a tiny network: tries the script, measures nothing")
     options = parser.parse_args()
@@ -333,8 +340,8 @@ def main() -> None:
         keep("limits", limits(device, tiny))
     if "tables" in options.parts:
         for case in networks:
-            for precision in DTYPES:
-                for batch in case.batches:
+            for precision in options.precisions:
+                for batch in [b for b in case.batches if options.batches is None or b in options.batches]:
                     compiled = not options.no_compile and device.type == "cuda" and batch in (1, 64, 2048)
                     keep(
                         f"tables/{case.name} {precision} {batch}",
@@ -342,7 +349,7 @@ def main() -> None:
                     )
     if "latency" in options.parts:
         for case in networks:
-            for precision in DTYPES:
+            for precision in options.precisions:
                 keep(f"latency/{case.name} {precision}", latency(case, precision, 2 if tiny else 100))
     if "updates" in options.parts:
         for case in networks[:1]:
@@ -350,7 +357,7 @@ def main() -> None:
                 keep(f"updates/{case.name} {batch}", updates(case, batch, options.repeats))
     if "tilings" in options.parts:
         until = time.monotonic() + options.seconds
-        for precision in ("bfloat16", "float32"):
+        for precision in reversed(options.precisions):
             figures = tilings(networks[0], precision, (2, 3) if tiny else (1, 64, 256, 2048), 5, until)
             keep(f"tilings/{networks[0].name} {precision}", figures)
     with tempfile.TemporaryDirectory() as folder:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from importlib import import_module
 from typing import Any
 
@@ -134,3 +134,21 @@ def say_once(line: str) -> None:
     if line not in _said and processes.is_first():
         _said.add(line)
         print(line, file=sys.stderr)
+
+
+@contextmanager
+def launching_on(device: torch.device, exact: bool) -> Iterator[None]:
+    """Launch kernels of the body on a device; ``exact``: without TF32 in torch's own."""
+    with on_device(device), full_float32() if exact else nullcontext():
+        yield
+
+
+@contextmanager
+def full_float32() -> Iterator[None]:
+    """Let torch compute products of float32 on a GPU in full float32 and not in TF32."""
+    convolutions, products = torch.backends.cudnn.allow_tf32, torch.backends.cuda.matmul.allow_tf32
+    try:
+        torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = False
+        yield
+    finally:
+        torch.backends.cudnn.allow_tf32, torch.backends.cuda.matmul.allow_tf32 = convolutions, products

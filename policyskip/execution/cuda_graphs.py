@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Callable
+from functools import cache
 from typing import Any
 
 import torch
@@ -34,14 +35,15 @@ class CudaGraph:
 
     def __init__(self, call: Call, inputs: Tensors, pool: Any) -> None:
         self.inputs = tuple(tensor.clone() for tensor in inputs)
-        side, main = torch.cuda.Stream(), torch.cuda.current_stream()
+        main = torch.cuda.current_stream()
+        side = _stream(main.device)
         side.wait_stream(main)
         with torch.cuda.stream(side):  # what libraries set up at a first call on a stream is not for the recording
             call(*self.inputs)
         main.wait_stream(side)
         self.graph = torch.cuda.CUDAGraph()
         try:  # other threads, which load images, may use the GPU meanwhile
-            with torch.cuda.graph(self.graph, pool=pool, capture_error_mode="thread_local"):
+            with torch.cuda.graph(self.graph, pool=pool, stream=side, capture_error_mode="thread_local"):
                 self.outputs = call(*self.inputs)
         finally:  # torch stays on its own stream if a recording fails
             torch.cuda.set_stream(main)
@@ -124,6 +126,16 @@ class CudaGraphs:
         while len(self._seen) > 8 * MOST_GRAPHS:
             self._seen.popitem(last=False)
         return came
+
+
+@cache
+def _stream(device: torch.device) -> torch.cuda.Stream:
+    """Return the stream that calls on a GPU are recorded on.
+
+    Torch's own is on the GPU that recorded first, and makes that the current one: nothing on another would be recorded.
+    Graphs share memory only if they are recorded on one stream.
+    """
+    return torch.cuda.Stream(device)
 
 
 def _is_recording() -> bool:

@@ -21,6 +21,10 @@ from policyskip.execution.product_kernels import (
     pixels,
     relu,
 )
+from policyskip.execution.stage_plan import Stage
+
+FIELDS = tl.constexpr(len(Stage._fields))
+"""Of a stage. They are handed over in one flat tuple: up to Triton 3.7, no kernel can read a tuple of tuples."""
 
 
 @triton.jit
@@ -71,24 +75,28 @@ def _change_shape(
     kept: tl.tensor,
     weights: tl.tensor,
     bias: tl.tensor,
-    STAGE: tl.constexpr,
+    STAGES: tl.constexpr,
+    AT: tl.constexpr,
     PRECISION: tl.constexpr,
 ) -> None:
-    """Run a stage's first block, which changes the shape, on features src, and write what it gives to dst."""
-    H: tl.constexpr = STAGE[0]
-    W: tl.constexpr = STAGE[1]
-    C: tl.constexpr = STAGE[2]
-    CP: tl.constexpr = STAGE[3]
-    H_IN: tl.constexpr = STAGE[4]
-    W_IN: tl.constexpr = STAGE[5]
-    C_IN: tl.constexpr = STAGE[6]
-    CP_IN: tl.constexpr = STAGE[7]
-    S: tl.constexpr = STAGE[8]
-    KIND: tl.constexpr = STAGE[9]
-    SHIFT: tl.constexpr = STAGE[10]
-    M: tl.constexpr = STAGE[21]
-    K: tl.constexpr = STAGE[22]
-    AHEAD: tl.constexpr = STAGE[23]
+    """Run a stage's first block, which changes the shape, on features src, and write what it gives to dst.
+
+    Its fields are those of STAGES from AT on.
+    """
+    H: tl.constexpr = STAGES[AT + 0]
+    W: tl.constexpr = STAGES[AT + 1]
+    C: tl.constexpr = STAGES[AT + 2]
+    CP: tl.constexpr = STAGES[AT + 3]
+    H_IN: tl.constexpr = STAGES[AT + 4]
+    W_IN: tl.constexpr = STAGES[AT + 5]
+    C_IN: tl.constexpr = STAGES[AT + 6]
+    CP_IN: tl.constexpr = STAGES[AT + 7]
+    S: tl.constexpr = STAGES[AT + 8]
+    KIND: tl.constexpr = STAGES[AT + 9]
+    SHIFT: tl.constexpr = STAGES[AT + 10]
+    M: tl.constexpr = STAGES[AT + 21]
+    K: tl.constexpr = STAGES[AT + 22]
+    AHEAD: tl.constexpr = STAGES[AT + 23]
     TILES: tl.constexpr = (H * W + M - 1) // M
     second = weights + 9 * CP_IN * CP
     third = second + 9 * CP * CP
@@ -122,17 +130,23 @@ def _change_shape(
 
 @triton.jit
 def _run_block(
-    x: tl.tensor, mid: tl.tensor, weights: tl.tensor, bias: tl.tensor, STAGE: tl.constexpr, PRECISION: tl.constexpr
+    x: tl.tensor,
+    mid: tl.tensor,
+    weights: tl.tensor,
+    bias: tl.tensor,
+    STAGES: tl.constexpr,
+    AT: tl.constexpr,
+    PRECISION: tl.constexpr,
 ) -> None:
     """Run a kept block that has the identity as its shortcut, in place on features x; mid is scratch memory."""
-    H: tl.constexpr = STAGE[0]
-    W: tl.constexpr = STAGE[1]
-    C: tl.constexpr = STAGE[2]
-    CP: tl.constexpr = STAGE[3]
-    M: tl.constexpr = STAGE[19]
-    PATCH: tl.constexpr = STAGE[20]
-    K: tl.constexpr = STAGE[22]
-    AHEAD: tl.constexpr = STAGE[23]
+    H: tl.constexpr = STAGES[AT + 0]
+    W: tl.constexpr = STAGES[AT + 1]
+    C: tl.constexpr = STAGES[AT + 2]
+    CP: tl.constexpr = STAGES[AT + 3]
+    M: tl.constexpr = STAGES[AT + 19]
+    PATCH: tl.constexpr = STAGES[AT + 20]
+    K: tl.constexpr = STAGES[AT + 22]
+    AHEAD: tl.constexpr = STAGES[AT + 23]
     SIDE: tl.constexpr = PATCH + 2
     N: tl.constexpr = PATCH * PATCH * CP
     TILES: tl.constexpr = (((H + PATCH - 1) // PATCH) * ((W + PATCH - 1) // PATCH) + M - 1) // M
@@ -250,7 +264,7 @@ def run_image(
         weights, bias: as ``stage_weights.py`` packs them.
         STEM: (H, W, C, CP, place of the weights, place of the biases, pixels a tile, place in scratch of what it gives,
             negative for ``out``); () without a stem.
-        STAGES: the stages, each a tuple as ``Stage`` in ``stage_plan.py`` describes it.
+        STAGES: the stages' fields, as ``Stage`` in ``stage_plan.py`` describes them, one stage behind the other.
         HEAD: (pixels, C, CP, CLASSES, place of the weights, place of the biases); () without a head.
     """
     row = tl.program_id(0)
@@ -264,19 +278,27 @@ def run_image(
         _stem(x + row % images * X_ROW, current, weights + STEM[4], bias + STEM[5], STEM, PRECISION)
     else:
         current = x + row * X_ROW
-    for i in tl.static_range(len(STAGES)):
-        start = STAGES[i][11]
-        if STAGES[i][9] != "":
-            changed = out + row * OUT_ROW if STAGES[i][24] < 0 else own + STAGES[i][24]
+    for i in tl.static_range(len(STAGES) // FIELDS):
+        start = STAGES[i * FIELDS + 11]
+        if STAGES[i * FIELDS + 9] != "":
+            changed = out + row * OUT_ROW if STAGES[i * FIELDS + 24] < 0 else own + STAGES[i * FIELDS + 24]
             kept = tl.load(keep + (start - 1 - first) * keep_block) != 0
             _change_shape(
-                current, changed, own, kept, weights + STAGES[i][17], bias + STAGES[i][18], STAGES[i], PRECISION
+                current,
+                changed,
+                own,
+                kept,
+                weights + STAGES[i * FIELDS + 17],
+                bias + STAGES[i * FIELDS + 18],
+                STAGES,
+                i * FIELDS,
+                PRECISION,
             )
             current = changed
-        for k in range(tl.maximum(first, start), tl.minimum(last, start + STAGES[i][12])):
+        for k in range(tl.maximum(first, start), tl.minimum(last, start + STAGES[i * FIELDS + 12])):
             if tl.load(keep + (k - first) * keep_block) != 0:
-                own_weights = weights + STAGES[i][13] + (k - start) * STAGES[i][14]
-                own_bias = bias + STAGES[i][15] + (k - start) * STAGES[i][16]
-                _run_block(current, own, own_weights, own_bias, STAGES[i], PRECISION)
+                own_weights = weights + STAGES[i * FIELDS + 13] + (k - start) * STAGES[i * FIELDS + 14]
+                own_bias = bias + STAGES[i * FIELDS + 15] + (k - start) * STAGES[i * FIELDS + 16]
+                _run_block(current, own, own_weights, own_bias, STAGES, i * FIELDS, PRECISION)
     if len(HEAD) > 0:
         _head(current, out + row * OUT_ROW, weights + HEAD[4], bias + HEAD[5], HEAD, PRECISION)

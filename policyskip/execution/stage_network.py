@@ -201,7 +201,7 @@ class StageNetwork(KernelNetwork):
             head_constants = (shape[1] * shape[2], shape[0], padded(shape[0]), *out_shape, *self.packed.head)
         constants = dict(
             STEM=stem_constants,
-            STAGES=tuple(tuple(stage) for stage in stages),
+            STAGES=tuple(field for stage in stages for field in stage),
             HEAD=head_constants,
             SPACE=space,
             X_ROW=x_row,

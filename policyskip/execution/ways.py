@@ -11,8 +11,8 @@ Shapes: B images, S decisions for each image, K blocks, M of them in a row, C ch
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Hashable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from collections.abc import Hashable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any, NamedTuple, Self
 
 import torch
@@ -22,7 +22,7 @@ from policyskip.backbones.base import Backbone, Network
 from policyskip.backbones.execution import check_keep, dense, run_block, sparse, sparse_many
 from policyskip.backbones.folding import folded
 from policyskip.errors import UserError, check_choice, in_one_line
-from policyskip.execution.choosing import check_range, kernels_for, no_kernels_on, on_device, say_once
+from policyskip.execution.choosing import check_range, kernels_for, launching_on, no_kernels_on, say_once
 from policyskip.execution.cuda_graphs import Call, CudaGraphs, Tensors
 from policyskip.execution.kernel_network import KernelNetwork, refuse_gradients
 from policyskip.memory import is_out_of_memory
@@ -34,6 +34,13 @@ PRECISIONS = {
     "bfloat16": torch.bfloat16,
     "float16": torch.float16,
 }
+
+TOLERANCES = {"float32": 0.05, "float32_exact": 0.01, "bfloat16": 0.25, "float16": 0.1}
+"""By how much logits of kernels may differ from those of gathering, as shares of the logits' mean size, both averaged
+over the classes. Rounding stays below a fifth of this; a fault in a kernel or its compiler, or a race, does not."""
+
+CHECKED = (4, 64)
+"""Decisions and images on which the kernels are checked, at most."""
 
 
 class How(NamedTuple):
@@ -131,6 +138,7 @@ class NetworkExecution:
         self.network = network
         self._graphs: dict[Hashable, CudaGraphs] = {}
         self._advanced: set[Hashable] = set()
+        self._checked: set[int] = set()
 
     def to(self, device: str | torch.device) -> Self:
         """Move the network, choose the way again for where it is now, and return the execution.
@@ -199,7 +207,7 @@ class NetworkExecution:
     def exactly(self) -> AbstractContextManager[Any]:
         """Return a context in which kernels are launched on the network's GPU, and float32 is exact if the precision
         says so; on a CPU there is nothing to do."""
-        return _launching_on(self.device, self.precision == "float32_exact") if self._on_gpu else NOTHING
+        return launching_on(self.device, self.precision == "float32_exact") if self._on_gpu else NOTHING
 
 
 class Execution(NetworkExecution):
@@ -237,12 +245,35 @@ class Execution(NetworkExecution):
             ValueError: ``keep_SBK`` is of another kind or shape, or gradients are wanted of kernels.
         """
         check_keep(self.network, images, keep_SBK[0])
-        if (found := self.by_kernels("logits", self._by_kernels, images, keep_SBK.to(images.device))) is not None:
+        found = self.by_kernels("logits", self._by_kernels, images, keep_SBK.to(images.device))
+        if found is not None and self._agrees(found[0], images, keep_SBK):
             return found[0]
         with self.exactly():
             if self.way == "dense":
                 return torch.stack([dense(self.network, images, keep_BK) for keep_BK in keep_SBK])
             return sparse_many(self.network, images, keep_SBK)
+
+    def _agrees(self, logits_SBC: Tensor, images: Tensor, keep_SBK: Tensor) -> bool:
+        """Return whether kernels give what gathering gives; otherwise give the kernels up.
+
+        It is found out on some of the images when a batch first comes, or first comes twice as large.
+
+        Raises:
+            UserError: they do not, and ``execution=kernel`` was asked for.
+        """
+        if (size := keep_SBK[..., 0].numel().bit_length()) in self._checked:
+            return True
+        some = (slice(CHECKED[0]), slice(CHECKED[1]))
+        with torch.no_grad(), self.exactly():
+            expected_SBC = sparse_many(self.network, images[some[1]], keep_SBK[some]).float()
+            off_SB = (logits_SBC[some].float() - expected_SBC).abs().mean(-1)
+            allowed = TOLERANCES[self.precision] * expected_SBC.abs().nanmean() + 1e-6
+            wrong = int((~(off_SB <= allowed) & expected_SBC.isfinite().all(-1)).sum())  # NaN is not as allowed either
+        if wrong:
+            self._give_kernels_up(RuntimeError(f"of {off_SB.numel()} answers {wrong} are not those of gathering"))
+            return False
+        self._checked.add(size)
+        return True
 
     def whole(self, images: Tensor) -> Tensor:
         """Compute logits (B, C) of images (B, 3, H, W) with all blocks.
@@ -258,14 +289,14 @@ class Execution(NetworkExecution):
 
     def features(self, images: Tensor) -> Tensor:
         """Compute the features (B, C, H, W) that enter block 0, for :meth:`advance`."""
-        if (found := self.by_kernels(None, self._features, images)) is not None:
-            return found[0]
-        with self.exactly():
-            return self.network.features(images)
+        return self._part("features", images)
 
-    def _features(self, images: Tensor) -> Tensors:
-        assert self.kernels is not None
-        return (self.kernels.features(images),)
+    def _part(self, name: str, x: Tensor) -> Tensor:
+        """Compute a part of the network, by kernels where there are any."""
+        found = self.by_kernels(None, lambda x: (getattr(self.kernels, name)(x),), x)
+        with self.exactly():
+            result: Tensor = getattr(self.network, name)(x) if found is None else found[0]
+        return result
 
     def advance(self, x: Tensor, keep_BM: Tensor, first: int) -> Tensor:
         """Run the M blocks from ``first`` on, each for the images that ``keep_BM``, bool (B, M), keeps.
@@ -306,33 +337,9 @@ class Execution(NetworkExecution):
 
     def head(self, x: Tensor) -> Tensor:
         """Compute logits (B, C) from the features (B, C, H, W) after the last block."""
-        if (found := self.by_kernels(None, self._head, x)) is not None:
-            return found[0]
-        with self.exactly():
-            return self.network.head(x)
-
-    def _head(self, x: Tensor) -> Tensors:
-        assert self.kernels is not None
-        return (self.kernels.head(x),)
+        return self._part("head", x)
 
 
 def _copy(network: Network, precision: str) -> Any:
     """Return a frozen copy of a network with batch normalisation folded into its convolutions, in a precision."""
     return folded(network).freeze().to(PRECISIONS[precision])
-
-
-@contextmanager
-def _launching_on(device: torch.device, exact: bool) -> Iterator[None]:
-    with on_device(device), full_float32() if exact else nullcontext():
-        yield
-
-
-@contextmanager
-def full_float32() -> Iterator[None]:
-    """Let torch compute products of float32 on a GPU in full float32 and not in TF32."""
-    convolutions, products = torch.backends.cudnn.allow_tf32, torch.backends.cuda.matmul.allow_tf32
-    try:
-        torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = False
-        yield
-    finally:
-        torch.backends.cudnn.allow_tf32, torch.backends.cuda.matmul.allow_tf32 = convolutions, products

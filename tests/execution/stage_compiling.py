@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 import triton
+import triton.language as tl
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
@@ -34,7 +35,9 @@ def resources(function: Any, signature: dict[str, str], constants: dict[str, Any
     """Compile a kernel, and say how many registers, bytes of shared memory and bytes of spilled registers it takes."""
     names = function.arg_names
     aligned = {(names.index(name),): [["tt.divisibility", 16]] for name, kind in signature.items() if kind[0] == "*"}
-    source = ASTSource(function, signature | dict.fromkeys(constants, "constexpr"), constants, aligned)
+    # Up to Triton 3.7, a tuple is one constant, and its parts are plain values: what compiles so compiles with 3.8 too.
+    own = {name: tl.constexpr(value) if isinstance(value, tuple) else value for name, value in constants.items()}
+    source = ASTSource(function, signature | dict.fromkeys(constants, "constexpr"), own, aligned)
     options = {"num_warps": warps, "num_stages": 1}
     kernel = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:

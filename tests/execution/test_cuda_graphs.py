@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
+from unittest.mock import MagicMock
+
 import pytest
 import torch
 
 from policyskip.execution import cuda_graphs
-from policyskip.execution.cuda_graphs import MOST_GRAPHS, CudaGraphs
+from policyskip.execution.cuda_graphs import MOST_GRAPHS, CudaGraph, CudaGraphs
 
 
 class Recording:
@@ -95,3 +98,19 @@ def test_on_a_cpu_and_inside_another_recording_there_is_none(graphs, monkeypatch
     for _ in range(3):
         graphs(torch.ones(4).as_subclass(OnGpu))
     assert Recording.made == []
+
+
+def test_a_call_is_recorded_on_a_stream_of_its_own_gpu(monkeypatch):
+    """And all calls on one stream: torch shares the memory of graphs that were recorded on one, and no other."""
+    recorded = []
+    for name in ("CUDAGraph", "set_stream"):
+        monkeypatch.setattr(torch.cuda, name, MagicMock())
+    monkeypatch.setattr(torch.cuda, "stream", lambda stream: nullcontext())
+    monkeypatch.setattr(torch.cuda, "Stream", lambda device: MagicMock(device=device))
+    monkeypatch.setattr(torch.cuda, "graph", lambda graph, **options: recorded.append(options) or nullcontext())
+    for device in ("cuda:0", "cuda:1", "cuda:1"):
+        monkeypatch.setattr(torch.cuda, "current_stream", lambda device=device: MagicMock(device=torch.device(device)))
+        CudaGraph(lambda x: (2 * x,), (torch.ones(3),), "pool")
+    first, second, third = (options["stream"] for options in recorded)
+    assert str(first.device) == "cuda:0" and str(second.device) == "cuda:1" and third is second
+    cuda_graphs._stream.cache_clear()

@@ -160,7 +160,7 @@ def test_a_low_precision_is_that_of_a_copy(precision, plain_kernels):
 
 def test_exact_float32_switches_tf32_off_and_on_again():
     before = torch.backends.cudnn.allow_tf32
-    with ways.full_float32():
+    with choosing.full_float32():
         assert not torch.backends.cudnn.allow_tf32 and not torch.backends.cuda.matmul.allow_tf32
     assert torch.backends.cudnn.allow_tf32 == before
 
@@ -263,3 +263,34 @@ def test_a_move_to_where_there_are_no_kernels_changes_nothing(plain_kernels, mon
     with pytest.raises(UserError, match="execution=kernel cannot be: there are none"):
         execution.to("cpu:0")  # the same place by another name
     assert execution.way == "kernel" and torch.equal(execution.logits(images, keep_BK), before)
+
+
+@pytest.mark.parametrize(("row", "factor"), [(0, 1), (4, 1), (4, torch.nan)])
+@torch.no_grad()
+def test_kernels_with_other_answers_are_given_up(row, factor, plain_kernels, monkeypatch, capsys):
+    def wrong(self, images, keep_SBK):
+        logits_SBC = torch.stack([dense(self.folded, images, keep_BK) for keep_BK in keep_SBK])
+        logits_SBC[-1, row] = factor * logits_SBC[-1, row].roll(1)
+        return logits_SBC
+
+    backbone, images, keep_SBK = small_backbone(), small_images(5).images, keeps(5, 6, 2)
+    execution, insists = Execution(backbone, SHAPE), Execution(backbone, SHAPE, "kernel")
+    assert execution.way == "kernel"
+    monkeypatch.setattr(PlainKernels, "logits", wrong)
+    monkeypatch.setattr(choosing, "_said", set())
+    with pytest.raises(UserError, match=r"execution=kernel cannot be: .*of 10 answers 1 are not those of gathering"):
+        insists.logits_many(images, keep_SBK)
+    expected = torch.stack([dense(backbone, images, keep_BK) for keep_BK in keep_SBK])
+    torch.testing.assert_close(execution.logits_many(images, keep_SBK), expected, rtol=1e-4, atol=1e-5)
+    assert execution.way == "gather" and capsys.readouterr().err.count("\n") == 1
+
+
+@torch.no_grad()
+def test_answers_are_compared_again_when_batches_grow(plain_kernels, monkeypatch):
+    compared: list[int] = []
+    gather = ways.sparse_many
+    monkeypatch.setattr(ways, "sparse_many", lambda *args: compared.append(len(args[1])) or gather(*args))
+    execution = Execution(small_backbone(), SHAPE)
+    for images in (2, 3, 2, 4, 7, 5):
+        execution.logits(small_images(images).images, keeps(images, 6))
+    assert compared == [2, 4] and execution.way == "kernel"
