@@ -138,7 +138,7 @@ def say_once(line: str) -> None:
 
 @contextmanager
 def launching_on(device: torch.device, exact: bool) -> Iterator[None]:
-    """Launch kernels of the body on a device, and compute float32 in torch without TF32 if it must be exact."""
+    """Let kernels of the body be launched on a device, and compute float32 in torch without TF32 if it must be exact."""
     with on_device(device), full_float32() if exact else nullcontext():
         yield
 
