@@ -194,11 +194,12 @@ class Setup:
         """
         network = "network" if isinstance(self.backbone, ExitNetwork) else "backbone"
         given = {network: self.backbone, "images": images, "reward": self.reward, "order": order, "seed": seed}
-        count = min(self.batch_size, len(images))
-        node = group_of(self.config, "env")
-        if self.how != How():
-            node = {**node, "execution": self.how.way, "precision": self.how.precision}
-        env = build("env", node, self.trusted, num_envs=count, **given)
+        given["num_envs"], node = min(self.batch_size, len(images)), group_of(self.config, "env")
+        for key, value, usual in zip(("execution", "precision"), self.how, How()):
+            if key in node and str(node.get("_target_")).startswith("policyskip."):
+                raise UserError(f"env.{key} cannot differ from the rest of a run: say {key}={node[key]} for all of it")
+            node = node if value == usual else {**node, key: value}
+        env = build("env", node, self.trusted, **given)
         if not all(hasattr(env, name) for name in ("observation", "costs", "score", "advance")):
             raise UserError(wrong_kind("env", node, env, "policyskip.envs.base.DecisionEnv"))
         return env
@@ -300,8 +301,7 @@ def build_backbone(
     check_data(node.get("checkpoint"), data.name)
     with registry.trusting(trusted, stored=False), waiting("making the network"):
         given: dict[str, Any] = dict(num_classes=len(data.classes), image_shape=data.image_shape)
-        if seed is not None:
-            given["seed"] = seed
+        given |= {} if seed is None else {"seed": seed}
         call = check_call("backbone", node, **given)
         own = registry.is_own(getattr(call.target, "__module__", None))
         with nullcontext() if own else seeded(seed or 0):

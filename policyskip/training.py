@@ -15,7 +15,7 @@ from typing import Any, Protocol, TypeVar
 from torch import Tensor
 
 from policyskip.errors import UserError, users_problem
-from policyskip.finite import NotFiniteError, find_nonfinite, unusual
+from policyskip.finite import NotFiniteError, described, find_nonfinite, unusual
 from policyskip.memory import is_out_of_memory, release_freed_memory
 from policyskip.parallel import processes
 from policyskip.parallel.deferred import MOST_UPDATES, Deferred, Figure, fetched
@@ -240,10 +240,15 @@ def _updated(learner: Any, source: Source) -> dict[str, Figure]:
         UserError: they are not numbers by name.
     """
     figures = learner.update(source)
-    if not isinstance(figures, dict) or not all(
-        isinstance(key, str) and _is_figure(value) for key, value in figures.items()
-    ):
-        raise UserError(f"update of {name_of(learner)} must return numbers by name, a dictionary, got {figures!r:.80}")
+    wanted = f"update of {name_of(learner)} must return numbers by name"
+    if not isinstance(figures, dict):
+        raise UserError(f"{wanted}, a dictionary, got {figures!r:.80}")
+    for key, value in figures.items():
+        if not isinstance(key, str) or not _is_figure(value):
+            got = (
+                described(value, f" {unusual(value) or ''}".rstrip()) if isinstance(value, Tensor) else f"{value!r:.80}"
+            )
+            raise UserError(f"{wanted}, got {got} by the name {key!r:.80}")
     # Many updates' figures are held at once, and a loss would hold all that its gradient needs.
     return {key: value.detach() if isinstance(value, Tensor) else value for key, value in figures.items()}
 

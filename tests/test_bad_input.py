@@ -672,6 +672,8 @@ class FailingDecisions(Good):
     def __init__(self, env): self.policy, self.decision_macs = Failing(env.backbone.num_blocks), 0.0
 class NoFigures(Good):
     def update(self, env): env.advance()
+class WideFigure(Good):
+    def update(self, env): return {"loss": 0.5, "gain": torch.zeros(3)}
 class UpdateLeaves(Good):
     def update(self, env): sys.exit(0)
 
@@ -799,6 +801,7 @@ def test_labels_without_a_class_are_refused(refused, empty_folder, monkeypatch):
     "name, message",
     [
         ("NoFigures", "update of nofigures must return numbers by name, a dictionary, got None; no checkpoint"),
+        ("WideFigure", "must return numbers by name, got float32 (3,) by the name 'gain'; no checkpoint"),
         ("UpdateLeaves", "agent: odd.UpdateLeaves failed with SystemExit: 0"),
     ],
 )

@@ -26,7 +26,7 @@ from policyskip.exits.rules import RULES, decisions_at
 from policyskip.finite import described, plain_tensor
 from policyskip.memory import BatchSplitter
 from policyskip.parallel.devices import device_named, usual_defaults
-from policyskip.policies.base import Policy
+from policyskip.policies.base import Policy, taken_by
 from policyskip.policies.perceptrons import ExitPolicy
 from policyskip.policies.thresholds import ThresholdPolicy
 
@@ -193,6 +193,7 @@ class Predictor(BlockPredictor):
     ) -> None:
         super().__init__(backbone, classes, image_shape, how)
         self.policy = folded(policy)
+        taken_by(self.policy, self.execution)  # refused now rather than at the first prediction
         self.policy_macs = policy_macs
         self.costs = count_costs(backbone, image_shape)
         self.plan: dict[int, list[float]] = {}
@@ -217,7 +218,7 @@ class Predictor(BlockPredictor):
         return [self.policy]
 
     def _answer(self, images: Tensor) -> tuple[Tensor, Tensor]:
-        return self.policy.run(self.execution, images, self.plan_for(len(images)))
+        return self.policy.run(taken_by(self.policy, self.execution), images, self.plan_for(len(images)))
 
     def plan_for(self, batch: int) -> list[float] | None:
         """Return the plan of the nearest batch size that was measured; None without one, and where images are not

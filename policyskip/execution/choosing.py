@@ -8,15 +8,16 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from importlib import import_module
 from typing import Any
 
 import torch
 
-from policyskip.backbones.base import Backbone
-from policyskip.errors import in_one_line
+from policyskip.backbones.base import Backbone, Network
+from policyskip.errors import UserError, in_one_line
 from policyskip.execution.kernel_network import KernelNetwork
+from policyskip.finite import find_nonfinite
 from policyskip.parallel import processes
 
 LEAST_CAPABILITY = (8, 0)
@@ -26,8 +27,9 @@ _said: set[str] = set()
 
 
 def interpreted() -> bool:
-    """Return whether Triton's interpreter runs kernels, which it does on a CPU too, slowly (``TRITON_INTERPRET=1``)."""
-    return os.environ.get("TRITON_INTERPRET", "") == "1"
+    """Return whether Triton's interpreter runs kernels, which it does on a CPU too, slowly (``TRITON_INTERPRET=1``, or
+    what else Triton takes for a yes)."""
+    return os.environ.get("TRITON_INTERPRET", "").lower() in ("1", "true", "on", "yes", "y")
 
 
 def no_kernels_on(device: torch.device, may_interpret: bool) -> str:
@@ -48,7 +50,25 @@ def no_kernels_on(device: torch.device, may_interpret: bool) -> str:
         import_module("triton")
     except Exception as error:  # it loads libraries, which can fail in any way
         return f"Triton cannot be imported ({in_one_line(error, 80)})"
+    if interpreted() and not may_interpret:
+        return "TRITON_INTERPRET is set, and the interpreter is slow"
     return ""
+
+
+@torch.no_grad()
+def check_range(network: Network, image_shape: tuple[int, int, int]) -> None:
+    """Refuse a network in float16 whose numbers are too large for it, for a black, a white or a striped image: answers
+    would be NaN, and be taken for class 0.
+
+    Raises:
+        UserError: they are.
+    """
+    if network.mean.dtype != torch.float16:
+        return
+    images = torch.zeros(3, *image_shape, dtype=torch.uint8, device=network.mean.device)
+    images[1], images[2, :, :, ::2] = 255, 255
+    if find_nonfinite(network.state_dict()) is not None or not network(images).isfinite().all():
+        raise UserError(f"precision=float16 cannot hold the numbers of {network.name}: say bfloat16 or float32")
 
 
 def kernels_for(folded: Backbone, image_shape: tuple[int, int, int], exact: bool) -> tuple[KernelNetwork | None, str]:
@@ -114,3 +134,21 @@ def say_once(line: str) -> None:
     if line not in _said and processes.is_first():
         _said.add(line)
         print(line, file=sys.stderr)
+
+
+@contextmanager
+def launching_on(device: torch.device, exact: bool) -> Iterator[None]:
+    """Let the body launch kernels on a device, and compute float32 in torch without TF32 if it must be exact."""
+    with on_device(device), full_float32() if exact else nullcontext():
+        yield
+
+
+@contextmanager
+def full_float32() -> Iterator[None]:
+    """Let torch compute products of float32 on a GPU in full float32 and not in TF32."""
+    convolutions, products = torch.backends.cudnn.allow_tf32, torch.backends.cuda.matmul.allow_tf32
+    try:
+        torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = False
+        yield
+    finally:
+        torch.backends.cudnn.allow_tf32, torch.backends.cuda.matmul.allow_tf32 = convolutions, products

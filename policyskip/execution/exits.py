@@ -31,7 +31,8 @@ class ExitExecution(NetworkExecution):
     network: ExitNetwork
 
     def _backbone(self, network: Any) -> Backbone | None:
-        return network.backbone if isinstance(network, ResNetExits) else None
+        own = [getattr(type(network), name, None) for name in ("begin", "segment")]
+        return network.backbone if own == [ResNetExits.begin, ResNetExits.segment] else None
 
     def _every_exit(self, images: Tensor) -> Tensors:
         """Compute the logits of every exit, (B, N, C), by kernels."""

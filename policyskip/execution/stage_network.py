@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from policyskip.backbones.base import Backbone, Block
-from policyskip.backbones.folding import ConvReLU
+from policyskip.backbones.folding import ConvReLU, FoldedBlock
 from policyskip.backbones.resnet import SubsampleShortcut
 from policyskip.execution.kernel_network import KernelNetwork
 from policyskip.execution.stage_plan import (
@@ -81,9 +81,11 @@ class StageNetwork(KernelNetwork):
     @classmethod
     def why_not(cls, folded: Backbone, image_shape: tuple[int, int, int]) -> str:
         """Say in one plain clause why this network cannot run so; empty if it can."""
-        own = isinstance(folded, Backbone) and (type(folded).forward, type(folded).features)
-        if own != (Backbone.forward, Backbone.features):
+        names = ("forward", "features", "normalise")
+        if not all(getattr(type(folded), name) is getattr(Backbone, name) for name in names):
             return "it is no plain residual network, but one with gates, exits or code of its own"
+        if type(folded.stem) is not nn.Sequential or type(folded.head) is not nn.Sequential:
+            return "its stem or its head is no plain sequence of layers"
         dtypes = {value.dtype for value in folded.state_dict().values() if value.is_floating_point()}
         if len(dtypes) != 1 or dtypes.isdisjoint(PRECISIONS):
             return f"its weights are {' and '.join(sorted(str(dtype)[6:] for dtype in dtypes))}"
@@ -262,7 +264,7 @@ class StageNetwork(KernelNetwork):
     def features(self, images: Tensor) -> Tensor:
         """Compute the features (B, C, H, W) that enter block 0, channels last, of images (B, 3, H, W)."""
         nothing = torch.zeros(len(images), 0, dtype=torch.bool, device=images.device)
-        return self._run(_pixels(images), nothing, 0, stem=True)
+        return self._run(_pixels(images, self.image_shape), nothing, 0, stem=True)
 
     @torch.no_grad()
     def advance(self, x: Tensor, keep_BM: Tensor, first: int) -> Tensor:
@@ -281,12 +283,14 @@ class StageNetwork(KernelNetwork):
     def logits(self, images: Tensor, keep_SBK: Tensor) -> Tensor:
         """Compute logits (S, B, C) of S decisions for each image, bool (S, B, K)."""
         S, B, K = keep_SBK.shape
-        logits = self._run(_pixels(images), keep_SBK.reshape(S * B, K), 0, stem=True, head=True)
+        logits = self._run(_pixels(images, self.image_shape), keep_SBK.reshape(S * B, K), 0, stem=True, head=True)
         return logits.view(S, B, self.folded.num_classes)
 
 
 def _why_not_block(block: Block, channels: int) -> str:
     """Say why a block that reads this many channels is no basic block; empty if it is one."""
+    if type(block) not in (Block, FoldedBlock):
+        return f"is a {type(block).__name__}, which may join its branch in a way of its own"
     layers = list(block.residual.children()) if type(block.residual) is nn.Sequential else []
     if len(layers) != 2 or type(layers[0]) is not ConvReLU or type(layers[1]) is not nn.Conv2d:
         return "is no basic block of two 3×3 convolutions with a ReLU between them"
@@ -325,6 +329,12 @@ def _aligned(elements: int) -> int:
     return -(-elements // 64) * 64
 
 
-def _pixels(images: Tensor) -> Tensor:
-    """Return images as the kernels read them: uint8 or float32, contiguous."""
+def _pixels(images: Tensor, image_shape: tuple[int, int, int]) -> Tensor:
+    """Return images as the kernels read them: uint8 or float32, contiguous.
+
+    Raises:
+        ValueError: they are of another shape than the kernels are made for, which would read other memory.
+    """
+    if tuple(images.shape[1:]) != tuple(image_shape):
+        raise ValueError(f"images must be of shape (B, {', '.join(map(str, image_shape))}), got {tuple(images.shape)}")
     return images.to(torch.float32 if images.is_floating_point() else torch.uint8).contiguous()

@@ -11,8 +11,8 @@ Shapes: B images, S decisions for each image, K blocks, M of them in a row, C ch
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Hashable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from collections.abc import Hashable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any, NamedTuple, Self
 
 import torch
@@ -22,7 +22,7 @@ from policyskip.backbones.base import Backbone, Network
 from policyskip.backbones.execution import check_keep, dense, run_block, sparse, sparse_many
 from policyskip.backbones.folding import folded
 from policyskip.errors import UserError, check_choice, in_one_line
-from policyskip.execution.choosing import kernels_for, no_kernels_on, on_device, say_once
+from policyskip.execution.choosing import check_range, kernels_for, launching_on, no_kernels_on, say_once
 from policyskip.execution.cuda_graphs import Call, CudaGraphs, Tensors
 from policyskip.execution.kernel_network import KernelNetwork, refuse_gradients
 from policyskip.memory import is_out_of_memory
@@ -84,8 +84,8 @@ class NetworkExecution:
         device: that the network is on.
 
     Raises:
-        UserError: there is no such way or precision, a weight is not finite, or kernels were asked for where there can
-            be none.
+        UserError: there is no such way or precision, a weight is not finite, float16 cannot hold the network's numbers,
+            or kernels were asked for where there can be none.
     """
 
     network: Any
@@ -104,6 +104,7 @@ class NetworkExecution:
         self._given = network if self.as_it_is else None
         if not self.as_it_is:
             self.network = _copy(network, precision)
+            check_range(self.network, image_shape)
         self._choose()
 
     @abstractmethod
@@ -136,14 +137,24 @@ class NetworkExecution:
                 say_once(f"no kernels for {network.name}, so images are gathered: {self.why}")
         self.network = network
         self._graphs: dict[Hashable, CudaGraphs] = {}
+        self._advanced: set[Hashable] = set()
         self._checked: set[int] = set()
 
     def to(self, device: str | torch.device) -> Self:
-        """Move the network, choose the way again for where it is now, and return the execution."""
+        """Move the network, choose the way again for where it is now, and return the execution.
+
+        Raises:
+            UserError: kernels were asked for, and there can be none on the new device; everything stays as it was.
+        """
         network: Any = self._given if self.as_it_is else self.network
-        if self.device != torch.device(device):
+        if (before := self.device) != torch.device(device):
             network.to(device)
-            self._choose()
+            try:
+                self._choose()
+            except UserError:
+                network.to(before)
+                self._choose()
+                raise
         return self
 
     def __getstate__(self) -> dict[str, Any]:
@@ -196,7 +207,7 @@ class NetworkExecution:
     def exactly(self) -> AbstractContextManager[Any]:
         """Return a context in which kernels are launched on the network's GPU, and float32 is exact if the precision
         says so; on a CPU there is nothing to do."""
-        return _launching_on(self.device, self.precision == "float32_exact") if self._on_gpu else NOTHING
+        return launching_on(self.device, self.precision == "float32_exact") if self._on_gpu else NOTHING
 
 
 class Execution(NetworkExecution):
@@ -284,6 +295,13 @@ class Execution(NetworkExecution):
         """Compute the features (B, C, H, W) that enter block 0, for :meth:`advance`."""
         return self._part("features", images)
 
+    def _part(self, name: str, x: Tensor) -> Tensor:
+        """Compute a part of the network, by kernels where there are any."""
+        found = self.by_kernels(None, lambda x: (getattr(self.kernels, name)(x),), x)
+        with self.exactly():
+            result: Tensor = getattr(self.network, name)(x) if found is None else found[0]
+        return result
+
     def advance(self, x: Tensor, keep_BM: Tensor, first: int) -> Tensor:
         """Run the M blocks from ``first`` on, each for the images that ``keep_BM``, bool (B, M), keeps.
 
@@ -294,18 +312,24 @@ class Execution(NetworkExecution):
 
         Raises:
             ValueError: gradients are wanted of kernels.
-            UserError: a kernel failed.
+            UserError: kernels failed that ran before, or were asked for.
         """
         if self.kernels is not None and len(x):
             refuse_gradients(self.network, x)
+            key = (x.shape, keep_BM.shape, first)
+            spare = None if key in self._advanced else x.clone()  # kernels that are new may fail when x is overwritten
             try:
                 with torch.no_grad(), self.exactly():
-                    return self.kernels.advance(x, keep_BM.to(x.device), first)
+                    result = self.kernels.advance(x, keep_BM.to(x.device), first)
+                self._advanced.add(key)
+                return result
             except Exception as error:
                 if isinstance(error, ValueError) or is_out_of_memory(error):
                     raise
-                self._give_kernels_up(error)  # what entered the block may be overwritten
-                raise UserError(f"{self.why}, between two blocks; start again with execution=gather") from error
+                self._give_kernels_up(error)
+                if spare is None:
+                    raise UserError(f"{self.why}, between two blocks; start again with execution=gather") from error
+                x = spare
         with self.exactly():
             for block, keep_B in zip(self.network.blocks[first:], keep_BM.unbind(1), strict=False):
                 if self.way == "dense":
@@ -319,30 +343,7 @@ class Execution(NetworkExecution):
         """Compute logits (B, C) from the features (B, C, H, W) after the last block."""
         return self._part("head", x)
 
-    def _part(self, part: str, x: Tensor) -> Tensor:
-        """Compute what the network's or the kernels' method of this name returns for images or features."""
-        found = self.by_kernels(None, lambda x: (getattr(self.kernels, part)(x),), x)
-        with self.exactly():
-            return getattr(self.network, part)(x) if found is None else found[0]
-
 
 def _copy(network: Network, precision: str) -> Any:
     """Return a frozen copy of a network with batch normalisation folded into its convolutions, in a precision."""
     return folded(network).freeze().to(PRECISIONS[precision])
-
-
-@contextmanager
-def _launching_on(device: torch.device, exact: bool) -> Iterator[None]:
-    with on_device(device), full_float32() if exact else nullcontext():
-        yield
-
-
-@contextmanager
-def full_float32() -> Iterator[None]:
-    """Let torch compute products of float32 on a GPU in full float32 and not in TF32."""
-    convolutions, products = torch.backends.cudnn.allow_tf32, torch.backends.cuda.matmul.allow_tf32
-    try:
-        torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = False
-        yield
-    finally:
-        torch.backends.cudnn.allow_tf32, torch.backends.cuda.matmul.allow_tf32 = convolutions, products

@@ -12,6 +12,7 @@ from typing import Any, Self
 
 from torch import Tensor, nn
 
+from policyskip.errors import UserError
 from policyskip.execution.ways import Execution
 
 
@@ -54,3 +55,18 @@ class Policy(nn.Module, ABC):
         args, kwargs = self._constructed_with
         parameters = list(inspect.signature(type(self).__init__).parameters)[1:]
         return {**dict(zip(parameters, args)), **kwargs}
+
+
+def taken_by(policy: Policy, execution: Execution) -> Any:
+    """Return what a policy's ``run`` takes first: an execution, or, if it calls it ``backbone``, as before there were
+    executions, the network, whose images it gathers by itself.
+
+    Raises:
+        UserError: it takes the network, and kernels or ``dense`` were asked for.
+    """
+    if "backbone" not in inspect.signature(policy.run).parameters:
+        return execution
+    if execution.asked_way in ("kernel", "dense"):
+        name, way = type(policy).__name__, execution.asked_way
+        raise UserError(f"{name}.run takes a backbone and no execution, so execution={way} has no effect; leave it out")
+    return execution.network

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from policyskip import load
 from policyskip.agents.skipnet import SkipNet
+from policyskip.backbones import sparse
 from policyskip.backbones.costs import count_costs
 from policyskip.backbones.exits import Leave
 from policyskip.backbones.gated import GatedNetwork
@@ -167,6 +168,17 @@ def test_an_answer_of_the_wrong_shape_is_refused(plain_kernels):
         ExitExecution(with_exits(), SHAPE, "kernel").run_until(IMAGES, lambda n, logits_BC, rows: logits_BC)
 
 
+class WithSegmentsOfItsOwn(ResNetExits):
+    def segment(self, n, state):
+        return {"x": super().segment(n, state)["x"] * 2}
+
+
+def test_segments_of_ones_own_are_gathered(plain_kernels):
+    network = WithSegmentsOfItsOwn(small_backbone(), [0, 1], "conv", SHAPE).eval()
+    execution = ExitExecution(network, SHAPE)
+    assert execution.way == "gather" and execution.why == "there are no kernels for WithSegmentsOfItsOwn"
+
+
 def test_networks_without_kernels_say_so(plain_kernels):
     network = MSDNet(5)
     assert ExitExecution(network, (3, 32, 32)).way == "gather"
@@ -200,6 +212,27 @@ def test_predictions_are_the_same(name, plain_kernels):
         assert torch.equal(answer.macs_B, usual.macs_B) and torch.equal(answer.label_B, usual.label_B)
         assert bool(plain_kernels.calls) == (how == KERNEL) or how == DENSE
     assert [size for kind, size in plain_kernels.calls if kind == "features"] == [4, 4, 1]
+
+
+class OfAnEarlierVersion(PolicyNetwork):
+    """Runs a network by itself, as policies did before there were executions."""
+
+    def run(self, backbone, images, break_even_K=None):  # type: ignore[override]
+        keep_BK = self.decide(images)
+        return sparse(backbone, images, keep_BK, break_even_K), keep_BK
+
+
+def test_a_policy_that_runs_a_backbone_is_given_one(plain_kernels):
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        policy = OfAnEarlierVersion(6).eval()
+    usual = Predictor(block_policies()["image"].eval(), small_backbone(), CLASSES, SHAPE, 7.0, GATHER)
+    for how in (How(), GATHER):
+        predictor = Predictor(policy, small_backbone(), CLASSES, SHAPE, 7.0, how)
+        assert torch.equal(predictor.predict(IMAGES).logits_BC, usual.predict(IMAGES).logits_BC)
+    for how in (KERNEL, DENSE):
+        with pytest.raises(UserError, match=f"takes a backbone and no execution, so execution={how.way} has no effect"):
+            Predictor(policy, small_backbone(), CLASSES, SHAPE, 7.0, how)
 
 
 @pytest.mark.parametrize("kind", [BlockSelectionVectorEnv, LayerSkipVectorEnv])
@@ -378,7 +411,10 @@ def test_an_environment_of_ones_own_that_takes_no_way_is_refused(tmp_path):
     (tmp_path / "my_own_envs.py").write_text(code)
     done = typed("train", *SMALL, *NET, "env._target_=my_own_envs.Mine", "precision=bfloat16", cwd=tmp_path)
     (line,) = without_waits(done.stderr)
-    assert done.returncode == 2 and "env has no key execution; my_own_envs.Mine takes" in line
+    assert done.returncode == 2 and "env has no key precision; my_own_envs.Mine takes" in line
+    done = typed("train", *SMALL, *NET, "+env.precision=bfloat16", cwd=tmp_path)  # its summary would say float32
+    (line,) = without_waits(done.stderr)
+    assert done.returncode == 2 and line.endswith("rest of a run: say precision=bfloat16 for all of it")
 
 
 @pytest.mark.parametrize("command", ["train", "front", "pretrain", "profile"])

@@ -207,6 +207,21 @@ class OfItsOwn(CifarResNet):
         return super().forward(images) * 2
 
 
+class Brighter(CifarResNet):
+    def normalise(self, images: Tensor) -> Tensor:
+        return super().normalise(images) * 2
+
+
+class Doubled(nn.Sequential):
+    def forward(self, x: Tensor) -> Tensor:
+        return 2 * super().forward(x)
+
+
+class Halved(Block):
+    def join(self, shortcut: Tensor, x: Tensor, inplace: bool = False) -> Tensor:
+        return torch.relu(shortcut + self.residual(x) / 2)
+
+
 def changed(place: str, layer: nn.Module) -> Backbone:
     """A small folded network with another layer in one place."""
     net = small_backbone(8).freeze()
@@ -219,6 +234,10 @@ def changed(place: str, layer: nn.Module) -> Backbone:
     ("make", "reason"),
     [
         (lambda: folded(OfItsOwn(8, 5, width=4).eval()), "code of its own"),
+        (lambda: folded(Brighter(8, 5, width=4).eval()), "code of its own"),
+        (lambda: changed("stem", Doubled(*small_backbone(8).stem)), "its stem or its head is no plain sequence"),
+        (lambda: changed("head", Doubled(*small_backbone(8).head)), "its stem or its head is no plain sequence"),
+        (lambda: changed("blocks.1", Halved(nn.Sequential(), nn.Identity())), "block 1 is a Halved, which may join"),
         (lambda: folded(TorchvisionResNet(18, 5).eval()), "does not begin with one 3×3 convolution"),
         (lambda: network().double(), "its weights are float64"),
         (lambda: changed("stem.conv", nn.Conv2d(3, 4, 3, 2, 1)), "does not begin with one 3×3"),
@@ -236,6 +255,17 @@ def test_networks_that_it_refuses(make, reason):
     assert reason in StageNetwork.why_not(backbone, (3, 8, 8))
     with pytest.raises(ValueError, match="cannot run in stage kernels"):
         StageNetwork(backbone, (3, 8, 8))
+
+
+def test_images_of_another_shape_are_refused():
+    """Kernels would read other memory than that of the images."""
+    kernels, keep_1BK = StageNetwork(network(), (3, 8, 8)), torch.ones(1, 2, 3, dtype=torch.bool, device=DEVICE)
+    for shape in ((2, 3, 8, 7), (2, 4, 8, 8), (2, 1, 8, 8)):
+        images = torch.zeros(shape, dtype=torch.uint8, device=DEVICE)
+        with pytest.raises(ValueError, match=r"images must be of shape \(B, 3, 8, 8\), got \(2, "):
+            kernels.features(images)
+        with pytest.raises(ValueError, match="images must be of shape"):
+            kernels.logits(images, keep_1BK)
 
 
 def test_images_and_blocks_that_it_refuses():

@@ -114,7 +114,13 @@ def test_the_interpreter_is_used_if_kernels_are_asked_for(monkeypatch):
     monkeypatch.setenv("TRITON_INTERPRET", "1")
     assert choosing.no_kernels_on(torch.device("cpu"), may_interpret=True) == ""
     assert choosing.no_kernels_on(torch.device("cpu"), may_interpret=False) == "this is a CPU"
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+    for yes in ("1", "true"):  # on a GPU, too
+        monkeypatch.setenv("TRITON_INTERPRET", yes)
+        assert choosing.no_kernels_on(torch.device("cuda"), may_interpret=True) == ""
+        assert choosing.no_kernels_on(torch.device("cuda"), False).startswith("TRITON_INTERPRET is set")
     monkeypatch.setenv("TRITON_INTERPRET", "0")
+    assert choosing.no_kernels_on(torch.device("cuda"), may_interpret=False) == ""
     assert choosing.no_kernels_on(torch.device("cpu"), may_interpret=True) == "this is a CPU"
 
 
@@ -167,7 +173,7 @@ def test_a_low_precision_is_that_of_a_copy(precision, plain_kernels):
 
 def test_exact_float32_switches_tf32_off_and_on_again():
     before = torch.backends.cudnn.allow_tf32
-    with ways.full_float32():
+    with choosing.full_float32():
         assert not torch.backends.cudnn.allow_tf32 and not torch.backends.cuda.matmul.allow_tf32
     assert torch.backends.cudnn.allow_tf32 == before
 
@@ -203,6 +209,18 @@ def test_gradients_are_refused():
         refuse_gradients(torch.nn.Identity(), torch.zeros(1, requires_grad=True))
 
 
+@pytest.mark.parametrize("place", ["head.linear.weight", "blocks.0.residual.bn1.weight"])
+@torch.no_grad()
+def test_numbers_that_are_too_large_for_float16_are_refused(place):
+    """Either a weight is, or what is computed with it."""
+    backbone = small_backbone()
+    backbone.get_parameter(place).mul_(1e5 if "blocks" in place else 1e7)
+    for way in ("gather", "dense"):
+        Execution(backbone, SHAPE, way, "bfloat16")
+        with pytest.raises(UserError, match="precision=float16 cannot hold the numbers of resnet14: say bfloat16"):
+            Execution(backbone, SHAPE, way, "float16")
+
+
 @torch.no_grad()
 def test_a_wrong_keep_is_refused(plain_kernels):
     execution, images = Execution(small_backbone(), SHAPE, "kernel"), small_images(2).images
@@ -227,16 +245,21 @@ def broken(self: KernelNetwork, *arguments: object) -> None:
     raise RuntimeError("out of resource:\nshared memory")
 
 
+def spoiling(self: KernelNetwork, x: torch.Tensor, keep_BM: torch.Tensor, first: int) -> None:
+    x.fill_(torch.nan)
+    broken(self)
+
+
 @torch.no_grad()
 def test_a_kernel_that_fails_later_is_given_up(plain_kernels, monkeypatch, capsys):
     """For other numbers of images other kernels are compiled, which may need more than a GPU has."""
     monkeypatch.setattr(choosing, "_said", set())
     backbone, images, keep_BK = small_backbone(), small_images(4).images, keeps(4, 6)
     execution, insists = Execution(backbone, SHAPE), Execution(backbone, SHAPE, "kernel")
-    execution.logits(images[:1], keep_BK[:1])
-    steps = Execution(backbone, SHAPE)
+    steps, ran = Execution(backbone, SHAPE), Execution(backbone, SHAPE)
+    ran.advance(ran.features(images), keep_BK, 0)
     assert execution.way == "kernel"
-    monkeypatch.setattr(plain_kernels, "advance", broken)
+    monkeypatch.setattr(plain_kernels, "advance", spoiling)
     why = "the kernels do not run here (out of resource: shared memory)"
     for _ in range(2):
         assert torch.equal(execution.logits(images, keep_BK), sparse(execution.network, images, keep_BK))
@@ -245,19 +268,33 @@ def test_a_kernel_that_fails_later_is_given_up(plain_kernels, monkeypatch, capsy
     with pytest.raises(UserError, match="execution=kernel cannot be: the kernels do not run here"):
         insists.logits(images, keep_BK)
     with pytest.raises(UserError, match="between two blocks; start again with execution=gather"):
-        steps.advance(steps.features(images), keep_BK, 0)
-    assert steps.way == "gather"
+        ran.advance(ran.features(images), keep_BK, 0)
+    expected = sparse(execution.network, images, keep_BK)
+    assert torch.equal(steps.head(steps.advance(steps.features(images), keep_BK, 0)), expected)
+    assert steps.way == ran.way == "gather"
 
 
-@pytest.mark.parametrize("part", ["features", "head"])
+@pytest.mark.parametrize("name", ["features", "head"])
 @torch.no_grad()
-def test_stem_or_head_of_kernels_that_fail_later_are_those_of_the_network(part, plain_kernels, monkeypatch):
+def test_kernels_before_and_behind_the_blocks_may_fail_too(name, plain_kernels, monkeypatch, capsys):
     backbone, images, keep_BK = small_backbone(), small_images(4).images, keeps(4, 6)
-    execution, gathering = Execution(backbone, SHAPE), Execution(backbone, SHAPE, "gather")
-    monkeypatch.setattr(plain_kernels, part, broken)
-    answers = [way.head(way.advance(way.features(images), keep_BK, 0)) for way in (execution, gathering)]
-    torch.testing.assert_close(*answers, rtol=1e-4, atol=1e-5)
-    assert execution.way == "gather" and "do not run here" in execution.why
+    execution, insists = Execution(backbone, SHAPE), Execution(backbone, SHAPE, "kernel")
+    monkeypatch.setattr(plain_kernels, name, broken)
+    logits = execution.head(execution.advance(execution.features(images), keep_BK, 0))
+    torch.testing.assert_close(logits, dense(backbone, images, keep_BK), rtol=1e-4, atol=1e-5)
+    assert execution.way == "gather"
+    with pytest.raises(UserError, match="execution=kernel cannot be"):
+        insists.head(insists.features(images))
+
+
+@torch.no_grad()
+def test_a_move_to_where_there_are_no_kernels_changes_nothing(plain_kernels, monkeypatch):
+    execution, images, keep_BK = Execution(small_backbone(), SHAPE, "kernel"), small_images(2).images, keeps(2, 6)
+    before, why_not = execution.logits(images, keep_BK), iter(["there are none", ""])
+    monkeypatch.setattr(ways, "no_kernels_on", lambda device, may_interpret: next(why_not))
+    with pytest.raises(UserError, match="execution=kernel cannot be: there are none"):
+        execution.to("cpu:0")  # the same place by another name
+    assert execution.way == "kernel" and torch.equal(execution.logits(images, keep_BK), before)
 
 
 @pytest.mark.parametrize(("row", "factor"), [(0, 1), (4, 1), (4, torch.nan)])

@@ -85,15 +85,16 @@ def test_calibrate_writes_other_thresholds(workshop):
     assert result.returncode == 0, result.stderr
     after = json.loads((workshop / "runs/x/policy.json").read_text())
     assert after["exits"]["thresholds"] != before["exits"]["thresholds"] and after["network"] == before["network"]
-    summary = json.loads((workshop / "runs/x/summary.json").read_text())
-    assert summary["val/macs_fraction"] <= 0.3 and summary["precision"] == "bfloat16"
-    config = yaml.safe_load((workshop / "runs/x/config.yaml").read_text())
-    assert config["target"]["macs_fraction"] == 0.3 and config["precision"] == "bfloat16"  # the run's own from now on
-    nothing = typed("calibrate", "run=runs/x", "device=cpu", "target.accuracy_drop=0", cwd=workshop)
+    assert json.loads((workshop / "runs/x/summary.json").read_text())["val/macs_fraction"] <= 0.3
+    assert yaml.safe_load((workshop / "runs/x/config.yaml").read_text())["target"]["macs_fraction"] == 0.3
+    words = ("target.accuracy_drop=0", "precision=bfloat16")
+    nothing = typed("calibrate", "run=runs/x", "device=cpu", *words, cwd=workshop)
     assert nothing.returncode == 0 and "Asked for: at most 0.00 points below the last exit" in nothing.stdout
-    again = typed(
-        "calibrate", "run=runs/x", "device=cpu", "target.macs_fraction=0.6", "precision=float32", cwd=workshop
-    )
+    assert yaml.safe_load((workshop / "runs/x/config.yaml").read_text())["precision"] == "bfloat16"
+    judged = typed("evaluate", "run=runs/x", "device=cpu", cwd=workshop)  # in the precision that thresholds are for
+    assert "Every figure is that of summary.json" in judged.stdout
+    words = ("target.macs_fraction=0.6", "precision=float32")
+    again = typed("calibrate", "run=runs/x", "device=cpu", *words, cwd=workshop)
     assert again.returncode == 0
     assert json.loads((workshop / "runs/x/policy.json").read_text()) == before
 
