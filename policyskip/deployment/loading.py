@@ -32,6 +32,7 @@ from policyskip.policies.fixed import FixedPolicy, OraclePolicy, RandomPolicy
 from policyskip.policies.networks import ConstantPolicy, PolicyNetwork
 from policyskip.policies.perceptrons import BlockPolicy, ExitPolicy, LookPolicy
 from policyskip.policies.thresholds import ThresholdPolicy
+from policyskip.runs import stored_config
 from policyskip.runs.folder import Run, open_run
 from policyskip.texts import one_line
 
@@ -49,7 +50,7 @@ def load(
     run: str | Path,
     backbone: str | Path | None = None,
     device: str = "cpu",
-    precision: str = "float32",
+    precision: str | None = None,
     planned: bool = True,
     trust: bool = False,
     execution: str = "auto",
@@ -62,8 +63,8 @@ def load(
         run: the run folder.
         backbone: where the network's weights are now, if they have moved since.
         precision: "float32", "float32_exact" (on a GPU, without TF32), or "bfloat16" or "float16" for the network; a
-            policy in front of it stays as it is. Decisions and answers can differ from those that the run was judged
-            by; see docs/speed.md.
+            policy in front of it stays as it is. None: the run's own. In another, decisions and answers can differ
+            from those that the run was judged by; see docs/speed.md.
         planned: go by what ``policyskip profile run=…`` measured, if it did: a block that nearly all images of a batch
             keep is then computed for all of them. False computes no block for an image that skips it.
         trust: import policies, networks and rules that the run names and that are neither the package's own nor
@@ -76,15 +77,26 @@ def load(
     """
     check_types(run=(run, str | Path), backbone=(backbone, str | Path | None))
     check_types(planned=(planned, bool), trust=(trust, bool))
-    how = How(execution, precision).checked()
+    How(execution, "float32" if precision is None else precision).checked()
     _check_device(device)
     keep_freed_memory()
     opened = open_run(os.path.expanduser(run))
+    how = How(execution, _own_precision(opened) if precision is None else precision).checked()
     with usual_defaults():
         predictor = load_predictor(opened, device, backbone and os.path.expanduser(backbone), trust, how)
         if isinstance(predictor, Predictor) and planned:
             predictor.plan = _plan(opened, predictor)
     return predictor
+
+
+def _own_precision(run: Run) -> str:
+    """Return the precision that a run was judged in; float32 if its folder does not say.
+
+    Raises:
+        UserError: the run's ``config.yaml`` is damaged.
+    """
+    there = (run.folder / "config.yaml").exists()
+    return str((stored_config.read(run.path("config.yaml")) if there else {}).get("precision") or "float32")
 
 
 def _check_device(device: str | torch.device) -> None:

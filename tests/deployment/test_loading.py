@@ -249,3 +249,18 @@ def test_a_policy_that_decides_with_something_else_is_refused_when_it_is_loaded(
     (run / "best.safetensors").write_bytes(sealed({}))
     with pytest.raises(UserError, match=r"must decide with bool \(1, 15\)|WholeNumbers failed with|cannot decide"):
         policyskip.load(run, trust=True)
+
+
+def test_a_run_is_loaded_in_the_precision_that_it_was_judged_in(tmp_path):
+    run = tmp_path / "run"
+    shutil.copytree(STORED / "blockdrop", run)
+    assert policyskip.load(run).execution.precision == "float32"  # of an older version, which knew no other
+    config = run / "config.yaml"
+    config.write_text(config.read_text() + "precision: bfloat16\n")
+    assert policyskip.load(run).execution.precision == "bfloat16"
+    assert policyskip.load(run, precision="float32").execution.precision == "float32"
+    config.write_text("precision: [")
+    with pytest.raises(UserError, match=r"config\.yaml"):
+        policyskip.load(run)
+    config.unlink()
+    assert policyskip.load(run).execution.precision == "float32"
