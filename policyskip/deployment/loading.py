@@ -90,13 +90,12 @@ def load(
 
 
 def _own_precision(run: Run) -> str:
-    """Return the precision that a run was judged in; float32 if its folder does not say.
+    """Return the precision that a run was judged in; float32 for runs of older versions, which knew no other.
 
     Raises:
         UserError: the run's ``config.yaml`` is damaged.
     """
-    there = (run.folder / "config.yaml").exists()
-    return str((stored_config.read(run.path("config.yaml")) if there else {}).get("precision") or "float32")
+    return str(stored_config.read(run.path("config.yaml")).get("precision") or "float32")
 
 
 def _check_device(device: str | torch.device) -> None:
