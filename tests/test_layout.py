@@ -47,6 +47,7 @@ LAZY = {
     "execution.choosing": {"execution.stage_network", "execution.tile_network"},  # where there is Triton
     "execution.stage_network": {"execution.stage_kernels", "execution.order_kernels"},
     "execution.tile_network": {"execution.tile_kernels"},
+    "deployment.loading": {"runs.stored_config"},  # needs OmegaConf
     "backbones.base": {"backbones.execution"},  # Backbone.forward runs as execution says, which needs Backbone
 }
 TOP_MODULES = 20

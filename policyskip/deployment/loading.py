@@ -32,7 +32,6 @@ from policyskip.policies.fixed import FixedPolicy, OraclePolicy, RandomPolicy
 from policyskip.policies.networks import ConstantPolicy, PolicyNetwork
 from policyskip.policies.perceptrons import BlockPolicy, ExitPolicy, LookPolicy
 from policyskip.policies.thresholds import ThresholdPolicy
-from policyskip.runs import stored_config
 from policyskip.runs.folder import Run, open_run
 from policyskip.texts import one_line
 
@@ -95,6 +94,8 @@ def _own_precision(run: Run) -> str:
     Raises:
         UserError: the run's ``config.yaml`` is damaged.
     """
+    from policyskip.runs import stored_config  # needs OmegaConf, which `import policyskip` does not
+
     return str(stored_config.read(run.path("config.yaml")).get("precision") or "float32")
 
 

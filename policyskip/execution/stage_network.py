@@ -290,7 +290,7 @@ class StageNetwork(KernelNetwork):
 def _why_not_block(block: Block, channels: int) -> str:
     """Say why a block that reads this many channels is no basic block; empty if it is one."""
     if type(block) not in (Block, FoldedBlock):
-        return f"is a {type(block).__name__}, which may join its branch in a way of its own"
+        return f"is of the kind {type(block).__name__}, which may join its branch in a way of its own"
     layers = list(block.residual.children()) if type(block.residual) is nn.Sequential else []
     if len(layers) != 2 or type(layers[0]) is not ConvReLU or type(layers[1]) is not nn.Conv2d:
         return "is no basic block of two 3×3 convolutions with a ReLU between them"

@@ -88,7 +88,8 @@ class TileNetwork(KernelNetwork):
             return f"its weights are {str(dtype).removeprefix('torch.')}"
         for number, block in enumerate(folded.blocks):
             if type(block) not in (Block, FoldedBlock):
-                return f"its block {number} is a {type(block).__name__}, which may join its branch in a way of its own"
+                kind = type(block).__name__
+                return f"its block {number} is of the kind {kind}, which may join its branch in a way of its own"
             if reason := why_not_branch(block.residual):
                 return f"the branch of its block {number} has {reason}"
         return ""

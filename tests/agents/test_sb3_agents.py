@@ -200,7 +200,7 @@ def test_running_block_by_block_is_the_same_as_in_the_environment():
     agent = agent_for(DQN, make("layer_skip"))
     result = evaluate(agent, env)
     with torch.no_grad():
-        logits_BC, keep_BK = agent.policy.run(env.backbone, env.feed.images.images)
+        logits_BC, keep_BK = agent.policy.run(env.execution, env.feed.images.images)
     assert torch.equal(keep_BK, result.ran_NK) and torch.equal(logits_BC.argmax(1), result.prediction_N)
 
 

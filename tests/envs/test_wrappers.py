@@ -179,7 +179,7 @@ def test_what_a_step_gives_is_for_torch_and_numpy():
 def test_four_unseeded_copies_show_different_images(kind):
     env = SyncVectorEnv([partial(make, kind, images=small_images(1000))] * 4)
     shown = env.reset()[0]
-    assert len({image.tobytes() for image in shown}) == 4
+    assert len({image.tobytes() for image in shown}) > 2  # two of a thousand may be the same by chance
     seeded = SyncVectorEnv([partial(make, kind, images=small_images(1000), seed=3)] * 4).reset()[0]
     assert len({image.tobytes() for image in seeded}) == 1
     again = SyncVectorEnv([partial(make, kind, images=small_images(1000))] * 4)

@@ -218,7 +218,7 @@ class OtherJoin(Block):
         (Block(nn.Sequential(nn.ReLU(), nn.Conv2d(6, 6, 1)), nn.Identity()), "that does not follow a convolution"),
         (Block(nn.Sequential(nn.Conv2d(6, 6, 1), nn.ReLU()), nn.Identity()), "has a ReLU at its end"),
         (Block(nn.Sequential(), nn.Identity()), "has no convolution"),
-        (OtherJoin(nn.Conv2d(6, 6, 1), nn.Identity()), "its block 0 is a OtherJoin"),
+        (OtherJoin(nn.Conv2d(6, 6, 1), nn.Identity()), "its block 0 is of the kind OtherJoin"),
     ],
 )
 def test_why_not_says_what_does_not_fit(block, reason):

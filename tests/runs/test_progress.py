@@ -10,6 +10,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -129,7 +130,8 @@ def test_updates_are_about_twenty_plain_lines_elsewhere(capsys):
     assert all(line.endswith(" s left") for line in lines[:-1]) and lines[-1].endswith("  took 0 s")
 
 
-def test_a_line_fits_every_width_and_keeps_what_matters_most():
+def test_a_line_fits_every_width_and_keeps_what_matters_most(monkeypatch):
+    monkeypatch.setattr("policyskip.runs.progress.time", SimpleNamespace(monotonic=lambda: 100.0))
     wait = Wait("step", 600, counted=True)
     wait.reach(12)
     wait.started -= 24
@@ -175,6 +177,6 @@ def test_every_pass_over_a_set_of_images_is_a_wait_that_is_reported():
         for function in ast.walk(ast.parse(path.read_text("utf-8"))):
             if isinstance(function, ast.FunctionDef) and function.name != "stream":
                 text = ast.unparse(function)
-                if ".stream(" in text and "waiting(" not in text:
+                if ".stream(" in text.replace("cuda.stream(", "") and "waiting(" not in text:
                     silent.add(f"{path.relative_to(PACKAGE).as_posix()}: {function.name}")
     assert silent == set(MAY_BE_SILENT)
