@@ -237,7 +237,10 @@ def changed(place: str, layer: nn.Module) -> Backbone:
         (lambda: folded(Brighter(8, 5, width=4).eval()), "code of its own"),
         (lambda: changed("stem", Doubled(*small_backbone(8).stem)), "its stem or its head is no plain sequence"),
         (lambda: changed("head", Doubled(*small_backbone(8).head)), "its stem or its head is no plain sequence"),
-        (lambda: changed("blocks.1", Halved(nn.Sequential(), nn.Identity())), "block 1 is of the kind Halved, which may join"),
+        (
+            lambda: changed("blocks.1", Halved(nn.Sequential(), nn.Identity())),
+            "block 1 is of the kind Halved, which may join",
+        ),
         (lambda: folded(TorchvisionResNet(18, 5).eval()), "does not begin with one 3×3 convolution"),
         (lambda: network().double(), "its weights are float64"),
         (lambda: changed("stem.conv", nn.Conv2d(3, 4, 3, 2, 1)), "does not begin with one 3×3"),
