@@ -194,6 +194,8 @@ def main() -> None:
     parser.add_argument("--kept", type=float, default=0.5, help="the share of the blocks that is kept")
     parser.add_argument("--compiled", action="store_true", help="measure torch.compile as well (minutes)")
     arguments = parser.parse_args()
+    if not torch.cuda.is_available():
+        raise SystemExit("there is no CUDA device here")
     torch.manual_seed(0)
     torch.backends.cudnn.allow_tf32 = True
     device = torch.device("cuda")

@@ -210,8 +210,8 @@ def _how_to_use_backbone(task: Task, run: Run, tracker: Tracker) -> str:
 def evaluate(config: DictConfig) -> int:
     """Judge a run's best policy again, from its folder."""
     settings = settings_of(config, EvaluateSettings)
-    run = open_run(settings.run)
-    judgement = dispatch.judge(_setup_of(run, settings, plain(config)), run, settings.split)
+    setup = _setup_of(run := open_run(settings.run), settings, plain(config))
+    judgement = dispatch.judge(setup, run, settings.split)
     summary = {f"{settings.split}/{key}": value for key, value in judgement.figures.items()}
     print(*(f"{key}: {value}" for key, value in summary.items() if not key.endswith("/rivals")), sep="\n")
     show_rivals(judgement.figures)
@@ -222,7 +222,7 @@ def evaluate(config: DictConfig) -> int:
         before = run.load_json("summary.json")
         known = summary if "test/verdict" in before else before  # older versions said nothing of rivals
         changed = [key for key, value in summary.items() if key in known and before.get(key) != value]
-        differs = f"Differs from summary.json in {', '.join(changed)}."
+        differs = f"Differs from summary.json in {', '.join(changed)}; judged in {setup.how.precision}."
         print(differs if changed else "Every figure is that of summary.json.")
     return 0
 
@@ -273,8 +273,8 @@ def profile(config: DictConfig) -> int:
         return speed.of_network(backbone, data.image_shape, settings.batch_sizes, settings.repeats, path, how)
     run = open_run(settings.run)
     setup = _setup_of(run, settings, content)
-    path = Path(settings.output) if settings.output else run.folder / "profile.json"
-    return speed.of_run(setup, run, settings.batch_sizes, settings.repeats, settings.images, path)
+    given = Path(settings.output) if settings.output else None
+    return speed.of_run(setup, run, settings.batch_sizes, settings.repeats, settings.images, given)
 
 
 def compare(config: DictConfig) -> int:

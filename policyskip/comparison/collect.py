@@ -62,10 +62,9 @@ class Result:
     @cached_property
     def setting(self) -> dict[str, str]:
         """Return the setting of the run: its configuration as flat keys and texts, without :data:`NOT_THE_SETTING`, and
-        its targets. Keys that are null or false are left out, and so is the usual precision, which older runs lack."""
+        its targets. Keys that are null or false are left out. Older runs lack the precision, which was float32."""
         config = {key: value for key, value in self.config.items() if key not in NOT_THE_SETTING}
-        if config.get("precision") == "float32":
-            del config["precision"]
+        config = {"precision": "float32"} | {key: value for key, value in config.items() if value is not None}
         summary = self.summary.items()
         targets = [(key.replace("/", "."), str(value)) for key, value in summary if key.startswith("target/")]
         return dict(sorted([*_flat(config), *targets]))

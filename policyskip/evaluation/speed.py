@@ -29,6 +29,7 @@ from policyskip.evaluation import plots
 from policyskip.evaluation.tables import console
 from policyskip.execution.ways import DEFAULT, How
 from policyskip.files import reporting_write_errors, write
+from policyskip.runs import stored_config
 from policyskip.runs.folder import Run
 from policyskip.runs.progress import waiting
 from policyskip.texts import one_line
@@ -64,29 +65,38 @@ def of_network(
     return _say(content, path)
 
 
-def of_run(setup: Setup, run: Run, batch_sizes: Sequence[int], repeats: int, count: int, path: Path) -> int:
+def of_run(setup: Setup, run: Run, batch_sizes: Sequence[int], repeats: int, count: int, path: Path | None) -> int:
     """Measure the network of a run, and how much time the run's predictions save; otherwise as :func:`of_network`.
 
-    The latency also goes into the run's summary, where ``policyskip compare`` finds it.
+    The latency also goes into the run's summary, where ``policyskip compare`` finds it; but not that of a trial, in
+    which another way or precision was typed than the run is deployed in: its table stays out of the run's folder.
 
     Args:
-        setup: what the run's configuration names.
+        setup: what the run's configuration names, with what was typed.
         run: its folder, which is locked from then on.
         count: how many validation images to predict; no more than there are.
+        path: of the table; None: the run's ``profile.json``, or of a trial, a file in the current folder.
 
     Raises:
         UserError: there are fewer images than the largest batch, the run cannot be loaded, or ``path`` not written.
     """
+    way, precision = setup.how
+    own = str(stored_config.read(run.path("config.yaml")).get("precision") or "float32")
+    is_trial = (way, precision) != ("auto", own)
+    if path is None:
+        trial = Path(f"profile-{run.folder.resolve().name}-{way}-{precision}.json")
+        path = trial if is_trial else run.folder / "profile.json"
     _check_output(path)
     run.lock()
     validation = setup.data.validation.plain()
     index_N = spread_indices(count, len(validation))
-    if len(index_N) < max(batch_sizes):
-        hint = "say images= with more, or batch_sizes= with less"
-        raise UserError(f"batches of {max(batch_sizes)} cannot be measured on {len(index_N)} images; {hint}")
+    if len(index_N) < (largest := max(batch_sizes)):
+        hint = f"say batch_sizes= with {len(index_N)} at most"
+        if len(validation) >= largest:
+            hint = f"say images={largest} or more, or batch_sizes= with less"
+        raise UserError(f"batches of {largest} cannot be measured on {len(index_N)} images; {hint}")
     described = read_policy(run).network
     checkpoint = setup.config["backbone"].get("checkpoint") if "config" in described else None
-    way, precision = setup.how
     given = (run.folder, checkpoint, str(setup.device), precision)
     predictor = load(*given, planned=False, trust=setup.trusted, execution=way)
     content = profiling.profile(predictor.network_to_measure, setup.data.image_shape, batch_sizes, repeats, setup.how)
@@ -94,10 +104,12 @@ def of_run(setup: Setup, run: Run, batch_sizes: Sequence[int], repeats: int, cou
     images = batch_at(validation, index_N).images
     with waiting("measuring predictions"):
         _measure_predictions(predictor, images, content["batches"], repeats)
-    largest = max(content["batches"], key=int)
+    if is_trial:
+        _write(content, path)
+        return _say(content, path)
     latency = {
-        "latency_ms": content["batches"][largest]["run"]["predict_ms"],
-        "latency_batch": int(largest),
+        "latency_ms": content["batches"][str(largest)]["run"]["predict_ms"],
+        "latency_batch": largest,
         "latency_device": content["device"],
         "latency_threads": content["threads"],
     }
@@ -248,6 +260,10 @@ def show(content: dict[str, Any]) -> None:
         "time measured": lambda times: f"{times['run']['time_ratio']:.3f}",
     }
     console().print(_table("the run's predictions: shares of the whole network", batches, saved))
+    for batch, times in batches.items():
+        share, macs = times["run"]["time_ratio"], times["run"]["macs_ratio"]
+        said = f"At batch {batch}, predictions take {share:.2f} of the whole network's time (× {1 / share:.2f}),"
+        console().print(f"{said} all that decides included, for {macs:.2f} of its MACs.", highlight=False)
 
 
 Columns = dict[str, Callable[[dict[str, Any]], str]]

@@ -132,8 +132,16 @@ def test_profile_is_typed_and_read(tmp_path, monkeypatch):
     assert (times["time_ratio"], times["predict_ms"]) == (0.5, 1.0)  # eight images take 8 ms instead of 16
     summary = json.loads((tmp_path / "run" / "summary.json").read_text())
     assert summary["latency_ms"] == 1.0 and summary["latency_batch"] == 4
+    assert "At batch 4, predictions take 0.50 of the whole network's time (× 2.00)" in result.stdout
+    before = {path.name: path.read_bytes() for path in (tmp_path / "run").iterdir() if path.is_file()}
+    trial = ("execution=dense", "repeats=1", "batch_sizes=[4]", "images=8")
+    result = typed("profile", "run=run", "device=cpu", *trial, cwd=tmp_path)
+    assert result.returncode == 0 and (tmp_path / "profile-run-dense-float32.json").is_file(), result.stderr
+    assert before == {path.name: path.read_bytes() for path in (tmp_path / "run").iterdir() if path.is_file()}
     result = typed("profile", "run=run", "device=cpu", "batch_sizes=[4]", "images=3", cwd=tmp_path)
-    assert result.returncode == 2 and "cannot be measured on 3 images; say images=" in result.stderr
+    assert result.returncode == 2 and "on 3 images; say images=4 or more, or batch_sizes=" in result.stderr
+    result = typed("profile", "run=run", "device=cpu", "batch_sizes=[999]", cwd=tmp_path)
+    assert result.returncode == 2 and "say batch_sizes= with 64 at most" in result.stderr
     (tmp_path / "run" / "profile.json").write_text("{}")
     with pytest.raises(UserError, match=r"profile\.json is damaged; `policyskip profile run=` makes it anew"):
         policyskip.load(tmp_path / "run")

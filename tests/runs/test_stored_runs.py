@@ -201,7 +201,7 @@ def test_a_run_is_judged_again_without_its_checkpoint(tmp_path):
     (run / "checkpoint.pt").unlink()
     result = typed("evaluate", f"run=runs/{run.name}", "device=cpu", cwd=tmp_path)
     assert result.returncode == 0, result.stderr
-    assert "Differs from summary.json in test/reward." in result.stdout
+    assert "Differs from summary.json in test/reward; judged in float32." in result.stdout
 
 
 def test_a_reward_that_moves_has_not_moved_where_nothing_was_learned(tmp_path):
@@ -214,7 +214,7 @@ def test_a_reward_that_moves_has_not_moved_where_nothing_was_learned(tmp_path):
     )
     result = typed("evaluate", f"run=runs/{run.name}", "device=cpu", cwd=tmp_path)
     assert result.returncode == 0, result.stderr
-    assert "Differs from summary.json in test/reward." in result.stdout
+    assert "Differs from summary.json in test/reward; judged in float32." in result.stdout
 
 
 @pytest.mark.parametrize("name", HALF)

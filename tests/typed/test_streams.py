@@ -16,7 +16,7 @@ PROGRAM = """
 import sys
 from policyskip.typed import streams
 streams.make_patient()
-for i in range(2000):
+for i in range(10_000):  # more than a pipe holds
     print("line é", i, flush=i % 2 == 0)
 open("done", "w").write("written")
 print("said", file=sys.stderr)
