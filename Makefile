@@ -15,8 +15,8 @@ kills:   ## kill runs at 30 moments; each must go on to the same figures (minute
 	pytest -m slow -n 0 -s tests/test_kills.py
 fuzz:    ## thousands of hostile files, odd arguments and odd objects (20 minutes)
 	pytest -m 'slow or not slow' -n 0 -s tests/test_fuzz.py
-results: ## docs/results.md: all agents on digits, five seeds (two hours)
-	python benchmarks/agents.py
+results: ## docs/results.md: all agents on digits, three seeds (hours on two cores)
+	python benchmarks/agents.py $(ARGS)
 results-cifar10: ## docs/results.md: all agents on CIFAR-10, three seeds (hours on two cores; ARGS="--device cuda --jobs 14")
 	python benchmarks/cifar10.py $(ARGS)
 	cp runs/cifar10/comparison/plots/pareto_front.png docs/images/comparing_cifar10.png

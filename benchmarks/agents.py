@@ -1,24 +1,26 @@
-"""All agents on digits in one table: five seeds each, on test images, beside the strongest rival of equal cost.
+"""All agents on digits in one table: three seeds each, on test images, beside the strongest rival of equal cost.
 
-    python benchmarks/agents.py [name …]      (default: all of them; two hours on two cores)
+    python benchmarks/agents.py [name …]      (default: all of them; hours on two cores)
 
-Runs go into runs/benchmark-<name>-<seed>; a run that has finished there is not trained again. Writes a row for each run
-to benchmarks/results/agents.csv (rows of other runs stay). Then ``policyskip compare`` judges all runs that are there,
-into runs/results, and the table is printed.
+Runs go into runs/benchmark-<name>-<seed>, ``--jobs`` of them side by side; a finished run is not made again, and one
+that was stopped goes on. Writes a row for each run to benchmarks/results/agents.csv (rows of other runs stay). Then
+``policyskip compare`` judges all runs that are there, into runs/results, and the table is printed.
 """
 
 from __future__ import annotations
 
+import argparse
 import csv
 import json
-import subprocess
-import sys
+import shutil
+from functools import partial
 from pathlib import Path
 
+from side_by_side import Job, run_all
 from verdicts import figures_of, verdict_table, write_rows
 
 RESULTS = Path(__file__).parent / "results" / "agents.csv"
-SEEDS = (0, 1, 2, 3, 4)
+SEEDS = (0, 1, 2)
 AGENTS = (
     *("blockdrop", "ppo", "a2c", "skipnet", "ppo_layer_skip", "dqn_layer_skip", "ppo_early_exit", "a2c_early_exit"),
     *("dqn_early_exit", "branchynet", "msdnet", "cdl", "distiller"),
@@ -37,16 +39,26 @@ def folder_of(name: str, seed: int) -> Path:
     return Path("runs") / f"benchmark-{name}-{seed}"
 
 
-def run(name: str, seed: int) -> dict[str, str]:
-    """Train one run, unless its folder is there and finished, and return its row."""
+def is_finished(folder: Path) -> bool:
+    return all((folder / name).exists() for name in ("summary.json", "policy.json"))
+
+
+def commands(name: str, seed: int) -> list[list[str]]:
+    """Return the command that makes a run, or goes on with it."""
     folder = folder_of(name, seed)
-    if not (folder / "policy.json").exists():
-        arguments = [f"+experiment=digits_{name}", f"seed={seed}", f"run.dir={folder}", "tracking=none"]
-        subprocess.run([sys.executable, "-m", "policyskip", "train", *arguments], check=True)
-    summary = json.loads((folder / "summary.json").read_text())
+    if (folder / "config.yaml").exists():
+        return [["train", f"run.resume={folder}"]]
+    shutil.rmtree(folder, ignore_errors=True)
+    return [["train", f"+experiment=digits_{name}", f"seed={seed}", f"run.dir={folder}", "tracking=none"]]
+
+
+def write_row(name: str, seed: int) -> None:
+    """Write the figures of a finished run into the CSV file."""
+    summary = json.loads((folder_of(name, seed) / "summary.json").read_text())
     row = {"name": name, "env": summary["env"], "seed": str(seed), "steps": str(summary["steps"])}
-    row["seconds"] = str(summary["seconds"])
-    return row | figures_of(summary, FIGURES)
+    row |= {"seconds": str(summary["seconds"])} | figures_of(summary, FIGURES)
+    known = list(csv.DictReader(RESULTS.open())) if RESULTS.exists() else []
+    write_rows(RESULTS, [other for other in known if (other["name"], other["seed"]) != (name, str(seed))] + [row])
 
 
 def table(comparison: Path) -> str:
@@ -63,20 +75,29 @@ def table(comparison: Path) -> str:
 
 
 def main() -> None:
-    names = sys.argv[1:] or list(AGENTS)
-    unknown = [name for name in names if name not in AGENTS]
-    if unknown:
-        sys.exit(f"there is no agent {unknown[0]} here; there are {', '.join(AGENTS)}")
-    for name in names:
-        for seed in (0,) if name in DETERMINISTIC else SEEDS:
-            row = run(name, seed)
-            known = list(csv.DictReader(RESULTS.open())) if RESULTS.exists() else []
-            rows = [other for other in known if (other["name"], other["seed"]) != (name, str(seed))] + [row]
-            write_rows(RESULTS, rows)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("names", nargs="*", metavar="name", help=f"out of {', '.join(AGENTS)}")
+    parser.add_argument("--jobs", type=int, default=1, help="runs side by side")
+    options = parser.parse_args()
+    names = options.names or list(AGENTS)
+    if unknown := [name for name in names if name not in AGENTS]:
+        parser.error(f"there is no agent {unknown[0]} here; there are {', '.join(AGENTS)}")
+    runs = [(name, seed) for name in names for seed in ((0,) if name in DETERMINISTIC else SEEDS)]
+    for name, seed in runs:
+        if is_finished(folder_of(name, seed)):
+            write_row(name, seed)
+    jobs = [
+        Job(folder_of(name, seed).name, partial(commands, name, seed), done=partial(write_row, name, seed))
+        for name, seed in runs
+        if not is_finished(folder_of(name, seed))
+    ]
+    failed = run_all(jobs, options.jobs, Path("runs/logs"))
     comparison = Path("runs/results")
     command = ["compare", "runs=[runs/benchmark-*]", f"output={comparison}", "overwrite=true", "tracking=none"]
-    subprocess.run([sys.executable, "-m", "policyskip", *command], check=True)
+    failed += run_all([Job("compare", lambda: [command])], 1, Path("runs/logs"))
     print(table(comparison))
+    if failed:
+        raise SystemExit(f"not finished: {', '.join(failed)}; the same command goes on")
 
 
 if __name__ == "__main__":

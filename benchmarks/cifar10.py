@@ -38,7 +38,7 @@ FIGURES = (
     *("rival_finished", "oracle_accuracy", "oracle_macs"),
 )
 """What a row of the CSV file has of a summary's ``test/…``; empty where a summary lacks it."""
-BUDGETS = (0.3, 0.4, 0.5, 0.6, 0.7)
+BUDGETS = (0.4, 0.6)
 """Shares of the MACs for which thresholds are chosen; a network whose first exit costs more has no row for it."""
 
 
