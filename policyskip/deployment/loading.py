@@ -80,7 +80,7 @@ def load(
     _check_device(device)
     keep_freed_memory()
     opened = open_run(os.path.expanduser(run))
-    how = How(execution, _own_precision(opened) if precision is None else precision).checked()
+    how = How(execution, own_precision(opened) if precision is None else precision).checked()
     with usual_defaults():
         predictor = load_predictor(opened, device, backbone and os.path.expanduser(backbone), trust, how)
         if isinstance(predictor, Predictor) and planned:
@@ -88,7 +88,7 @@ def load(
     return predictor
 
 
-def _own_precision(run: Run) -> str:
+def own_precision(run: Run) -> str:
     """Return the precision that a run was judged in; float32 for runs of older versions, which knew no other.
 
     Raises:

@@ -21,7 +21,7 @@ from policyskip.backbones import Backbone, ExitNetwork, Network
 from policyskip.build import Setup
 from policyskip.data import batch_at, spread_indices
 from policyskip.deployment import profiling
-from policyskip.deployment.loading import load
+from policyskip.deployment.loading import load, own_precision
 from policyskip.deployment.policy_files import read_policy
 from policyskip.deployment.predictors import ExitPredictor, GatedPredictor, Predictor
 from policyskip.errors import UserError
@@ -29,7 +29,6 @@ from policyskip.evaluation import plots
 from policyskip.evaluation.tables import console
 from policyskip.execution.ways import DEFAULT, How
 from policyskip.files import reporting_write_errors, write
-from policyskip.runs import stored_config
 from policyskip.runs.folder import Run
 from policyskip.runs.progress import waiting
 from policyskip.texts import one_line
@@ -81,8 +80,7 @@ def of_run(setup: Setup, run: Run, batch_sizes: Sequence[int], repeats: int, cou
         UserError: there are fewer images than the largest batch, the run cannot be loaded, or ``path`` not written.
     """
     way, precision = setup.how
-    own = str(stored_config.read(run.path("config.yaml")).get("precision") or "float32")
-    is_trial = (way, precision) != ("auto", own)
+    is_trial = (way, precision) != ("auto", own_precision(run))
     if path is None:
         trial = Path(f"profile-{run.folder.resolve().name}-{way}-{precision}.json")
         path = trial if is_trial else run.folder / "profile.json"
